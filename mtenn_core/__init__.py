@@ -1,0 +1,57 @@
+"""Combine the pose predictions of a multi-pose model through plugins with validated gradients.
+
+>>> import torch
+>>> from mtenn_core import MultiPoseModel
+>>> model = MultiPoseModel(torch.nn.Linear(3, 1), "boltzmann", gradients="stored")
+>>> out = model(torch.randn(5, 3))      # five poses of one compound
+>>> out.prediction.backward()           # gradients as if all five graphs had been kept
+>>> out.pose_predictions.shape
+torch.Size([5])
+"""
+
+import importlib
+from typing import TYPE_CHECKING
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from mtenn_core._registry import PluginRecord, Registry, registry
+    from mtenn_core.combination import Combination
+    from mtenn_core.gradients import attach_gradients
+    from mtenn_core.hookspecs import hookimpl
+    from mtenn_core.model import MultiPoseModel, MultiPoseOutput
+
+# Lazy (PEP 562), because torch takes a second to import and listing plugins does not need it.
+_MODULE_OF = {
+    "Combination": "mtenn_core.combination",
+    "MultiPoseModel": "mtenn_core.model",
+    "MultiPoseOutput": "mtenn_core.model",
+    "PluginRecord": "mtenn_core._registry",
+    "Registry": "mtenn_core._registry",
+    "attach_gradients": "mtenn_core.gradients",
+    "hookimpl": "mtenn_core.hookspecs",
+    "registry": "mtenn_core._registry",
+}
+
+__all__ = [
+    "Combination",
+    "MultiPoseModel",
+    "MultiPoseOutput",
+    "PluginRecord",
+    "Registry",
+    "attach_gradients",
+    "hookimpl",
+    "registry",
+]
+
+
+def __getattr__(name: str) -> object:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

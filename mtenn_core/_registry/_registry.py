@@ -1,0 +1,305 @@
+"""The registry: names to validated combinations."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from packaging.utils import canonicalize_name
+
+from mtenn_core._registry._scan import PluginRecord, scan
+from mtenn_core.errors import (
+    CombinationConflictError,
+    CombinationNotFoundError,
+    GradientValidationError,
+    PluginSpecError,
+)
+
+if TYPE_CHECKING:
+    import pluggy
+
+    from mtenn_core.combination import Combination
+    from mtenn_core.testing import Report
+
+GROUP = "mtenn.combinations"
+
+
+class Registry:
+    """Combinations by name: those of installed distributions and those registered by a call.
+
+    Names are compared without case, with ``-``, ``_`` and ``.`` as one; ``distribution:name`` always
+    works. Listing imports no plugin. :meth:`get` and :meth:`create` import the one plugin that is
+    asked for, and hand it out after its gradient was validated against finite differences, once per
+    class and arguments in a process.
+
+    Parameters
+    ----------
+    group : the entry-point group to look in
+    """
+
+    def __init__(self, group: str = GROUP) -> None:
+        self.group = group
+        self._scanned: tuple[Any, list[PluginRecord]] | None = None
+        self._registered: dict[str, PluginRecord] = {}
+        self._temporary: dict[str, PluginRecord] = {}
+        self._classes: dict[PluginRecord, type[Combination]] = {}
+        self._validated: set[Any] = set()
+        self._manager: pluggy.PluginManager | None = None
+
+    # Listing ------------------------------------------------------------------------------------
+
+    def records(self) -> list[PluginRecord]:
+        """Return what is known of every plugin, sorted by name, without importing any."""
+        here = {**self._registered, **self._temporary}
+        found = [record for record in self._installed() if record.key not in self._temporary]
+        return sorted([*found, *here.values()], key=lambda record: (record.key, record.qualified_name))
+
+    def names(self) -> list[str]:
+        """Return the names of all combinations, sorted, without importing any."""
+        return list({record.key: record.name for record in self.records()}.values())
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names())
+
+    def __len__(self) -> int:
+        return len(self.names())
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and bool(self._candidates(name))
+
+    def __repr__(self) -> str:
+        return f"Registry({self.group!r}: {', '.join(self.names()) or 'no combinations'})"
+
+    def info(self, name: str) -> PluginRecord:
+        """Return what is known of one plugin, without importing it.
+
+        Raises
+        ------
+        CombinationNotFoundError : no plugin has this name; the message has the closest ones
+        CombinationConflictError : several distributions have it; ask for ``distribution:name``
+        """
+        candidates = self._candidates(name)
+        if not candidates and self._scanned and self._scanned[0] != _path_key():
+            self.refresh()  # something was installed while the process ran
+            candidates = self._candidates(name)
+        if not candidates:
+            raise CombinationNotFoundError(self._not_found(name))
+        if len(candidates) > 1:
+            raise CombinationConflictError(
+                f"combination {name!r} is offered by {len(candidates)} distributions; ask for one of "
+                + ", ".join(repr(record.qualified_name) for record in candidates),
+                record=candidates[0],
+            )
+        return candidates[0]
+
+    def refresh(self) -> None:
+        """Look again for what is installed. Modules that were imported stay as they are."""
+        importlib.invalidate_caches()
+        self._scanned = None
+
+    # Handing out --------------------------------------------------------------------------------
+
+    def get(self, name: str, *, validate: bool = True) -> type[Combination]:
+        """Return the class of a combination, validated with each of its ``examples``.
+
+        An instance that is made of it with other arguments has not been validated;
+        :meth:`create` validates with the arguments that it is given.
+
+        Parameters
+        ----------
+        name : as in :meth:`names`, or ``distribution:name``
+        validate : False hands the class out unchecked
+
+        Raises
+        ------
+        CombinationNotFoundError, CombinationConflictError : see :meth:`info`
+        PluginIncompatibleError, PluginLoadError, PluginSpecError : the plugin does not work
+        GradientValidationError : its gradient is not the derivative of its value
+        """
+        record = self.info(name)
+        combination = self._load(record)
+        if validate:
+            for example in combination.examples:
+                key = _key(record, combination, (), example)
+                self._validate(key, record, lambda kw=example: _build(record, combination, kw))
+        return combination
+
+    def create(
+        self, name: str, /, *args: Any, validate: bool = True, **kwargs: Any
+    ) -> Combination:
+        """Return an instance of a combination, validated with these arguments.
+
+        Parameters
+        ----------
+        name : as in :meth:`names`, or ``distribution:name``
+        *args, **kwargs : for the combination
+        validate : False hands the instance out unchecked
+
+        Raises
+        ------
+        as :meth:`get`, and whatever the combination raises on these arguments
+        """
+        record = self.info(name)
+        combination = self._load(record)(*args, **kwargs)
+        if validate:
+            key = _key(record, type(combination), args, kwargs)
+            self._validate(key, record, lambda: combination)
+        return combination
+
+    def check(self, name: str, *, seed: int = 0) -> list[Report]:
+        """Run the gate on a combination and return a report for each of its ``examples``."""
+        from mtenn_core.testing import check_combination
+
+        record = self.info(name)
+        combination = self._load(record)
+        return [
+            check_combination(_build(record, combination, example), seed=seed, name=str(record))
+            for example in combination.examples
+        ]
+
+    # Registering --------------------------------------------------------------------------------
+
+    def register(self, name: str, combination: type[Combination]) -> None:
+        """Add a combination for this process; it goes through the same gate as any other.
+
+        Raises
+        ------
+        CombinationConflictError : the name is taken
+        PluginSpecError : ``combination`` is no subclass of Combination
+        """
+        taken = self._candidates(name)
+        if taken:
+            raise CombinationConflictError(
+                f"cannot register {name!r}: the name belongs to {taken[0]}; choose another, or"
+                " replace it for a while with registry.temporary",
+                record=taken[0],
+            )
+        record = _registered_record(name, combination)
+        self._load(record)
+        self._registered[record.key] = record
+
+    def unregister(self, name: str) -> None:
+        """Remove a combination that :meth:`register` added."""
+        record = self._registered.pop(canonicalize_name(name), None)
+        if record is None:
+            raise CombinationNotFoundError(
+                f"{name!r} was not registered in this process; registered:"
+                f" {', '.join(known.name for known in self._registered.values()) or 'none'}"
+            )
+        self._classes.pop(record, None)
+
+    @contextmanager
+    def temporary(self, combinations: Mapping[str, type[Combination]]) -> Iterator[Registry]:
+        """Add combinations, or replace installed ones, while the context lasts."""
+        before = self._temporary
+        added = [_registered_record(name, combination) for name, combination in combinations.items()]
+        self._temporary = {**before, **{record.key: record for record in added}}
+        try:
+            for record in added:
+                self._load(record)
+            yield self
+        finally:
+            self._temporary = before
+            for record in added:
+                self._classes.pop(record, None)
+
+    # Inside -------------------------------------------------------------------------------------
+
+    def _installed(self) -> list[PluginRecord]:
+        if self._scanned is None:
+            key = _path_key()
+            self._scanned = key, scan(self.group)
+        return self._scanned[1]
+
+    def _candidates(self, name: str) -> list[PluginRecord]:
+        distribution, _, bare = name.rpartition(":")
+        key = canonicalize_name(bare)
+        return [
+            record
+            for record in self.records()
+            if record.key == key
+            and (
+                not distribution
+                or canonicalize_name(record.distribution or "") == canonicalize_name(distribution)
+            )
+        ]
+
+    def _not_found(self, name: str) -> str:
+        names = self.names()
+        if not names:
+            return (
+                f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (none has an"
+                f" entry point of the group {self.group!r}); install one with pip"
+            )
+        keys = {canonicalize_name(known): known for known in names}
+        close = difflib.get_close_matches(canonicalize_name(name), keys, n=1)
+        hint = f" Did you mean {keys[close[0]]!r}?" if close else ""
+        return f"unknown combination {name!r}; installed: {', '.join(names)}.{hint}"
+
+    def _load(self, record: PluginRecord) -> type[Combination]:
+        from mtenn_core._registry._load import combination_class, import_plugin, plugin_manager
+
+        if record not in self._classes:
+            plugin = import_plugin(record) if record.plugin is None else record.plugin
+            self._manager = self._manager or plugin_manager()
+            self._classes[record] = combination_class(self._manager, plugin, record)
+        return self._classes[record]
+
+    def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
+        """Run the gate, unless it has passed for ``key`` before; None is no key."""
+        from mtenn_core.testing import check_combination
+
+        if key is not None and key in self._validated:
+            return
+        report = check_combination(make(), name=str(record))
+        if not report.passed:
+            raise GradientValidationError(str(report), record=record, report=report)
+        self._validated.add(key)
+
+
+def _path_key() -> tuple[Any, ...]:
+    """Return what changes when something is installed: the path, and the times of its folders."""
+    return tuple(
+        (entry, path.stat().st_mtime_ns if (path := Path(entry or ".")).is_dir() else None)
+        for entry in sys.path
+    )
+
+
+def _registered_record(name: str, combination: type[Combination]) -> PluginRecord:
+    module = getattr(combination, "__module__", type(combination).__module__)
+    qualname = getattr(combination, "__qualname__", repr(combination))
+    return PluginRecord(name, f"{module}:{qualname}", plugin=combination)
+
+
+def _key(record: PluginRecord, combination: type, args: Any, kwargs: Any) -> Any:
+    """Return what a validation is remembered by, or None where an argument has no hash."""
+    # With the types, since True == 1 == 1.0.
+    arguments = [(None, arg) for arg in args] + sorted(kwargs.items())
+    key = (combination, record.version, tuple((n, type(v), v) for n, v in arguments))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _build(
+    record: PluginRecord, combination: type[Combination], kwargs: dict[str, Any]
+) -> Combination:
+    try:
+        return combination(**kwargs)
+    except Exception as error:
+        raise PluginSpecError(
+            f"{record}: {combination.__name__} cannot be built with {kwargs}, one of its"
+            f" `examples` ({type(error).__name__}: {error}); declare arguments that work:"
+            " examples = ({'name': value},)",
+            record=record,
+        ) from error
+
+
+registry = Registry()

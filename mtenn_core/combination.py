@@ -1,0 +1,218 @@
+"""The base class of all combinations, and the three depths at which one can be written."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Self
+
+import torch
+from torch import Tensor
+
+from mtenn_core.errors import CombinationContractError, PredictionError
+from mtenn_core.gradients import (
+    GradDict,
+    at_least_float32,
+    attach_gradients,
+    join_grad_dict,
+    refuse_double_backward,
+    split_grad_dict,
+)
+from mtenn_core.hookspecs import hookimpl
+
+
+class Combination(torch.nn.Module):
+    """Makes one prediction h(ŷ_1 … ŷ_M) of the predictions of a compound's poses.
+
+    Write :meth:`combine`; everything else follows from it. Add :meth:`pose_weights` where the
+    derivative is known in closed form. Override :meth:`forward` for full control. A combination may
+    own parameters and buffers like any module.
+
+    Attributes
+    ----------
+    min_poses : the smallest number of poses that it can combine
+    domain : the open interval in which predictions may lie
+    smooth : False for a value with kinks (median, top-k), which is then probed away from ties
+    stochastic : True for a value that draws random numbers, which are then replayed
+    properties : claims for the conformance suite to hold it to, ``"permutation_invariant"`` say
+    examples : constructor arguments to validate it with; each is a dict
+    """
+
+    min_poses: ClassVar[int] = 1
+    domain: ClassVar[tuple[float, float]] = (-math.inf, math.inf)
+    smooth: ClassVar[bool] = True
+    stochastic: ClassVar[bool] = False
+    properties: ClassVar[frozenset[str]] = frozenset()
+    examples: ClassVar[Sequence[dict[str, Any]]] = ({},)
+
+    split_grad_dict = staticmethod(split_grad_dict)
+    join_grad_dict = staticmethod(join_grad_dict)
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        if not (overrides(cls, "combine") or overrides(cls, "forward")):
+            raise TypeError(
+                f"{cls.__name__} cannot be instantiated: it must define combine(predictions),"
+                " or forward(pred_list, grad_dict, param_names, *model_params)"
+            )
+        return super().__new__(cls)
+
+    @classmethod
+    @hookimpl
+    def mtenn_combination(cls) -> type[Self]:
+        """Return this class: every combination is a plugin (see :mod:`mtenn_core.hookspecs`)."""
+        return cls
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        """Return the combined prediction h, differentiable by autograd.
+
+        Parameters
+        ----------
+        predictions : shape (n_poses,), float32 or wider when called by the core
+
+        Returns
+        -------
+        shape (), in the unit, dtype and device of ``predictions``
+        """
+        raise CombinationContractError(
+            f"{type(self).__name__} defines forward alone and has no combine(predictions)"
+        )
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        """Return ∂h/∂ŷ_i for every pose.
+
+        Overridden by a closed form, it is what training uses. This one derives the weights from
+        the other methods: with the gradients of the poses set to e_1 … e_M, the gradient of the
+        combined prediction is the vector of the weights.
+
+        Parameters
+        ----------
+        predictions : shape (n_poses,)
+
+        Returns
+        -------
+        shape (n_poses,), dimensionless, dtype and device of ``predictions``
+        """
+        with torch.inference_mode(False), torch.enable_grad():
+            pred_list = list(predictions.detach().clone())
+            probe = torch.zeros_like(predictions, requires_grad=True)
+            unit_vectors = list(torch.eye(len(probe), dtype=probe.dtype, device=probe.device))
+            value = self(pred_list, {"probe": unit_vectors}, ["probe"], probe)
+            (weights,) = torch.autograd.grad(value, probe)
+        return weights
+
+    def forward(
+        self,
+        pred_list: Sequence[Tensor],
+        grad_dict: GradDict,
+        param_names: Sequence[str],
+        *model_params: Tensor,
+    ) -> Tensor:
+        """Return the combined prediction, with a backward that uses the gradients of the poses.
+
+        Parameters
+        ----------
+        pred_list, grad_dict, param_names, *model_params : see :func:`mtenn_core.attach_gradients`
+
+        Returns
+        -------
+        shape (), dtype and device of the predictions
+        """
+        predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
+        return combined_prediction(self, predictions)
+
+
+def overrides(combination: type[Combination], method: str) -> bool:
+    """Whether a class has a ``method`` of its own, beside the one of :class:`Combination`."""
+    return getattr(combination, method) is not getattr(Combination, method)
+
+
+def combined_prediction(
+    combination: Combination, predictions: Tensor, *, closed_form: bool = True
+) -> Tensor:
+    """Return what ``combination`` makes of a differentiable vector of predictions.
+
+    ``combine`` in float32 at least, checked, and with the derivative from ``pose_weights`` if that
+    is overridden.
+
+    Parameters
+    ----------
+    predictions : shape (n_poses,)
+    closed_form : False leaves the derivative to autograd
+
+    Returns
+    -------
+    shape (), dtype and device of ``predictions``
+
+    Raises
+    ------
+    PredictionError : fewer poses than ``min_poses``
+    CombinationContractError : ``combine`` or ``pose_weights`` returned another shape
+    """
+    check_n_poses(combination, len(predictions))
+    wide = predictions.to(at_least_float32(predictions.dtype))
+    # A stochastic value would draw other numbers for its weights than it drew for itself.
+    closed_form &= overrides(type(combination), "pose_weights") and not combination.stochastic
+    if closed_form and wide.requires_grad and torch.is_grad_enabled():
+        detached = wide.detach()
+        value = check_scalar(combination, combination.combine(detached))
+        # Now, not in backward: a parameter of the combination may have changed by then.
+        with torch.no_grad():
+            weights = combination.pose_weights(detached)
+        _check_weights(combination, weights, detached)
+        value = _ClosedForm.apply(value, wide, weights)
+    else:
+        value = check_scalar(combination, combination.combine(wide))
+    return value.to(predictions.dtype)
+
+
+def check_n_poses(combination: Combination, n_poses: int) -> None:
+    """Raise a :class:`~mtenn_core.errors.PredictionError` for fewer poses than ``min_poses``."""
+    if n_poses < combination.min_poses:
+        raise PredictionError(
+            f"{type(combination).__name__} needs at least {combination.min_poses} pose(s);"
+            f" found {n_poses}"
+        )
+
+
+def check_scalar(combination: Combination, value: Tensor) -> Tensor:
+    """Return the ``value`` of a combination if it is a tensor of shape (), else raise."""
+    if not isinstance(value, Tensor) or value.shape != ():
+        raise CombinationContractError(
+            f"{type(combination).__name__} must return a scalar tensor, shape ();"
+            f" found {_shape_or_type(value)}"
+        )
+    return value
+
+
+def _check_weights(combination: Combination, weights: Tensor, predictions: Tensor) -> None:
+    if not isinstance(weights, Tensor) or weights.shape != predictions.shape:
+        raise CombinationContractError(
+            f"{type(combination).__name__}.pose_weights must return one weight per pose, shape"
+            f" {tuple(predictions.shape)}; found {_shape_or_type(weights)}"
+        )
+
+
+def _shape_or_type(found: object) -> str:
+    return f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A value whose derivative with respect to the predictions is known.
+
+    The value carries the graph of the combination's own parameters, the predictions that of the
+    poses.
+    """
+
+    @staticmethod
+    def forward(value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
+        return value.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        ctx.save_for_backward(inputs[2])
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        (weights,) = ctx.saved_tensors
+        return grad_output, grad_output * weights, None

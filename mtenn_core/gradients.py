@@ -1,0 +1,252 @@
+"""Pose gradients: taken apart, checked, and made into one differentiable vector.
+
+The gradient of a combined prediction h(ŷ_1 … ŷ_M) is Σ_i w_i ∂ŷ_i/∂θ with w_i = ∂h/∂ŷ_i. Given the
+vectors ∂ŷ_i/∂θ, :func:`attach_gradients` makes a tensor of the predictions whose backward is that
+sum for whatever weights autograd hands it, so that every loss on the predictions follows.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtenn_core.errors import DoubleBackwardError, GradientError, PredictionError
+
+GradDict = Mapping[str, Sequence[Tensor]]
+WeightedSum = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
+
+
+def split_grad_dict(grad_dict: GradDict) -> tuple[list[str], list[Tensor]]:
+    """Take a ``grad_dict`` apart into two lists of equal length.
+
+    Parameters
+    ----------
+    grad_dict : for each parameter, its gradient for each of the n_poses poses, in their order
+
+    Returns
+    -------
+    keys : ``keys[i]`` is the parameter that ``tensors[i]`` belongs to; each repeated n_poses times
+    tensors : the gradients
+
+    Raises
+    ------
+    GradientError : the parameters have different numbers of gradients, or none
+    """
+    n_poses = len(next(iter(grad_dict.values()), ()))
+    for name, gradients in grad_dict.items():
+        if not len(gradients):
+            raise GradientError(
+                f"parameter {name!r}: expected one gradient per pose; found none", parameter=name
+            )
+        if len(gradients) != n_poses:
+            raise GradientError(
+                f"parameter {name!r}: expected {n_poses} pose gradients, as many as"
+                f" {next(iter(grad_dict))!r} has; found {len(gradients)}",
+                parameter=name,
+            )
+    keys = [name for name, gradients in grad_dict.items() for _ in gradients]
+    return keys, [gradient for gradients in grad_dict.values() for gradient in gradients]
+
+
+def join_grad_dict(keys: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
+    """Put a ``grad_dict`` together again: the inverse of :func:`split_grad_dict`.
+
+    Raises
+    ------
+    GradientError : the two lists differ in length, or some key is repeated more often than another
+    """
+    if len(keys) != len(tensors):
+        raise GradientError(
+            f"expected one key per gradient; found {len(keys)} keys and {len(tensors)} gradients"
+        )
+    grad_dict: dict[str, list[Tensor]] = {}
+    for key, tensor in zip(keys, tensors, strict=True):
+        grad_dict.setdefault(key, []).append(tensor)
+    split_grad_dict(grad_dict)
+    return grad_dict
+
+
+def attach_gradients(
+    pred_list: Sequence[Tensor],
+    grad_dict: GradDict,
+    param_names: Sequence[str],
+    *model_params: Tensor,
+) -> Tensor:
+    """Make one differentiable vector of pose predictions whose gradients are known already.
+
+    Backward of the result turns v into Σ_i v_i · ``grad_dict[name][i]`` for every parameter and
+    reads each stored gradient once. A parameter that is named for the wrong tensor is noticed only
+    where the shapes differ.
+
+    Parameters
+    ----------
+    pred_list : n_poses tensors, shape () or (1,)
+    grad_dict : for each parameter, n_poses tensors of its shape, entry i = ∂ŷ_i/∂parameter
+    param_names : the keys of ``grad_dict``, in the order of ``model_params``
+    *model_params : the parameters, which receive the gradients
+
+    Returns
+    -------
+    shape (n_poses,), dtype and device of the predictions
+
+    Raises
+    ------
+    PredictionError : no pose, or a prediction that is not one number; it names the pose
+    GradientError : names, numbers, shapes, dtypes or devices disagree; it names parameter and pose
+    DoubleBackwardError : in backward, where a second derivative is asked for
+    """
+    predictions = stack_predictions(pred_list)
+    check_gradients(len(pred_list), grad_dict, param_names, model_params)
+    by_pose = [grad_dict[name][i] for i in range(len(pred_list)) for name in param_names]
+    weighted_sum = partial(sum_over_poses, dtypes=[param.dtype for param in model_params])
+    return attach(predictions, by_pose, weighted_sum, model_params)
+
+
+def stack_predictions(pred_list: Sequence[Tensor]) -> Tensor:
+    """Return single numbers, shape () or (1,), as one vector of shape (n_poses,), detached."""
+    if not len(pred_list):
+        raise PredictionError("expected at least one pose; found none")
+    for pose, prediction in enumerate(pred_list):
+        if prediction.shape not in ((), (1,)):
+            raise PredictionError(
+                f"pose {pose}: a prediction must be one number, shape () or (1,);"
+                f" found shape {tuple(prediction.shape)}",
+                pose=pose,
+            )
+        if prediction.dtype != pred_list[0].dtype:
+            raise PredictionError(
+                f"pose {pose}: expected a prediction of {pred_list[0].dtype}, as pose 0 has;"
+                f" found {prediction.dtype}",
+                pose=pose,
+            )
+    return torch.stack([prediction.detach().reshape(()) for prediction in pred_list])
+
+
+def check_gradients(
+    n_poses: int, grad_dict: GradDict, param_names: Sequence[str], model_params: Sequence[Tensor]
+) -> None:
+    """Check that names, numbers, shapes, dtypes and devices of pose gradients agree.
+
+    Raises
+    ------
+    GradientError : the first disagreement, with the parameter, the pose and both numbers
+    """
+    if len(param_names) != len(model_params):
+        raise GradientError(
+            f"expected one name per parameter; found {len(param_names)} names"
+            f" and {len(model_params)} parameters"
+        )
+    for name, count in Counter(param_names).items():
+        if count > 1:
+            raise GradientError(
+                f"parameter {name!r}: expected once in param_names; found {count} times",
+                parameter=name,
+            )
+        if name not in grad_dict:
+            raise GradientError(
+                f"parameter {name!r} has no gradients: it is in param_names and not in grad_dict,"
+                f" which has {sorted(grad_dict)}",
+                parameter=name,
+            )
+    for name in grad_dict:
+        if name not in param_names:
+            raise GradientError(
+                f"parameter {name!r} is in grad_dict and not in param_names,"
+                f" which has {sorted(param_names)}",
+                parameter=name,
+            )
+    for name, param in zip(param_names, model_params, strict=True):
+        if len(grad_dict[name]) != n_poses:
+            raise GradientError(
+                f"parameter {name!r}: expected {n_poses} pose gradients, one per prediction;"
+                f" found {len(grad_dict[name])}",
+                parameter=name,
+            )
+        expected = (param.shape, param.dtype, param.device)
+        for pose, gradient in enumerate(grad_dict[name]):
+            if (gradient.shape, gradient.dtype, gradient.device) != expected:
+                raise GradientError(
+                    f"parameter {name!r}, pose {pose}: expected a gradient of the parameter's"
+                    f" {_describe(param)}; found {_describe(gradient)}",
+                    parameter=name,
+                    pose=pose,
+                )
+
+
+def _describe(tensor: Tensor) -> str:
+    return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
+
+
+def attach(
+    predictions: Tensor,
+    gradients: Sequence[Tensor],
+    weighted_sum: WeightedSum,
+    model_params: Sequence[Tensor],
+) -> Tensor:
+    """Attach ``gradients`` to ``predictions``, with ``weighted_sum(weights, gradients)`` for backward."""
+    return _AttachGradients.apply(predictions, gradients, weighted_sum, *model_params)
+
+
+class _AttachGradients(torch.autograd.Function):
+    """Predictions forward; backward, the weighted sum of gradients that were known before."""
+
+    @staticmethod
+    def forward(predictions: Tensor, *_: Any) -> Tensor:
+        return predictions.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, gradients, ctx.weighted_sum, *_ = inputs
+        # Saved, not kept as an attribute: backward then frees them, and an edit in place is noticed.
+        ctx.save_for_backward(*gradients)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        return None, None, None, *ctx.weighted_sum(grad_output, ctx.saved_tensors)
+
+
+def refuse_double_backward() -> None:
+    """Raise where a backward runs under ``create_graph=True``.
+
+    ``once_differentiable`` would be silent where the incoming gradient has no graph: a penalty on
+    gradients would be dropped without a word.
+    """
+    if torch.is_grad_enabled():
+        raise DoubleBackwardError(
+            "create_graph=True asks for the gradient of a gradient, and gradients that were put"
+            " together from stored ones have none; use MultiPoseModel(..., gradients='graph')"
+        )
+
+
+def sum_over_poses(
+    weights: Tensor, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """Return Σ_i ``weights[i]`` · gradient i for each of ``len(dtypes)`` parameters.
+
+    Parameters
+    ----------
+    weights : shape (n_poses,)
+    gradients : n_poses × n_params tensors, those of the first pose first
+    dtypes : of the n_params results
+    """
+    n_params = len(dtypes)
+    if not n_params:
+        return []
+    sums = [
+        torch.zeros(g.shape, dtype=at_least_float32(g.dtype), device=g.device)
+        for g in gradients[:n_params]
+    ]
+    for pose, weight in enumerate(weights.tolist()):
+        torch._foreach_add_(sums, gradients[pose * n_params : (pose + 1) * n_params], alpha=weight)
+    return [total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
+
+
+def at_least_float32(dtype: torch.dtype) -> torch.dtype:
+    """Return ``dtype``, or float32 in place of half precision, which has no digits to spare."""
+    return torch.promote_types(dtype, torch.float32)

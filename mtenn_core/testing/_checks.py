@@ -1,0 +1,359 @@
+"""The catalogue: each check is a function of the combination under test.
+
+The gradient of a combined prediction is go · Σ_i w_i g_i, with go the gradient of the loss, w_i the
+pose weights and g_i the gradients of the poses. So w is read off backward, with unit vectors for
+g_i, and held against finite differences of the value alone (C); that backward is this sum for any
+go and g_i is linear algebra, which is held to roundoff (A, B).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtenn_core.testing._check import Check, Metrics, Verdict
+from mtenn_core.testing._finite_differences import (
+    Estimate,
+    directional_derivatives,
+    resolution,
+)
+from mtenn_core.testing._subject import LARGEST_STEP, Subject
+
+# A loss hands backward any number; 1 and 0 alone would not show abs, square, sign or clamp of it.
+GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6)
+# Shapes of parameters that a wrong sum over poses would mix up, for three poses.
+SHAPES = {
+    "w1": (3,),
+    "w10": (3, 3),
+    "w2": (3, 3),
+    "scalar": (),
+    "one": (1,),
+    "column": (3, 1),
+    "rows": (2, 3),
+}
+# (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
+PROBES = (
+    (3, 0.0, 1.0),
+    (3, 0.0, 0.1),
+    (3, 0.0, 0.01),
+    (3, 0.0, 1e-3),
+    (3, 10.0, 1e-3),
+    (3, -1e4, 1.0),
+    (3, 1e4, 0.01),
+    (1, 0.0, 1.0),
+    (6, 0.0, 1.0),
+    (6, 0.0, 1e-3),
+)
+
+
+def output_is_a_scalar(subject: Subject) -> Metrics:
+    """A2: shape (), dtype of the predictions, attached to the parameters."""
+    for n_poses in sorted({subject.n_poses(n) for n in (1, 2, 3)}):
+        for shape in ((), (1,)):
+            pred_list = [p.reshape(shape) for p in subject.predictions(n_poses)]
+            param = torch.zeros(2, dtype=torch.float64, requires_grad=True)
+            found = subject.call(pred_list, {"p": subject.randn(n_poses, 2)}, {"p": param})
+            where = f"{n_poses} pose(s) of shape {shape}"
+            if not isinstance(found, Tensor) or found.shape != ():
+                what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise Verdict("fail", f"{where}: expected a tensor of shape (); found {what}")
+            if found.dtype != torch.float64:
+                raise Verdict(
+                    "fail", f"{where}: expected torch.float64, as predicted; found {found.dtype}"
+                )
+            if not found.requires_grad:
+                raise Verdict(
+                    "fail", f"{where}: the output has no gradient; is it detached in combine?"
+                )
+    return {}
+
+
+def backward_returns_one_gradient_per_parameter(subject: Subject) -> Metrics:
+    """A1: what backward returns, before autograd sums it to shape or casts it."""
+    if not subject.full_depth:
+        raise Verdict("skip", "it has no forward of its own")
+    predictions, gradients, params = _training_step(subject)
+    output = subject.call(list(predictions), gradients, params)
+    if not isinstance(output.grad_fn, torch.autograd.function.BackwardCFunction):
+        raise Verdict("skip", "the output is not that of an autograd.Function")
+    returned = output.grad_fn.apply(torch.ones((), dtype=torch.float64))
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    if len(returned) < len(params):
+        raise Verdict(
+            "fail", f"expected {len(params)} gradients, one per parameter; found {len(returned)}"
+        )
+    for (name, param), gradient in zip(
+        params.items(), returned[-len(params) :], strict=True
+    ):
+        expected = (tuple(param.shape), param.dtype)
+        found = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else None
+        if found != expected:
+            raise Verdict(
+                "fail", f"parameter {name!r}: backward must return {expected}; found {found}"
+            )
+    return {}
+
+
+def backward_is_the_chain_rule(subject: Subject) -> Metrics:
+    """B1: go · Σ_i w_i g_i for random g_i and go."""
+    predictions, gradients, params = _training_step(subject)
+    worst = _hold_to_chain_rule(subject, predictions, gradients, params, GRAD_OUTPUTS)
+    return {"largest error in tolerances": worst}
+
+
+def gradients_are_in_the_order_of_param_names(subject: Subject) -> Metrics:
+    """A3: ``param_names`` and the keys of ``grad_dict`` are ordered independently."""
+    predictions, gradients, params = _training_step(subject)
+    names = list(params)
+    shuffled = {names[i]: params[names[i]] for i in subject.permutation(len(names))}
+    worst = _hold_to_chain_rule(subject, predictions, gradients, shuffled, (1.0,))
+    return {"largest error in tolerances": worst}
+
+
+def pose_weights_are_the_derivative(subject: Subject) -> Metrics:
+    """C1: the weights that backward uses, against finite differences of the value."""
+    probes: dict[int, list[Tensor]] = {}
+    for n, base, spread in PROBES:
+        predictions = subject.predictions(subject.n_poses(n), base, spread)
+        probes.setdefault(len(predictions), []).append(predictions)
+    comparisons = []
+    for n_poses, points in probes.items():
+        directions = _directions(subject, n_poses)
+        fd = directional_derivatives(
+            subject.values,
+            torch.stack(points).repeat_interleave(len(directions), dim=0),
+            directions.repeat(len(points), 1),
+            torch.tensor([subject.first_step(y) for y in points]).repeat_interleave(
+                len(directions)
+            ),
+        )
+        for y, derivative, error in zip(points, *_chunks(fd, len(points)), strict=True):
+            comparisons += _compare(
+                lambda y: subject.weights(y), y, directions, Estimate(derivative, error), "pose"
+            )
+    return _judge(comparisons)
+
+
+def own_parameters_have_their_gradient(subject: Subject) -> Metrics:
+    """C3: gradients of the combination's own parameters, a learnable temperature say."""
+    own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
+    if not own:
+        raise Verdict("skip", "it has no parameters of its own")
+    comparisons = []
+    for spread in (1.0, 0.1):
+        y = subject.predictions(subject.n_poses(3), 0.0, spread)
+        for name, param in own.items():
+            directions = _directions(subject, param.numel())
+            fd = directional_derivatives(
+                lambda values, name=name, y=y: subject.values_of_parameter(name, values, y),
+                param.detach().reshape(1, -1).repeat(len(directions), 1),
+                directions,
+                torch.full((len(directions),), LARGEST_STEP),
+            )
+            comparisons += _compare(
+                lambda y, name=name: subject.gradient_of_parameter(name, y),
+                y,
+                directions,
+                fd,
+                f"parameter {name!r}, entry",
+            )
+    return _judge(comparisons)
+
+
+CHECKS = (
+    Check("A2", "the output is a scalar with a gradient", "gate", output_is_a_scalar),
+    Check(
+        "A1",
+        "backward returns one gradient per parameter",
+        "gate",
+        backward_returns_one_gradient_per_parameter,
+    ),
+    Check("B1", "backward is the chain rule", "gate", backward_is_the_chain_rule),
+    Check(
+        "A3",
+        "gradients are in the order of param_names",
+        "gate",
+        gradients_are_in_the_order_of_param_names,
+    ),
+    Check(
+        "C1",
+        "pose weights are the derivative of the value",
+        "gate",
+        pose_weights_are_the_derivative,
+    ),
+    Check(
+        "C3",
+        "own parameters have their gradient",
+        "gate",
+        own_parameters_have_their_gradient,
+    ),
+)
+
+
+def _training_step(subject: Subject) -> tuple[Tensor, dict[str, Tensor], dict[str, Tensor]]:
+    """Return random predictions, pose gradients and parameters."""
+    n_poses = subject.n_poses(3)
+    params = {name: subject.randn(*shape).requires_grad_() for name, shape in SHAPES.items()}
+    gradients = {name: subject.randn(n_poses, *shape) for name, shape in SHAPES.items()}
+    return subject.predictions(n_poses), gradients, params
+
+
+def _hold_to_chain_rule(
+    subject: Subject,
+    predictions: Tensor,
+    gradients: dict[str, Tensor],
+    params: dict[str, Tensor],
+    grad_outputs: tuple[float, ...],
+) -> float:
+    weights = subject.weights(predictions)
+    eps = resolution(weights)
+    worst = 0.0
+    for go in grad_outputs:
+        value = subject.call(list(predictions), gradients, params)
+        found = torch.autograd.grad(value * go, list(params.values()), allow_unused=True)
+        for name, gradient in zip(params, found, strict=True):
+            if gradient is None:
+                raise Verdict("fail", f"parameter {name!r}: backward returned no gradient")
+            terms = go * weights.view(-1, *[1] * params[name].dim()) * gradients[name]
+            tolerance = 64 * len(weights) * eps * terms.abs().sum(0)
+            error = (gradient - terms.sum(0)).abs()
+            if not (error <= tolerance).all():
+                _fail_chain_rule(name, go, gradient, terms.sum(0), gradients, weights)
+            worst = max(worst, *map(_ratio, error.flatten().tolist(), tolerance.flatten().tolist()))
+    return worst
+
+
+def _fail_chain_rule(
+    name: str,
+    go: float,
+    found: Tensor,
+    expected: Tensor,
+    gradients: dict[str, Tensor],
+    weights: Tensor,
+) -> None:
+    at = int((found - expected).abs().nan_to_num(torch.inf).argmax())
+    lines = [
+        f"parameter {name!r}, entry {at}, gradient of the loss {go:g}:",
+        f"    your backward      {found.flatten()[at]:.10g}",
+        f"    go · Σ w_i g_i     {expected.flatten()[at]:.10g}",
+    ]
+    for other, theirs in gradients.items():
+        sums = go * torch.tensordot(weights, theirs, dims=1)
+        if other != name and sums.shape == found.shape and torch.allclose(found, sums):
+            lines.append(f"it is the gradient of {other!r}: is the order that of param_names?")
+    if go != 1 and torch.allclose(found * go, expected):
+        lines.append("it is right for a loss gradient of 1: is grad_output multiplied in?")
+    raise Verdict("fail", "\n".join(lines))
+
+
+@dataclass(frozen=True)
+class _Comparison:
+    """One derivative, read off backward and by finite differences."""
+
+    where: str
+    analytic: float
+    derivative: float
+    error: float
+    slack: float  # what two units in the last place of the predictions change
+    scale: float  # the size of the whole gradient
+
+    @property
+    def tolerance(self) -> float:
+        return 10 * self.error + 8 * self.slack
+
+    @property
+    def off_by(self) -> float:
+        """The error in units of the tolerance; infinite for NaN."""
+        return _ratio(abs(self.analytic - self.derivative), self.tolerance)
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether an error of one percent would have been seen."""
+        return self.tolerance <= 0.01 * self.scale
+
+    def __str__(self) -> str:
+        relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
+        return (
+            f"{self.where}\n"
+            f"    your backward      {self.analytic:.10g}\n"
+            f"    finite difference  {self.derivative:.10g} ± {self.error:.1e}\n"
+            f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
+        )
+
+
+def _directions(subject: Subject, n: int) -> Tensor:
+    """Return every axis for few inputs, else two random directions; shape (n_directions, n)."""
+    if n <= 4:
+        return torch.eye(n, dtype=torch.float64)
+    # Entries ±1/2 and ±1: steps along them are exact.
+    return subject.randn(2, n).sign() * (3 + subject.randn(2, n).sign()) / 4
+
+
+def _chunks(fd: Estimate, n: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
+    return fd.derivative.chunk(n), fd.error.chunk(n)
+
+
+def _compare(
+    gradient: Callable[[Tensor], Tensor], y: Tensor, directions: Tensor, fd: Estimate, unit: str
+) -> list[_Comparison]:
+    """Compare ``gradient`` at predictions ``y`` with finite differences along ``directions``."""
+    found = gradient(y)
+    changes = [(gradient(near) - found) for near in _neighbours(y)]
+    scale = max(float(found.abs().max()), float(fd.derivative.abs().max()))
+    at = f"predictions [{', '.join(f'{value:.9g}' for value in y.tolist())}]"
+    return [
+        _Comparison(
+            where=(
+                f"{unit} {int(direction.argmax())} of {len(direction)}, {at}"
+                if direction.count_nonzero() == 1
+                else f"direction {direction.tolist()}, {at}"
+            ),
+            analytic=float(found @ direction),
+            derivative=float(derivative),
+            error=float(error),
+            slack=max(abs(float(change @ direction)) for change in changes),
+            scale=scale,
+        )
+        for direction, derivative, error in zip(directions, *fd, strict=True)
+    ]
+
+
+def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``y`` moved by two units in the last place, each prediction the other way."""
+    up, down = y, y
+    for _ in range(2):
+        up = torch.nextafter(up, torch.full_like(y, torch.inf))
+        down = torch.nextafter(down, torch.full_like(y, -torch.inf))
+    odd = torch.arange(len(y)) % 2 == 1
+    return torch.where(odd, up, down), torch.where(odd, down, up)
+
+
+def _judge(comparisons: Sequence[_Comparison]) -> Metrics:
+    worst = max(comparisons, key=lambda comparison: comparison.off_by)
+    metrics = {
+        "comparisons": len(comparisons),
+        "inconclusive": sum(not comparison.conclusive for comparison in comparisons),
+        "largest error in tolerances": worst.off_by,
+    }
+    if worst.off_by > 1:
+        raise Verdict("fail", str(worst), **metrics)
+    if metrics["inconclusive"] > len(comparisons) / 2:
+        raise Verdict(
+            "inconclusive",
+            f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
+            " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
+            " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
+            **metrics,
+        )
+    return metrics
+
+
+def _ratio(error: float, tolerance: float) -> float:
+    """Return error / tolerance, 0 for no error, and infinity for one that is not a number."""
+    if error == 0 or (tolerance == math.inf and not math.isnan(error)):
+        return 0.0
+    return error / tolerance if tolerance and not math.isnan(error) else math.inf

@@ -1,0 +1,76 @@
+"""Boltzmann-weighted mean of the pose predictions."""
+
+import math
+
+import torch
+from mtenn_core import Combination
+from torch import Tensor
+
+
+class BoltzmannCombination(Combination):
+    """Population-weighted mean, Σ_i p_i y_i with p = softmax(-y/kT).
+
+    Parameters
+    ----------
+    kT : thermal energy in the unit of the predictions; positive and finite (0.593 kcal/mol at 298 K)
+    learnable : train ln kT with the rest of the model, from this value on
+
+    Raises
+    ------
+    ValueError : ``kT`` is not positive and finite
+    """
+
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+    examples = ({}, {"kT": 0.593, "learnable": True})
+
+    def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:  # noqa: N803
+        super().__init__()
+        if not (kT > 0 and math.isfinite(kT)):
+            raise ValueError(f"kT must be positive and finite; found {kT}")
+        self.learnable = learnable
+        if learnable:
+            self.log_kT = torch.nn.Parameter(torch.tensor(math.log(kT)))
+        else:
+            self._kT = float(kT)
+
+    @property
+    def kT(self) -> float | Tensor:  # noqa: N802
+        """Thermal energy, in the unit of the predictions; a tensor of shape () if it is learnable."""
+        return self.log_kT.exp() if self.learnable else self._kT
+
+    def extra_repr(self) -> str:
+        """Return the arguments, with the present kT, for ``repr``."""
+        kT = self.kT.item() if isinstance(self.kT, Tensor) else self.kT
+        return f"kT={kT:.6g}, learnable={self.learnable}"
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        """Return the population-weighted mean of the predictions, shape (), in their unit."""
+        lowest, above, populations = self._populations(predictions)
+        return (lowest + (populations * above).sum()).to(predictions.dtype)
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        """Return the derivative of the Boltzmann mean with respect to each prediction.
+
+        With p = softmax(-y/kT) and m = Σ p_i y_i: ∂m/∂y_i = p_i (1 + (m - y_i)/kT). They sum to 1;
+        poses more than kT above the mean have negative ones. Derived in the README.
+
+        Parameters
+        ----------
+        predictions : shape (n_poses,), in the unit of ``kT``
+
+        Returns
+        -------
+        shape (n_poses,), dimensionless, dtype and device of ``predictions``
+        """
+        _, above, populations = self._populations(predictions)
+        mean = (populations * above).sum()
+        return (populations * (1 + (mean - above) / self.kT)).to(predictions.dtype)
+
+    def _populations(self, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Return the lowest y, how far each y is above it, and p; in float32 at least."""
+        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        # Shift by the lowest first: y/kT alone loses its last digits where |y| is large. m moves
+        # along with the shift, so its derivative may leave the shift out.
+        lowest = wide.min().detach()
+        above = wide - lowest
+        return lowest, above, torch.softmax(-above / self.kT, dim=0)

@@ -1,0 +1,94 @@
+"""Smooth maximum and minimum of the pose predictions, by a scaled log-sum-exp."""
+
+import math
+
+import torch
+from mtenn_core import Combination
+from torch import Tensor
+
+
+class MaxCombination(Combination):
+    """Smooth maximum, n/t · ln Σ_i exp(n t y_i) with n = 1, or minimum with n = -1.
+
+    Parameters
+    ----------
+    negate_preds : take the minimum
+    pred_scale : t, sharpness, in one over the unit of the predictions; positive and finite
+    normalize : subtract n/t · ln M, so that M equal poses give their own value (log-mean-exp)
+
+    Raises
+    ------
+    ValueError : ``pred_scale`` is not positive and finite
+    """
+
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+    examples = ({}, {"negate_preds": True, "pred_scale": 10.0, "normalize": True})
+
+    def __init__(
+        self, negate_preds: bool = False, pred_scale: float = 1.0, normalize: bool = False
+    ) -> None:
+        super().__init__()
+        if not (pred_scale > 0 and math.isfinite(pred_scale)):
+            raise ValueError(f"pred_scale must be positive and finite; found {pred_scale}")
+        self.negate_preds = negate_preds
+        self.pred_scale = pred_scale
+        self.normalize = normalize
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for ``repr``."""
+        return (
+            f"negate_preds={self.negate_preds}, pred_scale={self.pred_scale},"
+            f" normalize={self.normalize}"
+        )
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        """Return the smooth extreme of the predictions, shape (), in their unit."""
+        extreme, exponents = self._exponents(predictions)
+        log_sum = torch.logsumexp(exponents, dim=0)
+        if self.normalize:
+            log_sum = log_sum - math.log(len(predictions))
+        return (extreme + log_sum / self._signed_scale).to(predictions.dtype)
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        """Return the derivative, ∂h/∂y_i = exp(n t y_i) / Σ_j exp(n t y_j) = softmax(n t y)_i.
+
+        Derived in the README. The weights sum to 1; ``normalize`` does not change them.
+
+        Parameters
+        ----------
+        predictions : shape (n_poses,)
+
+        Returns
+        -------
+        shape (n_poses,), dimensionless, dtype and device of ``predictions``
+        """
+        _, exponents = self._exponents(predictions)
+        return torch.softmax(exponents, dim=0).to(predictions.dtype)
+
+    @property
+    def _signed_scale(self) -> float:
+        return -self.pred_scale if self.negate_preds else self.pred_scale
+
+    def _exponents(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the extreme y_*, and n t (y_i - y_*), all at most 0; in float32 at least."""
+        wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        # Shift by the extreme first: n t y alone loses its last digits where |y| is large. h does
+        # not depend on the shift, so its derivative may leave the shift out.
+        extreme = (wide.min() if self.negate_preds else wide.max()).detach()
+        return extreme, self._signed_scale * (wide - extreme)
+
+
+class MinCombination(MaxCombination):
+    """Smooth minimum, -1/t · ln Σ_i exp(-t y_i): :class:`MaxCombination` with ``negate_preds``.
+
+    With ``pred_scale`` 1/kT and ``normalize`` it is the free-energy average of the poses.
+
+    Parameters
+    ----------
+    pred_scale, normalize : see :class:`MaxCombination`
+    """
+
+    examples = ({}, {"pred_scale": 10.0, "normalize": True})
+
+    def __init__(self, pred_scale: float = 1.0, normalize: bool = False) -> None:
+        super().__init__(negate_preds=True, pred_scale=pred_scale, normalize=normalize)

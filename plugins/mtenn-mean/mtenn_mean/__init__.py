@@ -1,0 +1,28 @@
+"""Mean of the pose predictions."""
+
+import torch
+from mtenn_core import Combination
+from torch import Tensor
+
+
+class MeanCombination(Combination):
+    """The mean, Σ_i y_i / M: every pose counts the same."""
+
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        """Return the mean of the predictions, shape (), in their unit."""
+        return predictions.mean()
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        """Return the derivative of the mean, ∂m/∂y_i = 1/M.
+
+        Parameters
+        ----------
+        predictions : shape (n_poses,)
+
+        Returns
+        -------
+        shape (n_poses,), dimensionless, dtype and device of ``predictions``
+        """
+        return torch.full_like(predictions, 1 / len(predictions))
