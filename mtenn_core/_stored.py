@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -67,7 +67,7 @@ class StoredGradients:
         return attach(self.predictions, self._buffers, weighted_sum, list(self.params.values()))
 
     def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return views of the gradients of some poses, as a combination's ``forward`` takes them."""
+        """Return views of the gradients of some poses, as a combination's ``forward`` takes."""
         views: dict[str, Tensor] = {}
         for block, buffer in zip(self._blocks.values(), self._buffers, strict=True):
             views |= _split(buffer[poses], {n: p.shape for n, p in block.items()})
@@ -100,7 +100,7 @@ class _Around(torch.nn.Module):
         return body(self.module)
 
 
-def _blocks(params: dict[str, Tensor]) -> dict[tuple[Any, Any], dict[str, Tensor]]:
+def _blocks(params: Mapping[str, Tensor]) -> dict[tuple[Any, Any], dict[str, Tensor]]:
     """Group parameters by device and dtype, each group to share a buffer."""
     blocks: dict[tuple[Any, Any], dict[str, Tensor]] = {}
     for name, param in params.items():
@@ -143,7 +143,7 @@ def _leaves(root: Tensor) -> Iterator[Tensor]:
     while stack:
         node = stack.pop()
         if isinstance(node, _AccumulateGrad):
-            yield node.variable
+            yield node.variable  # type: ignore[attr-defined]
         for parent, _ in node.next_functions:
             if parent is not None and parent not in seen:
                 seen.add(parent)

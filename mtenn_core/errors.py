@@ -1,4 +1,4 @@
-"""Errors of mtenn-core: one base class, and one class for each thing that a caller can do about it."""
+"""Errors of mtenn-core: one base class, and one class per thing that a caller can do about it."""
 
 from __future__ import annotations
 

@@ -188,7 +188,7 @@ def attach(
     weighted_sum: WeightedSum,
     model_params: Sequence[Tensor],
 ) -> Tensor:
-    """Attach ``gradients`` to ``predictions``, with ``weighted_sum(weights, gradients)`` for backward."""
+    """Give ``predictions`` a backward: ``weighted_sum(weights, gradients)``, one per parameter."""
     return _AttachGradients.apply(predictions, gradients, weighted_sum, *model_params)
 
 
@@ -202,7 +202,7 @@ class _AttachGradients(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         _, gradients, ctx.weighted_sum, *_ = inputs
-        # Saved, not kept as an attribute: backward then frees them, and an edit in place is noticed.
+        # Saved, not kept as an attribute: backward frees them, and an edit in place is noticed.
         ctx.save_for_backward(*gradients)
 
     @staticmethod
@@ -243,7 +243,8 @@ def sum_over_poses(
         for g in gradients[:n_params]
     ]
     for pose, weight in enumerate(weights.tolist()):
-        torch._foreach_add_(sums, gradients[pose * n_params : (pose + 1) * n_params], alpha=weight)
+        of_pose = list(gradients[pose * n_params : (pose + 1) * n_params])
+        torch._foreach_add_(sums, of_pose, alpha=weight)
     return [total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
 
 

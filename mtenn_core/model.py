@@ -91,9 +91,7 @@ class MultiPoseModel(torch.nn.Module):
         if self.chunk_size < 1:
             raise ValueError(f"chunk_size must be at least 1; found {self.chunk_size}")
         if self.chunk_size > 1 and self.collate is None:
-            raise ValueError(
-                "chunk_size > 1 needs collate, which makes one batch of several poses"
-            )
+            raise ValueError("chunk_size > 1 needs collate, which makes one batch of several poses")
         if self.chunk_size > 1 and self.gradients == "stored":
             raise ValueError(
                 "gradients='stored' runs pose by pose, so that each pose has a gradient of its own:"
@@ -225,10 +223,9 @@ def _check_numbers(predictions: object, n_poses: int, first: int) -> None:
             f" found {type(predictions).__name__}",
             pose=first,
         )
-    allowed = predictions.numel() == 1 if n_poses == 1 else (
-        predictions.shape in ((n_poses,), (n_poses, 1))
-    )
-    if not allowed or not predictions.is_floating_point():
+    shapes = ((n_poses,), (n_poses, 1))
+    fits = predictions.numel() == 1 if n_poses == 1 else predictions.shape in shapes
+    if not (fits and predictions.is_floating_point()):
         raise PredictionError(
             f"{who}: the pose model must return {rule} in floating point;"
             f" found shape {tuple(predictions.shape)}, {predictions.dtype}",
@@ -246,9 +243,7 @@ def _check_finite(predictions: Tensor, n_poses: list[int]) -> None:
     while within >= n_poses[compound]:
         within -= n_poses[compound]
         compound += 1
-    who = f"pose {pose}" + (
-        f" (pose {within} of compound {compound})" if len(n_poses) > 1 else ""
-    )
+    who = f"pose {pose}" + (f" (pose {within} of compound {compound})" if len(n_poses) > 1 else "")
     raise PredictionError(
         f"{who}: the prediction is {predictions[pose].item()}, and it would spoil the gradient of"
         " every other pose; leave the pose out, or pass check_finite=False to combine it anyway",

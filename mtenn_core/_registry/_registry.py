@@ -7,6 +7,7 @@ import importlib
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,10 +33,10 @@ GROUP = "mtenn.combinations"
 class Registry:
     """Combinations by name: those of installed distributions and those registered by a call.
 
-    Names are compared without case, with ``-``, ``_`` and ``.`` as one; ``distribution:name`` always
-    works. Listing imports no plugin. :meth:`get` and :meth:`create` import the one plugin that is
-    asked for, and hand it out after its gradient was validated against finite differences, once per
-    class and arguments in a process.
+    Names are compared without case, with ``-``, ``_`` and ``.`` as one; ``distribution:name``
+    always works. Listing imports no plugin. :meth:`get` and :meth:`create` import the one plugin
+    that is asked for, and hand it out after its gradient was validated against finite differences,
+    once per class and arguments in a process.
 
     Parameters
     ----------
@@ -57,7 +58,7 @@ class Registry:
         """Return what is known of every plugin, sorted by name, without importing any."""
         here = {**self._registered, **self._temporary}
         found = [record for record in self._installed() if record.key not in self._temporary]
-        return sorted([*found, *here.values()], key=lambda record: (record.key, record.qualified_name))
+        return sorted([*found, *here.values()], key=PluginRecord.sort_key)
 
     def names(self) -> list[str]:
         """Return the names of all combinations, sorted, without importing any."""
@@ -91,8 +92,8 @@ class Registry:
             raise CombinationNotFoundError(self._not_found(name))
         if len(candidates) > 1:
             raise CombinationConflictError(
-                f"combination {name!r} is offered by {len(candidates)} distributions; ask for one of "
-                + ", ".join(repr(record.qualified_name) for record in candidates),
+                f"combination {name!r} is offered by {len(candidates)} distributions; ask for one"
+                f" of {', '.join(repr(record.qualified_name) for record in candidates)}",
                 record=candidates[0],
             )
         return candidates[0]
@@ -126,12 +127,10 @@ class Registry:
         if validate:
             for example in combination.examples:
                 key = _key(record, combination, (), example)
-                self._validate(key, record, lambda kw=example: _build(record, combination, kw))
+                self._validate(key, record, partial(_build, record, combination, example))
         return combination
 
-    def create(
-        self, name: str, /, *args: Any, validate: bool = True, **kwargs: Any
-    ) -> Combination:
+    def create(self, name: str, /, *args: Any, validate: bool = True, **kwargs: Any) -> Combination:
         """Return an instance of a combination, validated with these arguments.
 
         Parameters
@@ -197,7 +196,7 @@ class Registry:
     def temporary(self, combinations: Mapping[str, type[Combination]]) -> Iterator[Registry]:
         """Add combinations, or replace installed ones, while the context lasts."""
         before = self._temporary
-        added = [_registered_record(name, combination) for name, combination in combinations.items()]
+        added = [_registered_record(name, cls) for name, cls in combinations.items()]
         self._temporary = {**before, **{record.key: record for record in added}}
         try:
             for record in added:
@@ -236,9 +235,9 @@ class Registry:
                 f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (none has an"
                 f" entry point of the group {self.group!r}); install one with pip"
             )
-        keys = {canonicalize_name(known): known for known in names}
-        close = difflib.get_close_matches(canonicalize_name(name), keys, n=1)
-        hint = f" Did you mean {keys[close[0]]!r}?" if close else ""
+        known = {str(canonicalize_name(known)): known for known in names}
+        close = difflib.get_close_matches(canonicalize_name(name), known, n=1)
+        hint = f" Did you mean {known[close[0]]!r}?" if close else ""
         return f"unknown combination {name!r}; installed: {', '.join(names)}.{hint}"
 
     def _load(self, record: PluginRecord) -> type[Combination]:

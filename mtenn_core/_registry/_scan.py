@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
 from packaging.utils import canonicalize_name
@@ -45,6 +46,10 @@ class PluginRecord:
         """``distribution:name``, which no other distribution can share."""
         return f"{self.distribution}:{self.name}" if self.distribution else self.name
 
+    def sort_key(self) -> tuple[str, str]:
+        """Return what records are sorted by."""
+        return self.key, self.qualified_name
+
     def __str__(self) -> str:
         origin = f"{self.distribution} {self.version}" if self.distribution else "registered here"
         return f"plugin {self.name!r} ({origin})"
@@ -56,7 +61,8 @@ def scan(group: str) -> list[PluginRecord]:
     import importlib_metadata
 
     records: dict[str, list[PluginRecord]] = {}
-    for distribution in importlib_metadata.distributions():
+    distributions: Iterable[Any] = importlib_metadata.distributions()
+    for distribution in distributions:
         if group not in (distribution.read_text("entry_points.txt") or ""):
             continue
         try:
@@ -73,8 +79,7 @@ def scan(group: str) -> list[PluginRecord]:
         if found:
             records.setdefault(canonicalize_name(str(found[0].distribution)), found)
     return sorted(
-        (record for found in records.values() for record in found),
-        key=lambda record: (record.key, record.qualified_name),
+        (record for found in records.values() for record in found), key=PluginRecord.sort_key
     )
 
 

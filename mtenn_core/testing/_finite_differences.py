@@ -1,9 +1,10 @@
 """Derivatives by finite differences, each with an error bar.
 
-Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated to h = 0 by Richardson's
-scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Two things are added, without
-which the error bar cannot be trusted: a floor for roundoff, and a veto. A stiff function, a sharp
-smooth maximum say, has a false plateau at large h; what a finer step contradicts is refused.
+Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated to h = 0 by
+Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Two things are
+added, without which the error bar cannot be trusted: a floor for roundoff, and a veto. A stiff
+function, a sharp smooth maximum say, has a false plateau at large h; what a finer step contradicts
+is refused.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 N_STEPS = 28
 ORDER = 6
 # The value is trusted to this many units in the last place of what goes into it.
-ULPS = 16
+ULPS = 32
 
 
 class Estimate(NamedTuple):
@@ -82,29 +83,30 @@ def _extrapolate(differences: Tensor, noise: Tensor) -> Estimate:
     for order in range(1, ORDER + 1):
         factor = 4.0**order
         finer, coarser = column[:, 1:], column[:, :-1]
-        better = finer + (finer - coarser) / (factor - 1)
+        column = finer + (finer - coarser) / (factor - 1)
         floor = (factor * floor[:, 1:] + floor[:, :-1]) / (factor - 1)
-        spread = torch.maximum((better - finer).abs(), (better - coarser).abs())
-        missing = torch.zeros_like(differences[:, :order])
-        values.append(torch.cat([missing, better], dim=1))
-        errors.append(torch.cat([missing + torch.inf, spread + floor], dim=1))
-        column = better
-    value, error = torch.stack(values, dim=1), torch.stack(errors, dim=1)
-    error = torch.where(_contradicted(value, error, differences, noise), torch.inf, error)
-    error = error.nan_to_num(torch.inf, torch.inf).flatten(1)
-    best = error.argmin(dim=1, keepdim=True)
-    return Estimate(
-        value.flatten(1).gather(1, best).squeeze(1), error.gather(1, best).squeeze(1)
-    )
+        error = torch.maximum((column - finer).abs(), (column - coarser).abs()) + floor
+        error[_contradicted(column, error, differences, noise)] = torch.inf
+        values.append(column)
+        errors.append(error.nan_to_num(torch.inf, torch.inf))
+    error, best = torch.cat(errors, dim=1).min(dim=1)
+    return Estimate(torch.cat(values, dim=1).gather(1, best[:, None]).squeeze(1), error)
 
 
 def _contradicted(value: Tensor, error: Tensor, differences: Tensor, noise: Tensor) -> Tensor:
-    """Return which values, shape (n, order, n_steps), a finer step speaks against."""
-    change = torch.zeros_like(differences)
-    # D(h) is off by c h², so that three times its own error is what it changed by.
-    change[:, 1:] = (differences[:, 1:] - differences[:, :-1]).abs()
-    allowed = error[..., None] + (change + noise)[:, None, None]
-    against = (value[..., None] - differences[:, None, None]).abs() > allowed
-    n_steps = differences.shape[1]
-    finer = torch.ones(n_steps, n_steps, dtype=torch.bool).triu(1)
-    return (against & finer).any(dim=-1)
+    """Return which values a finer step speaks against.
+
+    Parameters
+    ----------
+    value, error : shape (n, n_steps - order), each made of a step and the ``order`` before it
+    differences, noise : shape (n, n_steps)
+    """
+    # D(h) is off by c h², so that it changed by three times its own error.
+    change = (differences[:, 1:] - differences[:, :-1]).abs()
+    allowed = error[:, :, None] + (change + noise[:, 1:])[:, None]
+    against = (value[:, :, None] - differences[:, None, 1:]).abs() > allowed
+    # value[k] is made of the steps up to k + order; the last axis of `against` starts at step 1.
+    order = differences.shape[1] - value.shape[1]
+    last_used = torch.arange(value.shape[1])[:, None] + order
+    finer = torch.arange(1, differences.shape[1]) > last_used
+    return (against & finer).any(dim=2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -79,5 +80,14 @@ class Report:
         return "\n".join(lines)
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as numbers, strings, lists and dicts."""
-        return {"passed": self.passed, **asdict(self)}
+        """Return everything as JSON knows it, with null for what is infinite or no number."""
+        plain: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
+        return plain
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,11 +25,13 @@ class Subject:
     ----------
     combination : the copy
     full_depth : whether it has a ``forward`` of its own
+    closed_form : whether ``forward`` uses its ``pose_weights``
     """
 
     def __init__(self, combination: Combination, seed: int) -> None:
         self.combination = combination
         self.full_depth = overrides(type(combination), "forward")
+        self.closed_form = not self.full_depth and overrides(type(combination), "pose_weights")
         self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}
@@ -65,7 +68,7 @@ class Subject:
         return torch.round((base + spread * (2 * unit - 1)) * GRID) / GRID
 
     def first_step(self, predictions: Tensor) -> float:
-        """Return a step, a power of two, that leaves neither the domain nor the order of the poses."""
+        """Return a step, a power of two, that keeps to the domain and to the order of the poses."""
         low, high = self.combination.domain
         room = min(float((predictions - low).min()), float((high - predictions).min())) / 2
         if not self.combination.smooth and len(predictions) > 1:
@@ -96,8 +99,18 @@ class Subject:
         with self._forgetting():
             return Combination.pose_weights(self.combination, predictions)
 
+    def autograd_weights(self, predictions: Tensor) -> Tensor:
+        """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
+        y = predictions.clone().requires_grad_()
+        with self._forgetting():
+            (weights,) = torch.autograd.grad(self.combination.combine(y), y)
+        return weights
+
     def call(
-        self, pred_list: Sequence[Tensor], grad_dict: Mapping[str, Tensor], params: dict[str, Tensor]
+        self,
+        pred_list: Sequence[Tensor],
+        grad_dict: Mapping[str, Tensor],
+        params: dict[str, Tensor],
     ) -> Tensor:
         """Call ``forward`` as a training step does.
 
@@ -110,14 +123,14 @@ class Subject:
         with self._forgetting():
             return self.combination(list(pred_list), lists, list(params), *params.values())
 
-    def values_of_parameter(self, name: str, settings: Tensor, predictions: Tensor) -> Tensor:
+    def values_of_parameter(self, name: str, predictions: Tensor, settings: Tensor) -> Tensor:
         """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
         shape = self.combination.get_parameter(name).shape
         values = []
         for setting in settings:
             with self._forgetting(), torch.no_grad():
-                arguments = (list(predictions.clone()), {}, [])
                 own = {name: setting.view(shape)}
+                arguments: tuple[Any, ...] = (list(predictions.clone()), {}, [])
                 values.append(functional_call(self.combination, own, arguments))
         return torch.stack(values)
 

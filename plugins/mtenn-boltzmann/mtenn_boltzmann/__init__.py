@@ -3,8 +3,9 @@
 import math
 
 import torch
-from mtenn_core import Combination
 from torch import Tensor
+
+from mtenn_core import Combination
 
 
 class BoltzmannCombination(Combination):
@@ -12,7 +13,7 @@ class BoltzmannCombination(Combination):
 
     Parameters
     ----------
-    kT : thermal energy in the unit of the predictions; positive and finite (0.593 kcal/mol at 298 K)
+    kT : thermal energy, in the unit of the predictions (0.593 kcal/mol at 298 K); positive, finite
     learnable : train ln kT with the rest of the model, from this value on
 
     Raises
@@ -23,7 +24,7 @@ class BoltzmannCombination(Combination):
     properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
     examples = ({}, {"kT": 0.593, "learnable": True})
 
-    def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:  # noqa: N803
+    def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         if not (kT > 0 and math.isfinite(kT)):
             raise ValueError(f"kT must be positive and finite; found {kT}")
@@ -34,8 +35,8 @@ class BoltzmannCombination(Combination):
             self._kT = float(kT)
 
     @property
-    def kT(self) -> float | Tensor:  # noqa: N802
-        """Thermal energy, in the unit of the predictions; a tensor of shape () if it is learnable."""
+    def kT(self) -> float | Tensor:
+        """Thermal energy in the unit of the predictions; a tensor of shape () if it is learnable."""
         return self.log_kT.exp() if self.learnable else self._kT
 
     def extra_repr(self) -> str:

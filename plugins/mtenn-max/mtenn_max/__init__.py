@@ -3,8 +3,9 @@
 import math
 
 import torch
-from mtenn_core import Combination
 from torch import Tensor
+
+from mtenn_core import Combination
 
 
 class MaxCombination(Combination):

@@ -1,8 +1,9 @@
 """Mean of the pose predictions."""
 
 import torch
-from mtenn_core import Combination
 from torch import Tensor
+
+from mtenn_core import Combination
 
 
 class MeanCombination(Combination):
