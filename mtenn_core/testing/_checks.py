@@ -133,11 +133,13 @@ def pose_weights_are_the_derivative(subject: Subject) -> Metrics:
         )
         for y, derivative, error in zip(points, *_chunks(fd, len(points)), strict=True):
             numerical = Estimate(derivative, error)
-            comparisons += _compare(subject.weights, y, directions, numerical, "pose")
+            weights = subject.weights(y)
+            slack = _sensitivity(subject.weights, y, weights)
+            comparisons += _compare(weights, slack, numerical, directions, y, "pose")
             if subject.closed_form:  # gradients="graph" leaves it out
-                comparisons += _compare(
-                    subject.autograd_weights, y, directions, numerical, "autograd of combine, pose"
-                )
+                unit = "autograd of combine, pose"
+                weights = subject.autograd_weights(y)
+                comparisons += _compare(weights, slack, numerical, directions, y, unit)
     return _judge(comparisons)
 
 
@@ -157,9 +159,10 @@ def own_parameters_have_their_gradient(subject: Subject) -> Metrics:
                 directions,
                 torch.full((len(directions),), LARGEST_STEP),
             )
-            comparisons += _compare(
-                partial(subject.gradient_of_parameter, name), y, directions, fd, f"{name!r}, entry"
-            )
+            gradient_at = partial(subject.gradient_of_parameter, name)
+            gradient = gradient_at(y)
+            slack = _sensitivity(gradient_at, y, gradient)
+            comparisons += _compare(gradient, slack, fd, directions, y, f"{name!r}, entry")
     return _judge(comparisons)
 
 
@@ -255,7 +258,9 @@ def _fail_chain_rule(
 class _Comparison:
     """One derivative, read off backward and by finite differences."""
 
-    where: str
+    unit: str
+    direction: Tensor
+    predictions: Tensor
     analytic: float
     derivative: float
     error: float
@@ -279,11 +284,20 @@ class _Comparison:
     def __str__(self) -> str:
         relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
         return (
-            f"{self.where}\n"
+            f"{self.unit} {self._where()}, predictions [{_join(self.predictions)}]\n"
             f"    your backward      {self.analytic:.10g}\n"
             f"    finite difference  {self.derivative:.10g} ± {self.error:.1e}\n"
             f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
         )
+
+    def _where(self) -> str:
+        if self.direction.count_nonzero() == 1:
+            return f"{int(self.direction.argmax())} of {len(self.direction)}"
+        return f"direction [{_join(self.direction)}]"
+
+
+def _join(numbers: Tensor) -> str:
+    return ", ".join(f"{number:.9g}" for number in numbers.tolist())
 
 
 def _directions(subject: Subject, n: int) -> Tensor:
@@ -299,28 +313,35 @@ def _chunks(fd: Estimate, n: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
 
 
 def _compare(
-    gradient: Callable[[Tensor], Tensor], y: Tensor, directions: Tensor, fd: Estimate, unit: str
+    gradient: Tensor,
+    slack: Tensor,
+    fd: Estimate,
+    directions: Tensor,
+    predictions: Tensor,
+    unit: str,
 ) -> list[_Comparison]:
-    """Compare ``gradient`` at predictions ``y`` with finite differences along ``directions``."""
-    found = gradient(y)
-    changes = [(gradient(near) - found) for near in _neighbours(y)]
-    scale = max(float(found.abs().max()), float(fd.derivative.abs().max()))
-    at = f"predictions [{', '.join(f'{value:.9g}' for value in y.tolist())}]"
+    """Compare a gradient, shape (n,), with finite differences along ``directions``."""
+    scale = max(float(gradient.abs().max()), float(fd.derivative.abs().max()))
     return [
         _Comparison(
-            where=(
-                f"{unit} {int(direction.argmax())} of {len(direction)}, {at}"
-                if direction.count_nonzero() == 1
-                else f"direction {direction.tolist()}, {at}"
-            ),
-            analytic=float(found @ direction),
+            unit=unit,
+            direction=direction,
+            predictions=predictions,
+            analytic=float(gradient @ direction),
             derivative=float(derivative),
             error=float(error),
-            slack=max(abs(float(change @ direction)) for change in changes),
+            slack=float((slack @ direction).abs().max()),
             scale=scale,
         )
         for direction, derivative, error in zip(directions, *fd, strict=True)
     ]
+
+
+def _sensitivity(
+    gradient_at: Callable[[Tensor], Tensor], predictions: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return how a gradient changes where the predictions move by their last digits: (2, n)."""
+    return torch.stack([gradient_at(near) - gradient for near in _neighbours(predictions)])
 
 
 def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:

@@ -36,7 +36,7 @@ class BoltzmannCombination(Combination):
 
     @property
     def kT(self) -> float | Tensor:
-        """Thermal energy in the unit of the predictions; a tensor of shape () if it is learnable."""
+        """Thermal energy in the unit of the predictions; a tensor, shape (), if it is learnable."""
         return self.log_kT.exp() if self.learnable else self._kT
 
     def extra_repr(self) -> str:
@@ -72,6 +72,6 @@ class BoltzmannCombination(Combination):
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         # Shift by the lowest first: y/kT alone loses its last digits where |y| is large. m moves
         # along with the shift, so its derivative may leave the shift out.
-        lowest = wide.min().detach()
+        lowest = wide.amin().detach()
         above = wide - lowest
         return lowest, above, torch.softmax(-above / self.kT, dim=0)

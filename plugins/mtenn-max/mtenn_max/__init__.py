@@ -75,7 +75,7 @@ class MaxCombination(Combination):
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         # Shift by the extreme first: n t y alone loses its last digits where |y| is large. h does
         # not depend on the shift, so its derivative may leave the shift out.
-        extreme = (wide.min() if self.negate_preds else wide.max()).detach()
+        extreme = (wide.amin() if self.negate_preds else wide.amax()).detach()
         return extreme, self._signed_scale * (wide - extreme)
 
 
