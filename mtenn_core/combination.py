@@ -155,11 +155,11 @@ def combined_prediction(
     if closed_form and wide.requires_grad and torch.is_grad_enabled():
         detached = wide.detach()
         value = check_scalar(combination, combination.combine(detached))
-        # Now, not in backward: a parameter of the combination may have changed by then.
+        # Now, and not a view: a parameter of the combination may have changed by backward.
         with torch.no_grad():
             weights = combination.pose_weights(detached)
         _check_weights(combination, weights, detached)
-        value = _ClosedForm.apply(value, wide, weights)
+        value = _ClosedForm.apply(value, wide, weights.clone())
     else:
         value = check_scalar(combination, combination.combine(wide))
     return value.to(predictions.dtype)

@@ -1,0 +1,195 @@
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtenn_core import Combination
+from mtenn_core.combination import combined_prediction
+from mtenn_core.errors import CombinationContractError, DoubleBackwardError, PredictionError
+
+
+class SumOfSquares(Combination):
+    """Depth 1."""
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.square().sum()
+
+
+class ClosedForm(SumOfSquares):
+    """Depth 2."""
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        return 2 * predictions
+
+
+class Function(torch.autograd.Function):
+    @staticmethod
+    def forward(pred_list, grad_dict, param_names, *model_params):
+        return torch.stack(pred_list).square().sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.pred_list, ctx.grad_dict, ctx.param_names, *_ = inputs
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        pairs = [zip(ctx.pred_list, ctx.grad_dict[name], strict=True) for name in ctx.param_names]
+        return None, None, None, *(grad_output * sum(2 * y * g for y, g in pair) for pair in pairs)
+
+
+class FullDepth(Combination):
+    """Depth 3."""
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        return Function.apply(pred_list, grad_dict, param_names, *model_params)
+
+
+class Picklable(Combination):
+    def __init__(self, power: float) -> None:
+        super().__init__()
+        self.power = torch.nn.Parameter(torch.tensor(power))
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.abs().pow(self.power).mean()
+
+
+DEPTHS = pytest.mark.parametrize("depth", [SumOfSquares, ClosedForm, FullDepth])
+
+
+@DEPTHS
+def test_every_depth_gives_the_value_and_its_gradient(depth):
+    predictions = list(torch.randn(4, dtype=torch.float64))
+    gradients = [torch.randn(3, dtype=torch.float64) for _ in predictions]
+    param = torch.zeros(3, dtype=torch.float64, requires_grad=True)
+    value = depth()(predictions, {"p": gradients}, ["p"], param)
+    (2.5 * value).backward()
+    expected = 2.5 * sum(2 * y * g for y, g in zip(predictions, gradients, strict=True))
+    torch.testing.assert_close(value, torch.stack(predictions).square().sum())
+    torch.testing.assert_close(param.grad, expected, rtol=1e-14, atol=1e-14)
+
+
+@DEPTHS
+@pytest.mark.parametrize("context", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_every_depth_shows_its_pose_weights(depth, context):
+    with context():
+        predictions = torch.randn(4)
+        torch.testing.assert_close(depth().pose_weights(predictions), 2 * predictions)
+
+
+def test_a_class_that_says_nothing_cannot_be_instantiated():
+    with pytest.raises(TypeError, match=r"define combine\(predictions\), or forward\(pred_list"):
+        Combination()
+
+
+def test_combine_of_a_full_depth_class_says_what_is_missing():
+    with pytest.raises(CombinationContractError, match="FullDepth defines forward alone"):
+        FullDepth().combine(torch.ones(2))
+
+
+def test_training_uses_the_closed_form():
+    class Half(SumOfSquares):
+        def pose_weights(self, predictions):
+            return predictions
+
+    y = torch.tensor([1.0, 3.0], requires_grad=True)
+    combined_prediction(Half(), y).backward()
+    assert y.grad.tolist() == [1, 3]
+
+
+def test_graph_leaves_the_closed_form_out():
+    class Wrong(SumOfSquares):
+        def pose_weights(self, predictions):
+            return torch.full_like(predictions, torch.nan)
+
+    y = torch.tensor([1.0, 3.0], requires_grad=True)
+    combined_prediction(Wrong(), y, closed_form=False).backward()
+    assert y.grad.tolist() == [2, 6]
+
+
+def test_a_closed_form_has_no_second_derivative():
+    y = torch.tensor([1.0, 3.0], requires_grad=True)
+    value = combined_prediction(ClosedForm(), y)
+    with pytest.raises(DoubleBackwardError, match="gradient of a gradient"):
+        torch.autograd.grad(value, y, create_graph=True)
+
+
+def test_a_penalty_on_gradients_is_refused_not_dropped():
+    y = torch.tensor([1.0, 3.0], requires_grad=True)
+    value = combined_prediction(ClosedForm(), y)
+    with pytest.raises(DoubleBackwardError):
+        (value + value).backward(create_graph=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_combined_in_float32(dtype):
+    seen = []
+
+    class Spy(SumOfSquares):
+        def combine(self, predictions):
+            seen.append(predictions.dtype)
+            return super().combine(predictions)
+
+    value = combined_prediction(Spy(), torch.ones(3, dtype=dtype, requires_grad=True))
+    assert value.dtype == dtype
+    assert seen == [torch.float32]
+
+
+def test_too_few_poses_are_refused():
+    class Pair(SumOfSquares):
+        min_poses = 2
+
+    with pytest.raises(PredictionError, match="Pair needs at least 2 pose"):
+        combined_prediction(Pair(), torch.ones(1))
+
+
+@pytest.mark.parametrize(
+    ("combine", "message"),
+    [
+        (lambda self, y: y, r"must return a scalar tensor, shape \(\); found shape \(3,\)"),
+        (lambda self, y: y.sum().item(), "found float"),
+    ],
+)
+def test_a_value_that_is_no_scalar_is_refused(combine, message):
+    wrong = type("Wrong", (Combination,), {"combine": combine})
+    with pytest.raises(CombinationContractError, match=message):
+        combined_prediction(wrong(), torch.ones(3))
+
+
+def test_weights_of_another_shape_are_refused():
+    class Wrong(SumOfSquares):
+        def pose_weights(self, predictions):
+            return predictions.sum()
+
+    with pytest.raises(CombinationContractError, match=r"one weight per pose, shape \(3,\)"):
+        combined_prediction(Wrong(), torch.ones(3, requires_grad=True))
+
+
+def test_weights_are_those_of_the_forward_pass():
+    """An optimizer step on the combination between forward and backward changes nothing."""
+
+    class Scaled(Combination):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor(3.0))
+
+        def combine(self, predictions):
+            return self.scale * predictions.sum()
+
+        def pose_weights(self, predictions):
+            return self.scale.expand_as(predictions)
+
+    combination, y = Scaled(), torch.ones(2, requires_grad=True)
+    value = combined_prediction(combination, y)
+    combination.scale.data.fill_(100.0)
+    value.backward()
+    assert y.grad.tolist() == [3, 3]
+    assert combination.scale.grad.item() == 2
+
+
+def test_copies_and_pickles_keep_their_parameters():
+    combination = Picklable(2.0)
+    for twin in (copy.deepcopy(combination), pickle.loads(pickle.dumps(combination))):
+        assert twin.power.item() == 2.0
+        assert twin.combine(torch.tensor([3.0])).item() == 9.0

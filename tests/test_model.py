@@ -1,0 +1,483 @@
+import copy
+import weakref
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtenn_core import Combination, MultiPoseModel, registry
+from mtenn_core.errors import (
+    CombinationContractError,
+    CombinationNotFoundError,
+    DoubleBackwardError,
+    GradientError,
+    PredictionError,
+)
+
+# Gradients are sums of a few hundred float64 products, in another order in each mode.
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+MODES = pytest.mark.parametrize("gradients", ["graph", "stored"])
+SIZES = [1, 4, 2]
+
+
+class LogSumExp(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return torch.logsumexp(predictions, dim=0)
+
+
+class ClosedForm(LogSumExp):
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        return torch.softmax(predictions, dim=0)
+
+
+class Learnable(Combination):
+    def __init__(self) -> None:
+        super().__init__()
+        self.log_kT = torch.nn.Parameter(torch.tensor(0.3, dtype=torch.float64))
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (torch.softmax(-predictions / self.log_kT.exp(), dim=0) * predictions).sum()
+
+
+class FullDepth(Combination):
+    """Hands over to the default; a test of the contract between the model and depth 3."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = []
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        self.calls.append((pred_list, grad_dict, param_names, model_params))
+        return ClosedForm()(pred_list, grad_dict, param_names, *model_params)
+
+
+def losses(out):
+    """Losses on the combined prediction, on the pose predictions, and on both."""
+    combined, poses = out.prediction.square().sum(), out.pose_predictions.sin().sum()
+    return {"combined": combined, "poses": poses, "both": combined + poses}
+
+
+def plain_autograd(pose_model, combination, poses, sizes):
+    """The reference: no code of the model under test."""
+    predictions = torch.cat([pose_model(pose) for pose in poses])
+    combined = torch.stack([combination.combine(part) for part in predictions.split(sizes)])
+    return type("Out", (), {"prediction": combined, "pose_predictions": predictions})
+
+
+def grads(module):
+    return {name: param.grad for name, param in module.named_parameters()}
+
+
+def assert_same_gradients(found, expected):
+    assert found.keys() == expected.keys()
+    for name in expected:
+        torch.testing.assert_close(
+            found[name], expected[name], **EXACT, msg=lambda text, name=name: f"{name}: {text}"
+        )
+
+
+@pytest.mark.parametrize("loss", ["combined", "poses", "both"])
+@pytest.mark.parametrize("combination", [LogSumExp, ClosedForm, Learnable, FullDepth])
+@pytest.mark.parametrize("collate", [None, torch.stack], ids=["single", "collated"])
+@MODES
+def test_gradients_equal_plain_autograd(pose_model, poses, gradients, collate, combination, loss):
+    if combination is FullDepth and gradients == "graph":
+        pytest.skip("full depth works on stored gradients")
+    combination = combination()
+    own = ClosedForm() if isinstance(combination, FullDepth) else combination
+    losses(plain_autograd(pose_model, own, poses, SIZES))[loss].backward()
+    model = MultiPoseModel(pose_model, combination, gradients=gradients, collate=collate)
+    expected = {name: grad.clone() for name, grad in grads(model).items() if grad is not None}
+    model.zero_grad()
+    losses(model(poses, sizes=SIZES))[loss].backward()
+    assert_same_gradients({n: g for n, g in grads(model).items() if g is not None}, expected)
+
+
+@MODES
+def test_one_compound_is_a_scalar_and_several_are_a_vector(pose_model, poses, gradients):
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    alone, batch = model(poses), model(poses, sizes=[3, 4])
+    assert alone.prediction.shape == ()
+    assert batch.prediction.shape == (2,)
+    assert alone.pose_predictions.shape == batch.pose_predictions.shape == (7,)
+    torch.testing.assert_close(model(poses[:3]).prediction, batch.prediction[0])
+
+
+@MODES
+def test_one_pose_is_enough(pose_model, poses, gradients):
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    out = model(poses[:1])
+    assert out.prediction == out.pose_predictions[0]
+    out.prediction.backward()
+    assert all(grad is not None for grad in grads(model).values())
+
+
+def test_chunks_change_nothing(pose_model, poses):
+    seen = []
+
+    def collate(batch):
+        seen.append(len(batch))
+        return torch.stack(batch)
+
+    whole = MultiPoseModel(pose_model, LogSumExp(), collate=collate)(poses).prediction
+    parts = MultiPoseModel(pose_model, LogSumExp(), collate=collate, chunk_size=3)(poses)
+    torch.testing.assert_close(parts.prediction, whole, **EXACT)
+    assert seen == [7, 3, 3, 1]
+
+
+@MODES
+def test_gradients_accumulate_over_compounds(pose_model, poses, gradients):
+    """Neither forward nor a forward for validation touches ``.grad``."""
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    (model(poses[:3]).prediction + model(poses[3:]).prediction).backward()
+    together = copy.deepcopy(grads(model))
+    model.zero_grad()
+    model(poses[:3]).prediction.backward()
+    with torch.no_grad():
+        model(poses)
+    model(poses)
+    model(poses[3:]).prediction.backward()
+    assert_same_gradients(grads(model), together)
+
+
+@MODES
+def test_frozen_parameters_get_no_gradient(pose_model, poses, gradients):
+    pose_model[0].requires_grad_(False)
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    model(poses).prediction.backward()
+    assert pose_model[0].weight.grad is None
+    assert pose_model[2].weight.grad is not None
+
+
+@MODES
+def test_a_model_without_trainable_parameters_predicts(pose_model, poses, gradients):
+    pose_model.requires_grad_(False)
+    out = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)(poses)
+    assert not out.prediction.requires_grad
+
+
+@MODES
+def test_the_combination_trains_where_the_pose_model_is_frozen(pose_model, poses, gradients):
+    pose_model.requires_grad_(False)
+    model = MultiPoseModel(pose_model, Learnable(), gradients=gradients)
+    model(poses).prediction.backward()
+    assert model.combination.log_kT.grad.abs() > 0
+
+
+class Branching(torch.nn.Module):
+    """Uses ``rare`` for poses with a positive first number alone, and ``never`` for none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.rare, self.never = (torch.nn.Linear(4, 1).double() for _ in range(3))
+
+    def forward(self, pose):
+        return self.always(pose) + (self.rare(pose) if pose[0] > 0 else 0)
+
+
+@MODES
+def test_unused_parameters_get_what_autograd_gives_them(poses, gradients):
+    model = MultiPoseModel(Branching(), LogSumExp(), gradients=gradients)
+    model(poses).prediction.backward()
+    found = copy.deepcopy(grads(model))
+    model.zero_grad()
+    torch.logsumexp(torch.cat([model.pose_model(pose) for pose in poses]), 0).backward()
+    assert found["pose_model.never.weight"] is None
+    assert_same_gradients(
+        {n: g for n, g in found.items() if g is not None},
+        {n: g for n, g in grads(model).items() if g is not None},
+    )
+
+
+@MODES
+def test_no_gradient_work_is_done_without_grad(pose_model, poses, gradients, monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("a gradient was taken")
+
+    monkeypatch.setattr(torch.autograd, "grad", refuse)
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    for context in (torch.no_grad, torch.inference_mode):
+        with context():
+            assert not model(poses).prediction.requires_grad
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@MODES
+def test_half_precision_poses_give_float32_predictions(dtype, gradients):
+    pose_model = torch.nn.Linear(4, 1).to(dtype)
+    poses = torch.randn(5, 4, dtype=dtype)
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    out = model(poses)
+    assert out.prediction.dtype == out.pose_predictions.dtype == torch.float32
+    out.prediction.backward()
+    weights = torch.softmax(out.pose_predictions.detach(), 0)
+    # The gradient of a linear model is Σ w_i x_i; parameters keep 11 (8) bits of it. "graph" rounds
+    # the weights, and adds up, in that dtype, as autograd does.
+    torch.testing.assert_close(
+        pose_model.weight.grad[0].float(),
+        (weights[:, None] * poses.float()).sum(0),
+        rtol=0,
+        atol=8 * torch.finfo(dtype).eps,
+    )
+
+
+@MODES
+def test_hooks_on_parameters_run_once_per_backward(pose_model, poses, gradients):
+    calls = []
+    pose_model[0].weight.register_hook(lambda grad: calls.append("tensor"))
+    pose_model[0].weight.register_post_accumulate_grad_hook(lambda p: calls.append("accumulate"))
+    out = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)(poses)
+    assert calls == []
+    out.prediction.backward()
+    assert calls == ["tensor", "accumulate"]
+
+
+@MODES
+def test_tied_parameters_count_once(poses, gradients):
+    first = torch.nn.Linear(4, 4).double()
+    pose_model = torch.nn.Sequential(first, torch.nn.Tanh(), torch.nn.Linear(4, 4).double())
+    pose_model[2].weight = first.weight
+    pose_model.append(torch.nn.Linear(4, 1).double())
+    losses(plain_autograd(pose_model, LogSumExp(), poses, SIZES))["both"].backward()
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    expected = copy.deepcopy(grads(model))
+    model.zero_grad()
+    losses(model(poses, sizes=SIZES))["both"].backward()
+    assert_same_gradients(grads(model), expected)
+
+
+def test_dropout_is_the_same_in_both_modes(pose_model, poses):
+    pose_model.insert(1, torch.nn.Dropout(0.5))
+    found = []
+    for gradients in ("graph", "stored"):
+        torch.manual_seed(1)
+        model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+        model.zero_grad()
+        model(poses).prediction.backward()
+        found.append(copy.deepcopy(grads(model)))
+    assert_same_gradients(*found)
+
+
+def test_stored_gradients_survive_an_optimizer_step(pose_model, poses):
+    """They were taken at the parameters of the forward pass, and need no parameter any more."""
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
+    model(poses).prediction.backward()
+    expected = copy.deepcopy(grads(model))
+    model.zero_grad()
+    out = model(poses)
+    with torch.no_grad():
+        for param in pose_model.parameters():
+            param.add_(1.0)
+    out.prediction.backward()
+    assert_same_gradients(grads(model), expected)
+
+
+def test_stored_frees_every_graph_and_then_the_gradients(pose_model, poses):
+    alive, graphs = [], []
+
+    class Tracking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pose_model
+
+        def forward(self, pose):
+            alive.append(sum(graph() is not None for graph in graphs))
+            hidden = self.inner(pose)
+            graphs.append(weakref.ref(hidden))
+            return hidden * 1.0
+
+    model = MultiPoseModel(Tracking(), ClosedForm(), gradients="stored")
+    out = model(poses)
+    buffer = weakref.ref(out.pose_predictions.grad_fn.saved_tensors[0])
+    assert max(alive) <= 1  # the pose before, until its variable is bound anew
+    out.prediction.backward()
+    assert buffer() is None
+
+
+def test_a_penalty_on_gradients_is_right_in_graph(pose_model, poses):
+    params = list(pose_model.parameters())
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="graph")
+    plain = torch.logsumexp(torch.cat([pose_model(pose) for pose in poses]), 0)
+    results = []
+    for prediction in (model(poses).prediction, plain):
+        first = torch.autograd.grad(prediction, params, create_graph=True)
+        results.append(torch.autograd.grad(sum(g.square().sum() for g in first), params[0])[0])
+    torch.testing.assert_close(*results, **EXACT)
+
+
+def test_a_penalty_on_gradients_is_refused_in_stored(pose_model, poses):
+    out = MultiPoseModel(pose_model, LogSumExp(), gradients="stored")(poses)
+    with pytest.raises(DoubleBackwardError, match="gradients='graph'"):
+        torch.autograd.grad(out.prediction, list(pose_model.parameters()), create_graph=True)
+
+
+def test_gradients_for_poses_are_right_in_graph_and_refused_in_stored(pose_model, poses):
+    poses.requires_grad_()
+    MultiPoseModel(pose_model, LogSumExp(), gradients="graph")(poses).prediction.backward()
+    assert poses.grad.abs().sum() > 0
+    with pytest.raises(GradientError, match=r"pose 0: .*shape \(7, 4\) that requires grad"):
+        MultiPoseModel(pose_model, LogSumExp(), gradients="stored")(poses)
+
+
+def test_a_parameter_that_was_not_registered_is_noticed_in_stored(pose_model, poses):
+    hidden = torch.ones((), dtype=torch.float64, requires_grad=True)
+
+    class Forgetful(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.scales = pose_model, [hidden]
+
+        def forward(self, pose):
+            return self.inner(pose) * self.scales[0]
+
+    with pytest.raises(GradientError, match="a parameter that was not registered"):
+        MultiPoseModel(Forgetful(), LogSumExp(), gradients="stored")(poses)
+
+
+def test_sparse_gradients_are_refused_in_stored():
+    embedding = torch.nn.Embedding(5, 1, sparse=True)
+    model = MultiPoseModel(embedding, LogSumExp(), gradients="stored")
+    with pytest.raises(GradientError, match=r"parameter 'weight': .*sparse=False"):
+        model(torch.arange(3))
+
+
+def test_full_depth_sees_each_compound_as_the_contract_says(pose_model, poses):
+    combination = FullDepth()
+    MultiPoseModel(pose_model, combination, gradients="stored")(poses, sizes=SIZES)
+    assert [len(call[0]) for call in combination.calls] == SIZES
+    names = [name for name, _ in pose_model.named_parameters()]
+    for pred_list, grad_dict, param_names, params in combination.calls:
+        assert param_names == names
+        assert set(grad_dict) == set(names)
+        assert all(p is q for p, q in zip(params, pose_model.parameters(), strict=True))
+        assert not any(prediction.requires_grad for prediction in pred_list)
+        for name, param in zip(param_names, params, strict=True):
+            assert [g.shape for g in grad_dict[name]] == [param.shape] * len(pred_list)
+
+
+def test_full_depth_predicts_without_grad(pose_model, poses):
+    with torch.no_grad():
+        out = MultiPoseModel(pose_model, FullDepth(), gradients="stored")(poses)
+    torch.testing.assert_close(out.prediction, torch.logsumexp(out.pose_predictions, 0))
+
+
+def test_a_full_depth_output_that_is_no_scalar_is_refused(pose_model, poses):
+    class Wrong(FullDepth):
+        def forward(self, *args):
+            return super().forward(*args).reshape(1)
+
+    with pytest.raises(CombinationContractError, match=r"Wrong must return a scalar.*\(1,\)"):
+        MultiPoseModel(pose_model, Wrong(), gradients="stored")(poses)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+@MODES
+def test_a_pose_without_a_finite_prediction_is_named(pose_model, poses, gradients, value):
+    poses[3, 0] = value
+    pose_model[1] = torch.nn.Identity()
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    with pytest.raises(PredictionError, match=r"pose 3: the prediction is (nan|-?inf)") as raised:
+        model(poses)
+    assert raised.value.pose == 3
+    with pytest.raises(PredictionError, match=r"pose 3 \(pose 2 of compound 1\)") as raised:
+        model(poses, sizes=SIZES)
+    assert raised.value.compound == 1
+
+
+def test_a_pose_without_a_finite_prediction_is_combined_on_request(pose_model, poses):
+    class IgnoresNan(Combination):
+        def combine(self, predictions):
+            return predictions.nanmean()
+
+    poses[3, 0] = torch.nan
+    out = MultiPoseModel(pose_model, IgnoresNan(), check_finite=False)(poses)
+    assert out.prediction.isfinite()
+
+
+@pytest.mark.parametrize(
+    ("output", "message"),
+    [
+        (lambda y: y.expand(2), r"pose 0: .* one number .*found shape \(2,\)"),
+        (lambda y: [y], "pose 0: .*in a tensor; found list"),
+        (lambda y: y.round().long(), r"floating point; found shape \(1,\), torch.int64"),
+    ],
+)
+@MODES
+def test_an_output_that_is_not_one_number_is_refused(pose_model, poses, gradients, output, message):
+    class Wrong(torch.nn.Module):
+        def forward(self, pose):
+            return output(pose_model(pose))
+
+    with pytest.raises(PredictionError, match=message):
+        MultiPoseModel(Wrong(), LogSumExp(), gradients=gradients)(poses)
+
+
+def test_several_tasks_are_not_taken_for_several_poses(poses):
+    model = MultiPoseModel(torch.nn.Linear(4, 2).double(), LogSumExp(), collate=torch.stack)
+    with pytest.raises(PredictionError, match=r"poses 0 to 6: .* 7 numbers.*found shape \(7, 2\)"):
+        model(poses)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ([3, 3], "2 compounds with 6 poses in all; found 7 poses"),
+        ([3, 0, 4], r"compound 1: .* needs at least 1 pose\(s\); found 0"),
+        ([8, -1], "compound 1: .*found -1"),
+        ([], "0 compounds with 0 poses in all; found 7"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(pose_model, poses, sizes, message):
+    with pytest.raises(PredictionError, match=message):
+        MultiPoseModel(pose_model, LogSumExp())(poses, sizes=sizes)
+
+
+@MODES
+def test_no_poses_are_refused(pose_model, gradients):
+    with pytest.raises(PredictionError, match="expected at least one pose; found none"):
+        MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)([])
+
+
+def test_a_compound_with_too_few_poses_is_named(pose_model, poses):
+    class Pair(LogSumExp):
+        min_poses = 2
+
+    with pytest.raises(
+        PredictionError, match=r"compound 0: Pair needs at least 2 pose\(s\); found"
+    ):
+        MultiPoseModel(pose_model, Pair())(poses, sizes=SIZES)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"gradients": "grpah"}, r"one of \('graph', 'stored'\); found 'grpah'"),
+        ({"chunk_size": 2}, "needs collate"),
+        ({"chunk_size": 0}, "at least 1; found 0"),
+        (
+            {"chunk_size": 2, "collate": torch.stack, "gradients": "stored"},
+            "pose by pose.*chunk_size must be 1 or None; found 2",
+        ),
+    ],
+)
+def test_options_that_exclude_each_other_are_refused(pose_model, options, message):
+    with pytest.raises(ValueError, match=message):
+        MultiPoseModel(pose_model, LogSumExp(), **options)
+
+
+def test_full_depth_needs_stored_gradients(pose_model):
+    with pytest.raises(ValueError, match="FullDepth defines forward alone.*gradients='stored'"):
+        MultiPoseModel(pose_model, FullDepth())
+
+
+def test_a_combination_comes_by_name(pose_model):
+    with registry.temporary({"log-sum-exp": LogSumExp}):
+        model = MultiPoseModel(pose_model, "log_sum_exp")
+    assert isinstance(model.combination, LogSumExp)
+    with pytest.raises(CombinationNotFoundError, match="unknown combination 'log_sum_exp'"):
+        MultiPoseModel(pose_model, "log_sum_exp")
+
+
+def test_a_class_is_not_an_instance(pose_model):
+    with pytest.raises(TypeError, match="an instance of Combination; found <class"):
+        MultiPoseModel(pose_model, LogSumExp)
