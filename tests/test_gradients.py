@@ -55,7 +55,7 @@ def test_join_wants_one_key_per_tensor():
 
 
 def test_join_wants_every_key_equally_often():
-    with pytest.raises(GradientError, match="parameter 'b': expected 2 .* found 1"):
+    with pytest.raises(GradientError, match=r"parameter 'b': expected 2 .* found 1"):
         join_grad_dict(["a", "a", "b"], [torch.ones(1)] * 3)
 
 

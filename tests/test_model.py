@@ -466,7 +466,7 @@ def test_options_that_exclude_each_other_are_refused(pose_model, options, messag
 
 
 def test_full_depth_needs_stored_gradients(pose_model):
-    with pytest.raises(ValueError, match="FullDepth defines forward alone.*gradients='stored'"):
+    with pytest.raises(ValueError, match=r"FullDepth defines forward alone.*gradients='stored'"):
         MultiPoseModel(pose_model, FullDepth())
 
 

@@ -270,9 +270,12 @@ def _path_key() -> tuple[Any, ...]:
 
 
 def _registered_record(name: str, combination: type[Combination]) -> PluginRecord:
-    module = getattr(combination, "__module__", type(combination).__module__)
-    qualname = getattr(combination, "__qualname__", repr(combination))
-    return PluginRecord(name, f"{module}:{qualname}", plugin=combination)
+    if not isinstance(combination, type):
+        raise PluginSpecError(
+            f"cannot register {name!r}: expected a subclass of Combination; found {combination!r}"
+        )
+    target = f"{combination.__module__}:{combination.__qualname__}"
+    return PluginRecord(name, target, plugin=combination)
 
 
 def _key(record: PluginRecord, combination: type, args: Any, kwargs: Any) -> Any:
@@ -290,8 +293,11 @@ def _key(record: PluginRecord, combination: type, args: Any, kwargs: Any) -> Any
 def _build(
     record: PluginRecord, combination: type[Combination], kwargs: dict[str, Any]
 ) -> Combination:
+    import torch
+
     try:
-        return combination(**kwargs)
+        with torch.random.fork_rng(devices=[]):  # nobody will see what it draws
+            return combination(**kwargs)
     except Exception as error:
         raise PluginSpecError(
             f"{record}: {combination.__name__} cannot be built with {kwargs}, one of its"

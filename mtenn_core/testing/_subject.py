@@ -138,8 +138,10 @@ class Subject:
         """Return the gradient of an own parameter that training would use, flat."""
         param = self.combination.get_parameter(name)
         value = self.call(list(predictions), {}, {})
-        (gradient,) = torch.autograd.grad(value, param, allow_unused=True)
-        return torch.zeros(param.numel()).double() if gradient is None else gradient.reshape(-1)
+        gradient = None
+        if value.requires_grad:
+            (gradient,) = torch.autograd.grad(value, param, allow_unused=True)
+        return (torch.zeros_like(param) if gradient is None else gradient).reshape(-1)
 
     @contextmanager
     def _forgetting(self) -> Iterator[None]:

@@ -1,0 +1,394 @@
+import importlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from mtenn_core import Combination, PluginRecord, Registry
+from mtenn_core.errors import (
+    CombinationConflictError,
+    CombinationNotFoundError,
+    GradientValidationError,
+    PluginIncompatibleError,
+    PluginLoadError,
+    PluginSpecError,
+)
+
+MEDIAN_LIKE = """
+    from mtenn_core import Combination
+
+    class {name}(Combination):
+        def combine(self, predictions):
+            return predictions.mean()
+"""
+GOOD = MEDIAN_LIKE.format(name="Good")
+
+
+class Mean(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+
+
+class Scaled(Combination):
+    def __init__(self, factor, offsets=()):
+        super().__init__()
+        self.factor = factor
+
+    def combine(self, predictions):
+        return self.factor * predictions.mean()
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, abs(self.factor) / len(predictions))
+
+
+@pytest.fixture
+def registry():
+    """A registry that shares nothing with the default one."""
+    return Registry()
+
+
+def test_names_come_from_entry_points_and_import_nothing(registry, install_plugin):
+    install_plugin("demo-good", {"zz-good": "demo_good:Good", "aa-bad": "nowhere:X"}, GOOD)
+    assert [name for name in registry.names() if "-" in name] == ["aa-bad", "zz-good"]
+    assert "demo_good" not in sys.modules
+    assert "zz-good" in registry
+    assert "zz-other" not in registry
+    assert len(registry) == len(list(registry)) == len(registry.names())
+    assert "zz-good" in repr(registry)
+
+
+def test_info_says_where_a_plugin_is_and_imports_nothing(registry, install_plugin, tmp_path):
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD, requires="mtenn-core>=0.1")
+    record = registry.info("good")
+    assert record == PluginRecord(
+        name="good",
+        target="demo_good:Good",
+        distribution="demo-good",
+        version="1.0",
+        location=str(tmp_path),
+        requires_core=">=0.1",
+    )
+    assert str(record) == "plugin 'good' (demo-good 1.0)"
+    assert "demo_good" not in sys.modules
+
+
+@pytest.mark.parametrize("name", ["My-Rule", "my_rule", "MY.RULE", "demo-good:my-rule"])
+def test_names_compare_as_pep_503_names(registry, install_plugin, name):
+    install_plugin("demo-good", {"my-rule": "demo_good:Good"}, GOOD)
+    assert name in registry
+    assert registry.get(name).__name__ == "Good"
+
+
+def test_a_class_is_a_plugin(registry, install_plugin):
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    combination = registry.create("good")
+    assert combination.combine(torch.tensor([1.0, 3.0])) == 2
+
+
+def test_a_module_with_a_hook_is_a_plugin(registry, install_plugin):
+    module = (
+        GOOD
+        + """
+    from mtenn_core import hookimpl
+
+    @hookimpl
+    def mtenn_combination():
+        return Good
+"""
+    )
+    install_plugin("demo-module", {"a": "demo_module", "b": "demo_module"}, module)
+    assert registry.get("a") is registry.get("b")
+
+
+def test_unknown_names_suggest_the_closest(registry, install_plugin):
+    install_plugin("demo-good", {"quantile": "demo_good:Good"}, GOOD)
+    with pytest.raises(CombinationNotFoundError, match=r"unknown combination 'qauntile'; inst"):
+        registry.get("qauntile")
+    with pytest.raises(LookupError, match=r"Did you mean 'quantile'\?"):
+        registry.create("Quantiles")
+
+
+def test_nothing_installed_says_so():
+    with pytest.raises(CombinationNotFoundError, match=r"no plugin is installed in .*no\.such"):
+        Registry("no.such.group").get("max")
+
+
+BROKEN = {
+    "ImportError": "import a_package_that_is_not_there",
+    "SyntaxError": "def (",
+    "SystemExit": "raise SystemExit(3)",
+    "ZeroDivisionError": "1 / 0",
+    "AttributeError": "",
+}
+
+
+@pytest.mark.parametrize("error", BROKEN)
+def test_a_plugin_that_cannot_be_imported_harms_itself_only(registry, install_plugin, error):
+    install_plugin("demo-bad", {"bad": "demo_bad:Bad"}, BROKEN[error])
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    assert "bad" in registry
+    with pytest.raises(
+        PluginLoadError, match=r"plugin 'bad' \(demo-bad 1.0\).*uninstall"
+    ) as caught:
+        registry.get("bad")
+    assert type(caught.value.__cause__).__name__ in (error, "ModuleNotFoundError")
+    assert caught.value.record.distribution == "demo-bad"
+    assert registry.get("good").__name__ == "Good"
+
+
+def test_a_keyboard_interrupt_is_not_swallowed(registry, install_plugin):
+    install_plugin("demo-bad", {"bad": "demo_bad:Bad"}, "raise KeyboardInterrupt")
+    with pytest.raises(KeyboardInterrupt):
+        registry.get("bad")
+
+
+@pytest.mark.parametrize("target", ["demo_bad:", "demo bad:X", ":X", "demo_bad:X:Y"])
+def test_a_malformed_target_is_named(registry, install_plugin, target):
+    install_plugin("demo-bad", {"bad": target})
+    with pytest.raises(PluginLoadError, match="must read 'module:attribute'"):
+        registry.get("bad")
+
+
+def test_entry_points_that_cannot_be_read_are_left_out(registry, install_plugin, tmp_path):
+    install_plugin("demo-bad", {"bad": "demo_bad:Bad"})
+    (tmp_path / "demo_bad-1.0.dist-info" / "entry_points.txt").write_text(
+        "[mtenn.combinations]\nno equals sign\n"
+    )
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    with pytest.warns(RuntimeWarning, match="cannot be read and are left out"):
+        assert "good" in registry
+
+
+HOOKS = {
+    "no hook": ("Bad = object()", "does not implement the hook mtenn_combination"),
+    "another project's marker": (
+        """
+        import pluggy
+        class Bad:
+            @staticmethod
+            @pluggy.HookimplMarker("other")
+            def mtenn_combination(): return None
+        """,
+        "mtenn_core.hookimpl",
+    ),
+    "raises": (
+        """
+        from mtenn_core import hookimpl
+        class Bad:
+            @staticmethod
+            @hookimpl
+            def mtenn_combination(): raise ValueError("no licence")
+        """,
+        "its hook mtenn_combination failed with ValueError: no licence",
+    ),
+    "returns None": (
+        """
+        from mtenn_core import hookimpl
+        class Bad:
+            @staticmethod
+            @hookimpl
+            def mtenn_combination(): return None
+        """,
+        "must return a subclass of mtenn_core.Combination; found None",
+    ),
+    "returns another class": (
+        """
+        from mtenn_core import hookimpl
+        class Bad:
+            @staticmethod
+            @hookimpl
+            def mtenn_combination(): return dict
+        """,
+        "found <class 'dict'>",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", HOOKS)
+def test_a_plugin_that_breaks_the_contract_is_named(registry, install_plugin, case):
+    module, message = HOOKS[case]
+    install_plugin("demo-bad", {"bad": "demo_bad:Bad"}, module)
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    with pytest.raises(PluginSpecError, match=message):
+        registry.get("bad")
+    assert registry.get("good").__name__ == "Good"
+
+
+def test_a_plugin_for_another_core_is_refused_before_it_is_imported(registry, install_plugin):
+    install_plugin("demo-old", {"old": "demo_old:Good"}, GOOD, requires="mtenn-core<0.1")
+    with pytest.raises(
+        PluginIncompatibleError, match=r"requires mtenn-core<0\.1; found mtenn-core \d.*--upgrade"
+    ):
+        registry.get("old")
+    assert "demo_old" not in sys.modules
+
+
+def test_two_distributions_with_one_name_conflict_until_one_is_named(registry, install_plugin):
+    install_plugin("demo-one", {"rule": "demo_one:Good"}, GOOD)
+    install_plugin("demo-two", {"Rule": "demo_two:Good"}, GOOD)
+    with pytest.raises(CombinationConflictError, match="'demo-one:rule', 'demo-two:Rule'"):
+        registry.get("rule")
+    assert registry.get("demo-two:rule").__module__ == "demo_two"
+
+
+def test_a_plugin_that_is_installed_while_the_process_runs_is_found(registry, install_plugin):
+    assert "late" not in registry
+    install_plugin("demo-late", {"late": "demo_late:Good"}, GOOD)
+    assert registry.get("late").__name__ == "Good"
+
+
+def test_what_is_installed_is_looked_up_once(registry, monkeypatch):
+    module = importlib.import_module("mtenn_core._registry._registry")
+    scans = []
+    monkeypatch.setattr(module, "scan", lambda group: scans.append(group) or [])
+    for _ in range(3):
+        registry.names()
+        assert "other" not in registry
+        with pytest.raises(CombinationNotFoundError):
+            registry.get("other")
+    assert scans == ["mtenn.combinations"]
+
+
+def test_registered_combinations_are_found_and_validated(registry):
+    registry.register("my-mean", Mean)
+    assert registry.get("My_Mean") is Mean
+    assert str(registry.info("my-mean")) == "plugin 'my-mean' (registered here)"
+    with pytest.raises(CombinationConflictError, match="the name belongs to plugin 'my-mean'"):
+        registry.register("my.mean", Mean)
+    registry.unregister("my-mean")
+    assert "my-mean" not in registry
+    with pytest.raises(CombinationNotFoundError, match="was not registered in this process"):
+        registry.unregister("my-mean")
+
+
+@pytest.mark.parametrize("wrong", [object, Mean(), "mean", None])
+def test_only_combination_classes_can_be_registered(registry, wrong):
+    with pytest.raises(PluginSpecError):
+        registry.register("wrong", wrong)
+    assert "wrong" not in registry
+
+
+def test_temporary_combinations_replace_and_go(registry, install_plugin):
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    installed = registry.get("good")
+    with registry.temporary({"good": Mean, "new": Mean}):
+        assert registry.get("good") is registry.get("new") is Mean
+        other = type("Mean", (Mean,), {})  # of the same name
+        with registry.temporary({"new": other}):
+            assert registry.get("new") is other
+        assert registry.get("new") is Mean
+    assert registry.get("good") is installed
+    assert "new" not in registry
+
+
+def test_temporary_combinations_go_where_the_block_raises(registry):
+    with pytest.raises(ZeroDivisionError), registry.temporary({"new": Mean}):
+        raise ZeroDivisionError
+    assert "new" not in registry
+
+
+def test_create_validates_with_its_arguments(registry):
+    with registry.temporary({"scaled": Scaled}):
+        assert registry.create("scaled", 2.0).factor == 2.0
+        with pytest.raises(GradientValidationError, match="your backward") as caught:
+            registry.create("scaled", factor=-1.0)
+        assert [record.id for record in caught.value.report.failures] == ["C1"]
+        assert registry.create("scaled", -1.0, validate=False).factor == -1.0
+
+
+def test_get_needs_examples_for_required_arguments(registry):
+    with (
+        registry.temporary({"scaled": Scaled}),
+        pytest.raises(PluginSpecError, match=r"Scaled cannot be built with \{\}.*examples = \("),
+    ):
+        registry.get("scaled")
+
+
+def test_get_validates_every_example(registry):
+    class Declared(Scaled):
+        examples = ({"factor": 1.0}, {"factor": -1.0})
+
+    with registry.temporary({"scaled": Declared}):
+        with pytest.raises(GradientValidationError):
+            registry.get("scaled")
+        assert registry.get("scaled", validate=False) is Declared
+
+
+def test_errors_of_the_combination_itself_pass_through(registry):
+    with registry.temporary({"scaled": Scaled}), pytest.raises(TypeError, match="factor"):
+        registry.create("scaled")
+
+
+def test_a_combination_is_validated_once_per_class_and_arguments(registry, monkeypatch):
+    import mtenn_core.testing as testing
+
+    calls, run = [], testing.check_combination
+    monkeypatch.setattr(
+        testing, "check_combination", lambda *a, **kw: calls.append(a) or run(*a, **kw)
+    )
+    with registry.temporary({"scaled": Scaled}):
+        for arguments in [(1.0,), (1.0,), (True,), (2.0,)]:
+            registry.create("scaled", *arguments)
+        assert len(calls) == 3  # True == 1.0, and is another argument all the same
+        for _ in range(2):  # a list has no hash
+            registry.create("scaled", 1.0, offsets=[1])
+        assert len(calls) == 5
+
+
+def test_validation_leaves_no_trace(registry):
+    class Random(Combination):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(()))
+            self.register_buffer("calls", torch.zeros(()))
+
+        def combine(self, predictions):
+            self.calls += 1
+            return self.weight * predictions.mean()
+
+    registry.register("random", Random)
+    torch.manual_seed(1)
+    expected = torch.randn(2)
+    torch.manual_seed(1)
+    combination = registry.create("random")
+    assert combination.weight == expected[0]
+    assert torch.randn(()) == expected[1]
+    assert combination.calls == 0
+    assert combination.weight.dtype == torch.float32
+    assert combination.weight.grad is None
+
+
+def test_get_leaves_the_random_state_alone(registry):
+    class Random(Mean):
+        def __init__(self):
+            super().__init__()
+            self.weight = torch.nn.Parameter(torch.randn(()))
+
+    registry.register("random", Random)
+    before = torch.get_rng_state()
+    registry.get("random")
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+LIGHT = {
+    "import": "import mtenn_core",
+    "names": "from mtenn_core import registry; registry.names(); registry.info('good')",
+    "list": "from mtenn_core._cli import main; main(['list'], standalone_mode=False)",
+    "info": "from mtenn_core._cli import main; main(['info', 'good'], standalone_mode=False)",
+}
+
+
+@pytest.mark.parametrize("code", LIGHT.values(), ids=LIGHT)
+def test_listing_leaves_torch_unimported(install_plugin, tmp_path, code):
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    code = (
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n{code}\n"
+        "assert 'torch' not in sys.modules and 'demo_good' not in sys.modules, sorted(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_importing_the_core_leaves_the_metadata_finder_alone():
+    code = "import sys, mtenn_core; assert 'importlib_metadata' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -1,0 +1,348 @@
+"""The gate is tested by combinations that are wrong on purpose."""
+
+import json
+
+import pytest
+import torch
+from torch import Tensor
+
+from mtenn_core import Combination, Registry
+from mtenn_core.errors import GradientValidationError
+from mtenn_core.testing import CHECKS, check_combination
+
+
+class Function(torch.autograd.Function):
+    """(1/t) ln Σ exp(t ŷ_i), with a mistake."""
+
+    @staticmethod
+    def forward(t, mistake, pred_list, grad_dict, param_names, *model_params):
+        return torch.logsumexp(t * torch.stack(pred_list).flatten(), dim=0) / t
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.t, ctx.mistake, pred_list, grad_dict, ctx.param_names, *_ = inputs
+        ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
+        ctx.save_for_backward(torch.stack(pred_list).flatten(), *gradients)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        predictions, *gradients = ctx.saved_tensors
+        grad_dict = Combination.join_grad_dict(ctx.keys, gradients)
+        go, weights = ctx.mistake(grad_output, torch.softmax(ctx.t * predictions, dim=0))
+        sums = {n: go * torch.tensordot(weights, torch.stack(g), 1) for n, g in grad_dict.items()}
+        return *[None] * 5, *(sums[name] for name in ctx.param_names)
+
+
+class FullDepth(Combination):
+    t = 1.0
+
+    @staticmethod
+    def mistake(go: Tensor, weights: Tensor) -> tuple[Tensor | float, Tensor]:
+        return go, weights
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        return Function.apply(
+            self.t, self.mistake, pred_list, grad_dict, param_names, *model_params
+        )
+
+
+class ClosedForm(Combination):
+    t = 1.0
+    mistake = staticmethod(FullDepth.mistake)
+
+    def combine(self, predictions):
+        return torch.logsumexp(self.t * predictions, dim=0) / self.t
+
+    def pose_weights(self, predictions):
+        return self.mistake(1.0, torch.softmax(self.t * predictions, dim=0))[1]
+
+
+class Mean(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+
+
+MISTAKES = {
+    "0.1 % off": lambda go, w: (go, 1.001 * w),
+    "wrong sign": lambda go, w: (go, -w),
+    "wrong pose order": lambda go, w: (go, w.flip(0)),
+    "not normalised": lambda go, w: (go, w * len(w)),
+    "one-hot": lambda go, w: (go, (w == w.max()).to(w.dtype)),
+    "uniform": lambda go, w: (go, torch.full_like(w, 1 / len(w))),
+    "not a number": lambda go, w: (go, w * torch.nan),
+}
+IN_GRAD_OUTPUT = {
+    "ignored": lambda go, w: (1.0, w),
+    "its absolute value": lambda go, w: (abs(go), w),
+    "its square": lambda go, w: (go * go, w),
+    "clamped": lambda go, w: (go.clamp(-1, 1), w),
+}
+SCALES = pytest.mark.parametrize("t", [1.0, 10.0, 1000.0])
+SEEDS = pytest.mark.parametrize("seed", range(4))
+
+
+def make(base, mistake=None, t=1.0):
+    wrong = {} if mistake is None else {"mistake": staticmethod(mistake)}
+    return type("Wrong", (base,), {"t": t, **wrong})
+
+
+def failed(combination, **options):
+    return [record.id for record in check_combination(combination, **options).failures]
+
+
+@SEEDS
+@SCALES
+@pytest.mark.parametrize("base", [FullDepth, ClosedForm])
+def test_what_is_right_passes(base, t, seed):
+    report = check_combination(make(base, t=t), seed=seed)
+    assert report.passed, str(report)
+    assert len(report.records) == len(CHECKS)
+
+
+@SEEDS
+@SCALES
+@pytest.mark.parametrize("mistake", MISTAKES.values(), ids=MISTAKES)
+@pytest.mark.parametrize("base", [FullDepth, ClosedForm])
+def test_wrong_weights_are_caught(base, mistake, t, seed):
+    assert "C1" in failed(make(base, mistake, t), seed=seed)
+
+
+@SEEDS
+@pytest.mark.parametrize("mistake", IN_GRAD_OUTPUT.values(), ids=IN_GRAD_OUTPUT)
+def test_a_wrong_grad_output_is_caught(mistake, seed):
+    assert "B1" in failed(make(FullDepth, mistake), seed=seed)
+
+
+def test_a_mean_without_one_over_n_is_caught():
+    class Forgotten(Mean):
+        def pose_weights(self, predictions):
+            return torch.ones_like(predictions)
+
+    assert failed(Forgotten) == ["C1"]
+
+
+def test_a_combine_that_autograd_cannot_see_through_is_caught():
+    """``gradients="graph"`` takes its gradient from combine, whatever ``pose_weights`` says."""
+
+    class HalfDetached(ClosedForm):
+        def combine(self, predictions):
+            return super().combine(0.5 * predictions + 0.5 * predictions.detach())
+
+    report = check_combination(HalfDetached)
+    assert "autograd of combine, pose" in str(report)
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("order", [lambda ctx, grads: list(grads), lambda ctx, grads: grads[::-1]])
+def test_gradients_in_another_order_than_param_names_are_caught(order, seed):
+    class InOrderOfTheDict(Function):
+        @staticmethod
+        def backward(ctx, grad_output):
+            names = list(dict.fromkeys(ctx.keys))
+            ctx.param_names = order(ctx, names)
+            return Function.backward(ctx, grad_output)
+
+    class Wrong(FullDepth):
+        def forward(self, *args):
+            return InOrderOfTheDict.apply(self.t, self.mistake, *args)
+
+    report = check_combination(Wrong, seed=seed)
+    (record,) = [record for record in report.records if record.id == "A3"]
+    assert record.status == "fail"
+    assert "is the order that of param_names?" in record.reason
+
+
+RAW = {
+    "unsummed": (lambda g, n: g.expand(n, *g.shape) / n, "A1"),
+    "flattened": (lambda g, n: g.reshape(-1), "A1"),
+    "float32": (lambda g, n: g.float(), "A1"),
+    "missing": (lambda g, n: None, "A1"),
+}
+
+
+@pytest.mark.parametrize("case", RAW)
+def test_what_backward_returns_is_looked_at_before_autograd_mends_it(case):
+    change, check = RAW[case]
+
+    class Raw(Function):
+        @staticmethod
+        def backward(ctx, grad_output):
+            n_poses = len(ctx.saved_tensors[0])
+            gradients = Function.backward(ctx, grad_output)[5:]
+            return *[None] * 5, *(change(gradient, n_poses) for gradient in gradients)
+
+    class Wrong(FullDepth):
+        def forward(self, *args):
+            return Raw.apply(self.t, self.mistake, *args)
+
+    assert check in failed(Wrong)
+
+
+OUTPUTS = {
+    "shape (1,)": (
+        lambda y: y.mean().reshape(1),
+        r"expected a tensor of shape \(\)|must return a sc",
+    ),
+    "detached": (lambda y: y.detach().mean(), "the output has no gradient"),
+    "a float": (lambda y: y.mean().item(), "found float"),
+}
+
+
+@pytest.mark.parametrize("case", OUTPUTS)
+def test_an_output_that_cannot_be_trained_on_is_caught(case):
+    combine, message = OUTPUTS[case]
+    wrong = type("Wrong", (Combination,), {"combine": lambda self, y: combine(y)})
+    report = check_combination(wrong)
+    assert not report.passed
+    with pytest.raises(AssertionError, match=message):
+        raise AssertionError(str(report))
+
+
+class Temperature(Combination):
+    detach = False
+
+    def __init__(self):
+        super().__init__()
+        self.log_kT = torch.nn.Parameter(torch.tensor(-0.3))
+
+    def combine(self, predictions):
+        log_kT = self.log_kT.detach() if self.detach else self.log_kT
+        return (torch.softmax(-predictions / log_kT.exp(), dim=0) * predictions).sum()
+
+
+def test_the_gradient_of_an_own_parameter_is_checked():
+    assert failed(Temperature) == []
+    assert failed(type("Wrong", (Temperature,), {"detach": True})) == ["C3"]
+
+
+class Weighted(Combination):
+    """An own parameter with many entries, which is probed in random directions."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.nn.Sequential(
+            torch.nn.Linear(1, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1)
+        )
+
+    def combine(self, predictions):
+        scores = self.layer(predictions[:, None])[:, 0]
+        return (torch.softmax(scores, dim=0) * predictions).sum()
+
+
+class TopTwo(Combination):
+    min_poses, smooth = 2, False
+
+    def combine(self, predictions):
+        return predictions.topk(2).values.mean()
+
+
+class PowerMean(Combination):
+    domain = (0.0, float("inf"))
+
+    def combine(self, predictions):
+        return predictions.pow(3).mean().pow(1 / 3)
+
+
+class NoisyOr(Combination):
+    domain = (0.0, 1.0)
+
+    def combine(self, predictions):
+        return 1 - (1 - predictions).prod()
+
+
+class Gumbel(Combination):
+    stochastic = True
+
+    def combine(self, predictions):
+        noise = -(-torch.rand_like(predictions).log()).log()
+        return (torch.softmax(predictions + noise, dim=0) * predictions).sum()
+
+
+class Running(Combination):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(()))
+
+    def combine(self, predictions):
+        value = (predictions - self.centre).square().mean()
+        self.centre.lerp_(predictions.detach().mean(), 0.1)
+        return value
+
+
+class InFloat32(Combination):
+    def combine(self, predictions):
+        return torch.logsumexp(predictions.float(), dim=0)
+
+
+class BranchesOnData(Combination):
+    def combine(self, predictions):
+        low = predictions.min() if predictions.max() > 0 else predictions.amin()
+        return low.detach() + torch.logsumexp(predictions - low.detach(), dim=0)
+
+
+RIGHT = [Weighted, TopTwo, PowerMean, NoisyOr, Gumbel, Running, InFloat32, BranchesOnData]
+
+
+@SEEDS
+@pytest.mark.parametrize("combination", RIGHT)
+def test_legitimate_combinations_pass_with_what_they_declare(combination, seed):
+    report = check_combination(combination, seed=seed)
+    assert report.passed, str(report)
+
+
+def test_noise_that_is_not_declared_is_not_a_pass():
+    class Undeclared(Gumbel):
+        stochastic = False
+
+    assert not check_combination(Undeclared).passed
+
+
+def test_a_value_that_ignores_the_predictions_is_inconclusive():
+    class Constant(Combination):
+        def combine(self, predictions):
+            return 0 * predictions.sum() + 3.0
+
+    (record,) = check_combination(Constant).failures
+    assert (record.id, record.status) == ("C1", "inconclusive")
+
+
+def test_a_combination_that_raises_is_an_error_with_its_place():
+    class Raises(Combination):
+        def combine(self, predictions):
+            raise RuntimeError("not for you")
+
+    record = check_combination(Raises).failures[0]
+    assert record.status == "error"
+    assert "RuntimeError: not for you\nraised in" in record.reason
+    assert "test_gate.py" in record.reason
+
+
+def test_the_combination_itself_is_left_alone():
+    combination = Running()
+    before = torch.get_rng_state()
+    check_combination(combination)
+    assert combination.centre == 0
+    assert combination.centre.dtype == torch.float32
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_a_report_shows_both_numbers_and_goes_to_json():
+    report = check_combination(make(FullDepth, MISTAKES["0.1 % off"]))
+    assert not report.passed
+    for words in ("your backward", "finite difference", "±", "times the tolerance", "pose "):
+        assert words in str(report)
+    loaded = json.loads(json.dumps(report.to_json(), allow_nan=False))
+    assert loaded["passed"] is False
+    assert [record["status"] for record in loaded["records"] if record["id"] == "C1"] == ["fail"]
+
+
+def test_the_registry_refuses_what_the_gate_refuses():
+    registry = Registry()
+    wrong = {**MISTAKES, **IN_GRAD_OUTPUT}
+    for base in (FullDepth, ClosedForm):
+        for mistake in wrong if base is FullDepth else MISTAKES:
+            with (
+                registry.temporary({"wrong": make(base, wrong[mistake])}),
+                pytest.raises(GradientValidationError, match=r"failed \d of 6 checks"),
+            ):
+                registry.get("wrong")
