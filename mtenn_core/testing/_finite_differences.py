@@ -1,10 +1,10 @@
 """Derivatives by finite differences, each with an error bar.
 
 Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated to h = 0 by
-Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Two things are
-added, without which the error bar cannot be trusted: a floor for roundoff, and a veto. A stiff
-function, a sharp smooth maximum say, has a false plateau at large h; what a finer step contradicts
-is refused.
+Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Three things are
+added, without which the error bar cannot be trusted, since a stiff function, a sharp smooth maximum
+say, has false plateaus at large h: a floor for roundoff; the change to the next step on either side,
+beside the change to the order below; and a veto, which refuses what any finer step contradicts.
 """
 
 from __future__ import annotations
@@ -86,6 +86,9 @@ def _extrapolate(differences: Tensor, noise: Tensor) -> Estimate:
         column = finer + (finer - coarser) / (factor - 1)
         floor = (factor * floor[:, 1:] + floor[:, :-1]) / (factor - 1)
         error = torch.maximum((column - finer).abs(), (column - coarser).abs()) + floor
+        change = (column[:, 1:] - column[:, :-1]).abs()
+        error[:, :-1] = torch.maximum(error[:, :-1], change)
+        error[:, 1:] = torch.maximum(error[:, 1:], change)
         error[_contradicted(column, error, differences, noise)] = torch.inf
         values.append(column)
         errors.append(error.nan_to_num(torch.inf, torch.inf))

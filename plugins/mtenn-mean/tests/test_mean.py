@@ -1,0 +1,52 @@
+import pytest
+import torch
+from mtenn_mean import MeanCombination
+
+from mtenn_core import MultiPoseModel, registry
+from mtenn_core.testing import check_combination
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_the_gradient_is_the_derivative(seed):
+    report = check_combination(MeanCombination, seed=seed)
+    assert report.passed, str(report)
+
+
+def test_it_is_found_by_name():
+    assert registry.get("mean") is MeanCombination
+    assert registry.info("mean").distribution == "mtenn-mean"
+
+
+def test_worked_by_hand():
+    y = torch.tensor([-7.0, -5.0, -9.0])
+    assert MeanCombination().combine(y) == -7
+    torch.testing.assert_close(MeanCombination().pose_weights(y), torch.full((3,), 1 / 3))
+
+
+def test_one_pose_gives_its_own_value():
+    y = torch.tensor([-7.25])
+    assert MeanCombination().combine(y) == y[0]
+    assert MeanCombination().pose_weights(y).tolist() == [1.0]
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
+def test_large_predictions_keep_their_dtype_and_their_digits(dtype):
+    y = torch.tensor([1e4, 9984.0, 1.0e4, 9984.0]).to(dtype)
+    value, weights = MeanCombination().combine(y), MeanCombination().pose_weights(y)
+    assert value.dtype == weights.dtype == dtype
+    exact = y.double().mean()
+    assert (value - exact).abs() <= torch.finfo(dtype).eps * exact.abs()
+    assert (weights == 0.25).all()
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored"])
+def test_training_equals_plain_autograd(gradients):
+    torch.manual_seed(0)
+    pose_model = torch.nn.Linear(4, 1).double()
+    poses = torch.randn(6, 4, dtype=torch.float64)
+    pose_model(poses).mean().square().backward()
+    expected = pose_model.weight.grad.clone()
+    pose_model.zero_grad()
+    model = MultiPoseModel(pose_model, "mean", gradients=gradients)
+    model(poses).prediction.square().backward()
+    torch.testing.assert_close(pose_model.weight.grad, expected, rtol=1e-12, atol=0)
