@@ -165,12 +165,14 @@ def combined_prediction(
     return value.to(predictions.dtype)
 
 
-def check_n_poses(combination: Combination, n_poses: int) -> None:
+def check_n_poses(combination: Combination, n_poses: int, compound: int | None = None) -> None:
     """Raise a :class:`~mtenn_core.errors.PredictionError` for fewer poses than ``min_poses``."""
-    if n_poses < combination.min_poses:
+    fewest = max(1, combination.min_poses)
+    if n_poses < fewest:
+        who = "" if compound is None else f"compound {compound}: "
         raise PredictionError(
-            f"{type(combination).__name__} needs at least {combination.min_poses} pose(s);"
-            f" found {n_poses}"
+            f"{who}{type(combination).__name__} needs at least {fewest} pose(s); found {n_poses}",
+            compound=compound,
         )
 
 

@@ -123,21 +123,18 @@ class MultiPoseModel(torch.nn.Module):
         """
         poses = list(poses)
         n_poses = self._check_sizes(len(poses), sizes)
-        stored = self.gradients == "stored" and torch.is_grad_enabled()
-        if stored:
-            gradients = StoredGradients(self.pose_model, poses, self._predict_pose)
-            pose_predictions = gradients.attach()
-        else:
-            pose_predictions = self._predict(poses)
+        stored = None
+        if self.gradients == "stored" and torch.is_grad_enabled():
+            stored = StoredGradients(self.pose_model, poses, self._predict_pose)
+        pose_predictions = stored.attach() if stored else self._predict(poses)
         if self.check_finite:
             _check_finite(pose_predictions, n_poses)
         if overrides(type(self.combination), "forward"):
-            combined = self._combine_at_full_depth(
-                pose_predictions, n_poses, gradients if stored else None
-            )
+            combined = self._combine_at_full_depth(pose_predictions, n_poses, stored)
         else:
+            # "graph" is the reference for the closed form, and does not use it.
             combined = [
-                combined_prediction(self.combination, predictions, closed_form=stored)
+                combined_prediction(self.combination, predictions, closed_form=stored is not None)
                 for predictions in pose_predictions.split(n_poses)
             ]
         prediction = combined[0] if sizes is None else torch.stack(combined)
@@ -152,12 +149,7 @@ class MultiPoseModel(torch.nn.Module):
             return [n_poses]
         sizes = [int(size) for size in sizes]
         for compound, size in enumerate(sizes):
-            if size < max(1, self.combination.min_poses):
-                raise PredictionError(
-                    f"compound {compound}: {type(self.combination).__name__} needs at least"
-                    f" {self.combination.min_poses} pose(s); found {size}",
-                    compound=compound,
-                )
+            check_n_poses(self.combination, size, compound)
         if sum(sizes) != n_poses:
             raise PredictionError(
                 f"sizes must add up to the number of poses: {len(sizes)} compounds with"
@@ -167,9 +159,8 @@ class MultiPoseModel(torch.nn.Module):
 
     def _predict(self, poses: list[Any]) -> Tensor:
         """Return the predictions of all poses, shape (n_poses,), with their graphs."""
-        step = self.chunk_size or (len(poses) if self.gradients == "graph" else 1)
-        if self.collate is None:
-            step = 1
+        whole = self.collate is not None and self.gradients == "graph"
+        step = self.chunk_size or (len(poses) if whole else 1)
         chunks = [
             self._predict_chunk(self.pose_model, poses[start : start + step], start)
             for start in range(0, len(poses), step)
@@ -185,15 +176,15 @@ class MultiPoseModel(torch.nn.Module):
         return predictions.to(at_least_float32(predictions.dtype)).reshape(len(poses))
 
     def _combine_at_full_depth(
-        self, predictions: Tensor, n_poses: list[int], gradients: StoredGradients | None
+        self, predictions: Tensor, n_poses: list[int], stored: StoredGradients | None
     ) -> list[Tensor]:
         """Combine with the combination's own ``forward``, one compound at a time."""
-        params = gradients.params if gradients else {}
+        params = stored.params if stored else {}
         combined, start = [], 0
         for size in n_poses:
             poses = slice(start, start + size)
             pred_list = list(predictions[poses].detach())
-            grad_dict = gradients.grad_dict(poses) if gradients else {}
+            grad_dict = stored.grad_dict(poses) if stored else {}
             value = self.combination(pred_list, grad_dict, list(params), *params.values())
             combined.append(check_scalar(self.combination, value))
             start += size

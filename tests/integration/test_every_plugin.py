@@ -1,0 +1,103 @@
+"""Every shipped combination, in both modes, on an MLP and on SchNet, against plain autograd."""
+
+import pytest
+import torch
+from torch_geometric.data import Batch, Data
+from torch_geometric.nn import SchNet
+
+from mtenn_core import MultiPoseModel, registry
+
+COMBINATIONS = {
+    "mean": {},
+    "max": {},
+    "min": {"pred_scale": 1000.0},
+    "min, free energy": {"pred_scale": 1 / 0.593, "normalize": True},
+    "boltzmann": {"kT": 0.593},
+    "boltzmann, learnable": {"kT": 0.593, "learnable": True},
+}
+SIZES = [1, 5, 3]
+
+
+def complete_graph(pos, batch):
+    """Every pair of atoms of one pose. SchNet's own search for neighbours is a compiled package."""
+    edges = (batch[:, None] == batch).fill_diagonal_(False).nonzero().t()
+    return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1)
+
+
+class SchNetPose(torch.nn.Module):
+    """One number for each graph of a batch, shape (n_poses, 1)."""
+
+    def __init__(self):
+        super().__init__()
+        self.schnet = SchNet(
+            hidden_channels=16,
+            num_filters=16,
+            num_interactions=2,
+            num_gaussians=8,
+            interaction_graph=complete_graph,
+        )
+
+    def forward(self, batch):
+        return self.schnet(batch.z, batch.pos, batch.batch)
+
+
+def mlp():
+    model = torch.nn.Sequential(torch.nn.Linear(6, 16), torch.nn.SiLU(), torch.nn.Linear(16, 1))
+    return model.double(), list(torch.randn(9, 6, dtype=torch.float64)), torch.stack
+
+
+def schnet():
+    poses = [
+        Data(z=torch.randint(1, 9, (n,)), pos=2 * torch.randn(n, 3, dtype=torch.float64))
+        for n in (3, 7, 7, 6, 5, 7, 4, 8, 5)
+    ]
+    return SchNetPose().double(), poses, Batch.from_data_list
+
+
+MODELS = {"MLP": mlp, "SchNet": schnet}
+
+
+def losses(prediction, pose_predictions):
+    combined, poses = (prediction + 3.0).square().sum(), (pose_predictions - 1.0).cos().sum()
+    return {"combined": combined, "poses": poses, "sum": combined + poses}
+
+
+@pytest.mark.parametrize("loss", ["combined", "poses", "sum"])
+@pytest.mark.parametrize("gradients", ["graph", "stored"])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients_equal_plain_autograd(name, combination, gradients, loss):
+    pose_model, poses, collate = MODELS[name]()
+    rule = registry.create(combination.split(",")[0], **COMBINATIONS[combination]).double()
+    model = MultiPoseModel(pose_model, rule, gradients=gradients, collate=collate)
+    params = dict(model.named_parameters())
+
+    predictions = torch.cat([pose_model(collate([pose])).reshape(1) for pose in poses])
+    combined = torch.stack([rule.combine(part) for part in predictions.split(SIZES)])
+    reference = torch.autograd.grad(
+        losses(combined, predictions)[loss], list(params.values()), allow_unused=True
+    )
+    found = torch.autograd.grad(
+        losses(*model(poses, sizes=SIZES))[loss], list(params.values()), allow_unused=True
+    )
+    for param_name, gradient, expected in zip(params, found, reference, strict=True):
+        assert (gradient is None) == (expected is None), param_name
+        if expected is not None:
+            # Relative to the largest entry: single entries may cancel to nothing.
+            error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-300)
+            assert error <= 1e-10, f"{param_name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("name", ["mean", "max", "min", "boltzmann"])
+def test_every_shipped_plugin_is_found_and_validated(name):
+    assert name in registry
+    assert registry.get(name).__name__.lower().startswith(name)
+
+
+def test_the_shipped_plugins_are_what_the_registry_lists():
+    assert [(r.name, r.distribution) for r in registry.records()] == [
+        ("boltzmann", "mtenn-boltzmann"),
+        ("max", "mtenn-max"),
+        ("mean", "mtenn-mean"),
+        ("min", "mtenn-max"),
+    ]
