@@ -8,15 +8,14 @@ go and g_i is linear algebra, which is held to roundoff (A, B).
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from mtenn_core.testing._check import Check, Metrics, Verdict
+from mtenn_core.testing._comparison import compare, judge, ratio, sensitivity
 from mtenn_core.testing._finite_differences import (
     Estimate,
     directional_derivatives,
@@ -123,24 +122,24 @@ def pose_weights_are_the_derivative(subject: Subject) -> Metrics:
     comparisons = []
     for n_poses, points in probes.items():
         directions = _directions(subject, n_poses)
+        steps = torch.tensor([subject.first_step(y) for y in points])
         fd = directional_derivatives(
             subject.values,
             torch.stack(points).repeat_interleave(len(directions), dim=0),
             directions.repeat(len(points), 1),
-            torch.tensor([subject.first_step(y) for y in points]).repeat_interleave(
-                len(directions)
-            ),
+            steps.repeat_interleave(len(directions)),
         )
-        for y, derivative, error in zip(points, *_chunks(fd, len(points)), strict=True):
-            numerical = Estimate(derivative, error)
+        by_point = (column.view(len(points), -1) for column in fd)
+        for y, derivatives, errors in zip(points, *by_point, strict=True):
+            numerical = Estimate(derivatives, errors)
             weights = subject.weights(y)
-            slack = _sensitivity(subject.weights, y, weights)
-            comparisons += _compare(weights, slack, numerical, directions, y, "pose")
+            slack = sensitivity(subject.weights, y, weights)
+            comparisons += compare(weights, slack, numerical, directions, y, "pose")
             if subject.closed_form:  # gradients="graph" leaves it out
                 unit = "autograd of combine, pose"
                 weights = subject.autograd_weights(y)
-                comparisons += _compare(weights, slack, numerical, directions, y, unit)
-    return _judge(comparisons)
+                comparisons += compare(weights, slack, numerical, directions, y, unit)
+    return judge(comparisons)
 
 
 def own_parameters_have_their_gradient(subject: Subject) -> Metrics:
@@ -163,9 +162,9 @@ def own_parameters_have_their_gradient(subject: Subject) -> Metrics:
             gradient = gradient_at(y)
             if not (gradient.any() or fd.derivative.any()):
                 continue  # it plays no part in this value, and nobody says that it does
-            slack = _sensitivity(gradient_at, y, gradient)
-            comparisons += _compare(gradient, slack, fd, directions, y, f"{name!r}, entry")
-    return _judge(comparisons)
+            slack = sensitivity(gradient_at, y, gradient)
+            comparisons += compare(gradient, slack, fd, directions, y, f"{name!r}, entry")
+    return judge(comparisons)
 
 
 CHECKS = (
@@ -229,7 +228,7 @@ def _hold_to_chain_rule(
             error = (gradient - terms.sum(0)).abs()
             if not (error <= tolerance).all():
                 _fail_chain_rule(name, go, gradient, terms.sum(0), gradients, weights)
-            worst = max(worst, *map(_ratio, error.flatten().tolist(), tolerance.flatten().tolist()))
+            worst = max(worst, *map(ratio, error.flatten().tolist(), tolerance.flatten().tolist()))
     return worst
 
 
@@ -256,130 +255,9 @@ def _fail_chain_rule(
     raise Verdict("fail", "\n".join(lines))
 
 
-@dataclass(frozen=True)
-class _Comparison:
-    """One derivative, read off backward and by finite differences."""
-
-    unit: str
-    direction: Tensor
-    predictions: Tensor
-    analytic: float
-    derivative: float
-    error: float
-    slack: float  # what two units in the last place of the predictions change
-    scale: float  # the size of the whole gradient
-
-    @property
-    def tolerance(self) -> float:
-        return 10 * self.error + 8 * self.slack
-
-    @property
-    def off_by(self) -> float:
-        """The error in units of the tolerance; infinite for NaN."""
-        return _ratio(abs(self.analytic - self.derivative), self.tolerance)
-
-    @property
-    def conclusive(self) -> bool:
-        """Whether an error of one percent would have been seen."""
-        return self.tolerance <= 0.01 * self.scale
-
-    def __str__(self) -> str:
-        relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
-        return (
-            f"{self.unit} {self._where()}, predictions [{_join(self.predictions)}]\n"
-            f"    your backward      {self.analytic:.10g}\n"
-            f"    finite difference  {self.derivative:.10g} ± {self.error:.1e}\n"
-            f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
-        )
-
-    def _where(self) -> str:
-        if self.direction.count_nonzero() == 1:
-            return f"{int(self.direction.argmax())} of {len(self.direction)}"
-        return f"direction [{_join(self.direction)}]"
-
-
-def _join(numbers: Tensor) -> str:
-    return ", ".join(f"{number:.9g}" for number in numbers.tolist())
-
-
 def _directions(subject: Subject, n: int) -> Tensor:
     """Return every axis for few inputs, else two random directions; shape (n_directions, n)."""
     if n <= 4:
         return torch.eye(n, dtype=torch.float64)
     # Entries ±1/2 and ±1: steps along them are exact.
     return subject.randn(2, n).sign() * (3 + subject.randn(2, n).sign()) / 4
-
-
-def _chunks(fd: Estimate, n: int) -> tuple[Sequence[Tensor], Sequence[Tensor]]:
-    return fd.derivative.chunk(n), fd.error.chunk(n)
-
-
-def _compare(
-    gradient: Tensor,
-    slack: Tensor,
-    fd: Estimate,
-    directions: Tensor,
-    predictions: Tensor,
-    unit: str,
-) -> list[_Comparison]:
-    """Compare a gradient, shape (n,), with finite differences along ``directions``."""
-    scale = max(float(gradient.abs().max()), float(fd.derivative.abs().max()))
-    return [
-        _Comparison(
-            unit=unit,
-            direction=direction,
-            predictions=predictions,
-            analytic=float(gradient @ direction),
-            derivative=float(derivative),
-            error=float(error),
-            slack=float((slack @ direction).abs().max()),
-            scale=scale,
-        )
-        for direction, derivative, error in zip(directions, *fd, strict=True)
-    ]
-
-
-def _sensitivity(
-    gradient_at: Callable[[Tensor], Tensor], predictions: Tensor, gradient: Tensor
-) -> Tensor:
-    """Return how a gradient changes where the predictions move by their last digits: (2, n)."""
-    return torch.stack([gradient_at(near) - gradient for near in _neighbours(predictions)])
-
-
-def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``y`` moved by two units in the last place, each prediction the other way."""
-    up, down = y, y
-    for _ in range(2):
-        up = torch.nextafter(up, torch.full_like(y, torch.inf))
-        down = torch.nextafter(down, torch.full_like(y, -torch.inf))
-    odd = torch.arange(len(y)) % 2 == 1
-    return torch.where(odd, up, down), torch.where(odd, down, up)
-
-
-def _judge(comparisons: Sequence[_Comparison]) -> Metrics:
-    if not comparisons:
-        return {"comparisons": 0}
-    worst = max(comparisons, key=lambda comparison: comparison.off_by)
-    metrics = {
-        "comparisons": len(comparisons),
-        "inconclusive": sum(not comparison.conclusive for comparison in comparisons),
-        "largest error in tolerances": worst.off_by,
-    }
-    if worst.off_by > 1:
-        raise Verdict("fail", str(worst), **metrics)
-    if metrics["inconclusive"] > len(comparisons) / 2:
-        raise Verdict(
-            "inconclusive",
-            f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
-            " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
-            " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
-            **metrics,
-        )
-    return metrics
-
-
-def _ratio(error: float, tolerance: float) -> float:
-    """Return error / tolerance, 0 for no error, and infinity for one that is not a number."""
-    if error == 0 or (tolerance == math.inf and not math.isnan(error)):
-        return 0.0
-    return error / tolerance if tolerance and not math.isnan(error) else math.inf

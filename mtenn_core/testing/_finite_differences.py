@@ -1,10 +1,10 @@
 """Derivatives by finite differences, each with an error bar.
 
 Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated to h = 0 by
-Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Three things are
-added, without which the error bar cannot be trusted, since a stiff function, a sharp smooth maximum
-say, has false plateaus at large h: a floor for roundoff; the change to the next step on either side,
-beside the change to the order below; and a veto, which refuses what any finer step contradicts.
+Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Three things
+are added. Without them the error bar cannot be trusted: a stiff function, a sharp smooth maximum
+say, has false plateaus at large h. They are a floor for roundoff; the change to the next step on
+either side, beside the change to the order below; and a veto on what any finer step contradicts.
 """
 
 from __future__ import annotations

@@ -1,0 +1,130 @@
+"""A gradient read off backward, beside one by finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtenn_core.testing._check import Metrics, Verdict
+from mtenn_core.testing._finite_differences import Estimate
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One derivative, read off backward and by finite differences."""
+
+    unit: str
+    direction: Tensor
+    predictions: Tensor
+    analytic: float
+    derivative: float
+    error: float
+    slack: float  # what two units in the last place of the predictions change
+    scale: float  # the size of the whole gradient
+
+    @property
+    def tolerance(self) -> float:
+        return 10 * self.error + 8 * self.slack
+
+    @property
+    def off_by(self) -> float:
+        """The error in units of the tolerance; infinite for NaN."""
+        return ratio(abs(self.analytic - self.derivative), self.tolerance)
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether an error of one percent would have been seen."""
+        return self.tolerance <= 0.01 * self.scale
+
+    def __str__(self) -> str:
+        relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
+        return (
+            f"{self.unit} {self._where()}, predictions [{_join(self.predictions)}]\n"
+            f"    your backward      {self.analytic:.10g}\n"
+            f"    finite difference  {self.derivative:.10g} ± {self.error:.1e}\n"
+            f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
+        )
+
+    def _where(self) -> str:
+        if self.direction.count_nonzero() == 1:
+            return f"{int(self.direction.argmax())} of {len(self.direction)}"
+        return f"direction [{_join(self.direction)}]"
+
+
+def _join(numbers: Tensor) -> str:
+    return ", ".join(f"{number:.9g}" for number in numbers.tolist())
+
+
+def compare(
+    gradient: Tensor,
+    slack: Tensor,
+    fd: Estimate,
+    directions: Tensor,
+    predictions: Tensor,
+    unit: str,
+) -> list[Comparison]:
+    """Compare a gradient, shape (n,), with finite differences along ``directions``."""
+    scale = max(float(gradient.abs().max()), float(fd.derivative.abs().max()))
+    return [
+        Comparison(
+            unit=unit,
+            direction=direction,
+            predictions=predictions,
+            analytic=float(gradient @ direction),
+            derivative=float(derivative),
+            error=float(error),
+            slack=float((slack @ direction).abs().max()),
+            scale=scale,
+        )
+        for direction, derivative, error in zip(directions, *fd, strict=True)
+    ]
+
+
+def sensitivity(
+    gradient_at: Callable[[Tensor], Tensor], predictions: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return how a gradient changes where the predictions move by their last digits: (2, n)."""
+    return torch.stack([gradient_at(near) - gradient for near in _neighbours(predictions)])
+
+
+def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``y`` moved by two units in the last place, each prediction the other way."""
+    up, down = y, y
+    for _ in range(2):
+        up = torch.nextafter(up, torch.full_like(y, torch.inf))
+        down = torch.nextafter(down, torch.full_like(y, -torch.inf))
+    odd = torch.arange(len(y)) % 2 == 1
+    return torch.where(odd, up, down), torch.where(odd, down, up)
+
+
+def judge(comparisons: Sequence[Comparison]) -> Metrics:
+    if not comparisons:
+        return {"comparisons": 0}
+    worst = max(comparisons, key=lambda comparison: comparison.off_by)
+    metrics = {
+        "comparisons": len(comparisons),
+        "inconclusive": sum(not comparison.conclusive for comparison in comparisons),
+        "largest error in tolerances": worst.off_by,
+    }
+    if worst.off_by > 1:
+        raise Verdict("fail", str(worst), **metrics)
+    if metrics["inconclusive"] > len(comparisons) / 2:
+        raise Verdict(
+            "inconclusive",
+            f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
+            " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
+            " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
+            **metrics,
+        )
+    return metrics
+
+
+def ratio(error: float, tolerance: float) -> float:
+    """Return error / tolerance, 0 for no error, and infinity for one that is not a number."""
+    if error == 0 or (tolerance == math.inf and not math.isnan(error)):
+        return 0.0
+    return error / tolerance if tolerance and not math.isnan(error) else math.inf
