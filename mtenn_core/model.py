@@ -129,7 +129,7 @@ class MultiPoseModel(torch.nn.Module):
         pose_predictions = stored.attach() if stored else self._predict(poses)
         if self.check_finite:
             _check_finite(pose_predictions, n_poses)
-        if overrides(type(self.combination), "forward"):
+        if self.gradients == "stored" and overrides(type(self.combination), "forward"):
             combined = self._combine_at_full_depth(pose_predictions, n_poses, stored)
         else:
             # "graph" is the reference for the closed form, and does not use it.

@@ -359,6 +359,21 @@ def test_full_depth_sees_each_compound_as_the_contract_says(pose_model, poses):
             assert [g.shape for g in grad_dict[name]] == [param.shape] * len(pred_list)
 
 
+def test_graph_takes_combine_where_full_depth_has_both(pose_model, poses):
+    class Both(FullDepth):
+        def combine(self, predictions):
+            return torch.logsumexp(predictions, dim=0)
+
+    combination = Both()
+    MultiPoseModel(pose_model, combination, gradients="graph")(poses).prediction.backward()
+    assert combination.calls == []
+    expected = copy.deepcopy(grads(pose_model))
+    pose_model.zero_grad()
+    MultiPoseModel(pose_model, combination, gradients="stored")(poses).prediction.backward()
+    assert len(combination.calls) == 1
+    assert_same_gradients(grads(pose_model), expected)
+
+
 def test_full_depth_predicts_without_grad(pose_model, poses):
     with torch.no_grad():
         out = MultiPoseModel(pose_model, FullDepth(), gradients="stored")(poses)

@@ -257,7 +257,12 @@ class Registry:
             return
         report = check_combination(make(), name=str(record))
         if not report.passed:
-            raise GradientValidationError(str(report), record=record, report=report)
+            raise GradientValidationError(
+                f"{report}\nIt is not handed out: training would follow a wrong gradient."
+                " validate=False hands it out unchecked.",
+                record=record,
+                report=report,
+            )
         self._validated.add(key)
 
 

@@ -25,13 +25,15 @@ class Subject:
     ----------
     combination : the copy
     full_depth : whether it has a ``forward`` of its own
-    closed_form : whether ``forward`` uses its ``pose_weights``
+    two_derivatives : whether ``gradients="graph"``, which takes the derivative of ``combine`` by
+        autograd, has another one than ``"stored"``
     """
 
     def __init__(self, combination: Combination, seed: int) -> None:
         self.combination = combination
         self.full_depth = overrides(type(combination), "forward")
-        self.closed_form = not self.full_depth and overrides(type(combination), "pose_weights")
+        own_derivative = self.full_depth or overrides(type(combination), "pose_weights")
+        self.two_derivatives = own_derivative and overrides(type(combination), "combine")
         self._seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}

@@ -121,6 +121,31 @@ def test_a_mean_without_one_over_n_is_caught():
     assert failed(Forgotten) == ["C1"]
 
 
+def test_full_depth_may_refuse_a_second_derivative():
+    class Once(Function):
+        @staticmethod
+        def backward(ctx, grad_output):
+            if torch.is_grad_enabled():
+                raise RuntimeError("no second derivative")
+            return Function.backward(ctx, grad_output)
+
+    class Refuses(FullDepth):
+        def forward(self, *args):
+            return Once.apply(self.t, self.mistake, *args)
+
+    assert failed(Refuses) == []
+
+
+@pytest.mark.parametrize(
+    "wrong", [lambda y: y.mean(), lambda y: y.detach().logsumexp(0) + 0 * y[0]]
+)
+def test_a_combine_beside_another_forward_is_checked_too(wrong):
+    """``gradients="graph"`` takes combine, ``"stored"`` takes forward: they must agree."""
+    right = type("Right", (FullDepth,), {"combine": lambda self, y: y.logsumexp(0)})
+    assert failed(right) == []
+    assert failed(type("Wrong", (FullDepth,), {"combine": lambda self, y: wrong(y)})) == ["C1"]
+
+
 def test_a_combine_that_autograd_cannot_see_through_is_caught():
     """``gradients="graph"`` takes its gradient from combine, whatever ``pose_weights`` says."""
 

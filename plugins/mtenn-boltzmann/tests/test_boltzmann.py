@@ -48,15 +48,16 @@ def test_the_limits_are_the_minimum_and_the_mean():
     torch.testing.assert_close(BoltzmannCombination(1e9).combine(y).item(), -7.0)
 
 
-def test_it_lies_above_the_free_energy_average():
-    """m - F = kT (ln M - S) ≥ 0, with S the entropy of the populations: Gibbs' inequality."""
+def test_it_lies_below_the_free_energy_average():
+    """By kT (ln M - S) ≥ 0, with S the entropy of the populations."""
     kT = 0.593
     y = torch.randn(6, dtype=torch.float64)
     populations = torch.softmax(-y / kT, 0)
     entropy = -(populations * populations.log()).sum()
     free_energy = -kT * torch.logsumexp(-y / kT, 0) + kT * math.log(6)
-    difference = BoltzmannCombination(kT).combine(y) - free_energy
-    torch.testing.assert_close(difference, kT * (entropy - math.log(6)))
+    difference = free_energy - BoltzmannCombination(kT).combine(y)
+    torch.testing.assert_close(difference, kT * (math.log(6) - entropy))
+    assert difference > 0
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])

@@ -93,3 +93,7 @@ class MinCombination(MaxCombination):
 
     def __init__(self, pred_scale: float = 1.0, normalize: bool = False) -> None:
         super().__init__(negate_preds=True, pred_scale=pred_scale, normalize=normalize)
+
+    def extra_repr(self) -> str:
+        """Return the arguments, for ``repr``."""
+        return f"pred_scale={self.pred_scale}, normalize={self.normalize}"

@@ -135,6 +135,6 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused(cls, scale):
 
 def test_arguments_show_and_survive_copies():
     combination = MinCombination(pred_scale=2.0, normalize=True)
-    text = "MinCombination(negate_preds=True, pred_scale=2.0, normalize=True)"
+    text = "MinCombination(pred_scale=2.0, normalize=True)"
     for twin in (combination, copy.deepcopy(combination), pickle.loads(pickle.dumps(combination))):
         assert repr(twin) == text

@@ -1,0 +1,253 @@
+"""Every example on the pages runs, and every output shown is what the code gives.
+
+A page runs from top to bottom in one namespace. What its fenced blocks mean:
+
+``python``
+    is executed; as a doctest, outputs included, if it starts with ``>>>``.
+``text``
+    is what the ``python`` block before it prints.
+``console``
+    ``$ mtenn …`` is run and prints the lines below it; ``$ pytest`` must pass, ``$ pip install .``
+    installs the page's own package (without an index), and other commands are not run. Only
+    ``mtenn`` may show output.
+
+The README alone may also show what no test can run: its set-up, and results of the demo.
+
+A ``python`` or ``toml`` block that begins with a comment such as ``# demo/__init__.py`` is a file
+of the page's own package.
+"""
+
+from __future__ import annotations
+
+import doctest
+import io
+import os
+import re
+import shlex
+import subprocess
+import sys
+import tomllib
+from contextlib import redirect_stdout
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from mtenn_core import registry
+
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
+# These are run in the environment that has the plugins: integration/test_docs_with_plugins.py.
+PAGES_WITH_PLUGINS = [
+    README,
+    ROOT / "docs/explanation/combinations.md",
+    *sorted(ROOT.glob("plugins/*/README.md")),
+]
+PAGES = sorted({*ROOT.glob("docs/**/*.md")} - {*PAGES_WITH_PLUGINS})
+
+# Of these, nothing can be an output.
+COMMANDS_AND_FILES = ("sh", "bash", "toml")
+FENCE = re.compile(r"^```(?P<language>[^\s`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
+# An error bar, say. It is made of roundoff, which differs from one processor to the next.
+MAGNITUDE = re.compile(r"\d(?:\.\d)?e[+-]\d\d")
+
+
+class Block(NamedTuple):
+    language: str
+    body: str
+    line: int  # of the page, where the body begins
+
+
+def blocks(page: Path) -> list[Block]:
+    text = page.read_text(encoding="utf-8")
+    found = [
+        Block(m["language"], m["body"], text.count("\n", 0, m.start("body")) + 1)
+        for m in FENCE.finditer(text)
+    ]
+    fences = sum(line.lstrip().startswith(("```", "~~~")) for line in text.splitlines())
+    assert fences == 2 * len(found), f"{page.name}: a fence is indented, open or not of ```"
+    return found
+
+
+def run_page(page: Path, folder: Path) -> None:
+    """Run a page; ``folder`` takes the files of its package."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    printed: str | None = None
+    for block in blocks(page):
+        where = f"{page.name}, line {block.line}"
+        write_file(block, folder)
+        if block.language == "python":
+            printed = run_python(block, namespace, where)
+            continue
+        if block.language == "text" and (printed is not None or page != README):
+            assert printed is not None, f"{where}: an output that follows no python block"
+            assert_same_output(block.body, printed, where)
+        elif block.language == "console":
+            run_console(block, folder, where, set_up=page == README)
+        else:
+            allowed = block.language in COMMANDS_AND_FILES or page == README
+            assert allowed, f"{where}: what is a block of {block.language or 'no language'!r}?"
+        printed = None
+
+
+def write_file(block: Block, folder: Path) -> None:
+    match = FILE_NAME.match(block.body)
+    if match is None:
+        return
+    path = folder / match[1]
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(block.body, encoding="utf-8")
+
+
+def run_python(block: Block, namespace: dict[str, Any], where: str) -> str:
+    """Execute a block and return what it prints."""
+    output = io.StringIO()
+    if block.body.startswith(">>>"):
+        test = doctest.DocTestParser().get_doctest(block.body, namespace, where, where, 0)
+        result = doctest.DocTestRunner().run(test, out=output.write, clear_globs=False)
+        assert not result.failed, output.getvalue()
+        namespace.update(test.globs)  # a DocTest works on a copy
+        return ""
+    code = compile("\n" * (block.line - 1) + block.body, where, "exec")
+    with redirect_stdout(output):
+        exec(code, namespace)
+    return output.getvalue()
+
+
+def run_console(block: Block, folder: Path, where: str, *, set_up: bool) -> None:
+    """Run the commands of a block; with ``set_up``, those alone whose output is known here."""
+    assert block.body.startswith("$ "), f"{where}: begin with a command, '$ …'"
+    for part in re.split(r"^\$ ", block.body, flags=re.MULTILINE)[1:]:
+        command, _, shown = part.partition("\n")
+        program, *arguments = shlex.split(command)
+        where_it_is = f"{where}: {command}"
+        if program == "mtenn" and (shown.strip() or not set_up):
+            check_mtenn(arguments, shown, folder, where_it_is)
+        elif set_up:
+            continue
+        elif shown.strip():
+            raise AssertionError(f"{where_it_is}: nothing checks this output")
+        elif program == "pytest":
+            run_module("pytest", ["-p", "no:cacheprovider", *arguments], folder, where_it_is)
+        elif part.strip() == "pip install .":
+            write_metadata(folder)
+
+
+def check_mtenn(arguments: list[str], shown: str, folder: Path, where: str) -> None:
+    if not shown.strip():
+        run_module("mtenn_core", arguments, folder, where)
+        return
+    given = run_module("mtenn_core", arguments, folder)
+    if arguments == ["list"]:  # the environment may have other plugins
+        wanted = [line.split() for line in shown.splitlines()]
+        given = "\n".join(line for line in given.splitlines() if line.split() in wanted)
+    assert_same_output(without_times(shown), without_times(given), where)
+
+
+def run_module(module: str, arguments: list[str], folder: Path, must_pass: str = "") -> str:
+    """Run ``python -m module`` in ``folder`` and return what it prints on standard output."""
+    path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments],
+        cwd=folder,
+        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8"},
+        capture_output=True,
+        encoding="utf-8",
+        timeout=120,
+        check=False,
+    )
+    if must_pass:
+        assert done.returncode == 0, f"{must_pass}\n{done.stdout}{done.stderr}"
+    return done.stdout
+
+
+def write_metadata(folder: Path) -> None:
+    """Write the metadata that pip would make of the page's pyproject.toml."""
+    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+    info.mkdir()
+    requires = [f"Requires-Dist: {requirement}" for requirement in project["dependencies"]]
+    head = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
+    (info / "METADATA").write_text("\n".join([*head, *requires, ""]))
+    lines = []
+    for group, entry_points in project["entry-points"].items():
+        lines += [f"[{group}]", *(f"{name} = {target}" for name, target in entry_points.items())]
+    (info / "entry_points.txt").write_text("\n".join([*lines, ""]))
+
+
+def without_times(table: str) -> str:
+    """Drop the last column of ``mtenn check``, milliseconds."""
+    return re.sub(r"^( \w\d +(?:pass|fail|skip) .*?) +\d+ *$", r"\1", table, flags=re.MULTILINE)
+
+
+def assert_same_output(shown: str, given: str, where: str) -> None:
+    """Hold the output on a page to the real one, blanks between words aside."""
+    shown_words, given_words = words(shown), words(given)
+    same = len(shown_words) == len(given_words) and all(map(same_word, shown_words, given_words))
+    assert same, f"{where}: the page shows\n{shown}\nand the code gives\n{given}"
+
+
+def words(text: str) -> list[str]:
+    return [word for line in text.splitlines() for word in [*line.split(), "\n"] if line.strip()]
+
+
+def same_word(shown: str, given: str) -> bool:
+    if MAGNITUDE.fullmatch(shown) and MAGNITUDE.fullmatch(given):
+        return 1 / 4 <= float(shown) / float(given) <= 4
+    return shown == given
+
+
+@pytest.fixture
+def package(tmp_path, monkeypatch):
+    """Yield a folder to import from; what a page leaves in the process is taken back."""
+    monkeypatch.syspath_prepend(tmp_path)
+    before = set(sys.modules)
+    yield tmp_path
+    for module in set(sys.modules) - before:
+        file = getattr(sys.modules[module], "__file__", None)
+        if file and Path(file).is_relative_to(tmp_path):
+            del sys.modules[module]
+    for record in registry.records():
+        if record.distribution is None:
+            registry.unregister(record.name)
+    registry.refresh()
+
+
+def name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_page_shows_what_the_code_gives(page, package):
+    run_page(page, package)
+
+
+FAKES = {
+    "output": ("```python\nprint(1)\n```\n```text\n2\n```\n", "page shows"),
+    "digit": ("```python\nprint(0.25)\n```\n```text\n0.26\n```\n", "page shows"),
+    "magnitude": ("```python\nprint('1.0e-03')\n```\n```text\n1.0e-02\n```\n", "page shows"),
+    "doctest": ("```python\n>>> 1 + 1\n3\n```\n", "Expected:"),
+    "no source": ("```text\n2\n```\n", "follows no python block"),
+    "second output": ("```python\nprint(1)\n```\n```text\n1\n```\n```text\n2\n```\n", "follows no"),
+    "command": ("```console\n$ pip install .\nall went well\n```\n", "nothing checks this output"),
+    "list": ("```console\n$ mtenn list\n nothing nowhere 1.0 no:Where\n```\n", "page shows"),
+    "exit": ("```console\n$ mtenn check nothing\n```\n", "unknown combination"),
+    "language": ("```\n2\n```\n", "what is a block of"),
+    "indented": ("- item\n\n  ```text\n  2\n  ```\n", "a fence is indented"),
+}
+
+
+@pytest.mark.parametrize(("text", "message"), FAKES.values(), ids=FAKES)
+def test_page_with_another_output_is_refused(text, message, package):
+    page = package / "page.md"
+    page.write_text(text)
+    with pytest.raises(AssertionError, match=message):
+        run_page(page, package)
+
+
+def test_warning_on_a_page_is_an_error(package):
+    page = package / "page.md"
+    page.write_text("```python\nimport warnings\nwarnings.warn('old')\n```\n")
+    with pytest.raises(UserWarning, match="old"):
+        run_page(page, package)
