@@ -85,9 +85,6 @@ class Registry:
         CombinationConflictError : several distributions have it; ask for ``distribution:name``
         """
         candidates = self._candidates(name)
-        if not candidates and self._scanned and self._scanned[0] != _path_key():
-            self.refresh()  # something was installed while the process ran
-            candidates = self._candidates(name)
         if not candidates:
             raise CombinationNotFoundError(self._not_found(name))
         if len(candidates) > 1:
@@ -216,6 +213,13 @@ class Registry:
         return self._scanned[1]
 
     def _candidates(self, name: str) -> list[PluginRecord]:
+        found = self._known(name)
+        if not found and self._scanned and self._scanned[0] != _path_key():
+            self.refresh()  # something was installed while the process ran
+            found = self._known(name)
+        return found
+
+    def _known(self, name: str) -> list[PluginRecord]:
         distribution, _, bare = name.rpartition(":")
         key = canonicalize_name(bare)
         return [

@@ -235,6 +235,7 @@ def test_two_distributions_with_one_name_conflict_until_one_is_named(registry, i
 def test_a_plugin_that_is_installed_while_the_process_runs_is_found(registry, install_plugin):
     assert "late" not in registry
     install_plugin("demo-late", {"late": "demo_late:Good"}, GOOD)
+    assert "late" in registry
     assert registry.get("late").__name__ == "Good"
 
 
