@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from dataclasses import asdict
 from functools import wraps
 from typing import TYPE_CHECKING, Any
@@ -63,7 +64,9 @@ def list_(as_json: bool) -> None:
         return
     from rich.table import Table
 
-    table = Table("name", "distribution", "version", "class", header_style="bold", box=None)
+    table = Table(header_style="bold", box=None)
+    for title in ("name", "distribution", "version", "class"):
+        table.add_column(title, overflow="fold")  # a name that is cut off cannot be copied
     for record in records:
         table.add_row(record.name, record.distribution, record.version, record.target)
     _console().print(table)
@@ -91,7 +94,13 @@ def info(name: str, as_json: bool) -> None:
 
 @main.command()
 @click.argument("name")
-@click.option("--seed", default=0, show_default=True, help="Seed of the numbers to probe with.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the numbers to probe with.",
+)
 @as_json
 @_errors_to_exit_code
 def check(name: str, seed: int, as_json: bool) -> None:
@@ -99,7 +108,8 @@ def check(name: str, seed: int, as_json: bool) -> None:
 
     Exits with 0 if it is and with 1 if it is not.
     """
-    reports = registry.check(name, seed=seed)
+    with redirect_stdout(sys.stderr):  # whatever a plugin prints: standard output is the report
+        reports = registry.check(name, seed=seed)
     if as_json:
         _print_json([report.to_json() for report in reports])
     else:

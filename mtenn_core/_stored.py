@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 from torch.func import functional_call
 
 from mtenn_core.errors import GradientError
-from mtenn_core.gradients import at_least_float32, attach, sum_over_poses
+from mtenn_core.gradients import at_least_float32, attach
 
 Predict = Callable[[torch.nn.Module, Any, int], Tensor]
-Shapes = dict[str, torch.Size]
+Params = Mapping[str, Tensor]
+
+# Gradients of one prediction, before any loss is known, may be too small for float16 (below 6e-8).
+# A power of two, so that it changes no digit.
+FLOAT16_SCALE = 2.0**16
 
 
 class StoredGradients:
@@ -33,16 +39,43 @@ class StoredGradients:
     """
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any], predict: Predict) -> None:
-        trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
-        self._blocks = _blocks(trainable)
-        # One row a pose: the sum over poses is one product of a vector and this matrix.
-        self._buffers = [
-            torch.empty(
-                len(poses), sum(p.numel() for p in block.values()), dtype=dtype, device=device
-            )
-            for (device, dtype), block in self._blocks.items()
+        with _lock_of(pose_model):
+            trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
+            self._blocks = _blocks(trainable)
+            # One row a pose: the sum over poses is one product of a vector and this matrix.
+            self._buffers = [
+                torch.empty(
+                    len(poses), sum(p.numel() for p in block.values()), dtype=dtype, device=device
+                )
+                for (device, dtype), block in self._blocks.items()
+            ]
+            # Gradients are taken of aliases, so that hooks on the parameters (and whatever stands
+            # on such hooks: DistributedDataParallel, FSDP) see one backward, not one per pose more.
+            aliases = {name: param.detach().requires_grad_() for name, param in trainable.items()}
+            self.predictions, used = self._run(pose_model, aliases, poses, predict)
+        self.params = {name: param for name, param in trainable.items() if name in used}
+
+    def attach(self) -> Tensor:
+        """Return the predictions as one differentiable vector, shape (n_poses,)."""
+        # Shapes, not this object: backward could not free the buffers otherwise.
+        layout = [
+            {name: (param.shape, param.dtype) for name, param in block.items()}
+            for block in self._blocks.values()
         ]
-        aliases = {name: param.detach().requires_grad_() for name, param in trainable.items()}
+        weighted_sum = partial(_weighted_sum, layout=layout, names=list(self.params))
+        return attach(self.predictions, self._buffers, weighted_sum, list(self.params.values()))
+
+    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
+        """Return views of the gradients of some poses, as a combination's ``forward`` takes."""
+        views: dict[str, Tensor] = {}
+        for block, buffer in zip(self._blocks.values(), self._buffers, strict=True):
+            views |= _split(buffer[poses], {n: (p.shape, p.dtype) for n, p in block.items()})
+        return {name: list(views[name]) for name in self.params}
+
+    def _run(
+        self, pose_model: torch.nn.Module, aliases: Params, poses: Sequence[Any], predict: Predict
+    ) -> tuple[Tensor, set[str]]:
+        """Fill the buffers; return the predictions and the names of the parameters used."""
         used: set[str] = set()
 
         def run(model: torch.nn.Module) -> Tensor:
@@ -50,43 +83,26 @@ class StoredGradients:
             for index, pose in enumerate(poses):
                 prediction = predict(model, pose, index)
                 used.update(self._store(prediction, aliases, index))
-                predictions.append(prediction.detach())
+                # A clone: a view would keep the whole tensor that it is a view of.
+                predictions.append(prediction.detach().clone())
             return torch.stack(predictions)
 
-        # Gradients are taken of aliases, so that hooks on the parameters (and whatever stands on
-        # such hooks: DistributedDataParallel, FSDP) see one backward, not one more for every pose.
         names = {f"module.{name}": alias for name, alias in aliases.items()}
-        self.predictions = functional_call(_Around(pose_model), names, (run,))
-        self.params = {name: param for name, param in trainable.items() if name in used}
+        return functional_call(_Around(pose_model), names, (run,)), used
 
-    def attach(self) -> Tensor:
-        """Return the predictions as one differentiable vector, shape (n_poses,)."""
-        shapes = [{n: p.shape for n, p in block.items()} for block in self._blocks.values()]
-        # The function gets shapes, not this object: backward could not free the buffers otherwise.
-        weighted_sum = partial(_weighted_sum, shapes=shapes, names=list(self.params))
-        return attach(self.predictions, self._buffers, weighted_sum, list(self.params.values()))
-
-    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return views of the gradients of some poses, as a combination's ``forward`` takes."""
-        views: dict[str, Tensor] = {}
-        for block, buffer in zip(self._blocks.values(), self._buffers, strict=True):
-            views |= _split(buffer[poses], {n: p.shape for n, p in block.items()})
-        return {name: list(views[name]) for name in self.params}
-
-    def _store(self, prediction: Tensor, aliases: dict[str, Tensor], pose: int) -> set[str]:
+    def _store(self, prediction: Tensor, aliases: Params, pose: int) -> set[str]:
         """Write one row of gradients and return the names of the parameters that were used."""
-        found: dict[str, Tensor | None] = dict.fromkeys(aliases)
+        found: dict[str, Tensor] = {}
+        scale = 1.0
         if prediction.requires_grad:
             _refuse_other_leaves(prediction, aliases, pose)
-            if aliases:
-                gradients = torch.autograd.grad(
-                    prediction, list(aliases.values()), allow_unused=True
-                )
-                found = dict(zip(aliases, gradients, strict=True))
+            found, scale = _gradients(prediction, aliases)
         for block, buffer in zip(self._blocks.values(), self._buffers, strict=True):
-            row = [_dense(name, found[name], param) for name, param in block.items()]
+            row = [_dense(name, found.get(name), param) for name, param in block.items()]
             torch.cat(row, out=buffer[pose])
-        return {name for name, gradient in found.items() if gradient is not None}
+            if scale != 1:
+                buffer[pose] /= scale
+        return set(found)
 
 
 class _Around(torch.nn.Module):
@@ -100,36 +116,72 @@ class _Around(torch.nn.Module):
         return body(self.module)
 
 
-def _blocks(params: Mapping[str, Tensor]) -> dict[tuple[Any, Any], dict[str, Tensor]]:
-    """Group parameters by device and dtype, each group to share a buffer."""
-    blocks: dict[tuple[Any, Any], dict[str, Tensor]] = {}
+# While functional_call has put aliases in, another thread would take them for the parameters.
+_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def _lock_of(module: torch.nn.Module) -> threading.RLock:
+    return _LOCKS.setdefault(module, threading.RLock())
+
+
+def _blocks(params: Params) -> dict[tuple[Any, torch.dtype], dict[str, Tensor]]:
+    """Group parameters by device and by the dtype of their sums, each group to share a buffer."""
+    blocks: dict[tuple[Any, torch.dtype], dict[str, Tensor]] = {}
     for name, param in params.items():
-        blocks.setdefault((param.device, param.dtype), {})[name] = param
+        key = param.device, at_least_float32(param.dtype)
+        blocks.setdefault(key, {})[name] = param
     return blocks
 
 
+def _gradients(prediction: Tensor, aliases: Params) -> tuple[dict[str, Tensor], float]:
+    """Return scale · ∂ŷ/∂θ of the parameters that ŷ depends on, and the scale."""
+    if not aliases:
+        return {}, 1.0
+    scale = FLOAT16_SCALE if _computes_in_float16(prediction, aliases) else 1.0
+    while True:
+        gradients = torch.autograd.grad(
+            prediction * scale if scale > 1 else prediction,
+            list(aliases.values()),
+            allow_unused=True,
+            retain_graph=scale > 1,
+        )
+        found = {n: g for n, g in zip(aliases, gradients, strict=True) if g is not None}
+        if scale == 1 or all(gradient.isfinite().all() for gradient in found.values()):
+            return found, scale
+        scale /= 16
+
+
+def _computes_in_float16(prediction: Tensor, aliases: Params) -> bool:
+    if any(alias.dtype == torch.float16 for alias in aliases.values()):
+        return True
+    device = prediction.device.type
+    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+
+
 def _dense(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
+    """Return a gradient as one row, in the dtype of the sums."""
+    dtype = at_least_float32(param.dtype)
     if gradient is None:
-        return param.new_zeros(param.numel())
+        return param.new_zeros(param.numel(), dtype=dtype)
     if gradient.layout is not torch.strided:
         raise GradientError(
             f"parameter {name!r}: gradients='stored' keeps dense gradients; found a sparse one"
             " (use sparse=False, or gradients='graph')",
             parameter=name,
         )
-    return gradient.reshape(-1)
+    return gradient.reshape(-1).to(dtype)
 
 
-def _refuse_other_leaves(prediction: Tensor, aliases: dict[str, Tensor], pose: int) -> None:
+def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None:
     """Raise if something beside the parameters would get a gradient: its graph ends here."""
     known = {id(alias) for alias in aliases.values()}
     for leaf in _leaves(prediction):
         if id(leaf) not in known:
             raise GradientError(
                 f"pose {pose}: its prediction depends on a tensor of shape {tuple(leaf.shape)} that"
-                " requires grad and is no parameter of the pose model (an input, or a parameter"
-                " that was not registered); gradients='stored' would lose its gradient:"
-                " detach it, register it, or use gradients='graph'",
+                " requires grad and is no parameter of the pose model (an input, a parameter"
+                " that was not registered, or reentrant checkpointing); gradients='stored' would"
+                " lose its gradient: detach it, register it, or use gradients='graph'",
                 pose=pose,
             )
 
@@ -155,26 +207,22 @@ _AccumulateGrad = type(
     torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
 )
 
+Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
+
 
 def _weighted_sum(
-    weights: Tensor, buffers: Sequence[Tensor], *, shapes: Sequence[Shapes], names: Sequence[str]
+    weights: Tensor, buffers: Sequence[Tensor], *, layout: Sequence[Layout], names: Sequence[str]
 ) -> list[Tensor]:
     sums: dict[str, Tensor] = {}
-    for buffer, block in zip(buffers, shapes, strict=True):
-        sums |= _split(_weighted_rows(weights.to(buffer.device), buffer), block)
+    for buffer, block in zip(buffers, layout, strict=True):
+        sums |= _split(weights.to(buffer.device, buffer.dtype) @ buffer, block)
     return [sums[name] for name in names]
 
 
-def _weighted_rows(weights: Tensor, buffer: Tensor) -> Tensor:
-    if buffer.dtype != at_least_float32(buffer.dtype):  # a product would sum in half precision, too
-        return sum_over_poses(weights, list(buffer), [buffer.dtype])[0]
-    return weights.to(buffer.dtype) @ buffer
-
-
-def _split(rows: Tensor, shapes: Shapes) -> dict[str, Tensor]:
+def _split(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Cut the last dimension into parameters: (..., P) to {name: (..., *shape)}."""
-    parts = rows.split([shape.numel() for shape in shapes.values()], dim=-1)
+    parts = rows.split([shape.numel() for shape, _ in layout.values()], dim=-1)
     return {
-        name: part.view(*rows.shape[:-1], *shape)
-        for (name, shape), part in zip(shapes.items(), parts, strict=True)
+        name: part.view(*rows.shape[:-1], *shape).to(dtype)
+        for (name, (shape, dtype)), part in zip(layout.items(), parts, strict=True)
     }

@@ -165,6 +165,30 @@ def combined_prediction(
     return value.to(predictions.dtype)
 
 
+def check_facts(combination: Combination) -> None:
+    """Raise a :class:`~mtenn_core.errors.CombinationContractError` for facts that cannot be."""
+    fewest, domain, properties = combination.min_poses, combination.domain, combination.properties
+    rules = (
+        ("min_poses", "an int above 0", isinstance(fewest, int) and fewest > 0),
+        ("domain", "(low, high) with low < high", _is_interval(domain)),
+        ("properties", "a set of names", isinstance(properties, frozenset | set)),
+    )
+    for fact, rule, holds in rules:
+        if not holds:
+            raise CombinationContractError(
+                f"{type(combination).__name__}.{fact} must be {rule};"
+                f" found {getattr(combination, fact)!r}"
+            )
+
+
+def _is_interval(found: Any) -> bool:
+    try:
+        low, high = found
+        return bool(low < high)
+    except (TypeError, ValueError):
+        return False
+
+
 def check_n_poses(combination: Combination, n_poses: int, compound: int | None = None) -> None:
     """Raise a :class:`~mtenn_core.errors.PredictionError` for fewer poses than ``min_poses``."""
     fewest = max(1, combination.min_poses)

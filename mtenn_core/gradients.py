@@ -112,6 +112,10 @@ def stack_predictions(pred_list: Sequence[Tensor]) -> Tensor:
     if not len(pred_list):
         raise PredictionError("expected at least one pose; found none")
     for pose, prediction in enumerate(pred_list):
+        if not isinstance(prediction, Tensor):
+            raise PredictionError(
+                f"pose {pose}: a prediction must be a tensor; found {prediction!r}", pose=pose
+            )
         if prediction.shape not in ((), (1,)):
             raise PredictionError(
                 f"pose {pose}: a prediction must be one number, shape () or (1,);"
@@ -169,7 +173,8 @@ def check_gradients(
             )
         expected = (param.shape, param.dtype, param.device)
         for pose, gradient in enumerate(grad_dict[name]):
-            if (gradient.shape, gradient.dtype, gradient.device) != expected:
+            found = isinstance(gradient, Tensor)
+            if not found or (gradient.shape, gradient.dtype, gradient.device) != expected:
                 raise GradientError(
                     f"parameter {name!r}, pose {pose}: expected a gradient of the parameter's"
                     f" {_describe(param)}; found {_describe(gradient)}",
@@ -178,7 +183,9 @@ def check_gradients(
                 )
 
 
-def _describe(tensor: Tensor) -> str:
+def _describe(tensor: Tensor | None) -> str:
+    if tensor is None:
+        return "None"
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -45,7 +46,9 @@ class MultiPoseModel(torch.nn.Module):
     combination : its name in the registry, or an instance
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
         ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph: the memory
-        is one graph and n_poses gradients. The numbers are the same.
+        is one graph and n_poses gradients. The numbers are the same, unless poses of one batch
+        influence each other (BatchNorm in training): ``"stored"`` never batches them. While it
+        runs, no other thread may use the pose model.
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
     chunk_size : poses in a batch, with ``collate``; all poses of a call by default
@@ -69,6 +72,8 @@ class MultiPoseModel(torch.nn.Module):
         check_finite: bool = True,
     ) -> None:
         super().__init__()
+        if not isinstance(pose_model, torch.nn.Module):
+            raise TypeError(f"pose_model must be a torch.nn.Module; found {pose_model!r}")
         self.pose_model = pose_model
         self.combination = _combination(combination)
         self.gradients = gradients
@@ -121,7 +126,12 @@ class MultiPoseModel(torch.nn.Module):
             number; it names the pose and the compound
         GradientError : the pose model has a gradient that the mode would lose; it names it
         """
-        poses = list(poses)
+        try:
+            poses = list(poses)
+        except TypeError:
+            raise PredictionError(
+                f"poses must be a sequence, one entry per pose; found {type(poses).__name__}"
+            ) from None
         n_poses = self._check_sizes(len(poses), sizes)
         stored = None
         if self.gradients == "stored" and torch.is_grad_enabled():
@@ -147,7 +157,12 @@ class MultiPoseModel(torch.nn.Module):
         if sizes is None:
             check_n_poses(self.combination, n_poses)
             return [n_poses]
-        sizes = [int(size) for size in sizes]
+        try:
+            sizes = [operator.index(size) for size in sizes]
+        except TypeError:
+            raise PredictionError(
+                f"sizes must be whole numbers, one per compound; found {sizes!r}"
+            ) from None
         for compound, size in enumerate(sizes):
             check_n_poses(self.combination, size, compound)
         if sum(sizes) != n_poses:

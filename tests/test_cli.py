@@ -10,6 +10,8 @@ from mtenn_core import _cli, registry
 PLUGIN = """
     from mtenn_core import Combination
 
+    print("imported")
+
     class Mean(Combination):
         def combine(self, predictions):
             return predictions.mean()
@@ -66,7 +68,7 @@ def test_check_of_what_is_right_exits_with_zero(mtenn):
     result = mtenn("check", "right")
     assert result.exit_code == 0, result.output
     assert "passed" in result.output
-    (report,) = json.loads(mtenn("check", "right", "--json", "--seed", "3").output)
+    (report,) = json.loads(mtenn("check", "right", "--json", "--seed", "3").stdout)
     assert report["passed"] is True
     assert {record["seed"] for record in report["records"]} == {3}
 
@@ -76,7 +78,7 @@ def test_check_of_what_is_wrong_exits_with_one_and_shows_both_numbers(mtenn):
     assert result.exit_code == 1
     assert "your backward" in result.output
     assert "finite difference" in result.output
-    assert json.loads(mtenn("check", "wrong", "--json").output)[0]["passed"] is False
+    assert json.loads(mtenn("check", "wrong", "--json").stdout)[0]["passed"] is False
 
 
 @pytest.mark.parametrize(
@@ -89,13 +91,27 @@ def test_check_of_what_is_wrong_exits_with_one_and_shows_both_numbers(mtenn):
 def test_errors_exit_with_one_and_go_to_json(mtenn, args, error):
     result = mtenn(*args)
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: ")
+    assert "error: " in result.stderr
     result = mtenn(*args, "--json")
     assert result.exit_code == 1
     assert json.loads(result.stdout)["error"]["type"] == error
 
 
+def test_what_a_plugin_prints_is_not_in_the_report(mtenn):
+    result = mtenn("check", "right", "--json")
+    assert "imported" in result.stderr
+    assert "imported" not in result.stdout
+
+
+def test_names_are_never_cut_off(mtenn, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "30")
+    output = "".join(mtenn("list").output.split())
+    assert "…" not in output
+    assert "right" in output
+
+
 def test_wrong_usage_exits_with_two(mtenn):
+    assert mtenn("check", "right", "--seed", "9" * 30).exit_code == 2
     assert mtenn("chekc").exit_code == 2
     assert mtenn("info").exit_code == 2
 

@@ -8,7 +8,7 @@ from functools import reduce
 from typing import TYPE_CHECKING, Any
 
 import pluggy
-from packaging.specifiers import InvalidSpecifier, SpecifierSet
+from packaging.specifiers import SpecifierSet
 
 from mtenn_core import __version__, hookspecs
 from mtenn_core._registry._scan import PluginRecord
@@ -98,11 +98,7 @@ def combination_class(
 
 
 def _check_compatible(record: PluginRecord) -> None:
-    try:
-        compatible = SpecifierSet(record.requires_core).contains(__version__, prereleases=True)
-    except InvalidSpecifier:
-        return
-    if not compatible:
+    if not SpecifierSet(record.requires_core).contains(__version__, prereleases=True):
         raise PluginIncompatibleError(
             f"{record} requires mtenn-core{record.requires_core}; found mtenn-core {__version__};"
             f" update one of them: pip install --upgrade {record.distribution} mtenn-core",

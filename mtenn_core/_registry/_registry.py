@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.utils import canonicalize_name
+from packaging.utils import InvalidName, canonicalize_name
 
 from mtenn_core._registry._scan import PluginRecord, scan
 from mtenn_core.errors import (
@@ -47,7 +47,7 @@ class Registry:
         self.group = group
         self._scanned: tuple[Any, list[PluginRecord]] | None = None
         self._registered: dict[str, PluginRecord] = {}
-        self._temporary: dict[str, PluginRecord] = {}
+        self._temporary: list[dict[str, PluginRecord]] = []
         self._classes: dict[PluginRecord, type[Combination]] = {}
         self._validated: set[Any] = set()
         self._manager: pluggy.PluginManager | None = None
@@ -56,9 +56,9 @@ class Registry:
 
     def records(self) -> list[PluginRecord]:
         """Return what is known of every plugin, sorted by name, without importing any."""
-        here = {**self._registered, **self._temporary}
-        found = [record for record in self._installed() if record.key not in self._temporary]
-        return sorted([*found, *here.values()], key=PluginRecord.sort_key)
+        hidden = {key for layer in self._temporary for key in layer}
+        found = [record for record in self._installed() if record.key not in hidden]
+        return sorted([*found, *self._here().values()], key=PluginRecord.sort_key)
 
     def names(self) -> list[str]:
         """Return the names of all combinations, sorted, without importing any."""
@@ -122,7 +122,7 @@ class Registry:
         record = self.info(name)
         combination = self._load(record)
         if validate:
-            for example in combination.examples:
+            for example in _examples(record, combination):
                 key = _key(record, combination, (), example)
                 self._validate(key, record, partial(_build, record, combination, example))
         return combination
@@ -155,7 +155,7 @@ class Registry:
         combination = self._load(record)
         return [
             check_combination(_build(record, combination, example), seed=seed, name=str(record))
-            for example in combination.examples
+            for example in _examples(record, combination)
         ]
 
     # Registering --------------------------------------------------------------------------------
@@ -166,7 +166,7 @@ class Registry:
         Raises
         ------
         CombinationConflictError : the name is taken
-        PluginSpecError : ``combination`` is no subclass of Combination
+        PluginSpecError : it cannot be a name, or ``combination`` is no subclass of Combination
         """
         taken = self._candidates(name)
         if taken:
@@ -187,22 +187,27 @@ class Registry:
                 f"{name!r} was not registered in this process; registered:"
                 f" {', '.join(known.name for known in self._registered.values()) or 'none'}"
             )
-        self._classes.pop(record, None)
+        self._forget(record)
 
     @contextmanager
     def temporary(self, combinations: Mapping[str, type[Combination]]) -> Iterator[Registry]:
         """Add combinations, or replace installed ones, while the context lasts."""
-        before = self._temporary
-        added = [_registered_record(name, cls) for name, cls in combinations.items()]
-        self._temporary = {**before, **{record.key: record for record in added}}
+        records = [_registered_record(name, cls) for name, cls in combinations.items()]
+        added = {record.key: record for record in records}
+        if len(added) < len(records):
+            raise CombinationConflictError(
+                f"names that are the same but for case, '-', '_' and '.': {', '.join(combinations)}"
+            )
+        self._temporary.append(added)
         try:
-            for record in added:
+            for record in records:
                 self._load(record)
             yield self
         finally:
-            self._temporary = before
-            for record in added:
-                self._classes.pop(record, None)
+            # Not the state from before: contexts need not end in the order in which they began.
+            self._temporary = [layer for layer in self._temporary if layer is not added]
+            for record in records:
+                self._forget(record)
 
     # Inside -------------------------------------------------------------------------------------
 
@@ -220,17 +225,32 @@ class Registry:
         return found
 
     def _known(self, name: str) -> list[PluginRecord]:
-        distribution, _, bare = name.rpartition(":")
+        if not isinstance(name, str):
+            raise TypeError(f"expected the name of a combination; found {name!r}")
+        distribution, colon, bare = name.rpartition(":")
         key = canonicalize_name(bare)
+        if not colon:
+            return [record for record in self.records() if record.key == key]
         return [
             record
-            for record in self.records()
+            for record in self._installed()
             if record.key == key
-            and (
-                not distribution
-                or canonicalize_name(record.distribution or "") == canonicalize_name(distribution)
-            )
+            and canonicalize_name(str(record.distribution)) == canonicalize_name(distribution)
         ]
+
+    def _here(self) -> dict[str, PluginRecord]:
+        """Return what was added in this process, by key; the latest of each."""
+        here = dict(self._registered)
+        for layer in self._temporary:
+            here |= layer
+        return here
+
+    def _forget(self, record: PluginRecord) -> None:
+        """Let go of a class that is no longer registered."""
+        combination = self._classes.pop(record, None)
+        self._validated = {key for key in self._validated if key[0] is not combination}
+        if self._manager and combination and combination not in self._classes.values():
+            self._manager.unregister(combination)
 
     def _not_found(self, name: str) -> str:
         names = self.names()
@@ -262,12 +282,12 @@ class Registry:
         report = check_combination(make(), name=str(record))
         if not report.passed:
             raise GradientValidationError(
-                f"{report}\nIt is not handed out: training would follow a wrong gradient."
-                " validate=False hands it out unchecked.",
+                f"{report}\nIt is not handed out. validate=False hands it out unchecked.",
                 record=record,
                 report=report,
             )
-        self._validated.add(key)
+        if key is not None:
+            self._validated.add(key)
 
 
 def _path_key() -> tuple[Any, ...]:
@@ -283,20 +303,36 @@ def _registered_record(name: str, combination: type[Combination]) -> PluginRecor
         raise PluginSpecError(
             f"cannot register {name!r}: expected a subclass of Combination; found {combination!r}"
         )
+    try:
+        canonicalize_name(name, validate=True)
+    except (InvalidName, TypeError):
+        raise PluginSpecError(
+            f"cannot register {name!r}: a name is letters and digits, with '-', '_' and '.' inside"
+        ) from None
     target = f"{combination.__module__}:{combination.__qualname__}"
     return PluginRecord(name, target, plugin=combination)
 
 
+def _examples(record: PluginRecord, combination: type[Combination]) -> Sequence[dict[str, Any]]:
+    """Return the arguments to validate with; none would be no validation."""
+    examples = combination.examples
+    listed = isinstance(examples, list | tuple) and all(isinstance(e, dict) for e in examples)
+    if not (listed and examples):
+        raise PluginSpecError(
+            f"{record}: {combination.__name__}.examples must be a tuple of dicts, at least one:"
+            f" examples = ({{'name': value}},); found {examples!r}",
+            record=record,
+        )
+    return examples
+
+
 def _key(record: PluginRecord, combination: type, args: Any, kwargs: Any) -> Any:
-    """Return what a validation is remembered by, or None where an argument has no hash."""
-    # With the types, since True == 1 == 1.0.
+    """Return what a validation is remembered by, or None where an argument may change."""
     arguments = [(None, arg) for arg in args] + sorted(kwargs.items())
-    key = (combination, record.version, tuple((n, type(v), v) for n, v in arguments))
-    try:
-        hash(key)
-    except TypeError:
+    if not all(isinstance(value, int | float | str | None) for _, value in arguments):
         return None
-    return key
+    # With the types, since True == 1 == 1.0.
+    return combination, record.version, tuple((n, type(v), v) for n, v in arguments)
 
 
 def _build(
@@ -307,7 +343,7 @@ def _build(
     try:
         with torch.random.fork_rng(devices=[]):  # nobody will see what it draws
             return combination(**kwargs)
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise PluginSpecError(
             f"{record}: {combination.__name__} cannot be built with {kwargs}, one of its"
             f" `examples` ({type(error).__name__}: {error}); declare arguments that work:"

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
+from packaging.specifiers import SpecifierSet
 from packaging.utils import canonicalize_name
 
 if TYPE_CHECKING:
@@ -63,9 +64,9 @@ def scan(group: str) -> list[PluginRecord]:
     records: dict[str, list[PluginRecord]] = {}
     distributions: Iterable[Any] = importlib_metadata.distributions()
     for distribution in distributions:
-        if group not in (distribution.read_text("entry_points.txt") or ""):
-            continue
         try:
+            if group not in (distribution.read_text("entry_points.txt") or ""):
+                continue
             found = _records(distribution, group)
         except Exception as error:
             warnings.warn(
@@ -103,11 +104,13 @@ def _location(distribution: Distribution) -> str:
 
 
 def _requires_core(distribution: Distribution) -> str:
+    specifier = SpecifierSet()
     for line in distribution.requires or ():
         try:
             requirement = Requirement(line)
         except InvalidRequirement:
             continue
-        if canonicalize_name(requirement.name) == "mtenn-core":
-            return str(requirement.specifier)
-    return ""
+        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
+        if applies and canonicalize_name(requirement.name) == "mtenn-core":
+            specifier &= requirement.specifier
+    return str(specifier)

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from mtenn_core.combination import Combination
+from mtenn_core.combination import Combination, check_facts
 from mtenn_core.testing._check import Check, Level, Verdict
 from mtenn_core.testing._checks import CHECKS
 from mtenn_core.testing._report import Record, Report, Status
@@ -38,16 +38,21 @@ def check_combination(
     seed : of the random numbers to probe with
     name : who it is, for the report
 
+    Raises
+    ------
+    CombinationContractError : it declares of itself what cannot be
+
     Returns
     -------
     Report, with ``passed``, ``records`` and, as ``str``, both numbers of what failed
     """
     if not isinstance(combination, Combination):
         combination = combination()
+    check_facts(combination)
     checks = [check for check in CHECKS if check.level == level]
     report = Report(
         name=name or type(combination).__name__,
-        combination=repr(combination),
+        combination=_shown(combination),
         facts={fact: _plain(getattr(combination, fact)) for fact in FACTS},
         n_expected=len(checks),
     )
@@ -72,7 +77,7 @@ def _run(check: Check, combination: Combination, seed: int) -> Record:
             metrics = check.run(subject)
     except Verdict as verdict:
         status, reason, metrics = verdict.status, str(verdict), verdict.metrics
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         status = "error"
         reason = f"{type(error).__name__}: {error}\nraised in {where.filename}:{where.lineno}"
@@ -88,5 +93,12 @@ def _run(check: Check, combination: Combination, seed: int) -> Record:
     )
 
 
+def _shown(combination: Combination) -> str:
+    try:
+        return repr(combination)
+    except Exception as error:
+        return f"{type(combination).__name__}(its repr raises {type(error).__name__}: {error})"
+
+
 def _plain(fact: Any) -> Any:
-    return sorted(fact) if isinstance(fact, frozenset) else fact
+    return sorted(fact) if isinstance(fact, frozenset | set) else fact

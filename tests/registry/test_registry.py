@@ -1,6 +1,8 @@
+import gc
 import importlib
 import subprocess
 import sys
+import weakref
 
 import pytest
 import torch
@@ -393,3 +395,104 @@ def test_listing_leaves_torch_unimported(install_plugin, tmp_path, code):
 def test_importing_the_core_leaves_the_metadata_finder_alone():
     code = "import sys, mtenn_core; assert 'importlib_metadata' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_metadata_that_is_no_text_is_left_out(registry, install_plugin, tmp_path):
+    install_plugin("demo-bad", {"bad": "demo_bad:Bad"})
+    (tmp_path / "demo_bad-1.0.dist-info" / "entry_points.txt").write_bytes(b"\xff\xfe[x]\n")
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    with pytest.warns(RuntimeWarning, match="cannot be read and are left out"):
+        assert "good" in registry
+
+
+@pytest.mark.parametrize(
+    ("requires", "specifier"),
+    [
+        ("mtenn-core<0.1; python_version<'3'", ""),
+        ("mtenn-core<0.1; extra=='old'", ""),
+        ("mtenn-core>=0.1\nRequires-Dist: Mtenn_Core<1", "<1,>=0.1"),
+        ("mtenn-core[all]>=0.1", ">=0.1"),
+    ],
+)
+def test_requirements_count_where_they_apply(registry, install_plugin, requires, specifier):
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD, requires=requires)
+    assert registry.info("good").requires_core == specifier
+    assert registry.get("good").__name__ == "Good"
+
+
+@pytest.mark.parametrize("examples", [(), {}, {"factor": 2.0}, "factor", None, (1.0,)])
+def test_examples_that_are_none_are_no_validation(registry, examples):
+    wrong = type("Wrong", (Mean,), {"examples": examples})
+    with (
+        registry.temporary({"wrong": wrong}),
+        pytest.raises(PluginSpecError, match=r"Wrong\.examples must be a tuple of dicts"),
+    ):
+        registry.get("wrong")
+
+
+def test_an_argument_that_may_change_is_validated_each_time(registry):
+    factor = torch.tensor(2.0)
+    with registry.temporary({"scaled": Scaled}):
+        registry.create("scaled", factor)
+        factor.neg_()
+        with pytest.raises(GradientValidationError):
+            registry.create("scaled", factor)
+
+
+def test_a_combination_that_exits_is_refused(registry):
+    class Exits(Mean):
+        def combine(self, predictions):
+            sys.exit(0)
+
+    with (
+        registry.temporary({"exits": Exits}),
+        pytest.raises(GradientValidationError, match="SystemExit: 0"),
+    ):
+        registry.get("exits")
+
+
+def test_a_qualified_name_is_the_installed_one_whatever_hides_it(registry, install_plugin):
+    install_plugin("demo-good", {"good": "demo_good:Good"}, GOOD)
+    with registry.temporary({"good": Mean}):
+        assert registry.get("good") is Mean
+        assert registry.get("demo-good:good").__name__ == "Good"
+
+
+@pytest.mark.parametrize("name", ["a:b", "", " x ", "-a", "ä"])
+def test_only_names_can_be_registered(registry, name):
+    with pytest.raises(PluginSpecError, match="a name is letters and digits"):
+        registry.register(name, Mean)
+
+
+def test_two_spellings_of_one_name_conflict(registry):
+    with (
+        pytest.raises(CombinationConflictError, match="a-b, a_b"),
+        registry.temporary({"a-b": Mean, "a_b": Scaled}),
+    ):
+        pass
+
+
+def test_contexts_may_end_in_any_order(registry):
+    first, second = registry.temporary({"a": Mean}), registry.temporary({"b": Mean})
+    first.__enter__()
+    second.__enter__()
+    first.__exit__(None, None, None)
+    assert "a" not in registry
+    assert "b" in registry
+    second.__exit__(None, None, None)
+    assert "b" not in registry
+
+
+def test_what_was_temporary_is_forgotten(registry):
+    dies = type("Dies", (Mean,), {})
+    with registry.temporary({"dies": dies}):
+        registry.get("dies")
+    alive = weakref.ref(dies)
+    del dies
+    gc.collect()
+    assert alive() is None
+
+
+def test_a_name_is_a_string(registry):
+    with pytest.raises(TypeError, match="expected the name of a combination; found None"):
+        registry.get(None)

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, Registry
-from mtenn_core.errors import GradientValidationError
+from mtenn_core.errors import CombinationContractError, GradientValidationError
 from mtenn_core.testing import CHECKS, check_combination
 
 
@@ -371,3 +371,154 @@ def test_the_registry_refuses_what_the_gate_refuses():
                 pytest.raises(GradientValidationError, match=r"failed \d of 6 checks"),
             ):
                 registry.get("wrong")
+
+
+class FewWeights(torch.autograd.Function):
+    """A rule whose weights are short binary numbers, with a mistake in how they are used."""
+
+    @staticmethod
+    def forward(rule, use, pred_list, grad_dict, param_names, *model_params):
+        return rule(torch.stack(pred_list).flatten())[0]
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.rule, ctx.use, ctx.pred_list, ctx.grad_dict, ctx.param_names, *_ = inputs
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        _, weights = ctx.rule(torch.stack(ctx.pred_list).flatten())
+        names = ctx.param_names if ctx.use is not USES["order of the dict"] else ctx.grad_dict
+        stacked = (torch.stack(ctx.grad_dict[name]) for name in names)
+        return *[None] * 5, *(ctx.use(grad_output, weights, gradient) for gradient in stacked)
+
+
+def weighted(go, weights, gradient):
+    return go * torch.tensordot(weights, gradient, 1)
+
+
+def transposed(gradient):
+    square = gradient.dim() == 2 and gradient.shape[0] == gradient.shape[1]
+    return gradient.T if square else gradient
+
+
+RULES = {
+    "mean": lambda y: (y.mean(), torch.full_like(y, 1 / len(y))),
+    "sum": lambda y: (y.sum(), torch.ones_like(y)),
+    "hard maximum": lambda y: (y.amax(), (y == y.amax()).to(y.dtype)),
+}
+USES = {
+    "right": weighted,
+    "absolute value of go": lambda go, w, g: weighted(go.abs(), w, g),
+    "go clamped": lambda go, w, g: weighted(go.clamp(-100, 100), w, g),
+    "gradients clipped": lambda go, w, g: weighted(go, w, g.clamp(-1, 1)),
+    "absolute gradients": lambda go, w, g: weighted(go, w, g.abs()),
+    "transposed": lambda go, w, g: transposed(weighted(go, w, g)),
+    "order of the dict": lambda go, w, g: weighted(go, w, g),
+}
+
+
+@SEEDS
+@pytest.mark.parametrize("use", USES)
+@pytest.mark.parametrize("rule", RULES)
+def test_weights_that_are_round_numbers_hide_no_mistake(rule, use, seed):
+    """Weights of 1 or 1/4 say nothing of the precision that a combination computes in."""
+
+    class Rule(Combination):
+        min_poses, smooth = 4, rule != "hard maximum"
+
+        def forward(self, *args):
+            return FewWeights.apply(RULES[rule], USES[use], *args)
+
+    assert bool(failed(Rule, seed=seed)) == (use != "right")
+
+
+class ClampedTail(ClosedForm):
+    def pose_weights(self, predictions):
+        return torch.softmax(predictions, dim=0).clamp(min=1e-3)
+
+
+class NoNegativeWeights(Combination):
+    def combine(self, predictions):
+        return (torch.softmax(-predictions, dim=0) * predictions).sum()
+
+    def pose_weights(self, predictions):
+        populations = torch.softmax(-predictions, dim=0)
+        mean = (populations * predictions).sum()
+        return (populations * (1 + mean - predictions)).clamp(min=0)
+
+
+class WrongForTwo(Mean):
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 if len(predictions) == 2 else 1 / len(predictions))
+
+
+@SEEDS
+@pytest.mark.parametrize("wrong", [ClampedTail, NoNegativeWeights, WrongForTwo])
+def test_mistakes_that_show_at_some_predictions_only_are_caught(wrong, seed):
+    assert failed(wrong, seed=seed) == ["C1"]
+
+
+class Skewness(Combination):
+    """Ill-conditioned where the predictions are close together."""
+
+    min_poses = 3
+
+    def combine(self, predictions):
+        centred = predictions - predictions.mean()
+        return centred.pow(3).mean() / centred.square().mean().pow(1.5)
+
+
+class VarianceByMoments(Combination):
+    """Right, and at 1e4 without a correct digit."""
+
+    min_poses = 2
+
+    def combine(self, predictions):
+        return predictions.square().mean() - predictions.mean().square()
+
+
+@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("combination", [Skewness, VarianceByMoments])
+def test_what_is_right_and_ill_conditioned_is_not_called_wrong(combination, seed):
+    statuses = {record.status for record in check_combination(combination, seed=seed).records}
+    assert not statuses & {"fail", "error"}
+
+
+def test_a_combination_that_exits_is_an_error():
+    class Exits(Combination):
+        def combine(self, predictions):
+            raise SystemExit(0)
+
+    report = check_combination(Exits)
+    assert {record.status for record in report.failures} == {"error"}
+    assert "SystemExit: 0" in str(report)
+
+
+def test_a_repr_that_raises_is_shown_as_such():
+    class Unprintable(Mean):
+        def extra_repr(self):
+            raise ZeroDivisionError("nothing to show")
+
+    report = check_combination(Unprintable)
+    assert report.passed
+    assert "its repr raises ZeroDivisionError: nothing to show" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("fact", "value", "rule"),
+    [
+        ("domain", (1.0, 0.0), r"\(low, high\) with low < high; found \(1.0, 0.0\)"),
+        ("domain", None, "found None"),
+        ("min_poses", 0, "an int above 0; found 0"),
+        ("min_poses", 1.5, "found 1.5"),
+        ("properties", "bounded", "a set of names; found 'bounded'"),
+    ],
+)
+def test_facts_that_cannot_be_are_named(fact, value, rule):
+    with pytest.raises(CombinationContractError, match=rf"Odd\.{fact} must be .*{rule}"):
+        check_combination(type("Odd", (Mean,), {fact: value}))
+
+
+def test_a_set_of_properties_goes_to_json():
+    report = check_combination(type("Set", (Mean,), {"properties": {"bounded"}}))
+    assert json.loads(json.dumps(report.to_json()))["facts"]["properties"] == ["bounded"]
