@@ -5,15 +5,19 @@ from __future__ import annotations
 import difflib
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.utils import InvalidName, canonicalize_name
 
-from mtenn_core._registry._scan import PluginRecord, scan
+from mtenn_core._registry._arguments import (
+    build_example,
+    declared_examples,
+    validation_key,
+)
+from mtenn_core._registry._scan import PluginRecord, path_key, scan
 from mtenn_core.errors import (
     CombinationConflictError,
     CombinationNotFoundError,
@@ -122,9 +126,9 @@ class Registry:
         record = self.info(name)
         combination = self._load(record)
         if validate:
-            for example in _examples(record, combination):
-                key = _key(record, combination, (), example)
-                self._validate(key, record, partial(_build, record, combination, example))
+            for example in declared_examples(record, combination):
+                key = validation_key(record, combination, (), example)
+                self._validate(key, record, partial(build_example, record, combination, example))
         return combination
 
     def create(self, name: str, /, *args: Any, validate: bool = True, **kwargs: Any) -> Combination:
@@ -143,7 +147,7 @@ class Registry:
         record = self.info(name)
         combination = self._load(record)(*args, **kwargs)
         if validate:
-            key = _key(record, type(combination), args, kwargs)
+            key = validation_key(record, type(combination), args, kwargs)
             self._validate(key, record, lambda: combination)
         return combination
 
@@ -154,8 +158,10 @@ class Registry:
         record = self.info(name)
         combination = self._load(record)
         return [
-            check_combination(_build(record, combination, example), seed=seed, name=str(record))
-            for example in _examples(record, combination)
+            check_combination(
+                build_example(record, combination, example), seed=seed, name=str(record)
+            )
+            for example in declared_examples(record, combination)
         ]
 
     # Registering --------------------------------------------------------------------------------
@@ -213,13 +219,13 @@ class Registry:
 
     def _installed(self) -> list[PluginRecord]:
         if self._scanned is None:
-            key = _path_key()
+            key = path_key()
             self._scanned = key, scan(self.group)
         return self._scanned[1]
 
     def _candidates(self, name: str) -> list[PluginRecord]:
         found = self._known(name)
-        if not found and self._scanned and self._scanned[0] != _path_key():
+        if not found and self._scanned and self._scanned[0] != path_key():
             self.refresh()  # something was installed while the process ran
             found = self._known(name)
         return found
@@ -290,14 +296,6 @@ class Registry:
             self._validated.add(key)
 
 
-def _path_key() -> tuple[Any, ...]:
-    """Return what changes when something is installed: the path, and the times of its folders."""
-    return tuple(
-        (entry, path.stat().st_mtime_ns if (path := Path(entry or ".")).is_dir() else None)
-        for entry in sys.path
-    )
-
-
 def _registered_record(name: str, combination: type[Combination]) -> PluginRecord:
     if not isinstance(combination, type):
         raise PluginSpecError(
@@ -311,45 +309,6 @@ def _registered_record(name: str, combination: type[Combination]) -> PluginRecor
         ) from None
     target = f"{combination.__module__}:{combination.__qualname__}"
     return PluginRecord(name, target, plugin=combination)
-
-
-def _examples(record: PluginRecord, combination: type[Combination]) -> Sequence[dict[str, Any]]:
-    """Return the arguments to validate with; none would be no validation."""
-    examples = combination.examples
-    listed = isinstance(examples, list | tuple) and all(isinstance(e, dict) for e in examples)
-    if not (listed and examples):
-        raise PluginSpecError(
-            f"{record}: {combination.__name__}.examples must be a tuple of dicts, at least one:"
-            f" examples = ({{'name': value}},); found {examples!r}",
-            record=record,
-        )
-    return examples
-
-
-def _key(record: PluginRecord, combination: type, args: Any, kwargs: Any) -> Any:
-    """Return what a validation is remembered by, or None where an argument may change."""
-    arguments = [(None, arg) for arg in args] + sorted(kwargs.items())
-    if not all(isinstance(value, int | float | str | None) for _, value in arguments):
-        return None
-    # With the types, since True == 1 == 1.0.
-    return combination, record.version, tuple((n, type(v), v) for n, v in arguments)
-
-
-def _build(
-    record: PluginRecord, combination: type[Combination], kwargs: dict[str, Any]
-) -> Combination:
-    import torch
-
-    try:
-        with torch.random.fork_rng(devices=[]):  # nobody will see what it draws
-            return combination(**kwargs)
-    except (Exception, SystemExit) as error:
-        raise PluginSpecError(
-            f"{record}: {combination.__name__} cannot be built with {kwargs}, one of its"
-            f" `examples` ({type(error).__name__}: {error}); declare arguments that work:"
-            " examples = ({'name': value},)",
-            record=record,
-        ) from error
 
 
 registry = Registry()

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from packaging.requirements import InvalidRequirement, Requirement
@@ -54,6 +56,14 @@ class PluginRecord:
     def __str__(self) -> str:
         origin = f"{self.distribution} {self.version}" if self.distribution else "registered here"
         return f"plugin {self.name!r} ({origin})"
+
+
+def path_key() -> tuple[Any, ...]:
+    """Return what changes when something is installed: the path, and the times of its folders."""
+    return tuple(
+        (entry, path.stat().st_mtime_ns if (path := Path(entry or ".")).is_dir() else None)
+        for entry in sys.path
+    )
 
 
 def scan(group: str) -> list[PluginRecord]:
