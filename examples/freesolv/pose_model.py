@@ -31,7 +31,7 @@ class ConformerSchNet(torch.nn.Module):
             num_gaussians=13,
             cutoff=CUTOFF,
             # SchNet's own graph needs a compiled package, so the edges come in place of positions.
-            interaction_graph=lambda edges, index: edges,
+            interaction_graph=lambda edges, owner: edges,
             readout="mean",
         )
         self.register_buffer("mean", torch.tensor(mean))
@@ -40,4 +40,4 @@ class ConformerSchNet(torch.nn.Module):
     def forward(self, batch: Batch) -> Tensor:
         """Predictions of shape (n_conformers,), in kcal/mol, in the dtype of the parameters."""
         edges = batch.edge_index, batch.edge_length.to(self.std.dtype)
-        return self.mean + self.std * self.schnet(batch.z, edges, batch.index).squeeze(-1)
+        return self.mean + self.std * self.schnet(batch.z, edges, batch.owner).squeeze(-1)
