@@ -2,8 +2,8 @@
 
     python benchmarks/gate.py [--repeats 5]
 
-Every installed combination and, at full depth, the guide's class. Torch is imported before the clock
-starts. Prints medians of one run, beside the limit and beside the import of torch.
+Every installed combination and, at full depth, the guide's class. Torch is imported before the
+clock starts. Prints medians of one run, beside the limit and beside the import of torch.
 """
 
 import argparse
