@@ -87,8 +87,9 @@ class StoredGradients:
                 predictions.append(prediction.detach().clone())
             return torch.stack(predictions)
 
-        names = {f"module.{name}": alias for name, alias in aliases.items()}
-        return functional_call(_Around(pose_model), names, (run,)), used
+        around = _Around(pose_model)
+        places = _places(around, {f"module.{name}": alias for name, alias in aliases.items()})
+        return functional_call(around, places, (run,), tie_weights=False), used
 
     def _store(self, prediction: Tensor, aliases: Params, pose: int) -> set[str]:
         """Write one row of gradients and return the names of the parameters that were used."""
@@ -114,6 +115,21 @@ class _Around(torch.nn.Module):
 
     def forward(self, body: Callable[[torch.nn.Module], Tensor]) -> Tensor:
         return body(self.module)
+
+
+def _places(module: torch.nn.Module, aliases: Params) -> dict[str, Tensor]:
+    """Return aliases by every place where a module holds the parameter, each place once.
+
+    Left to find tied parameters by itself, ``functional_call`` takes a module that is registered
+    under two names for two places, and puts its own alias back into the second.
+    """
+    alias_of = {id(p): aliases[n] for n, p in module.named_parameters() if n in aliases}
+    return {
+        f"{prefix}.{name}": alias_of[id(param)]
+        for prefix, owner in module.named_modules()  # each module once
+        for name, param in owner.named_parameters(recurse=False, remove_duplicate=False)
+        if id(param) in alias_of
+    }
 
 
 # While functional_call has put aliases in, another thread would take them for the parameters.

@@ -253,6 +253,34 @@ def test_tied_parameters_count_once(poses, gradients):
     assert_same_gradients(grads(model), expected)
 
 
+class RegisteredTwice(torch.nn.Module):
+    """One module under two names, as PyG's SchNet has its filter networks."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Tanh()).double()
+        self.same = torch.nn.ModuleDict({"mlp": self.mlp})
+        self.last = torch.nn.Linear(4, 1).double()
+
+    def forward(self, pose):
+        return self.last(self.same["mlp"](self.mlp(pose)))
+
+
+def test_a_module_that_is_registered_twice_trains_on_step_after_step(poses):
+    """``functional_call`` alone would leave an alias in place of its parameters."""
+    pose_model = RegisteredTwice()
+    params = list(pose_model.parameters())
+    losses(plain_autograd(pose_model, LogSumExp(), poses, SIZES))["both"].backward()
+    expected = [param.grad.clone() for param in params]
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients="stored")
+    for _ in range(3):
+        model.zero_grad()
+        losses(model(poses, sizes=SIZES))["both"].backward()
+        assert all(p is q for p, q in zip(pose_model.parameters(), params, strict=True))
+        for param, gradient in zip(params, expected, strict=True):
+            torch.testing.assert_close(param.grad, gradient, **EXACT)
+
+
 def test_dropout_is_the_same_in_both_modes(pose_model, poses):
     pose_model.insert(1, torch.nn.Dropout(0.5))
     found = []
