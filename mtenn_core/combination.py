@@ -230,12 +230,9 @@ class _ClosedForm(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
+    def forward(ctx: Any, value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
         return value.clone()
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.save_for_backward(inputs[2])
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
