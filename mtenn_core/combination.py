@@ -81,8 +81,7 @@ class Combination(torch.nn.Module):
         """Return ∂h/∂ŷ_i for every pose.
 
         Overridden by a closed form, it is what training uses. This one derives the weights from
-        the other methods: with the gradients of the poses set to e_1 … e_M, the gradient of the
-        combined prediction is the vector of the weights.
+        :meth:`combine` by autograd, or else from the backward of :meth:`forward`.
 
         Parameters
         ----------
@@ -92,13 +91,9 @@ class Combination(torch.nn.Module):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        with torch.inference_mode(False), torch.enable_grad():
-            pred_list = list(predictions.detach().clone())
-            probe = torch.zeros_like(predictions, requires_grad=True)
-            unit_vectors = list(torch.eye(len(probe), dtype=probe.dtype, device=probe.device))
-            value = self(pred_list, {"probe": unit_vectors}, ["probe"], probe)
-            (weights,) = torch.autograd.grad(value, probe)
-        return weights
+        if overrides(type(self), "combine"):
+            return autograd_weights(self, predictions)
+        return backward_weights(self, predictions)
 
     def forward(
         self,
@@ -124,6 +119,29 @@ class Combination(torch.nn.Module):
 def overrides(combination: type[Combination], method: str) -> bool:
     """Whether a class has a ``method`` of its own, beside the one of :class:`Combination`."""
     return getattr(combination, method) is not getattr(Combination, method)
+
+
+def autograd_weights(combination: Combination, predictions: Tensor) -> Tensor:
+    """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        y = predictions.detach().clone().requires_grad_()
+        (weights,) = torch.autograd.grad(combined_prediction(combination, y, closed_form=False), y)
+    return weights
+
+
+def backward_weights(combination: Combination, predictions: Tensor) -> Tensor:
+    """Return the pose weights that the backward of ``forward`` uses, shape (n_poses,).
+
+    With the gradients of the poses set to the unit vectors e_1 … e_M, the gradient of the combined
+    prediction is the vector of the weights.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        pred_list = list(predictions.detach().clone())
+        probe = torch.zeros_like(predictions, requires_grad=True)
+        unit_vectors = list(torch.eye(len(probe), dtype=probe.dtype, device=probe.device))
+        value = combination(pred_list, {"probe": unit_vectors}, ["probe"], probe)
+        (weights,) = torch.autograd.grad(value, probe)
+    return weights
 
 
 def combined_prediction(

@@ -78,6 +78,17 @@ def test_every_depth_shows_its_pose_weights(depth, context):
         torch.testing.assert_close(depth().pose_weights(predictions), 2 * predictions)
 
 
+def test_a_closed_form_may_start_from_the_derived_one():
+    class Doubled(SumOfSquares):
+        def pose_weights(self, predictions):
+            return 2 * super().pose_weights(predictions)
+
+    y = torch.tensor([1.0, 3.0], requires_grad=True)
+    assert Doubled().pose_weights(y.detach()).tolist() == [4, 12]
+    combined_prediction(Doubled(), y).backward()
+    assert y.grad.tolist() == [4, 12]
+
+
 def test_a_class_that_says_nothing_cannot_be_instantiated():
     with pytest.raises(TypeError, match=r"define combine\(predictions\), or forward\(pred_list"):
         Combination()

@@ -11,7 +11,7 @@ A page runs from top to bottom in one namespace. What its fenced blocks mean:
     installs the page's own package (without an index), and other commands are not run. Only
     ``mtenn`` may show output.
 
-The README alone may also show what no test can run: its set-up, and results of the demo.
+The README's set-up is not run here: it is what runs the tests.
 
 A ``python`` or ``toml`` block that begins with a comment such as ``# demo/__init__.py`` is a file
 of the page's own package.
@@ -80,14 +80,14 @@ def run_page(page: Path, folder: Path) -> None:
         if block.language == "python":
             printed = run_python(block, namespace, where)
             continue
-        if block.language == "text" and (printed is not None or page != README):
+        if block.language == "text":
             assert printed is not None, f"{where}: an output that follows no python block"
             assert_same_output(block.body, printed, where)
         elif block.language == "console":
             run_console(block, folder, where, set_up=page == README)
         else:
-            allowed = block.language in COMMANDS_AND_FILES or page == README
-            assert allowed, f"{where}: what is a block of {block.language or 'no language'!r}?"
+            known = block.language in COMMANDS_AND_FILES
+            assert known, f"{where}: what is a block of {block.language or 'no language'!r}?"
         printed = None
 
 

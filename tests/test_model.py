@@ -319,7 +319,7 @@ def test_stored_frees_every_graph_and_then_the_gradients(pose_model, poses):
             alive.append(sum(graph() is not None for graph in graphs))
             hidden = self.inner(pose)
             graphs.append(weakref.ref(hidden))
-            return hidden * 1.0
+            return hidden * hidden  # its graph holds hidden, until backward frees it
 
     model = MultiPoseModel(Tracking(), ClosedForm(), gradients="stored")
     out = model(poses)

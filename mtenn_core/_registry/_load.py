@@ -68,9 +68,8 @@ def combination_class(
     from mtenn_core.combination import Combination
 
     if not manager.is_registered(plugin):
-        if manager.has_plugin(record.qualified_name):  # an earlier version, or registered before
-            manager.unregister(name=record.qualified_name)
-        manager.register(plugin, name=record.qualified_name)
+        # With its identity, since pluggy allows a name once, and temporary() replaces by name.
+        manager.register(plugin, name=f"{record.qualified_name} at {id(plugin):#x}")
     callers = manager.get_hookcallers(plugin) or []
     if _HOOK not in [caller.name for caller in callers]:
         manager.unregister(plugin)

@@ -11,7 +11,12 @@ import torch
 from torch import Tensor
 from torch.func import functional_call
 
-from mtenn_core.combination import Combination, overrides
+from mtenn_core.combination import (
+    Combination,
+    autograd_weights,
+    backward_weights,
+    overrides,
+)
 
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
 GRID = 2.0**33
@@ -99,14 +104,12 @@ class Subject:
     def weights(self, predictions: Tensor) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
         with self._forgetting():
-            return Combination.pose_weights(self.combination, predictions)
+            return backward_weights(self.combination, predictions)
 
     def autograd_weights(self, predictions: Tensor) -> Tensor:
         """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
-        y = predictions.clone().requires_grad_()
         with self._forgetting():
-            (weights,) = torch.autograd.grad(self.combination.combine(y), y)
-        return weights
+            return autograd_weights(self.combination, predictions)
 
     def call(
         self,

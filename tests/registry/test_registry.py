@@ -483,6 +483,15 @@ def test_contexts_may_end_in_any_order(registry):
     assert "b" not in registry
 
 
+def test_one_name_may_be_replaced_twice(registry):
+    other = type("Other", (Mean,), {})
+    with registry.temporary({"new": Mean}):
+        with registry.temporary({"new": other}):
+            assert registry.get("new") is other
+        assert registry.get("new") is Mean
+    assert "new" not in registry
+
+
 def test_what_was_temporary_is_forgotten(registry):
     dies = type("Dies", (Mean,), {})
     with registry.temporary({"dies": dies}):
