@@ -5,11 +5,9 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
 from mtenn_core.combination import (
     Combination,
@@ -130,13 +128,13 @@ class Subject:
 
     def values_of_parameter(self, name: str, predictions: Tensor, settings: Tensor) -> Tensor:
         """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
-        shape = self.combination.get_parameter(name).shape
-        values = []
-        for setting in settings:
-            with self._forgetting(), torch.no_grad():
-                own = {name: setting.view(shape)}
-                arguments: tuple[Any, ...] = (list(predictions.clone()), {}, [])
-                values.append(functional_call(self.combination, own, arguments))
+        param = self.combination.get_parameter(name)
+        before, values = param.detach().clone(), []
+        with torch.no_grad():
+            for setting in settings:
+                param.copy_(setting.view_as(param))
+                values.append(self.value(predictions))
+            param.copy_(before)
         return torch.stack(values)
 
     def gradient_of_parameter(self, name: str, predictions: Tensor) -> Tensor:
