@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -54,13 +55,21 @@ class Combination(torch.nn.Module):
                 f"{cls.__name__} cannot be instantiated: it must define combine(predictions),"
                 " or forward(pred_list, grad_dict, param_names, *model_params)"
             )
-        return super().__new__(cls)
+        combination = super().__new__(cls)
+        # Past torch's __setattr__, which wants __init__ to have run.
+        combination.__dict__["_arguments"] = args, kwargs
+        return combination
 
     @classmethod
     @hookimpl
     def mtenn_combination(cls) -> type[Self]:
         """Return this class: every combination is a plugin (see :mod:`mtenn_core.hookspecs`)."""
         return cls
+
+    def extra_repr(self) -> str:
+        """Return the constructor's arguments, for ``repr``."""
+        shown = constructor_arguments(self, defaults=True)
+        return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the combined prediction h, differentiable by autograd.
@@ -95,6 +104,22 @@ class Combination(torch.nn.Module):
             return autograd_weights(self, predictions)
         return backward_weights(self, predictions)
 
+    def reference(self, predictions: Tensor) -> Tensor:
+        """Return the combined prediction again, stated independently; optional.
+
+        The conformance suite holds the value, and its derivative, to this one: plain and slow
+        where ``combine`` is fast and stable, say. Training does not use it.
+
+        Parameters
+        ----------
+        predictions : shape (n_poses,), float64
+
+        Returns
+        -------
+        shape ()
+        """
+        raise CombinationContractError(f"{type(self).__name__} declares no reference(predictions)")
+
     def forward(
         self,
         pred_list: Sequence[Tensor],
@@ -114,6 +139,29 @@ class Combination(torch.nn.Module):
         """
         predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
         return combined_prediction(self, predictions)
+
+
+def constructor_arguments(combination: Combination, *, defaults: bool = False) -> dict[str, Any]:
+    """Return the arguments that a combination was made with, by name.
+
+    Parameters
+    ----------
+    defaults : whether to name those that were not given, too
+    """
+    try:
+        args, kwargs = combination.__dict__["_arguments"]
+        bound = inspect.signature(type(combination)).bind(*args, **kwargs)
+    except (KeyError, TypeError, ValueError):  # made without __new__, or of a strange signature
+        return {}
+    if defaults:
+        bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and not arguments.get(name):
+            arguments.pop(name, None)
+    return arguments
 
 
 def overrides(combination: type[Combination], method: str) -> bool:

@@ -55,6 +55,10 @@ class CombinationContractError(MtennError, TypeError):
     """A combination returned what its contract does not allow: tell its author."""
 
 
+class TargetError(MtennError, LookupError):
+    """What ``mtenn check`` was given cannot be imported: correct the path."""
+
+
 class RegistryError(MtennError):
     """Base of the registry's errors.
 

@@ -29,7 +29,6 @@ if TYPE_CHECKING:
     import pluggy
 
     from mtenn_core.combination import Combination
-    from mtenn_core.testing import Report
 
 GROUP = "mtenn.combinations"
 
@@ -150,19 +149,6 @@ class Registry:
             key = validation_key(record, type(combination), args, kwargs)
             self._validate(key, record, lambda: combination)
         return combination
-
-    def check(self, name: str, *, seed: int = 0) -> list[Report]:
-        """Run the gate on a combination and return a report for each of its ``examples``."""
-        from mtenn_core.testing import check_combination
-
-        record = self.info(name)
-        combination = self._load(record)
-        return [
-            check_combination(
-                build_example(record, combination, example), seed=seed, name=str(record)
-            )
-            for example in declared_examples(record, combination)
-        ]
 
     # Registering --------------------------------------------------------------------------------
 
@@ -285,7 +271,9 @@ class Registry:
 
         if key is not None and key in self._validated:
             return
-        report = check_combination(make(), name=str(record))
+        report = check_combination(
+            make(), level="gate", name=str(record), path=record.qualified_name
+        )
         if not report.passed:
             raise GradientValidationError(
                 f"{report}\nIt is not handed out. validate=False hands it out unchecked.",

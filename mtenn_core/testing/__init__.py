@@ -1,16 +1,27 @@
-"""Checks that a combination's gradient is the derivative of its value.
+"""Checks that a combination is what it says, and its gradient the derivative of its value.
 
-One list, :data:`CHECKS`, serves every front: the registry's gate, ``mtenn check`` and
-:func:`check_combination`.
+One list, :data:`CHECKS`, serves every front: the registry's gate, ``mtenn check``,
+:func:`check_combination` and, under pytest, :class:`CombinationConformance`.
 
 >>> from mtenn_core.testing import check_combination
 >>> report = check_combination(MyCombination(pred_scale=10.0))
 >>> assert report.passed, report
 """
 
-from mtenn_core.testing._check import Check
-from mtenn_core.testing._checks import CHECKS
-from mtenn_core.testing._report import Record, Report
+from mtenn_core.testing._catalogue import CHECKS
+from mtenn_core.testing._check import LEVELS, Check
+from mtenn_core.testing._pytest import CombinationConformance, parametrize_with_checks
+from mtenn_core.testing._report import SUITE_VERSION, Record, Report
 from mtenn_core.testing._runner import check_combination
 
-__all__ = ["CHECKS", "Check", "Record", "Report", "check_combination"]
+__all__ = [
+    "CHECKS",
+    "LEVELS",
+    "SUITE_VERSION",
+    "Check",
+    "CombinationConformance",
+    "Record",
+    "Report",
+    "check_combination",
+    "parametrize_with_checks",
+]

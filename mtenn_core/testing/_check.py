@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from mtenn_core.testing._report import Status
 from mtenn_core.testing._subject import Subject
 
-Level = Literal["gate"]
+Level = Literal["gate", "full", "quality"]
+LEVELS: tuple[Level, ...] = get_args(Level)
 Metrics = dict[str, Any]
 
 
@@ -19,9 +20,11 @@ class Check:
 
     Attributes
     ----------
-    id : its place in the catalogue: A for the form, B for the chain rule, C for derivatives
+    id : its place in the catalogue: A for the form and the conduct, B for the chain rule, C for
+        derivatives, D for values
     title : what holds, as a sentence
-    level : ``"gate"`` for the checks before the registry hands a combination out
+    level : ``"gate"`` for the checks before the registry hands a combination out, ``"full"`` for
+        the others, ``"quality"`` for what a careful author does beyond the contract
     run : returns what it measured, or raises a :class:`Verdict`
     """
 
@@ -31,10 +34,23 @@ class Check:
     run: Callable[[Subject], Metrics]
 
 
-class Verdict(Exception):
-    """Ends a check with another status than ``"pass"``."""
+def check(id: str, title: str, level: Level = "full") -> Callable[..., Check]:
+    """Make a :class:`Check` of a function."""
+    return lambda run: Check(id, title, level, run)
 
-    def __init__(self, status: Status, reason: str, **metrics: Any) -> None:
+
+class Verdict(Exception):
+    """Ends a check with another status than ``"pass"``.
+
+    Attributes
+    ----------
+    status : of the record
+    cause : what most likely went wrong, where that can be told
+    metrics : the figures that the check measured
+    """
+
+    def __init__(self, status: Status, reason: str, *, cause: str = "", **metrics: Any) -> None:
         super().__init__(reason)
         self.status = status
+        self.cause = cause
         self.metrics = metrics

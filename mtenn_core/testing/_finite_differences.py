@@ -47,10 +47,7 @@ def directional_derivatives(
     -------
     Estimate, in the function's unit over that of its inputs
     """
-    steps = first_steps[:, None] * 0.5 ** torch.arange(N_STEPS, dtype=points.dtype)
-    moves = steps[..., None] * directions[:, None]
-    ladder = torch.stack([points[:, None] + moves, points[:, None] - moves])
-    values = function(ladder.flatten(0, 2)).view(ladder.shape[:-1])
+    steps, values = _ladder(function, points, directions, first_steps)
     magnitude = torch.maximum(
         values.nan_to_num(0, 0, 0).abs().amax(dim=(0, 2)), points.abs().amax(dim=1)
     )
@@ -60,6 +57,29 @@ def directional_derivatives(
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
     return _extrapolate(changes / (2 * steps), noise[:, None] / steps)
+
+
+def central_differences(
+    function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor, first_step: float
+) -> tuple[Tensor, Tensor]:
+    """Return the steps of the ladder and the central difference at each, both of shape (n_steps,).
+
+    Parameters
+    ----------
+    function, point, direction, first_step : see :func:`directional_derivatives`, for one point
+    """
+    steps, values = _ladder(function, point[None], direction[None], torch.tensor([first_step]))
+    return steps[0], (values[0] - values[1])[0] / (2 * steps[0])
+
+
+def _ladder(
+    function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, first_steps: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Return steps, shape (n, n_steps), and the values ahead and behind, (2, n, n_steps)."""
+    steps = first_steps[:, None] * 0.5 ** torch.arange(N_STEPS, dtype=points.dtype)
+    moves = steps[..., None] * directions[:, None]
+    ladder = torch.stack([points[:, None] + moves, points[:, None] - moves])
+    return steps, function(ladder.flatten(0, 2)).view(ladder.shape[:-1])
 
 
 def resolution(values: Tensor) -> float:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
-Status = Literal["pass", "fail", "error", "inconclusive", "skip"]
+SUITE_VERSION = "1.0"
+
+Status = Literal["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpass"]
 
 
 @dataclass(frozen=True)
@@ -18,11 +21,14 @@ class Record:
     id, title, level : of the check
     status : ``"pass"``; ``"fail"``, with both numbers in ``reason``; ``"error"``, the combination
         raised; ``"inconclusive"``, the numerical derivative was too uncertain to tell; ``"skip"``,
-        the check does not apply
+        the check does not apply; ``"xfail"`` and ``"xpass"``, a failure was expected and came or
+        did not come
     reason : why the status is what it is; empty for a pass
+    cause : the likely mistake, where the numbers give it away
     metrics : the figures that the check measured
     seed : of the random numbers that it probed with
     duration : in seconds
+    repro : a line for the shell that runs this check again
     """
 
     id: str
@@ -30,13 +36,24 @@ class Record:
     level: str
     status: Status
     reason: str
+    cause: str
     metrics: dict[str, Any]
     seed: int
     duration: float
+    repro: str
+
+    @property
+    def failed(self) -> bool:
+        """Whether the check did not hold, and was expected to."""
+        return self.status in ("fail", "error", "inconclusive")
 
     def __str__(self) -> str:
         lines = [f"{self.status:<12} {self.id}  {self.title}"]
-        return "\n".join(lines + [f"    {line}" for line in self.reason.splitlines()])
+        lines += [textwrap.indent(self.reason, "    ")] if self.reason else []
+        if self.failed:
+            lines += [f"    likely cause: {self.cause}"] if self.cause else []
+            lines += [f"    again: {self.repro}"]
+        return "\n".join(lines)
 
 
 @dataclass(frozen=True)
@@ -48,20 +65,26 @@ class Report:
     name : who was checked, as the registry calls it, or the class
     combination : its ``repr``, which shows its arguments
     facts : what the combination declares of itself, which narrows the checks
+    level : of the checks that ran
     n_expected : how many checks there were to run
     records : one for each that ran
+    curves : numbers to plot, from the levels above ``"gate"`` (:mod:`mtenn_core.testing._curves`)
+    suite_version : of the catalogue
     """
 
     name: str
     combination: str
     facts: dict[str, Any]
+    level: str
     n_expected: int
     records: list[Record] = field(default_factory=list)
+    curves: dict[str, Any] = field(default_factory=dict)
+    suite_version: str = SUITE_VERSION
 
     @property
     def failures(self) -> list[Record]:
-        """The checks that did not pass, skipped ones aside."""
-        return [record for record in self.records if record.status not in ("pass", "skip")]
+        """The checks that failed, raised or stayed inconclusive, expected ones aside."""
+        return [record for record in self.records if record.failed]
 
     @property
     def passed(self) -> bool:
@@ -69,20 +92,36 @@ class Report:
         return len(self.records) == self.n_expected and not self.failures
 
     def __str__(self) -> str:
-        verdict = "passed" if self.passed else f"failed {len(self.failures)}"
-        head = f"{self.name}, {self.combination}: {verdict} of {self.n_expected} checks"
-        if self.passed:
-            head = f"{self.name}, {self.combination}: passed all {self.n_expected} checks"
+        lines = [f"{self.name}, {self.combination}: {self.verdict}"]
+        shown = [record for record in self.records if record.status not in ("pass", "skip")]
+        lines += [str(record) for record in shown]
         ran = [record.id for record in self.records if record.status == "pass"]
-        lines = [head, *(str(record) for record in self.failures)]
-        if self.failures and ran:
-            lines.append(f"passed       {', '.join(ran)}")
+        if shown and ran:
+            lines.append(f"{'passed':<12} {', '.join(ran)}")
         return "\n".join(lines)
+
+    @property
+    def verdict(self) -> str:
+        """The outcome in a few words."""
+        n_run, n_failed = len(self.records), len(self.failures)
+        if n_run < self.n_expected:
+            return f"ran {n_run} of {self.n_expected} checks, {n_failed} failed"
+        if n_failed:
+            return f"failed {n_failed} of {self.n_expected} checks"
+        n_xfail = sum(record.status == "xfail" for record in self.records)
+        expected = f", {n_xfail} of them failing as expected" if n_xfail else ""
+        return f"passed all {self.n_expected} checks{expected}"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON knows it, with null for what is infinite or no number."""
         plain: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
         return plain
+
+    @classmethod
+    def from_json(cls, plain: dict[str, Any]) -> Report:
+        """Return the report that :meth:`to_json` made ``plain`` of."""
+        fields = {key: value for key, value in plain.items() if key != "passed"}
+        return cls(**{**fields, "records": [Record(**record) for record in plain["records"]]})
 
 
 def _finite(value: Any) -> Any:

@@ -2,20 +2,25 @@
 
 from __future__ import annotations
 
-import copy
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
 
 from mtenn_core.combination import Combination, check_facts
+from mtenn_core.testing._catalogue import chosen_checks, known_ids
 from mtenn_core.testing._check import Check, Level, Verdict
-from mtenn_core.testing._checks import CHECKS
+from mtenn_core.testing._curves import curves
+from mtenn_core.testing._process_state import preserved_process_state
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._subject import Subject
+from mtenn_core.testing._target import target_of
 
 FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties")
 
@@ -23,60 +28,90 @@ FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties")
 def check_combination(
     combination: Combination | Callable[[], Combination],
     *,
-    level: Level = "gate",
+    level: Level = "full",
+    expected_failures: Mapping[str, str] | None = None,
     seed: int = 0,
+    only: Collection[str] | None = None,
     name: str | None = None,
+    path: str | None = None,
+    on_record: Callable[[Record], object] = lambda record: None,
 ) -> Report:
-    """Check that a combination's gradient is the derivative of its value.
+    """Check that a combination is what it says, and its gradient the derivative of its value.
 
     Works on copies, in float64 and under a forked random state: ``combination`` stays as it is.
 
     Parameters
     ----------
-    combination : an instance, or a class or function that makes one
-    level : which checks; ``"gate"`` are those that the registry runs
+    combination : an instance, or a class or function that makes one; a class is given the first of
+        its ``examples``
+    level : which checks; ``"gate"`` are those that the registry runs, ``"full"`` is the contract,
+        ``"quality"`` adds what a careful author does beyond it
+    expected_failures : for the id of each check that may fail, why
     seed : of the random numbers to probe with
+    only : ids of the checks to run, of whatever level
     name : who it is, for the report
+    path : what ``mtenn check`` calls it, for the line that runs a check again
+    on_record : called with each record as it is made
 
     Raises
     ------
+    ValueError : there is no such level, or no check of such an id
     CombinationContractError : it declares of itself what cannot be
 
     Returns
     -------
     Report, with ``passed``, ``records`` and, as ``str``, both numbers of what failed
     """
+    checks = chosen_checks(level, only)
+    known_ids(expected_failures or ())
+    again = _shell_line(combination, seed, path)
     if not isinstance(combination, Combination):
-        combination = combination()
+        examples: Sequence[dict[str, Any]] = getattr(combination, "examples", ())
+        combination = combination(**next(iter(examples), {}))
     check_facts(combination)
-    checks = [check for check in CHECKS if check.level == level]
     report = Report(
         name=name or type(combination).__name__,
-        combination=_shown(combination),
+        combination=shown(combination),
         facts={fact: _plain(getattr(combination, fact)) for fact in FACTS},
+        level=level,
         n_expected=len(checks),
     )
     # devices=[]: the copies are on the CPU, and asking for the GPUs' states would start CUDA.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         for check in checks:
-            report.records.append(_run(check, combination, seed))
+            record = _run(check, partial(_subject, combination, level, seed), seed, again(check.id))
+            record = _expected(record, (expected_failures or {}).get(check.id))
+            report.records.append(record)
+            on_record(record)
+        if level != "gate" and not only:
+            with _undisturbed(seed):
+                report.curves.update(curves(partial(_subject, combination, level, seed)))
     return report
 
 
-def _run(check: Check, combination: Combination, seed: int) -> Record:
+def _subject(combination: Combination, level: Level, seed: int) -> Subject:
+    # One for each check: none finds what another has left behind.
+    return Subject(combination, seed, thorough=level != "gate")
+
+
+@contextmanager
+def _undisturbed(seed: int) -> Iterator[None]:
+    with preserved_process_state(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # probes go where a user's numbers do not
+        torch.manual_seed(seed)
+        yield
+
+
+def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Record:
     start = time.perf_counter()
     status: Status = "pass"
-    reason, metrics = "", {}
+    reason, cause, metrics = "", "", {}
     try:
-        torch.manual_seed(seed)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # probes go where a user's numbers do not
-            # A copy for each check: none finds what another has left behind. In float64: finite
-            # differences of float32 parameters would be confidently wrong.
-            subject = Subject(copy.deepcopy(combination).cpu().double(), seed)
-            metrics = check.run(subject)
+        with _undisturbed(seed):
+            metrics = check.run(make())
     except Verdict as verdict:
-        status, reason, metrics = verdict.status, str(verdict), verdict.metrics
+        status, reason = verdict.status, str(verdict)
+        cause, metrics = verdict.cause, verdict.metrics
     except (Exception, SystemExit) as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
         status = "error"
@@ -87,13 +122,35 @@ def _run(check: Check, combination: Combination, seed: int) -> Record:
         level=check.level,
         status=status,
         reason=reason,
+        cause=cause,
         metrics=metrics,
         seed=seed,
         duration=time.perf_counter() - start,
+        repro=again,
     )
 
 
-def _shown(combination: Combination) -> str:
+def _expected(record: Record, why: str | None) -> Record:
+    """Return the record of a check of which a failure was expected, if ``why`` is given."""
+    if why is None or record.status == "skip":
+        return record
+    if record.status == "pass":
+        return replace(record, status="xpass", reason=f"a failure was expected: {why}")
+    return replace(record, status="xfail", reason=f"expected: {why}\n{record.reason}")
+
+
+def _shell_line(source: Any, seed: int, path: str | None) -> Callable[[str], str]:
+    target = target_of(source, path)
+    if target is None:
+        return lambda id: (
+            f"check_combination(…, only=[{id!r}], seed={seed}); for a line in the shell, let it be"
+            " a class or function at the top of a module, with literals for arguments"
+        )
+    return lambda id: target.command("--only", id, "--seed", str(seed))
+
+
+def shown(combination: Combination) -> str:
+    """Return the ``repr`` of a combination, or what it raised."""
     try:
         return repr(combination)
     except Exception as error:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,25 +24,90 @@ GRID = 2.0**33
 LARGEST_STEP = 2.0**-3
 
 
+@dataclass(frozen=True)
+class Step:
+    """What ``forward`` is handed in one training step.
+
+    Attributes
+    ----------
+    predictions : shape (n_poses,)
+    gradients : by parameter, those of all poses, shape (n_poses, *shape of the parameter)
+    params : the parameters; their order is that of ``param_names``
+    """
+
+    predictions: Tensor
+    gradients: Mapping[str, Tensor]
+    params: Mapping[str, Tensor]
+
+    def to(self, dtype: torch.dtype) -> Step:
+        """Return the step in another dtype."""
+        return Step(
+            self.predictions.to(dtype),
+            {name: gradients.to(dtype) for name, gradients in self.gradients.items()},
+            {n: param.detach().to(dtype).requires_grad_() for n, param in self.params.items()},
+        )
+
+    def pred_list(self) -> list[Tensor]:
+        """Return the predictions as ``forward`` takes them, each a tensor of its own."""
+        return [prediction.clone() for prediction in self.predictions]
+
+    def grad_dict(self) -> dict[str, list[Tensor]]:
+        """Return the gradients as ``forward`` takes them, each a tensor of its own."""
+        return {n: [gradient.clone() for gradient in all] for n, all in self.gradients.items()}
+
+
+def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Return the gradient of a value for each parameter, zeros where there is none."""
+    wanted = {name: param for name, param in params.items() if param.requires_grad}
+    found = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True, **options)
+    return dict(zip(wanted, found, strict=True))
+
+
+def telling_shapes(n_poses: int) -> dict[str, tuple[int, ...]]:
+    """Return shapes of parameters that a wrong sum over poses would mix up."""
+    return {
+        "w1": (n_poses,),
+        "w10": (n_poses, n_poses),
+        "w2": (n_poses, n_poses),
+        "scalar": (),
+        "one": (1,),
+        "column": (n_poses, 1),
+        "rows": (2, n_poses),
+        "layer.bias": (2,),
+    }
+
+
 class Subject:
     """A float64 copy of a combination, which forgets every call.
+
+    In float64, since finite differences of float32 parameters would be confidently wrong.
 
     Attributes
     ----------
     combination : the copy
+    thorough : whether to probe more than the gate does
+    seed : of the numbers to probe with
+    bounded : whether predictions may not lie anywhere
     full_depth : whether it has a ``forward`` of its own
     two_derivatives : whether ``gradients="graph"``, which takes the derivative of ``combine`` by
         autograd, has another one than ``"stored"``
     """
 
-    def __init__(self, combination: Combination, seed: int) -> None:
-        self.combination = combination
+    def __init__(self, combination: Combination, seed: int, *, thorough: bool = False) -> None:
+        self.original = combination
+        self.combination = combination = self.copy(torch.float64)
+        self.thorough = thorough
+        self.bounded = any(math.isfinite(end) for end in combination.domain)
         self.full_depth = overrides(type(combination), "forward")
         own_derivative = self.full_depth or overrides(type(combination), "pose_weights")
         self.two_derivatives = own_derivative and overrides(type(combination), "combine")
-        self._seed = seed
+        self.seed = seed
         self._generator = torch.Generator().manual_seed(seed)
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}
+
+    def copy(self, dtype: torch.dtype | None = None) -> Combination:
+        """Return another copy, on the CPU, its parameters and buffers in ``dtype`` if given."""
+        return copy.deepcopy(self.original).to("cpu", dtype)
 
     def n_poses(self, n_poses: int) -> int:
         """Return ``n_poses``, or the fewest that the combination takes."""
@@ -92,7 +160,7 @@ class Subject:
 
     def value(self, predictions: Tensor) -> Tensor:
         """Return the combined prediction, shape (), without a graph."""
-        with self._forgetting(), torch.no_grad():
+        with self.forgetting(), torch.no_grad():
             if not self.full_depth:
                 return self.combination.combine(predictions.clone())
             zeros = [torch.zeros(1, dtype=predictions.dtype) for _ in predictions]
@@ -101,30 +169,47 @@ class Subject:
 
     def weights(self, predictions: Tensor) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
-        with self._forgetting():
+        with self.forgetting():
             return backward_weights(self.combination, predictions)
 
     def autograd_weights(self, predictions: Tensor) -> Tensor:
         """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
-        with self._forgetting():
+        with self.forgetting():
             return autograd_weights(self.combination, predictions)
 
-    def call(
-        self,
-        pred_list: Sequence[Tensor],
-        grad_dict: Mapping[str, Tensor],
-        params: dict[str, Tensor],
-    ) -> Tensor:
-        """Call ``forward`` as a training step does.
+    def step(self, shapes: Mapping[str, tuple[int, ...]] | None = None, n_poses: int = 3) -> Step:
+        """Return what a training step hands to ``forward``, of random numbers.
 
         Parameters
         ----------
-        grad_dict : gradients by parameter, shape (n_poses, *shape of the parameter)
-        params : the parameters; their order is that of ``param_names``
+        shapes : of the parameters, by name; the default is :func:`telling_shapes`
         """
-        lists = {name: list(gradients.clone()) for name, gradients in grad_dict.items()}
-        with self._forgetting():
-            return self.combination(list(pred_list), lists, list(params), *params.values())
+        n_poses = self.n_poses(n_poses)
+        shapes = shapes or telling_shapes(n_poses)
+        gradients = {name: self.randn(n_poses, *shape) for name, shape in shapes.items()}
+        for i, gradient in enumerate(gradients.values()):
+            gradient *= (1, 1e-3, 1e2)[i % 3]  # a clamp or a threshold shows at some sizes alone
+        params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}
+        return Step(self.predictions(n_poses), gradients, params)
+
+    def call(
+        self,
+        step: Step,
+        *,
+        pred_list: list[Tensor] | None = None,
+        grad_dict: Mapping[str, list[Tensor]] | None = None,
+        combination: Combination | None = None,
+    ) -> Tensor:
+        """Call ``forward`` as a training step does, with something else than ``step`` if given."""
+        pred_list = step.pred_list() if pred_list is None else pred_list
+        grad_dict = step.grad_dict() if grad_dict is None else grad_dict
+        with self.forgetting():
+            forward = combination or self.combination
+            return forward(pred_list, grad_dict, list(step.params), *step.params.values())
+
+    def gradients(self, step: Step, **instead: Any) -> dict[str, Tensor]:
+        """Return the gradient of the combined prediction for each parameter of a step."""
+        return gradients_of(self.call(step, **instead), step.params)
 
     def values_of_parameter(self, name: str, predictions: Tensor, settings: Tensor) -> Tensor:
         """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
@@ -140,17 +225,19 @@ class Subject:
     def gradient_of_parameter(self, name: str, predictions: Tensor) -> Tensor:
         """Return the gradient of an own parameter that training would use, flat."""
         param = self.combination.get_parameter(name)
-        value = self.call(list(predictions), {}, {})
+        value = self.call(Step(predictions, {}, {}))
         gradient = None
         if value.requires_grad:
-            (gradient,) = torch.autograd.grad(value, param, allow_unused=True)
+            go = -3.7  # of the loss: a backward that ignores it is right for 1 alone
+            (gradient,) = torch.autograd.grad(value * go, param, allow_unused=True)
+            gradient = None if gradient is None else gradient / go
         return (torch.zeros_like(param) if gradient is None else gradient).reshape(-1)
 
     @contextmanager
-    def _forgetting(self) -> Iterator[None]:
+    def forgetting(self) -> Iterator[None]:
         """Replay the random state and put buffers back, so that no call sees another."""
         if self.combination.stochastic:
-            torch.manual_seed(self._seed)
+            torch.manual_seed(self.seed)
         try:
             yield
         finally:

@@ -1,0 +1,193 @@
+"""What ``mtenn`` can be told."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+from click.core import ParameterSource
+
+from mtenn_core import __version__
+from mtenn_core._cli._output import Commands, console, errors_to_exit_code, print_json
+from mtenn_core._registry import PluginRecord, registry
+from mtenn_core.errors import MtennError
+
+# Typed here, since importing them takes torch along; a test holds them to the real ones.
+LEVELS = ("gate", "full", "quality")
+
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts to read.")
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, package_name="mtenn-core", message="mtenn-core %(version)s")
+def main() -> None:
+    """Combinations of pose predictions: list them, look one up, check its gradient."""
+
+
+@main.command("list")
+@as_json
+@errors_to_exit_code
+def list_(as_json: bool) -> None:
+    """List the installed combinations. Imports none of them."""
+    records = registry.records()
+    if as_json:
+        print_json([_plain(record) for record in records])
+        return
+    if not records:
+        click.echo(_nothing_installed())
+        return
+    from rich.table import Table
+
+    table = Table(header_style="bold", box=None)
+    for title in ("name", "distribution", "version", "class"):
+        table.add_column(title, overflow="fold")  # a name that is cut off cannot be copied
+    for record in records:
+        table.add_row(record.name, record.distribution, record.version, record.target)
+    console().print(table)
+
+
+@main.command()
+@click.argument("name")
+@as_json
+@errors_to_exit_code
+def info(name: str, as_json: bool) -> None:
+    """Show what is known of the combination NAME. Does not import it."""
+    record = registry.info(name)
+    if as_json:
+        print_json(_plain(record))
+        return
+    from rich.table import Table
+
+    table = Table(show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    for key, value in _plain(record).items():
+        table.add_row(key.replace("_", " "), str(value))
+    console().print(table)
+
+
+@main.command()
+@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@click.option("--all", "everything", is_flag=True, help="Check every installed combination.")
+@click.option(
+    "--arg",
+    "arguments",
+    multiple=True,
+    metavar="NAME=VALUE",
+    help="Argument for the combination, instead of its examples; repeat for more.",
+)
+@click.option(
+    "--level",
+    type=click.Choice(LEVELS),
+    default="full",
+    show_default=True,
+    help="gate: what the registry checks; full: the contract; quality: beyond it.",
+)
+@click.option("--only", multiple=True, metavar="ID", help="Run this check alone; repeat for more.")
+@click.option(
+    "--seed",
+    type=click.IntRange(0, 2**63 - 1),
+    default=0,
+    show_default=True,
+    help="Seed of the numbers to probe with.",
+)
+@click.option(
+    "--isolated", is_flag=True, help="In a child process, for a plugin that crashes or hangs."
+)
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(0, min_open=True),
+    default=60.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="With --isolated: for one target; one check may take half of it.",
+)
+@click.option(
+    "--memory-limit",
+    type=click.IntRange(1),
+    default=4096,
+    show_default=True,
+    metavar="MIB",
+    help="With --isolated: beyond what torch takes by itself.",
+)
+@as_json
+@click.option(
+    "--html",
+    type=click.Path(dir_okay=False, writable=True, path_type=Path),
+    metavar="FILE",
+    help="Write a page with plots, too.",
+)
+@errors_to_exit_code
+def check(
+    targets: tuple[str, ...],
+    everything: bool,
+    arguments: tuple[str, ...],
+    as_json: bool,
+    html: Path | None,
+    **options: Any,
+) -> None:
+    r"""Check that combinations are what they say, and their gradients right.
+
+    \b
+    TARGET is one of
+      boltzmann             a name that `mtenn list` shows
+      package.module:Class  what can be imported from here
+      folder/file.py:Class  a file
+    and instead of a class, a function that makes an instance.
+
+    Exits with 0 if every check has passed, with 1 if not, and with 2 if it cannot understand.
+    """
+    _check_usage(targets, everything, arguments, html)
+    if everything and not len(registry):
+        raise MtennError(_nothing_installed())
+    from mtenn_core._cli._check import check_targets
+
+    names = _qualified_names() if everything else targets
+    sys.exit(not check_targets(names, arguments, as_json=as_json, html=html, **options))
+
+
+def _check_usage(
+    targets: tuple[str, ...],
+    everything: bool,
+    arguments: tuple[str, ...],
+    html: Path | None,
+) -> None:
+    if bool(targets) == everything:
+        found = "both" if everything else "neither"
+        raise click.UsageError(
+            "expected a combination (a name that `mtenn list` shows, package.module:Class or"
+            f" folder/file.py:Class) or --all; found {found}"
+        )
+    if arguments and (everything or len(targets) > 1):
+        raise click.UsageError("--arg is for one combination: give one name alone")
+    ctx = click.get_current_context()
+    for name in ("time_limit", "memory_limit"):
+        given = ctx.get_parameter_source(name) is not ParameterSource.DEFAULT
+        if given and not ctx.params["isolated"]:
+            raise click.UsageError(f"--{name.replace('_', '-')} needs --isolated")
+    if html and not os.access(html.parent, os.W_OK):
+        raise click.BadParameter(
+            f"cannot write into the folder {str(html.parent)!r}; does it exist?",
+            param_hint="'--html'",
+        )
+
+
+def _qualified_names() -> list[str]:
+    return [record.qualified_name for record in registry.records()]
+
+
+def _nothing_installed() -> str:
+    return (
+        f"no combination is installed: no distribution has an entry point of the group"
+        f" {registry.group!r}; install a plugin with pip"
+    )
+
+
+def _plain(record: PluginRecord) -> dict[str, Any]:
+    plain = asdict(record)
+    del plain["plugin"]
+    return plain

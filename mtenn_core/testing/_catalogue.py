@@ -1,0 +1,70 @@
+"""The catalogue: one list of checks for all fronts, in the order in which they run.
+
+The gradient of a combined prediction is go · Σ_i w_i g_i, with go the gradient of the loss, w_i the
+pose weights and g_i the gradients of the poses. So w is read off backward, with unit vectors for
+g_i, and held against finite differences of the value alone (C); that backward is this sum for any
+go and g_i is linear algebra, which is held to roundoff (B). What neither sees is the value itself
+(D), the form (A1 to A3, A11 to A13) and the conduct (A4 to A10).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+
+from mtenn_core.testing import _chain_rule, _conduct, _derivatives, _form, _values
+from mtenn_core.testing._check import LEVELS, Check, Level
+
+CHECKS: tuple[Check, ...] = (
+    _form.output,
+    _form.raw_return,
+    _chain_rule.chain_rule,
+    _form.order_of_names,
+    _derivatives.pose_weights,
+    _derivatives.own_parameters,
+    _values.reference,
+    _values.properties,
+    _values.extremes,
+    _values.low_precision,
+    _values.arguments,
+    _derivatives.end_to_end,
+    _chain_rule.layout_of_gradients,
+    _chain_rule.many_poses,
+    _conduct.purity,
+    _conduct.repeatable,
+    _conduct.isolated,
+    _conduct.modes,
+    _conduct.memory,
+    _conduct.copies,
+    _conduct.double_backward,
+    _form.bad_input,
+    _form.value_of_predictions,
+    _form.device,
+    _form.errors_that_name,
+    _conduct.shows_arguments,
+    _values.refused_arguments,
+)
+
+
+def chosen_checks(level: Level, only: Collection[str] | None = None) -> list[Check]:
+    """Return the checks of a level and those below, or those with the ids ``only``.
+
+    Raises
+    ------
+    ValueError : there is no such level, or no check of such an id
+    """
+    if level not in LEVELS:
+        raise ValueError(f"level must be one of {', '.join(LEVELS)}; found {level!r}")
+    if only is not None:
+        ids = known_ids(only)
+        return [check for check in CHECKS if check.id in ids]
+    up_to = LEVELS.index(level)
+    return [check for check in CHECKS if LEVELS.index(check.level) <= up_to]
+
+
+def known_ids(ids: Collection[str]) -> Collection[str]:
+    """Return ``ids``, or raise a ValueError if one is that of no check."""
+    known = [check.id for check in CHECKS]
+    unknown = [ids] if isinstance(ids, str) else [id for id in ids if id not in known]
+    if unknown:
+        raise ValueError(f"no check is called {', '.join(unknown)}; known: {', '.join(known)}")
+    return ids

@@ -1,0 +1,306 @@
+"""C, the derivatives: what backward uses, against finite differences of the value alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core.model import MultiPoseModel
+from mtenn_core.testing._check import Metrics, Verdict, check
+from mtenn_core.testing._comparison import Comparison, compare, judge
+from mtenn_core.testing._diagnosis import Point, cause_in_weights
+from mtenn_core.testing._finite_differences import (
+    Estimate,
+    central_differences,
+    directional_derivatives,
+)
+from mtenn_core.testing._subject import LARGEST_STEP, Subject
+
+# (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
+PROBES = (
+    (3, 0.0, 1.0),
+    (3, 0.0, 0.1),
+    (3, 0.0, 0.01),
+    (3, 0.0, 1e-3),
+    (3, 10.0, 1e-3),
+    (3, -1e4, 1.0),
+    (3, 1e4, 0.01),
+    (1, 0.0, 1.0),
+    (2, 0.0, 1.0),
+    (6, 0.0, 1.0),
+    (6, 0.0, 1e-3),
+    (6, 0.0, 30.0),
+)
+# ΔG in kT and in kcal/mol, pIC50, all of one sign, and numbers of poses beyond a handful.
+MORE_PROBES = (
+    (3, -8.0, 2.0),
+    (3, -30.0, 8.0),
+    (3, 7.0, 1.5),
+    (3, 0.0, 1e-4),
+    (3, 100.0, 10.0),
+    (3, -100.0, 3.0),
+    (3, -1e3, 100.0),
+    (3, 0.0, 5.0),
+    (2, -8.0, 0.3),
+    (2, 7.0, 1e-3),
+    (4, 0.0, 1.0),
+    (4, -8.0, 0.01),
+    (5, -8.0, 2.0),
+    (7, 0.0, 0.3),
+    (8, -8.0, 2.0),
+    (11, 7.0, 1.0),
+    (20, -8.0, 2.0),
+    (20, 0.0, 0.01),
+)
+
+
+@check("C1", "pose weights are the derivative of the value", "gate")
+def pose_weights(subject: Subject) -> Metrics:
+    """At predictions of many sizes and spreads, every weight for a few poses."""
+    return judge(*compare_weights(subject, _probes(subject)), partial(step_table, subject))
+
+
+def _probes(subject: Subject) -> list[Tensor]:
+    probes = PROBES + MORE_PROBES if subject.thorough else PROBES
+    points = [subject.predictions(subject.n_poses(n), base, spread) for n, base, spread in probes]
+    if subject.thorough:
+        y = subject.predictions(subject.n_poses(4))
+        points += [y.sort().values, y.sort(descending=True).values]
+        if subject.combination.smooth:
+            points += [torch.cat([y[:1], y[:-1]]), y[:1].expand(len(y)).clone()]  # ties
+    return points
+
+
+def compare_weights(subject: Subject, points: list[Tensor]) -> tuple[list[Comparison], str]:
+    """Return the comparisons at some predictions, and the likely cause if some are wrong."""
+    groups: dict[int, list[Tensor]] = {}
+    for y in points:
+        groups.setdefault(len(y), []).append(y)
+    comparisons, known = [], []
+    for n_poses, ys in groups.items():
+        directions = directions_for(subject, n_poses)
+        for y, numerical in _derivatives(subject, ys, directions):
+            found = compare(subject.weights, numerical, directions, y, "pose")
+            if subject.two_derivatives:
+                unit = "autograd of combine, pose"
+                found += compare(subject.autograd_weights, numerical, directions, y, unit)
+            comparisons += found
+            known.append((found, numerical))
+    if not any(comparison.wrong for comparison in comparisons):
+        return comparisons, ""
+    return comparisons, _cause(subject, known)
+
+
+def _derivatives(
+    subject: Subject, points: list[Tensor], directions: Tensor
+) -> Iterator[tuple[Tensor, Estimate]]:
+    steps = torch.tensor([subject.first_step(y) for y in points])
+    fd = directional_derivatives(
+        subject.values,
+        torch.stack(points).repeat_interleave(len(directions), dim=0),
+        directions.repeat(len(points), 1),
+        steps.repeat_interleave(len(directions)),
+    )
+    by_point = (column.view(len(points), -1) for column in fd)
+    for y, derivatives, errors in zip(points, *by_point, strict=True):
+        yield y, Estimate(derivatives, errors)
+
+
+def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:
+    """Return the likely cause, from the points at which every weight was compared."""
+    points = []
+    for comparisons, numerical in known:
+        y = comparisons[0].predictions
+        if len(numerical.derivative) != len(y):
+            continue
+        ours = [c for c in comparisons if c.unit == "pose"]
+        if not any(c.wrong for c in comparisons if c.unit == "pose") and any(
+            c.wrong for c in comparisons
+        ):
+            return (
+                "combine is not differentiable by autograd as it stands (detached in part, or made"
+                " of other numbers), and gradients='graph' takes its gradient from there"
+            )
+        found = torch.tensor([c.analytic for c in ours], dtype=y.dtype)
+        tolerance = max(c.tolerance for c in ours)
+        if math.isfinite(tolerance):
+            wrong = any(c.wrong for c in ours)
+            points.append(Point(y, found, numerical.derivative, tolerance, wrong))
+    return cause_in_weights(points, subject.weights, scales_of(subject.combination))
+
+
+def scales_of(combination: Combination) -> dict[str, float]:
+    """Return the numbers that a combination is made with or holds, by name, 1 and 0 aside."""
+    found: dict[str, object] = dict(vars(combination)) | dict(constructor_arguments(combination))
+    found |= {name: p.item() for name, p in combination.named_parameters() if p.numel() == 1}
+    for name in dir(type(combination)):
+        if not name.startswith("_"):
+            found.setdefault(name, getattr(type(combination), name))
+    return {
+        name.lstrip("_"): float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name != "min_poses"
+        and math.isfinite(value)
+        and value not in (0, 1)
+    }
+
+
+@check("C2", "a whole model trains with it")
+def end_to_end(subject: Subject) -> Metrics:
+    """A small network and a nonlinear loss, in each gradient mode, all parameters."""
+    means = subject.predictions(subject.n_poses(4), 0.0, 0.5)
+    poses = torch.cat([subject.randn(len(means), 2), means[:, None]], dim=1)
+    network = _Network(subject, means)
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
+    directions = _by_parameter(subject, network)
+    fd = directional_derivatives(
+        partial(_losses, subject, network, poses),
+        theta.repeat(len(directions), 1),
+        directions,
+        torch.full((len(directions),), LARGEST_STEP),
+    )
+    modes = ["stored"] + ["graph"] * overrides(type(subject.combination), "combine")
+    comparisons = []
+    for mode in modes:
+        gradient_at = partial(_gradient, subject, network, poses, mode)
+        unit = f"gradients={mode!r}, parameters of a network:"
+        comparisons += compare(gradient_at, fd, directions, theta, unit)
+    names = [name for name, _ in network.named_parameters()]
+    wrong = [names[i % len(names)] for i, c in enumerate(comparisons) if c.wrong]
+    cause = "" if not wrong else f"the gradient of {', '.join(sorted(set(wrong)))} is off"
+    return judge(comparisons, cause)
+
+
+class _Network(torch.nn.Module):
+    """Predicts m_i + size · tanh(…) for a pose of two features and a mean m_i."""
+
+    def __init__(self, subject: Subject, means: Tensor) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1), torch.nn.Tanh()
+        ).double()
+        for param in self.parameters():
+            param.data.copy_(torch.round(subject.randn(*param.shape) * 2**10) / 2**10)
+        # Within the domain, and without changing the order of poses where that has kinks.
+        room = subject.first_step(means) if subject.bounded or not subject.combination.smooth else 1
+        self.size = min(0.5, room / 2)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return pose[..., -1] + self.size * self.net(pose[..., :-1])[..., 0]
+
+
+def _losses(subject: Subject, network: _Network, poses: Tensor, thetas: Tensor) -> Tensor:
+    shapes = {name: p.shape for name, p in network.named_parameters()}
+    values = []
+    for theta in thetas:
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        params = {n: part.view(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
+        with torch.no_grad():
+            values.append(torch.func.functional_call(network, params, (poses,)))
+    return _loss(subject.values(torch.stack(values)))
+
+
+def _loss(value: Tensor) -> Tensor:
+    return -3.7 * value + 0.5 * value.square()
+
+
+def _gradient(
+    subject: Subject, network: _Network, poses: Tensor, mode: str, theta: Tensor
+) -> Tensor:
+    params = list(network.parameters())
+    torch.nn.utils.vector_to_parameters(theta, params)
+    model = MultiPoseModel(network, subject.combination, gradients=mode)  # type: ignore[arg-type]
+    with subject.forgetting():
+        prediction = model(list(poses)).prediction
+    return torch.cat([g.flatten() for g in torch.autograd.grad(_loss(prediction), params)])
+
+
+def _by_parameter(subject: Subject, network: _Network) -> Tensor:
+    """Return one random direction within each parameter, shape (n_params, n_entries)."""
+    blocks = [subject.randn(1, p.numel()).sign() for p in network.parameters()]
+    return torch.block_diag(*blocks)
+
+
+@check("C3", "own parameters have their gradient", "gate")
+def own_parameters(subject: Subject) -> Metrics:
+    """A learnable temperature, say; at the level full, at other settings than the first too."""
+    _no_hidden_parameters(subject.combination)
+    own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
+    if not own:
+        raise Verdict("skip", "it has no parameters of its own")
+    comparisons = _of_own_parameters(subject, list(own))
+    if subject.thorough:
+        with torch.no_grad():
+            for param in own.values():
+                # Near by and of the same sign, since not all numbers need be allowed.
+                factor = 1 + 0.3 * subject.randn(*param.shape).tanh()
+                param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
+        comparisons += _of_own_parameters(subject, list(own))
+        y = _probes(subject)[:6]
+        more, cause = compare_weights(subject, y)
+        if any(comparison.wrong for comparison in more):
+            judge(more, f"right at the initial parameters, wrong at others; {cause}".rstrip("; "))
+    wrong = {c.unit.split(",")[0] for c in comparisons if c.wrong}
+    zero = all(c.analytic == 0 for c in comparisons if c.wrong)
+    which = "detached, or not used" if zero else "wrong"
+    cause = f"the gradient of {', '.join(sorted(wrong))} is {which}" if wrong else ""
+    # A parameter may play no part in a value, and nobody says that it does.
+    return judge([c for c in comparisons if c.analytic or c.derivative], cause)
+
+
+def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
+    comparisons = []
+    for spread in (1.0, 0.1):
+        y = subject.predictions(subject.n_poses(3), 0.0, spread)
+        for name in names:
+            param = subject.combination.get_parameter(name)
+            directions = directions_for(subject, param.numel())
+            fd = directional_derivatives(
+                partial(subject.values_of_parameter, name, y),
+                param.detach().reshape(1, -1).repeat(len(directions), 1),
+                directions,
+                torch.full((len(directions),), LARGEST_STEP),
+            )
+            gradient_at = partial(subject.gradient_of_parameter, name)
+            comparisons += compare(gradient_at, fd, directions, y, f"{name!r}, entry")
+    return comparisons
+
+
+def _no_hidden_parameters(combination: Combination) -> None:
+    for module in combination.modules():
+        for name, value in vars(module).items():
+            if isinstance(value, Tensor) and value.requires_grad:
+                raise Verdict(
+                    "fail",
+                    f"{name!r} requires a gradient and is no torch.nn.Parameter: no optimizer finds"
+                    " it",
+                    cause=f"self.{name} = torch.nn.Parameter(…)",
+                )
+
+
+def directions_for(subject: Subject, n: int) -> Tensor:
+    """Return every axis for few inputs, else two random directions; shape (n_directions, n)."""
+    if n <= (6 if subject.thorough else 4):
+        return torch.eye(n, dtype=torch.float64)
+    # Entries ±1/2 and ±1: steps along them are exact.
+    return subject.randn(2, n).sign() * (3 + subject.randn(2, n).sign()) / 4
+
+
+def step_table(subject: Subject, comparison: Comparison) -> str:
+    """Return |central difference - weight| against step size, as text."""
+    y = comparison.predictions
+    steps, differences = central_differences(
+        subject.values, y, comparison.direction, subject.first_step(y)
+    )
+    errors = (differences - comparison.analytic).abs()
+    columns = [(f"{steps[k]:.0e}", f"{errors[k]:.0e}") for k in range(0, len(steps), 4)]
+    rows = ("  ".join(column) for column in zip(*columns, strict=True))
+    names = ("step size", "|error|  ")
+    return "\n".join(f"    {name}  {row}" for name, row in zip(names, rows, strict=True))

@@ -1,0 +1,351 @@
+"""The likely cause of a failure: what the wrong numbers would be right for.
+
+Each known mistake is a hypothesis of what the numbers then are. The first that fits at every point
+where they are wrong is named. None may fit, and then nothing is said.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtenn_core.testing._subject import Step
+
+OVERFLOW = (
+    "an exponential overflows, or a division by zero: shift by the extreme first"
+    " (torch.logsumexp and torch.softmax do)"
+)
+
+
+@dataclass(frozen=True)
+class Point:
+    """Pose weights at some predictions.
+
+    Attributes
+    ----------
+    predictions, found, expected : shape (n_poses,); ``expected`` by finite differences
+    tolerance : within which a weight is right
+    wrong : whether one is not
+    """
+
+    predictions: Tensor
+    found: Tensor
+    expected: Tensor
+    tolerance: float
+    wrong: bool
+
+    def fits(self, weights: Tensor | float) -> bool:
+        """Whether the weights found are these instead."""
+        weights = torch.as_tensor(weights, dtype=self.found.dtype)
+        slack = self.tolerance + 1e-5 * weights.abs().amax()
+        return bool(((self.found - weights).abs() <= slack).all())
+
+    @property
+    def telling(self) -> bool:
+        """Whether poses can be told apart here."""
+        return len(self.found) > 1
+
+
+def cause_in_weights(
+    points: Sequence[Point], weights_at: Callable[[Tensor], Tensor], scales: Mapping[str, float]
+) -> str:
+    """Return the likely mistake behind wrong pose weights, or "".
+
+    Parameters
+    ----------
+    points : probes at which every weight is known, right ones too
+    weights_at : the combination's weights at any predictions
+    scales : numbers that may have been forgotten or doubled, by name
+    """
+    wrong = [point for point in points if point.wrong]
+    if not wrong:
+        return ""
+    telling = [point for point in wrong if point.telling] or wrong
+    return (
+        _not_finite(points)
+        or _first_fit(telling, _whole(scales))
+        or _constant_factor(wrong, scales)
+        or _elsewhere(telling, weights_at, scales)
+        or _first_fit(telling, _distorted())
+        or _structure(telling)
+        or _where(points)
+    )
+
+
+def _not_finite(points: Sequence[Point]) -> str:
+    if all(point.found.isfinite().all() for point in points):
+        return ""
+    return OVERFLOW
+
+
+def _first_fit(points: Sequence[Point], known: Mapping[str, Callable[[Point], Tensor]]) -> str:
+    for cause, weights in known.items():
+        if all(point.fits(weights(point)) for point in points):
+            return cause
+    return ""
+
+
+def _whole(scales: Mapping[str, float]) -> dict[str, Callable[[Point], Tensor]]:
+    """Return mistakes in the weights as a whole."""
+    known: dict[str, Callable[[Point], Tensor]] = {
+        "the sign: every weight has the opposite one": lambda p: -p.expected,
+        "the weights are all zero: are the predictions detached?": lambda p: 0 * p.expected,
+        "1/n_poses is missing": lambda p: len(p.expected) * p.expected,
+        "a division by n_poses too much": lambda p: p.expected / len(p.expected),
+        "n_poses - 1 where the value has n_poses": lambda p: (
+            p.expected * len(p.expected) / max(len(p.expected) - 1, 1)
+        ),
+        "the weights are in reverse order of the poses": lambda p: p.expected.flip(0),
+        "the weights are shifted by one pose (roll)": lambda p: p.expected.roll(1),
+        "the weights are shifted back by one pose (roll)": lambda p: p.expected.roll(-1),
+        "the weights are those of the sorted predictions: put them back in order": lambda p: (
+            p.expected[p.predictions.argsort()]
+        ),
+        "the weights are those of the predictions sorted from the highest: put them back in"
+        " order": lambda p: p.expected[p.predictions.argsort(descending=True)],
+        "one-hot weights: those of a hard maximum": lambda p: _one_hot(p, p.predictions.argmax()),
+        "one-hot weights: those of a hard minimum": lambda p: _one_hot(p, p.predictions.argmin()),
+        "uniform weights: those of a mean": lambda p: torch.full_like(
+            p.expected, 1 / len(p.expected)
+        ),
+        "uniform weights of 1: those of a sum": lambda p: torch.ones_like(p.expected),
+    }
+    for name, scale in scales.items():
+        missing = f"the factor {name} is missing, or a division by it too much"
+        known[missing] = partial(_times, 1 / scale)
+        known[f"a factor {name} too much, or the division by it is missing"] = partial(
+            _times, scale
+        )
+    return known
+
+
+def _times(factor: float, point: Point) -> Tensor:
+    return factor * point.expected
+
+
+def _one_hot(point: Point, at: Tensor) -> Tensor:
+    weights = torch.zeros_like(point.expected)
+    weights[at] = 1
+    return weights
+
+
+def _constant_factor(points: Sequence[Point], scales: Mapping[str, float]) -> str:
+    norms = [(point.found @ point.expected, point.expected @ point.expected) for point in points]
+    found, expected = (float(sum(column)) for column in zip(*norms, strict=True))
+    factor = found / expected if expected else math.nan
+    if not all(point.fits(factor * point.expected) for point in points):
+        return ""
+    if factor < 0:
+        return f"the sign, and a constant factor: every weight is {factor:.6g} times what it should"
+    return f"a constant factor: every weight is {factor:.6g} times what it should be"
+
+
+def _elsewhere(
+    points: Sequence[Point], weights_at: Callable[[Tensor], Tensor], scales: Mapping[str, float]
+) -> str:
+    """Return whether the weights are right at other predictions."""
+    factors = {"-1": -1.0, "2": 2.0, "1/2": 0.5}
+    for name, scale in scales.items():
+        factors |= {name: scale, f"1/{name}": 1 / scale}
+    for name, factor in factors.items():
+        try:
+            moved = [weights_at(factor * point.predictions) for point in points]
+        except Exception:  # outside of what it can combine
+            continue
+        matches = [
+            bool(((w - p.expected).abs() <= p.tolerance + 1e-5 * p.expected.abs().amax()).all())
+            for w, p in zip(moved, points, strict=True)
+        ]
+        if all(matches) and name == "-1":
+            return "the sign inside the exponential: the weights are right at -predictions"
+        if all(matches):
+            return (
+                f"another scale (temperature) in the weights than in the value: they are right at"
+                f" {name} · predictions"
+            )
+    return ""
+
+
+def _distorted() -> dict[str, Callable[[Point], Tensor]]:
+    """Return mistakes in each weight by itself."""
+    return {
+        "the absolute value of each weight": lambda p: p.expected.abs(),
+        "negative weights are set to zero (clamp, relu)": lambda p: p.expected.clamp(min=0),
+        "weights are clamped to 0 … 1": lambda p: p.expected.clamp(0, 1),
+        "the weights are squared": lambda p: p.expected.square(),
+        "the square root of each weight": lambda p: p.expected.abs().sqrt(),
+        "the weights are normalised to a sum of 1, and the derivative's sum is another": lambda p: (
+            p.expected / p.expected.sum()
+        ),
+        "1 - weight": lambda p: 1 - p.expected,
+        "weight · (1 - weight): a derivative too much": lambda p: p.expected * (1 - p.expected),
+        "the weight times the prediction": lambda p: p.expected * p.predictions,
+        "a last digit's worth of precision: computed in float32 or less": lambda p: (
+            p.expected.float().double()
+        ),
+    }
+
+
+def _structure(points: Sequence[Point]) -> str:
+    """Return what the difference of the two has in common over the points."""
+    several = [point for point in points if len(point.found) > 2]
+    if several and all(map(_is_softmax, several)):
+        return (
+            "the weights are a softmax of the predictions alone: the term from the derivative of"
+            " the populations is missing (product rule)"
+        )
+    if all(p.fits(_projected(p)) for p in points):
+        return "normalisation: the weights have the right proportions and a wrong sum"
+    if all(((d := p.found - p.expected) - d.mean()).abs().amax() <= p.tolerance for p in points):
+        return "a term that is the same for all poses is missing or too much (normalisation)"
+    at = [p.found[(p.found - p.expected).abs() > p.tolerance] for p in points]
+    limits = torch.cat(at)
+    if len(limits) > 1 and limits[0] and torch.allclose(limits, limits[:1].expand_as(limits)):
+        return f"weights are clamped at {limits[0]:.6g}"
+    zeros = [(p.found == 0) & (p.expected.abs() > p.tolerance) for p in points]
+    if all(zero.any() for zero in zeros):
+        left_out = {int(i) for zero in zeros for i in zero.nonzero()}
+        which = f"pose {left_out.pop()}" if len(left_out) == 1 else "some poses"
+        return f"{which} left out: the weight is zero (masked, dropped or detached)"
+    off = {tuple(((p.found - p.expected).abs() > p.tolerance).tolist()) for p in points}
+    if len(off) == 1 and not all(only := next(iter(off))):
+        wrong = ", ".join(str(i) for i, one in enumerate(only) if one)
+        return f"always the weight of pose {wrong}, whatever its prediction"
+    return ""
+
+
+def _projected(point: Point) -> Tensor:
+    norm = point.expected @ point.expected
+    return point.expected * (point.found @ point.expected) / norm if norm else point.expected
+
+
+def _is_softmax(point: Point) -> bool:
+    """Whether the logarithms of the weights are linear in the predictions, with a sum of 1."""
+    if (point.found <= 0).any() or abs(point.found.sum() - 1) > 1e-6:
+        return False
+    x = point.predictions - point.predictions.mean()
+    y = point.found.log() - point.found.log().mean()
+    variance = x @ x
+    if not variance:
+        return False
+    slope = (x @ y) / variance
+    return bool((y - slope * x).abs().amax() <= 1e-4 * (1 + y.abs().amax()) and slope.abs() > 1e-3)
+
+
+def _where(points: Sequence[Point]) -> str:
+    """Return what the points where it is wrong have in common, against those where it is right."""
+    right, wrong = [p for p in points if not p.wrong], [p for p in points if p.wrong]
+    if not right:
+        return ""
+    for words, value in (
+        ("n_poses", lambda p: float(len(p.predictions))),
+        ("the largest |prediction|", lambda p: float(p.predictions.abs().amax())),
+        ("the spread of the predictions", _spread),
+        ("the highest prediction", lambda p: float(p.predictions.amax())),
+        ("the lowest prediction", lambda p: float(p.predictions.amin())),
+    ):
+        ours, theirs = [value(p) for p in wrong], [value(p) for p in right]
+        if min(ours) > max(theirs):
+            hint = ": shift by the extreme first" if "|" in words and min(ours) > 1e3 else ""
+            return f"wrong only where {words} is above {max(theirs):.3g}{hint}"
+        if max(ours) < min(theirs):
+            return f"wrong only where {words} is below {min(theirs):.3g}"
+    ns, others = {len(p.predictions) for p in wrong}, {len(p.predictions) for p in right}
+    if not ns & others:
+        return f"wrong only for {_listed(ns)} poses, right for {_listed(others)}"
+    if all(_ascending(p) for p in right) and not any(_ascending(p) for p in wrong):
+        return "right only where the predictions ascend: does it take them to be sorted?"
+    return ""
+
+
+def _spread(point: Point) -> float:
+    return float(point.predictions.amax() - point.predictions.amin())
+
+
+def _ascending(point: Point) -> bool:
+    return bool((point.predictions.diff() >= 0).all())
+
+
+def _listed(numbers: set[int]) -> str:
+    return ", ".join(map(str, sorted(numbers)))
+
+
+def cause_in_chain_rule(step: Step, name: str, go: float, found: Tensor, weights: Tensor) -> str:
+    """Return the likely mistake behind a gradient that is not go · Σ_i w_i g_i, or "".
+
+    Parameters
+    ----------
+    name : of the parameter
+    go : gradient of the loss
+    found : its gradient
+    weights : shape (n_poses,), read off backward for a loss gradient of 1
+    """
+    if not found.isfinite().all():
+        return "the gradient is not finite: is it divided by something that can be zero?"
+    for cause, candidate in _candidates(step, name, go, weights):
+        close = candidate.shape == found.shape and torch.allclose(found, candidate, rtol=1e-6)
+        if close:
+            return cause
+    return ""
+
+
+def _candidates(step: Step, name: str, go: float, w: Tensor) -> Iterator[tuple[str, Tensor]]:
+    gradients = step.gradients[name]
+    total = torch.tensordot(w, gradients, dims=1)
+    changed = "grad_output is not used as it comes"
+    yield "grad_output is ignored: multiply it in", total
+    yield f"{changed}: its absolute value", abs(go) * total
+    yield f"{changed}: its square", go * go * total
+    yield f"{changed}: its sign alone", math.copysign(1, go) * total
+    yield f"{changed}: clamped", min(max(go, -1.0), 1.0) * total
+    yield f"{changed}: its opposite sign", -go * total
+    for limit in (10.0, 100.0):
+        yield f"{changed}: clamped", min(max(go, -limit), limit) * total
+    yield f"{changed}: negative ones are set to zero", max(go, 0.0) * total
+    for other, theirs in step.gradients.items():
+        if other != name:
+            yield (
+                (
+                    f"it is the gradient of {other!r}: the order must be that of param_names, and"
+                    " names must be compared as a whole"
+                ),
+                go * torch.tensordot(w, theirs, dims=1),
+            )
+    if total.dim() == 2:
+        yield "the gradient is transposed", go * total.T
+    yield "the sum is not weighted", go * gradients.sum(0)
+    yield "a mean over poses that is not weighted", go * gradients.mean(0)
+    yield (
+        "the gradients of the poses are in reverse order",
+        go * torch.tensordot(w.flip(0), gradients, 1),
+    )
+    for limit in (0.1, 0.5, 1.0):
+        clipped = torch.tensordot(w, gradients.clamp(-limit, limit), dims=1)
+        yield "the gradients of the poses are clipped", go * clipped
+        yield "the gradient is clipped", (go * total).clamp(-limit, limit)
+    norms = gradients.flatten(1).norm(dim=1) if gradients.dim() > 1 else gradients.abs()
+    shrunk = w / norms.clamp(min=1)
+    yield (
+        "the gradients of the poses are clipped to norm 1",
+        go * torch.tensordot(shrunk, gradients, 1),
+    )
+    yield "the absolute value of the gradients", go * torch.tensordot(w, gradients.abs(), dims=1)
+    yield "the gradient is zero for this parameter", 0 * total
+    for i, (weight, gradient) in enumerate(zip(w, gradients, strict=True)):
+        yield (
+            f"pose {i} is left out of the sum (zip, slice or mask)",
+            go * (total - weight * gradient),
+        )
+        yield f"pose {i} alone is used", go * weight * gradient
+    for i, j in itertools.permutations(range(min(len(w), 4)), 2):
+        swapped = w.clone()
+        swapped[i] = w[j]
+        yield f"pose {i} has the weight of pose {j}", go * torch.tensordot(swapped, gradients, 1)
+    yield "1/n_poses too much", go * total / len(w)
+    yield "n_poses times too large", go * total * len(w)

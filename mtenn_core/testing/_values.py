@@ -1,0 +1,486 @@
+"""D, the values: what derivatives cannot tell, since a wrong value has a derivative, too."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+from torch import Tensor
+
+from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core.testing._check import Metrics, Verdict, check
+from mtenn_core.testing._comparison import compare, judge, ratio
+from mtenn_core.testing._derivatives import compare_weights
+from mtenn_core.testing._finite_differences import Estimate, resolution
+from mtenn_core.testing._subject import Step, Subject, gradients_of
+
+SPREADS = ((0.0, 1.0), (0.0, 0.01), (-8.0, 2.0), (7.0, 1.5), (100.0, 10.0))
+
+
+@check("D1", "the value is that of its reference")
+def reference(subject: Subject) -> Metrics:
+    """The declared reference, and ``combine`` beside a ``forward``: the values and derivatives."""
+    combination = subject.combination
+    statements: dict[str, Callable[[Tensor], Tensor]] = {}
+    if overrides(type(combination), "reference"):
+        statements["reference"] = combination.reference
+    if subject.full_depth and overrides(type(combination), "combine"):
+        statements["combine"] = combination.combine
+    if not statements:
+        raise Verdict("skip", "it declares no reference")
+    worst = 0.0
+    for n in (1, 2, 3, 4, 9):
+        for base, spread in SPREADS:
+            y = subject.predictions(subject.n_poses(n), base, spread)
+            for what, statement in statements.items():
+                worst = max(worst, _hold_to(subject, what, statement, y))
+    return {"largest error in tolerances": worst}
+
+
+def _hold_to(
+    subject: Subject, what: str, statement: Callable[[Tensor], Tensor], y: Tensor
+) -> float:
+    with subject.forgetting(), torch.enable_grad():
+        leaf = y.clone().requires_grad_()
+        expected = statement(leaf)
+        found = subject.value(y)
+        off = _off(subject, found, expected.detach(), y)
+        if off > 1:
+            raise Verdict(
+                "fail",
+                f"predictions {_listed(y)}\n"
+                f"    your value         {found.item():.12g}\n"
+                f"    {what:<18} {expected.item():.12g}",
+                cause=_value_cause(found, expected.detach(), y),
+            )
+        if not expected.requires_grad:
+            return off
+        (gradient,) = torch.autograd.grad(expected, leaf, materialize_grads=True)
+    if gradient.isfinite().all():
+        # Its own rounding is that of the value it was compared with.
+        error = 1e-9 * gradient.abs().amax().expand(len(y))
+        comparisons = compare(
+            subject.weights, Estimate(gradient, error), torch.eye(len(y), dtype=y.dtype), y, "pose"
+        )
+        judge(comparisons, f"the weights are not those of the {what}")
+    return off
+
+
+def _off(subject: Subject, found: Tensor, expected: Tensor, y: Tensor) -> float:
+    """Return the difference of two values in tolerances; 0 if both are no number."""
+    if found.isnan() and expected.isnan():
+        return 0.0
+    eps = resolution(torch.stack([subject.value(y + k) for k in (0.0, 0.125, 0.25)]))
+    size = max(float(y.abs().amax()), abs(float(expected)))
+    value = subject.value(y)
+    moved = [float((subject.value(y + s * eps * y.abs()) - value).abs()) for s in (-2, 2)]
+    return ratio(abs(float(found) - float(expected)), 64 * len(y) * eps * size + 8 * max(moved))
+
+
+def _value_cause(found: Tensor, expected: Tensor, y: Tensor) -> str:
+    n, difference = len(y), float(found - expected)
+    known = {
+        "the sign": float(-2 * expected),
+        "ln(n_poses) too much (sum where there should be a mean)": math.log(n),
+        "ln(n_poses) too little (mean where there should be a sum)": -math.log(n),
+        "n_poses times too large": float((n - 1) * expected),
+        "divided by n_poses": float((1 / n - 1) * expected),
+    }
+    for cause, offset in known.items():
+        if offset and math.isclose(difference, offset, rel_tol=1e-6):
+            return cause
+    for word, extreme in (("highest", y.amax()), ("lowest", y.amin()), ("mean", y.mean())):
+        if math.isclose(float(found), float(extreme), rel_tol=1e-9):
+            return f"the value is the {word} prediction"
+    return "the value itself: its derivative may well be that of the wrong value"
+
+
+# What a combination may claim in `properties`, and what is wrong if it does not hold.
+Property = Callable[[Subject, Tensor], tuple[Tensor, Tensor] | None]
+
+
+def _permuted(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+    return subject.value(y[subject.permutation(len(y))]), subject.value(y)
+
+
+def _translated(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor] | None:
+    by = min(2.0, subject.first_step(y)) if subject.bounded else 2.5
+    return subject.value(y + by), subject.value(y) + by
+
+
+def _within(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+    value = subject.value(y)
+    return value, value.clamp(y.amin(), y.amax())
+
+
+def _increasing(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+    weights = subject.weights(y)
+    return weights.amin(), weights.amin().clamp(min=0)
+
+
+def _of_equal_poses(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+    return subject.value(y[:1].expand(len(y)).clone()), y[0]
+
+
+def _replicated(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+    return subject.value(y.repeat(2)), subject.value(y)
+
+
+def _without_nan(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+    return subject.value(torch.cat([y, y.new_tensor([math.nan])])), subject.value(y)
+
+
+PROPERTIES: dict[str, tuple[Property, str]] = {
+    "permutation_invariant": (_permuted, "the order of the poses changes the value"),
+    "translation_equivariant": (
+        _translated,
+        "h(y + c) = h(y) + c does not hold: do the weights sum to 1?",
+    ),
+    "bounded": (_within, "the value leaves the range of the predictions"),
+    "monotone": (_increasing, "a weight is negative: a prediction that rises lowers the value"),
+    "idempotent": (_of_equal_poses, "equal poses do not give their own value: normalisation?"),
+    "replication_invariant": (
+        _replicated,
+        "every pose twice gives another value: sum where there should be a mean?",
+    ),
+    "ignores_nan": (_without_nan, "a pose that is NaN is not as if it were not there"),
+}
+
+
+@check("D2", "the declared properties hold")
+def properties(subject: Subject) -> Metrics:
+    """Each name in ``properties``, for several numbers, sizes and spreads of predictions."""
+    declared = sorted(subject.combination.properties)
+    unknown = [name for name in declared if name not in PROPERTIES]
+    if unknown:
+        raise Verdict(
+            "fail",
+            f"unknown properties {unknown}; those that can be tested: {', '.join(PROPERTIES)}",
+        )
+    if not declared:
+        raise Verdict("skip", "it declares no properties")
+    worst = 0.0
+    for name in declared:
+        sides, cause = PROPERTIES[name]
+        for n in (2, 3, 7):
+            for base, spread in SPREADS:
+                y = subject.predictions(subject.n_poses(n), base, spread)
+                worst = max(worst, _hold_property(subject, name, sides, cause, y))
+    return {"largest error in tolerances": worst}
+
+
+def _hold_property(subject: Subject, name: str, sides: Property, cause: str, y: Tensor) -> float:
+    pair = sides(subject, y)
+    if pair is None:
+        return 0.0
+    off = _off(subject, pair[0], pair[1], y)
+    if off > 1:
+        raise Verdict(
+            "fail",
+            f"{name}: predictions {_listed(y)}\n"
+            f"    found              {pair[0].item():.12g}\n"
+            f"    expected           {pair[1].item():.12g}",
+            cause=cause,
+        )
+    return off
+
+
+@check("D3", "extreme predictions are survived")
+def extremes(subject: Subject) -> Metrics:
+    """Finite at 1e4 and for ties; NaN for NaN."""
+    n = subject.n_poses(3)
+    cases = {
+        "predictions near 1e4": subject.predictions(n, 1e4, 1.0),
+        "predictions near -1e4": subject.predictions(n, -1e4, 1.0),
+        "predictions from -1e4 to 1e4": subject.predictions(n, 0.0, 1e4),
+    }
+    if subject.combination.smooth:
+        y = subject.predictions(n)
+        cases["equal predictions"] = y[:1].expand(n).clone()
+        cases["the same pose twice"] = torch.cat([y[:1], y[:-1]])
+    for what, y in cases.items():
+        value, weights = subject.value(y), subject.weights(y)
+        if not (value.isfinite() and weights.isfinite().all()):
+            raise Verdict(
+                "fail",
+                f"{what}, {_listed(y)}: expected finite numbers; found the value {value.item():g}"
+                f" and the weights {_listed(weights)}",
+                cause=_infinite_cause(what, value),
+            )
+    return _nan_shows(subject, subject.predictions(n))
+
+
+def _infinite_cause(what: str, value: Tensor) -> str:
+    if "1e4" in what:
+        return (
+            "exp() of a large number, or its logarithm: shift by the extreme first, as"
+            " torch.logsumexp and torch.softmax do; or declare the `domain`"
+        )
+    if value.isfinite():
+        return "the derivative at ties is 0/0 or a square root at 0: declare smooth = False"
+    return "a division by the spread of the predictions, which is 0 for ties"
+
+
+def _nan_shows(subject: Subject, y: Tensor) -> Metrics:
+    """NaN among the predictions must be NaN in the value, or else selected away as any other."""
+    if "ignores_nan" in subject.combination.properties:
+        return {}
+    values = []
+    for pose in range(len(y)):
+        broken = y.clone()
+        broken[pose] = math.nan
+        values.append((pose, broken, subject.value(broken)))
+    unseen = [each for each in values if not each[2].isnan()]
+    # The best k may leave a pose out, as long as NaN is the worst in whatever place it stands.
+    selects = not subject.combination.smooth and len(unseen) == len(values)
+    for pose, broken, value in unseen:
+        if selects and _passed_over(subject, broken, value):
+            continue
+        raise Verdict(
+            "fail",
+            f"pose {pose} of {len(y)} is NaN: expected the value NaN; found {value.item():g}",
+            cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison): a broken pose"
+            " would go unseen; where that is meant, declare properties = {'ignores_nan'}",
+        )
+    return {}
+
+
+def _passed_over(subject: Subject, broken: Tensor, value: Tensor) -> bool:
+    """Whether the value is that with the lowest or the highest number in the place of NaN."""
+    low, high = subject.combination.domain
+    ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)
+    return any(torch.equal(value, subject.value(broken.nan_to_num(end))) for end in ends)
+
+
+@check("D4", "low precision keeps its dtype, and float32 inside")
+def low_precision(subject: Subject) -> Metrics:
+    """float32, bfloat16 and float16, against float64 on the same rounded predictions."""
+    worst = 0.0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for base, spread in ((0.0, 1.0), (-8.0, 2.0), (-80.0, 4.0)):
+            y = _in_domain(subject, subject.predictions(subject.n_poses(4), base, spread).to(dtype))
+            # Rounding makes ties, at which a value with kinks has several derivatives.
+            if subject.combination.smooth or len(y.unique()) == len(y):
+                worst = max(worst, _hold_precision(subject, subject.step(n_poses=len(y)), y))
+        if dtype == torch.float32 or not subject.combination.smooth:
+            continue
+        # Many small terms of one sign: a sum in half precision stops growing.
+        step = subject.step({"w": (4,)}, 1000)
+        step.gradients["w"].abs_()
+        y = _in_domain(subject, subject.predictions(len(step.predictions), 0.0, 0.1).to(dtype))
+        worst = max(worst, _hold_precision(subject, step, y))
+    return {"largest error in tolerances": worst}
+
+
+def _in_domain(subject: Subject, y: Tensor) -> Tensor:
+    """Return predictions without those that rounding has moved out of the domain."""
+    low, high = subject.combination.domain
+    return torch.where((y > low) & (y < high), y, subject.predictions(1).to(y.dtype))
+
+
+def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
+    dtype = y.dtype
+    narrow = replace(step.to(dtype), predictions=y)
+    wide = narrow.to(torch.float64)
+    value = subject.call(narrow, combination=subject.copy())
+    if value.dtype != dtype:
+        raise Verdict(
+            "fail",
+            f"predictions in {dtype}: expected the value in that dtype; found {value.dtype}",
+            cause="cast the result back: value.to(predictions.dtype)",
+        )
+    if subject.combination.stochastic:  # the random numbers are others in another dtype
+        return 0.0
+    off = _hold_value(subject, value, wide.predictions)
+    expected = subject.gradients(wide)
+    weights = subject.weights(wide.predictions)
+    moved = _moved(subject.weights, wide.predictions, weights)
+    for name, gradient in gradients_of(value, narrow.params).items():
+        slack = 16 * torch.finfo(dtype).eps * weights.abs() + 8 * moved
+        tolerance = torch.tensordot(slack, wide.gradients[name].abs(), dims=1)
+        error = (gradient.double() - expected[name]).abs()
+        # float16 has nothing below 6e-8.
+        if not (error <= tolerance + torch.finfo(dtype).tiny).all():
+            at = int((error - tolerance).nan_to_num(math.inf).argmax())
+            raise Verdict(
+                "fail",
+                f"predictions {_listed(y)} in {dtype}, parameter {name!r}, entry {at}\n"
+                f"    your backward      {gradient.flatten()[at].item():.8g}\n"
+                f"    in float64         {expected[name].flatten()[at].item():.8g}"
+                f" ± {tolerance.flatten()[at].item():.1e}",
+                cause=_LOW_PRECISION,
+            )
+    return off
+
+
+def _hold_value(subject: Subject, value: Tensor, y: Tensor) -> float:
+    """Return the error of a value in low precision, in tolerances."""
+    expected = subject.value(y)
+    size = max(float(y.abs().amax()), abs(float(expected)))
+    moved = float(_moved(subject.value, y, expected))
+    tolerance = 4 * torch.finfo(value.dtype).eps * size + 8 * moved
+    off = abs(float(value) - float(expected)) / tolerance
+    if not off <= 1:
+        raise Verdict(
+            "fail",
+            f"predictions {_listed(y)} in {value.dtype}\n"
+            f"    your value         {value.item():.8g}\n"
+            f"    in float64         {expected.item():.8g} ± {tolerance:.1e}",
+            cause=_LOW_PRECISION,
+        )
+    return off
+
+
+def _moved(function: Callable[[Tensor], Tensor], y: Tensor, at: Tensor) -> Tensor:
+    """Return how much a result changes where predictions move by a last digit of float32."""
+    by = torch.finfo(torch.float32).eps * y.abs()
+    odd = torch.arange(len(y)) % 2 == 1
+    return torch.stack(
+        [(function(y + sign * torch.where(odd, by, -by)) - at).abs() for sign in (-1, 1)]
+    ).amax(0)
+
+
+_LOW_PRECISION = (
+    "the arithmetic is in the dtype of the predictions: compute in float32 at least, and shift by"
+    " the extreme before scaling (t·y alone loses the digits, and overflows float16)"
+)
+
+
+@check("D5", "every argument does something, and right")
+def arguments(subject: Subject) -> Metrics:
+    """Each argument changes the output somewhere; the derivative is right away from defaults."""
+    tried: dict[str, bool] = {}
+    for name, other in alternatives(subject):
+        with_other = Subject(other, subject.seed, thorough=True)
+        effect = _differs(subject, with_other)
+        tried[name] = tried.get(name, False) or effect
+        if effect:
+            _hold_derivative(with_other, name)
+    unused = [name for name, effect in tried.items() if not effect]
+    if unused:
+        raise Verdict(
+            "fail",
+            f"argument {unused[0]!r} changes neither value nor weights at any probe",
+            cause="it is ignored, or overwritten by a constant",
+        )
+    if not tried:
+        raise Verdict("skip", "it takes no arguments of which others can be guessed")
+    return {"arguments": sorted(tried)}
+
+
+@check("D5q", "arguments that are no number are refused", "quality")
+def refused_arguments(subject: Subject) -> Metrics:
+    """NaN for each number."""
+    given = constructor_arguments(subject.original, defaults=True)
+    numbers = [name for name, value in given.items() if type(value) in (int, float)]
+    for name in numbers:
+        try:
+            made = Subject(type(subject.original)(**{**given, name: math.nan}), subject.seed)
+            value = made.value(made.predictions(made.n_poses(3)))
+        except Exception:
+            continue
+        if value.isnan():
+            raise Verdict(
+                "fail",
+                f"{name}=nan is accepted, and every value is NaN",
+                cause="raise a ValueError in __init__ that names the argument and what it may be",
+            )
+    return {} if numbers else _skip("it takes no numbers")
+
+
+def _skip(reason: str) -> Metrics:
+    raise Verdict("skip", reason)
+
+
+def _hold_derivative(subject: Subject, name: str) -> None:
+    points = [
+        subject.predictions(subject.n_poses(n), base, spread)
+        for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.1), (2, -8.0, 0.3), (5, 7.0, 0.01))
+    ]
+    comparisons, cause = compare_weights(subject, points)
+    if any(comparison.wrong for comparison in comparisons):
+        where = f"at other arguments ({subject.original!r})"
+        judge(comparisons, f"{where}: {cause}" if cause else f"it shows {where} alone")
+
+
+def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
+    """Yield combinations that differ from the one under test in one argument.
+
+    The ``examples`` of the class, and others for each number, flag and choice; those that the class
+    refuses are left out, and so are those whose value is no number.
+    """
+    cls = type(subject.original)
+    given = constructor_arguments(subject.original, defaults=True)
+    try:
+        parameters = inspect.signature(cls).parameters
+    except (TypeError, ValueError):
+        return
+    for name, value in given.items():
+        if name in parameters and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+            for other in _others(value, parameters[name].annotation):
+                yield from _made(subject, name, cls, {**given, name: other})
+    for example in cls.examples if isinstance(cls.examples, list | tuple) else ():
+        for name in example:
+            if given.get(name, None) is not example[name]:
+                yield from _made(subject, name, cls, {**given, **example})
+
+
+def _made(
+    subject: Subject, name: str, cls: type[Combination], arguments: dict[str, Any]
+) -> Iterator[tuple[str, Combination]]:
+    try:
+        made = cls(**arguments)
+        probe = Subject(made, subject.seed)
+        value = probe.value(probe.predictions(probe.n_poses(3)))
+        weights = probe.weights(probe.predictions(probe.n_poses(3)))
+    except Exception:  # a guess need not be allowed
+        return
+    if value.isfinite() and weights.isfinite().all():
+        yield name, made
+
+
+def _others(value: Any, annotation: Any) -> list[Any]:
+    """Return other values for an argument."""
+    if isinstance(value, bool):
+        return [not value]
+    if isinstance(value, enum.Enum):
+        return [other for other in type(value) if other is not value]
+    if isinstance(value, int):
+        return [value + 1, value + 3, value - 1, 10 * value]
+    if isinstance(value, float):
+        return [2.5 * value, 0.3 * value, value + 0.4, 30 * value, 1.0 + value]
+    if get_origin(annotation) is Literal:
+        return [other for other in get_args(annotation) if other != value]
+    return []
+
+
+def _differs(subject: Subject, other: Subject) -> bool:
+    """Whether an argument shows, in value, weights, parameters or facts."""
+    ours, theirs = subject.combination, other.combination
+    if [(n, p.requires_grad) for n, p in ours.named_parameters()] != [
+        (n, p.requires_grad) for n, p in theirs.named_parameters()
+    ] or ours.state_dict().keys() != theirs.state_dict().keys():
+        return True
+    facts = ("min_poses", "domain", "smooth", "stochastic")
+    if any(getattr(ours, fact) != getattr(theirs, fact) for fact in facts):
+        return True
+    for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.05), (5, -8.0, 3.0), (9, 0.0, 30.0)):
+        y = subject.predictions(max(subject.n_poses(n), other.n_poses(n)), base, spread)
+        try:
+            same = torch.equal(subject.value(y), other.value(y)) and torch.equal(
+                subject.weights(y), other.weights(y)
+            )
+        except Exception:
+            return True
+        if not same:
+            return True
+    return False
+
+
+def _listed(numbers: Tensor) -> str:
+    return "[" + ", ".join(f"{number:.9g}" for number in numbers.tolist()[:8]) + "]"

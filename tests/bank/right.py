@@ -1,0 +1,640 @@
+"""The zoo: combinations that are right, with the facts that each of them needs.
+
+Some break what a check might take for granted: that weights sum to 1, are positive, or do not
+depend on the order of the poses.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import torch
+from torch import Tensor
+
+from mtenn_core import Combination
+from mtenn_core.gradients import check_gradients, stack_predictions
+
+from .bases import (
+    ClosedForm,
+    FullDepth,
+    LearnableFullDepth,
+    Plain,
+    Shown,
+    boltzmann_mean,
+    boltzmann_weights,
+    positive,
+    smooth_max,
+    soft_weights,
+    widened,
+)
+
+
+@dataclass(frozen=True)
+class Right:
+    """What a combination is, and how to make one."""
+
+    name: str
+    make: Callable[[], Combination]
+
+
+_zoo: list[Right] = []
+
+
+def right(name: str, **arguments):
+    """Put a class into the zoo, made with these arguments."""
+
+    def add(cls):
+        _zoo.append(Right(name, (lambda: cls(**arguments)) if arguments else cls))
+        return cls
+
+    return add
+
+
+# Depth 1: the value alone. Linear in the predictions, or nearly.
+
+
+@right("sum")
+class Sum(Combination):
+    properties = frozenset({"permutation_invariant", "monotone"})
+
+    def combine(self, predictions):
+        return predictions.sum()
+
+
+@right("mean in another unit: weights of 239")
+class InOtherUnits(Combination):
+    def combine(self, predictions):
+        return 239.0 * predictions.mean()
+
+
+@right("mean by a loop over the poses")
+class Loop(Combination):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions):
+        total = predictions[0]
+        for prediction in predictions[1:]:
+            total = total + prediction
+        return total / len(predictions)
+
+
+@right("first pose alone: all other weights are zero")
+class First(Combination):
+    properties = frozenset({"translation_equivariant", "bounded", "idempotent", "monotone"})
+
+    def combine(self, predictions):
+        return predictions[0] + 0 * predictions.sum()  # a NaN in any pose stays one
+
+
+@right("earlier poses weigh more")
+class ByPosition(Combination):
+    """Docking programs list their best pose first."""
+
+    properties = frozenset({"translation_equivariant", "bounded", "idempotent", "monotone"})
+
+    def combine(self, predictions):
+        n_poses = len(predictions)
+        rank = torch.arange(1, n_poses + 1, dtype=predictions.dtype, device=predictions.device)
+        return (predictions / rank).sum() / (1 / rank).sum()
+
+
+@right("mean of the poses that are not NaN")
+class IgnoresNaN(Combination):
+    properties = frozenset({"ignores_nan", "permutation_invariant", "bounded"})
+
+    def combine(self, predictions):
+        return predictions[~predictions.isnan()].mean()
+
+
+@right("mean in float32, whatever the predictions are")
+class InFloat32(Combination):
+    def combine(self, predictions):
+        return predictions.float().mean()
+
+
+@right("string argument: how to reduce", how="sum")
+class ByName(Shown):
+    examples = ({}, {"how": "sum"}, {"how": "smooth"})
+
+    def __init__(self, how="mean"):
+        super().__init__()
+        rules = {"mean": torch.mean, "sum": torch.sum, "smooth": self._smooth}
+        if how not in rules:
+            raise ValueError(f"how must be one of {sorted(rules)}; found {how!r}")
+        self.how = how
+
+    @staticmethod
+    def _smooth(predictions):
+        return smooth_max(predictions, 1.0)
+
+    def combine(self, predictions):
+        rules = {"mean": torch.mean, "sum": torch.sum, "smooth": self._smooth}
+        return rules[self.how](predictions)
+
+
+# Kinks: order statistics.
+
+
+@right("median")
+class Median(Combination):
+    smooth = False
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions):
+        return predictions.median()
+
+
+@right("quantile, interpolated", q=0.3)
+class Quantile(Shown):
+    smooth = False
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "idempotent"})
+    examples = ({}, {"q": 0.75})
+
+    def __init__(self, q=0.25):
+        super().__init__()
+        if not 0 < q < 1:
+            raise ValueError(f"q must lie between 0 and 1; found {q}")
+        self.q = q
+
+    def combine(self, predictions):
+        return predictions.quantile(self.q)
+
+
+@right("mean of the two largest")
+class LargestTwo(Combination):
+    min_poses, smooth = 2, False
+    properties = frozenset({"permutation_invariant", "bounded", "monotone"})
+
+    def combine(self, predictions):
+        return predictions.topk(2).values.mean()
+
+
+@right("integer argument: mean of the k smallest", k=3)
+class Smallest(Shown):
+    min_poses, smooth = 4, False
+    examples = ({}, {"k": 1}, {"k": 3})
+
+    def __init__(self, k=2):
+        super().__init__()
+        if not (isinstance(k, int) and 1 <= k <= self.min_poses):
+            raise ValueError(f"k must be an int from 1 to {self.min_poses}; found {k!r}")
+        self.k = k
+
+    def combine(self, predictions):
+        lowest = predictions.topk(self.k, largest=False).values.mean()
+        return lowest + 0 * predictions.sum()  # topk takes NaN for large
+
+
+@right("trimmed mean, without the lowest and the highest")
+class Trimmed(Combination):
+    min_poses, smooth = 3, False
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions):
+        return predictions.sort().values[1:-1].mean() + 0 * predictions.sum()
+
+
+@right("hard maximum, ties share")
+class HardMax(Combination):
+    smooth = False
+    properties = frozenset({"permutation_invariant", "bounded", "replication_invariant"})
+
+    def combine(self, predictions):
+        return predictions.amax()
+
+
+@right("middle of the range")
+class MidRange(Combination):
+    smooth = False
+
+    def combine(self, predictions):
+        return (predictions.amin() + predictions.amax()) / 2
+
+
+# Spread.
+
+
+@right("mean less the standard deviation, torch.std")
+class LessDeviation(Combination):
+    min_poses = 2
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "idempotent"})
+
+    def combine(self, predictions):
+        return predictions.mean() - predictions.std()
+
+
+@right("mean less the standard deviation, by hand")
+class LessDeviationByHand(Combination):
+    """The square root has no derivative at ties."""
+
+    min_poses, smooth = 2, False
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def combine(self, predictions):
+        centred = predictions - predictions.mean()
+        return predictions.mean() - (centred.square().sum() / (len(predictions) - 1)).sqrt()
+
+
+@right("root mean square")
+class RootMeanSquare(Combination):
+    properties = frozenset({"permutation_invariant", "replication_invariant"})
+
+    def combine(self, predictions):
+        return torch.linalg.vector_norm(predictions) / math.sqrt(len(predictions))
+
+
+@right("eps argument: root mean square without a kink at zero", eps=0.01)
+class SoftRootMeanSquare(Shown):
+    properties = frozenset({"permutation_invariant", "replication_invariant"})
+    examples = ({}, {"eps": 4.0})
+
+    def __init__(self, eps=1.0):
+        super().__init__()
+        self.eps = positive("eps", eps)
+
+    def combine(self, predictions):
+        return (predictions.square().mean() + self.eps).sqrt()
+
+
+# Predictions that lie in an interval.
+
+
+@right("power mean of positive predictions", power=3.0)
+class PowerMean(Shown):
+    domain = (0.0, math.inf)
+    properties = frozenset({"permutation_invariant", "bounded", "monotone", "idempotent"})
+    examples = ({}, {"power": 5.0})
+
+    def __init__(self, power=2.0):
+        super().__init__()
+        self.power = positive("power", power)
+
+    def combine(self, predictions):
+        largest = predictions.amax().detach()
+        return largest * (predictions / largest).pow(self.power).mean().pow(1 / self.power)
+
+
+@right("geometric mean of positive predictions")
+class Geometric(Combination):
+    domain = (0.0, math.inf)
+    properties = frozenset({"permutation_invariant", "bounded", "monotone", "idempotent"})
+
+    def combine(self, predictions):
+        return predictions.log().mean().exp()
+
+
+@right("harmonic mean of positive predictions")
+class Harmonic(Combination):
+    domain = (0.0, math.inf)
+    properties = frozenset({"permutation_invariant", "bounded", "monotone", "idempotent"})
+
+    def combine(self, predictions):
+        return 1 / (1 / predictions).mean()
+
+
+@right("noisy or of probabilities")
+class NoisyOr(Combination):
+    domain = (0.0, 1.0)
+    properties = frozenset({"permutation_invariant", "monotone"})
+
+    def combine(self, predictions):
+        return -torch.expm1(torch.log1p(-predictions).sum())
+
+
+@right("Tsallis escort mean of positive predictions", q=1.25)
+class Escort(Shown):
+    """Σ p_i y_i with p_i ∝ (1 + (q - 1) y_i)^(-q / (q - 1))."""
+
+    domain = (0.0, math.inf)
+    properties = frozenset({"permutation_invariant", "bounded", "replication_invariant"})
+    examples = ({}, {"q": 3.0})
+
+    def __init__(self, q=2.0):
+        super().__init__()
+        if not (q > 1 and math.isfinite(q)):
+            raise ValueError(f"q must be finite and above 1; found {q}")
+        self.q = q
+
+    def combine(self, predictions):
+        scores = -self.q / (self.q - 1) * torch.log1p((self.q - 1) * predictions)
+        return (torch.softmax(scores, dim=0) * predictions).sum()
+
+
+# Exponentials.
+
+
+@right("plain smooth maximum: grows with the number of poses", t=2.0)
+class SmoothMax(Plain):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+
+
+@right("boolean argument: log-mean-exp or log-sum-exp", normalize=False)
+class LogMeanExp(Shown):
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+    examples = ({}, {"normalize": False})
+
+    def __init__(self, normalize=True):
+        super().__init__()
+        if not isinstance(normalize, bool):
+            raise TypeError(f"normalize must be a bool; found {normalize!r}")
+        self.normalize = normalize
+
+    def combine(self, predictions):
+        count = len(predictions) if self.normalize else 1
+        return torch.logsumexp(predictions, dim=0) - math.log(count)
+
+
+@right("required argument: Boltzmann mean without a default temperature", kT=0.593)
+class RequiredArgument(Shown):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+    examples = ({"kT": 0.593}, {"kT": 2.5})
+
+    def __init__(self, kT):
+        super().__init__()
+        self.kT = positive("kT", kT)
+
+    def combine(self, predictions):
+        return boltzmann_mean(predictions, 1 / self.kT)
+
+
+@right("branches on the data: whichever end is further is the pivot")
+class Branches(Combination):
+    properties = frozenset({"translation_equivariant", "monotone"})
+
+    def combine(self, predictions):
+        pivot = predictions[0] if predictions[0] > predictions[-1] else predictions.amax()
+        return pivot + torch.logsumexp(predictions - pivot, dim=0)
+
+
+# Random numbers and state.
+
+
+@right("Gumbel softmax")
+class Gumbel(Combination):
+    stochastic = True
+
+    def combine(self, predictions):
+        noise = -(-torch.rand_like(predictions).clamp(1e-6, 1 - 1e-6).log()).log()
+        return (torch.softmax(predictions + noise, dim=0) * predictions).sum()
+
+
+@right("dropout of poses")
+class PoseDropout(Shown):
+    stochastic = True
+    examples = ({}, {"p": 0.75})
+
+    def __init__(self, p=0.5):
+        super().__init__()
+        if not 0 <= p < 1:
+            raise ValueError(f"p must lie in [0, 1); found {p}")
+        self.p = p
+
+    def combine(self, predictions):
+        keep = torch.ones_like(predictions)
+        kept = torch.nn.functional.dropout(keep, self.p, self.training)
+        # Half of the value is the plain mean, so that an empty draw says something.
+        return ((kept + 1) / 2 * predictions).mean()
+
+
+@right("deviation from a running average, kept in a buffer")
+class Running(Combination):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("centre", torch.zeros(()))
+
+    def combine(self, predictions):
+        deviations = predictions - self.centre
+        if self.training:
+            self.centre = torch.lerp(self.centre, predictions.detach().mean().to(self.centre), 0.1)
+        return boltzmann_mean(deviations, 1.0)
+
+
+# Parameters of its own.
+
+
+@right("softmin with a learnable temperature")
+class LearnableSoftmin(Shown):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+    examples = ({}, {"kT": 0.3})
+
+    def __init__(self, kT=1.0):
+        super().__init__()
+        self.kT = positive("kT", kT)
+        self.log_kT = torch.nn.Parameter(torch.tensor(math.log(kT)))
+
+    def combine(self, predictions):
+        return -smooth_max(-predictions, torch.exp(-self.log_kT))
+
+
+@right("softmin with a temperature that softplus keeps positive")
+class SoftplusSoftmin(LearnableSoftmin):
+    def __init__(self, kT=1.0):
+        super().__init__(kT)
+        del self.log_kT
+        self.raw = torch.nn.Parameter(torch.tensor(math.log(math.expm1(kT))))
+
+    def combine(self, predictions):
+        return -smooth_max(-predictions, 1 / torch.nn.functional.softplus(self.raw))
+
+
+@right("closed form with a learnable temperature", kT=0.593)
+class LearnableBoltzmann(LearnableSoftmin):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions):
+        return boltzmann_mean(predictions, torch.exp(-self.log_kT))
+
+    def pose_weights(self, predictions):
+        return boltzmann_weights(predictions, torch.exp(-self.log_kT))
+
+
+class Network(Combination):
+    """Owns layers, the same ones each time."""
+
+    def layers(self, *sizes: int) -> torch.nn.Sequential:
+        with torch.random.fork_rng():
+            torch.manual_seed(sum(sizes))
+            layers = [
+                layer
+                for n_in, n_out in pairwise(sizes)
+                for layer in (torch.nn.Linear(n_in, n_out), torch.nn.Tanh())
+            ]
+        return torch.nn.Sequential(*layers[:-1])
+
+    @staticmethod
+    def run(layers: torch.nn.Sequential, inputs: Tensor) -> Tensor:
+        """Apply layers, in their dtype, and return that of the inputs."""
+        return layers(inputs.to(layers[0].weight.dtype)).to(inputs.dtype)
+
+
+@right("attention over the predictions")
+class Attention(Network):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def __init__(self):
+        super().__init__()
+        self.scores = self.layers(1, 8, 1)
+
+    def combine(self, predictions):
+        centred = predictions - predictions.mean()
+        attention = torch.softmax(self.run(self.scores, centred[:, None])[:, 0], dim=0)
+        return predictions.mean() + (attention * centred).sum()
+
+
+@right("self-attention between all pairs of poses")
+class PairAttention(Network):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def __init__(self):
+        super().__init__()
+        self.log_width = torch.nn.Parameter(torch.tensor(0.2))
+
+    def combine(self, predictions):
+        apart = predictions[:, None] - predictions[None, :]
+        attention = torch.softmax(-apart.square() * torch.exp(-self.log_width), dim=1)
+        return (attention @ predictions).mean()
+
+
+@right("network on sorted statistics")
+class Statistics(Network):
+    smooth = False
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def __init__(self):
+        super().__init__()
+        self.network = self.layers(3, 8, 1)
+
+    def combine(self, predictions):
+        ranked = (predictions - predictions.mean()).sort().values
+        statistics = torch.stack([ranked[0], ranked[len(ranked) // 2], ranked[-1]])
+        return predictions.mean() + self.run(self.network, statistics)[0]
+
+
+@right("deep sets")
+class DeepSets(Network):
+    properties = frozenset({"permutation_invariant", "replication_invariant"})
+
+    def __init__(self):
+        super().__init__()
+        self.of_pose, self.of_compound = self.layers(1, 8, 4), self.layers(5, 8, 1)
+
+    def combine(self, predictions):
+        mean = predictions.mean()
+        embedded = self.run(self.of_pose, predictions[:, None]).mean(dim=0)
+        return mean + self.run(self.of_compound, torch.cat([embedded, torch.tanh(mean)[None]]))[0]
+
+
+@right("wrapper around another combination")
+class Mirrored(Combination):
+    examples = ({"inner": LogMeanExp()}, {"inner": LearnableSoftmin(0.5)})
+
+    def __init__(self, inner: Combination | None = None):
+        super().__init__()
+        self.inner = LearnableSoftmin() if inner is None else inner
+
+    def combine(self, predictions):
+        return -self.inner.combine(-predictions)
+
+
+# Depths 2 and 3.
+
+
+@right("closed form of the smooth maximum", t=10.0)
+class SharpClosedForm(ClosedForm):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+
+    def reference(self, predictions: Tensor) -> Tensor:
+        total, extreme = 0.0, max(predictions.tolist())
+        for prediction in predictions:
+            total = total + torch.exp(self.t * (prediction - extreme))
+        return extreme + torch.log(total) / self.t
+
+
+@right("closed form that starts from the derived one")
+class FromTheDerived(Plain):
+    """Twice the smooth maximum."""
+
+    def combine(self, predictions):
+        return 2 * super().combine(predictions)
+
+    def pose_weights(self, predictions):
+        return super().pose_weights(predictions).clone()
+
+
+@right("full depth", t=3.0)
+class AtFullDepth(FullDepth):
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+
+
+@right("full depth with combine beside it")
+class WithCombine(FullDepth):
+    def combine(self, predictions):
+        return smooth_max(predictions, self.t)
+
+
+@right("full depth, negative weights", t=2.0)
+class BoltzmannFullDepth(FullDepth):
+    properties = frozenset({"translation_equivariant", "bounded"})
+
+    def value(self, y):
+        return boltzmann_mean(y, self.t)
+
+    def weights(self, y):
+        return boltzmann_weights(y, self.t)
+
+
+@right("full depth, its unit converted after the function")
+class ConvertedAfterwards(FullDepth):
+    """What backward of the output is called with is not what the function sees."""
+
+    def apply_function(self, *args):
+        return 0.593 * super().apply_function(*args)
+
+
+@right("full depth with a parameter of its own", t=0.7)
+class WithParameter(LearnableFullDepth):
+    pass
+
+
+@right("full depth as the guide teaches it, once_differentiable")
+class Guide(Combination):
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        check_gradients(len(stack_predictions(pred_list)), grad_dict, param_names, model_params)
+        return GuideFunction.apply(pred_list, grad_dict, param_names, *model_params)
+
+
+class GuideFunction(torch.autograd.Function):
+    """ln Σ exp(ŷ_i), and per parameter a stack of weighted gradients that is summed."""
+
+    @staticmethod
+    def forward(pred_list, grad_dict, param_names, *model_params):
+        predictions = torch.stack(pred_list).flatten()
+        return torch.logsumexp(widened(predictions), dim=0).to(predictions.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pred_list, grad_dict, param_names, *_ = inputs
+        ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
+        ctx.param_names = param_names
+        ctx.save_for_backward(torch.stack(pred_list).flatten(), *gradients)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        predictions, *gradients = ctx.saved_tensors
+        grad_dict = Combination.join_grad_dict(ctx.keys, gradients)
+        weights = soft_weights(widened(predictions), 1.0)
+        combined = {}
+        for name, of_poses in grad_dict.items():
+            weighted = [
+                widened(grad_output) * weight * widened(gradient)
+                for weight, gradient in zip(weights, of_poses, strict=True)
+            ]
+            combined[name] = torch.stack(weighted, dim=-1).sum(dim=-1).to(of_poses[0].dtype)
+        return None, None, None, *(combined[name] for name in ctx.param_names)
+
+
+RIGHT: tuple[Right, ...] = tuple(_zoo)

@@ -1,0 +1,293 @@
+"""The page as text; tests/browser has it as a browser shows it."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from html.parser import HTMLParser
+
+import matplotlib
+import pytest
+import torch
+
+from mtenn_core import Combination
+from mtenn_core.errors import MtennError
+from mtenn_core.testing import Record, Report, check_combination
+from mtenn_core.testing._curves import curves
+from mtenn_core.testing._html import render
+from mtenn_core.testing._subject import Subject
+
+EVIL = "</pre><script>alert('&')</script><img src=x onerror=alert(1)>"
+
+
+class SmoothMax(Combination):
+    def __init__(self, t=1.0):
+        super().__init__()
+        self.t = t
+
+    def combine(self, predictions):
+        return torch.logsumexp(self.t * predictions, dim=0) / self.t
+
+
+class Off(SmoothMax):
+    def pose_weights(self, predictions):
+        return 1.001 * torch.softmax(self.t * predictions, dim=0)
+
+
+class NoNumber(SmoothMax):
+    def pose_weights(self, predictions):
+        return predictions * math.nan
+
+
+class Overflowing(SmoothMax):
+    def combine(self, predictions):
+        return torch.log(torch.exp(self.t * predictions).sum()) / self.t
+
+
+class Huge(SmoothMax):
+    def combine(self, predictions):
+        return 1e300 * super().combine(predictions)
+
+
+class Constant(Combination):
+    def combine(self, predictions):
+        return 0 * predictions.sum()
+
+
+class Raising(Combination):
+    def combine(self, predictions):
+        raise RuntimeError("not today")
+
+
+class ManyPoses(SmoothMax):
+    min_poses = 9
+
+
+class Positive(SmoothMax):
+    domain = (0.0, math.inf)
+    properties = frozenset({"permutation_invariant"})
+
+
+def drawings(source):
+    return re.findall(r"<svg.*?</svg>", source, flags=re.DOTALL)
+
+
+class Page(HTMLParser):
+    """What is on a page; fails if an element is not closed where it has to be."""
+
+    VOID = ("meta",)
+
+    def __init__(self, source):
+        super().__init__()
+        self.elements, self.text, self._open = [], "", []
+        self.feed(source)
+        assert self._open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self._open.append(tag)
+
+    def handle_startendtag(self, tag, attrs):
+        self.elements.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag):
+        assert self._open.pop() == tag
+
+    def handle_data(self, data):
+        self.text += data
+
+    def all(self, tag):
+        return [attrs for found, attrs in self.elements if found == tag]
+
+
+def checked(combination):
+    """Return the report of two checks, which are fast, with curves."""
+    report = check_combination(combination, only=["C1", "D3"])
+    report.curves.update(curves(lambda: Subject(combination, 0, thorough=True)))
+    return report
+
+
+def from_json(report):
+    return Report.from_json(json.loads(json.dumps(report.to_json(), allow_nan=False)))
+
+
+@pytest.fixture(scope="module")
+def right():
+    return checked(Positive(t=2.0))
+
+
+@pytest.fixture(scope="module")
+def off():
+    return checked(Off())
+
+
+def record(status, **changes):
+    plain = {"title": "it holds", "level": "full", "reason": "", "cause": "", "metrics": {}}
+    plain |= {"id": "C1", "seed": 7, "duration": 0.0123, "repro": "mtenn check it --only C1"}
+    return Record(status=status, **plain | changes)
+
+
+def test_says_who_was_checked_how_and_with_what(right):
+    text = Page(render([right])).text
+    for shown in (right.name, right.combination, right.verdict, "0 to ∞", "permutation_invariant"):
+        assert shown in text
+    for shown in (f"torch {torch.__version__}", "Python 3.", "mtenn-core ", right.suite_version):
+        assert shown in text
+
+
+def test_a_failure_is_unfolded_and_has_both_numbers_and_the_line_for_the_shell(off):
+    page = Page(render([off]))
+    assert off.failures[0].reason in page.text
+    assert off.failures[0].repro in page.text
+    assert ["open" in details for details in page.all("details")] == [True, False]
+
+
+@pytest.mark.parametrize(
+    "status", ["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpass"]
+)
+def test_every_status_is_a_word_and_a_sign(right, status):
+    text = Page(render([replace(right, records=[record(status, reason="so it is")])])).text
+    assert re.search(rf"[✓✗!?–] {status}\b", text)
+    assert "so it is" in text
+
+
+def test_failures_come_first(right):
+    records = [record("pass", id="A1"), record("fail", id="A2"), record("skip", id="A3")]
+    text = Page(render([replace(right, records=records)])).text
+    assert text.index("A2") < text.index("A1") < text.index("A3")
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": EVIL},
+        {"combination": EVIL},
+        {"level": EVIL},
+        {"suite_version": EVIL},
+        {"facts": {"properties": [EVIL], EVIL: True}},
+        *(
+            {"records": [record("fail", **{field: EVIL})]}
+            for field in ("id", "title", "level", "reason", "cause", "repro")
+        ),
+        {"records": [record("fail", metrics={EVIL: EVIL})]},
+    ],
+    ids=str,
+)
+def test_what_a_plugin_says_is_text(right, change):
+    evil = replace(right, curves={}, **change)
+    for reports in ([evil], [evil, evil]):
+        page = Page(render(reports))
+        assert EVIL in page.text
+        assert not page.all("script")
+        assert not page.all("img")
+
+
+def test_text_that_is_no_unicode_can_still_be_written(right):
+    assert "\\ud800" in render([replace(right, combination="\ud800")])
+
+
+@pytest.mark.parametrize(
+    "combination",
+    [
+        SmoothMax(1000.0),
+        Positive(),
+        NoNumber(),
+        Overflowing(300.0),
+        Huge(),
+        Constant(),
+        ManyPoses(),
+    ],
+    ids=repr,
+)
+def test_draws_whatever_the_numbers_are(combination):
+    page = Page(render([checked(combination)]))
+    assert len(page.all("svg")) == len(page.all("figcaption")) == 3
+    assert all(svg["aria-label"] for svg in page.all("svg"))
+
+
+@pytest.mark.parametrize("combination", [NoNumber(), Overflowing(300.0)], ids=repr)
+def test_draws_the_same_from_json(combination):
+    report = checked(combination)
+    assert drawings(render([from_json(report)])) == drawings(render([report]))
+
+
+def test_metrics_are_short_and_may_be_no_numbers(right):
+    metrics = {"error": 1.23456e-7, "largest": math.inf, "lost": None, "ways": ["a", "b"], "n": 3}
+    text = Page(render([replace(right, records=[record("pass", metrics=metrics)])])).text
+    assert "error: 1.23e−07; largest: ∞; lost: no number; ways: a, b; n: 3" in text
+
+
+def test_the_domain_is_the_same_from_json(right):
+    assert "0 to ∞" in Page(render([from_json(right)])).text
+
+
+def test_plots_say_what_is_to_be_seen(off):
+    weights, steps, _ = (svg["aria-label"] for svg in Page(render([off])).all("svg"))
+    largest = float(re.search(r"Largest difference: (\S+),", weights)[1])
+    assert 1e-4 < largest < 1e-3
+    smallest = float(re.search(r"Smallest: (\S+),", steps)[1])
+    assert 1e-5 < smallest < 1e-3
+    assert "no number" in render([checked(NoNumber())])
+
+
+def test_without_curves_there_are_no_plots(right):
+    for curves_ in ({}, {"weights": [], "steps": {}, "scan": {}}):
+        page = Page(render([replace(right, curves=curves_)]))
+        assert not page.all("svg")
+        assert "No plots" in page.text
+    assert "not today" in Page(render([checked(Raising())])).text
+
+
+def test_several_reports_have_a_table_that_links_to_each(right, off):
+    page = Page(render([right, off, off]))
+    ids = [attrs["id"] for _, attrs in page.elements if "id" in attrs]
+    assert len(set(ids)) == len(ids)
+    links = [attrs["href"] for attrs in page.all("a")]
+    assert links == ["#report-1", "#report-2", "#report-3"]
+    referred = {attrs["xlink:href"][1:] for attrs in page.all("use")}
+    referred |= set(re.findall(r"url\(#(\w+)\)", str(page.elements)))
+    assert referred | {link[1:] for link in links} <= set(ids)
+    assert "1 of 3 combinations passed" in page.text
+
+
+def test_no_report_at_all_is_a_page_too():
+    assert "0 of 0 combinations passed" in Page(render([])).text
+
+
+def test_loads_nothing(right, off):
+    source = render([right, off])
+    page = Page(source)
+    assert "://" not in source
+    assert {tag for tag, _ in page.elements}.isdisjoint({"script", "link", "img", "iframe"})
+    assert not re.search(r"@import|url\((?!#)|src=", source)
+
+
+def test_neither_heeds_nor_changes_what_is_set_of_matplotlib(right):
+    with matplotlib.rc_context({"text.usetex": True, "svg.fonttype": "path", "font.size": 40}):
+        before = dict(matplotlib.rcParams)
+        odd, after = drawings(render([right])), dict(matplotlib.rcParams)
+    assert after == before
+    assert odd == drawings(render([right]))
+
+
+def test_imports_matplotlib_when_it_draws_and_never_pyplot():
+    code = """
+import sys
+from mtenn_core.testing import check_combination
+from mtenn_core.testing._html import render
+assert "matplotlib" not in sys.modules
+render([])
+assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
+"""
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
+def test_says_what_to_install(right, monkeypatch, missing):
+    monkeypatch.delitem(sys.modules, "mtenn_core.testing._plots", raising=False)
+    monkeypatch.setitem(sys.modules, missing, None)
+    with pytest.raises(MtennError, match=rf'{missing}.* pip install "mtenn-core\[html\]"'):
+        render([right])
