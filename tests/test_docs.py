@@ -10,11 +10,13 @@ A page runs from top to bottom in one namespace. What its fenced blocks mean:
     ``$ mtenn …`` is run and prints the lines below it; ``$ pytest`` must pass, ``$ pip install .``
     installs the page's own package (without an index), and other commands are not run. Only
     ``mtenn`` may show output.
-
-The README's set-up is not run here: it is what runs the tests.
+``sh``, ``bash``
+    are not run: the README's set-up is what runs the tests.
 
 A ``python`` or ``toml`` block that begins with a comment such as ``# demo/__init__.py`` is a file
 of the page's own package.
+
+What the pages say of the conformance suite is held to the suite itself.
 """
 
 from __future__ import annotations
@@ -29,11 +31,14 @@ import sys
 import tomllib
 from contextlib import redirect_stdout
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import pytest
 
 from mtenn_core import registry
+from mtenn_core.testing import CHECKS
+from mtenn_core.testing._report import Status
+from mtenn_core.testing._values import PROPERTIES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -43,12 +48,18 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/explanation/combinations.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
-PAGES = sorted({*ROOT.glob("docs/**/*.md")} - {*PAGES_WITH_PLUGINS})
+# Written by `tox run -e bank`, which measures what it says.
+MISTAKES = ROOT / "docs/explanation/mistakes.md"
+PAGES = sorted({*ROOT.glob("docs/**/*.md")} - {*PAGES_WITH_PLUGINS, MISTAKES})
+CONFORMANCE = ROOT / "docs/explanation/conformance.md"
+FIX = ROOT / "docs/how-to/fix-a-failing-check.md"
 
 # Of these, nothing can be an output.
 COMMANDS_AND_FILES = ("sh", "bash", "toml")
 FENCE = re.compile(r"^```(?P<language>[^\s`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
+ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
+LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 # An error bar, say. It is made of roundoff, which differs from one processor to the next.
 MAGNITUDE = re.compile(r"\d(?:\.\d)?e[+-]\d\d")
 
@@ -84,7 +95,7 @@ def run_page(page: Path, folder: Path) -> None:
             assert printed is not None, f"{where}: an output that follows no python block"
             assert_same_output(block.body, printed, where)
         elif block.language == "console":
-            run_console(block, folder, where, set_up=page == README)
+            run_console(block, folder, where)
         else:
             known = block.language in COMMANDS_AND_FILES
             assert known, f"{where}: what is a block of {block.language or 'no language'!r}?"
@@ -115,17 +126,15 @@ def run_python(block: Block, namespace: dict[str, Any], where: str) -> str:
     return output.getvalue()
 
 
-def run_console(block: Block, folder: Path, where: str, *, set_up: bool) -> None:
-    """Run the commands of a block; with ``set_up``, those alone whose output is known here."""
+def run_console(block: Block, folder: Path, where: str) -> None:
+    """Run the commands of a block."""
     assert block.body.startswith("$ "), f"{where}: begin with a command, '$ …'"
     for part in re.split(r"^\$ ", block.body, flags=re.MULTILINE)[1:]:
         command, _, shown = part.partition("\n")
         program, *arguments = shlex.split(command)
         where_it_is = f"{where}: {command}"
-        if program == "mtenn" and (shown.strip() or not set_up):
+        if program == "mtenn":
             check_mtenn(arguments, shown, folder, where_it_is)
-        elif set_up:
-            continue
         elif shown.strip():
             raise AssertionError(f"{where_it_is}: nothing checks this output")
         elif program == "pytest":
@@ -178,7 +187,8 @@ def write_metadata(folder: Path) -> None:
 
 def without_times(table: str) -> str:
     """Drop the last column of ``mtenn check``, milliseconds."""
-    return re.sub(r"^( \w\d +(?:pass|fail|skip) .*?) +\d+ *$", r"\1", table, flags=re.MULTILINE)
+    row = r"^( \w\d+q? +(?:pass|fail|skip) .*?) +\d+ *$"
+    return re.sub(row, r"\1", table, flags=re.MULTILINE)
 
 
 def assert_same_output(shown: str, given: str, where: str) -> None:
@@ -221,6 +231,43 @@ def name(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=name)
 def test_page_shows_what_the_code_gives(page, package):
     run_page(page, package)
+
+
+def table(page: Path, head: str) -> list[list[str]]:
+    """Return the cells of the tables whose first column has this head, without backticks."""
+    found = []
+    for part in page.read_text(encoding="utf-8").split("\n\n"):
+        rows = [[cell.strip(" `") for cell in row.split("|")] for row in ROW.findall(part)]
+        if rows and rows[0][0] == head:
+            found += rows[2:]
+    return found
+
+
+def test_the_catalogue_is_that_of_the_suite():
+    shown = [tuple(row[:3]) for row in table(CONFORMANCE, "id")]
+    assert sorted(shown) == sorted((check.id, check.level, check.title) for check in CHECKS)
+
+
+def test_every_check_has_a_remedy():
+    assert sorted(row[0] for row in table(FIX, "id")) == sorted(check.id for check in CHECKS)
+
+
+def test_the_properties_are_those_that_are_tested():
+    assert {row[0] for row in table(CONFORMANCE, "property")} == set(PROPERTIES)
+
+
+def test_the_statuses_are_those_of_a_record():
+    assert tuple(row[0] for row in table(CONFORMANCE, "status")) == get_args(Status)
+
+
+@pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
+def test_links_lead_somewhere(page):
+    for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
+        target = (page.parent / path) if path else page
+        assert target.is_file(), f"{page.name}: {path}"
+        if anchor:
+            titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
+            assert anchor in [re.sub(r"\W+", "-", title.lower()) for title in titles]
 
 
 FAKES = {

@@ -114,6 +114,8 @@ class _Elements(TorchDispatchMode):
         views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
         if not views or func._schema.is_mutable:
             self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.count += inputs[0].numel() * inputs[1].shape[-1]
         return result
 
 

@@ -40,12 +40,12 @@ def purity(subject: Subject) -> Metrics:
     after = _contents(subject, step, pred_list, grad_dict)
     _nothing_changed("forward", before, after, subject, state)
     _no_alias("the value", value, before["tensors"])
-    gradients = gradients_of(value, step.params, retain_graph=True)
+    gradients = gradients_of(value, step.params)
     for name, gradient in gradients.items():
         _no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
     after = _contents(subject, step, pred_list, grad_dict)
     _nothing_changed("backward", before, after, subject, state)
-    value.backward()
+    subject.call(step).backward()
     for name in gradients:
         param = step.params[name]
         grad = before["grads"][f".grad of parameter {name!r}"]

@@ -56,7 +56,18 @@ def directional_derivatives(
     # roundoff: that of large intermediate results, too, which neither value nor input shows.
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
+    noise = torch.maximum(noise, 4 * _quantum(changes))
     return _extrapolate(changes / (2 * steps), noise[:, None] / steps)
+
+
+def _quantum(changes: Tensor) -> Tensor:
+    """Return the smallest change there is, where the finest steps change nothing; shape (n,).
+
+    A part of a function may compute in float32, and small steps are then lost in it.
+    """
+    smallest = torch.where(changes == 0, torch.inf, changes.abs()).amin(dim=1)
+    stuck = (changes[:, -1] == 0) & smallest.isfinite()
+    return torch.where(stuck, smallest, 0.0)
 
 
 def central_differences(

@@ -115,9 +115,9 @@ def page(text: str, rows: dict[str, list[str]], gradcheck: list[str]) -> str:
     lines = [
         "# Mistakes and the checks that catch them",
         "",
-        "Made by `tox run -e bank`. Each row is a wrong combination of `tests/bank`, at the scale 1",
-        "with seed 0; ● is a check that fails. `gradcheck` is `torch.autograd.gradcheck` with its",
-        "defaults, on three poses. What the checks are: [conformance](conformance.md).",
+        "Made by `tox run -e bank`. Each row is a wrong combination of `tests/bank`, at the scale",
+        "1 with seed 0; ● is a check that fails. `gradcheck` is `torch.autograd.gradcheck` with",
+        "its defaults, on three poses. What the checks are: [conformance](conformance.md).",
         "",
         "```text",
         text,

@@ -6,7 +6,6 @@ The mistakes derive from them.
 
 from __future__ import annotations
 
-import inspect
 import math
 
 import torch
@@ -56,15 +55,7 @@ def positive(name: str, value: float) -> float:
     return value
 
 
-class Shown(Combination):
-    """Keeps each constructor argument as an attribute of that name, and shows it."""
-
-    def extra_repr(self):
-        names = list(inspect.signature(type(self).__init__).parameters)[1:]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names)
-
-
-class Scaled(Shown):
+class Scaled(Combination):
     """Has a scale t."""
 
     examples = ({}, {"t": 3.0})

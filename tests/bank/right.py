@@ -22,7 +22,6 @@ from .bases import (
     FullDepth,
     LearnableFullDepth,
     Plain,
-    Shown,
     boltzmann_mean,
     boltzmann_weights,
     positive,
@@ -116,7 +115,7 @@ class InFloat32(Combination):
 
 
 @right("string argument: how to reduce", how="sum")
-class ByName(Shown):
+class ByName(Combination):
     examples = ({}, {"how": "sum"}, {"how": "smooth"})
 
     def __init__(self, how="mean"):
@@ -148,7 +147,7 @@ class Median(Combination):
 
 
 @right("quantile, interpolated", q=0.3)
-class Quantile(Shown):
+class Quantile(Combination):
     smooth = False
     properties = frozenset({"permutation_invariant", "translation_equivariant", "idempotent"})
     examples = ({}, {"q": 0.75})
@@ -173,7 +172,7 @@ class LargestTwo(Combination):
 
 
 @right("integer argument: mean of the k smallest", k=3)
-class Smallest(Shown):
+class Smallest(Combination):
     min_poses, smooth = 4, False
     examples = ({}, {"k": 1}, {"k": 3})
 
@@ -247,7 +246,7 @@ class RootMeanSquare(Combination):
 
 
 @right("eps argument: root mean square without a kink at zero", eps=0.01)
-class SoftRootMeanSquare(Shown):
+class SoftRootMeanSquare(Combination):
     properties = frozenset({"permutation_invariant", "replication_invariant"})
     examples = ({}, {"eps": 4.0})
 
@@ -263,7 +262,7 @@ class SoftRootMeanSquare(Shown):
 
 
 @right("power mean of positive predictions", power=3.0)
-class PowerMean(Shown):
+class PowerMean(Combination):
     domain = (0.0, math.inf)
     properties = frozenset({"permutation_invariant", "bounded", "monotone", "idempotent"})
     examples = ({}, {"power": 5.0})
@@ -305,7 +304,7 @@ class NoisyOr(Combination):
 
 
 @right("Tsallis escort mean of positive predictions", q=1.25)
-class Escort(Shown):
+class Escort(Combination):
     """Σ p_i y_i with p_i ∝ (1 + (q - 1) y_i)^(-q / (q - 1))."""
 
     domain = (0.0, math.inf)
@@ -332,7 +331,7 @@ class SmoothMax(Plain):
 
 
 @right("boolean argument: log-mean-exp or log-sum-exp", normalize=False)
-class LogMeanExp(Shown):
+class LogMeanExp(Combination):
     properties = frozenset({"permutation_invariant", "translation_equivariant"})
     examples = ({}, {"normalize": False})
 
@@ -348,7 +347,7 @@ class LogMeanExp(Shown):
 
 
 @right("required argument: Boltzmann mean without a default temperature", kT=0.593)
-class RequiredArgument(Shown):
+class RequiredArgument(Combination):
     properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
     examples = ({"kT": 0.593}, {"kT": 2.5})
 
@@ -382,7 +381,7 @@ class Gumbel(Combination):
 
 
 @right("dropout of poses")
-class PoseDropout(Shown):
+class PoseDropout(Combination):
     stochastic = True
     examples = ({}, {"p": 0.75})
 
@@ -416,7 +415,7 @@ class Running(Combination):
 
 
 @right("softmin with a learnable temperature")
-class LearnableSoftmin(Shown):
+class LearnableSoftmin(Combination):
     properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
     examples = ({}, {"kT": 0.3})
 

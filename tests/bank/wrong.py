@@ -25,7 +25,6 @@ from .bases import (
     LearnableFullDepth,
     Plain,
     Scaled,
-    Shown,
     boltzmann_mean,
     boltzmann_weights,
     positive,
@@ -45,25 +44,23 @@ class Wrong:
     make : the combination at a scale t, which it may ignore
     check : the check of the catalogue that ought to catch it first
     cause : a word or two that a good message would contain, or nothing
-    only : it is right in all that the other checks look at
     """
 
     name: str
     make: Callable[[float], Combination]
     check: str
     cause: str = ""
-    only: bool = False
 
 
 _bank: list[Wrong] = []
 
 
-def wrong(name: str, check: str, cause: str = "", *, only: bool = False, make=None):
+def wrong(name: str, check: str, cause: str = "", *, make=None):
     """Put a class into the bank; ``make`` makes it of t, unless the class itself does."""
 
     def add(cls):
         made = cls if make is None else lambda t: make(cls, t)
-        _bank.append(Wrong(name, made, check, cause, only))
+        _bank.append(Wrong(name, made, check, cause))
         return cls
 
     return add
@@ -189,7 +186,7 @@ class Unscaled(FullDepth):
         super().__init__(1.0)
 
 
-@wrong("weights one in a hundred thousand too large", "C1", only=True, make=default)
+@wrong("weights one in a hundred thousand too large", "C1", make=default)
 class OneInAHundredThousand(Unscaled):
     def weights(self, y):
         return (1 + 1e-5) * super().weights(y)
@@ -357,16 +354,16 @@ class WrongAboveFifty(FullDepth):
 # The chain rule: what becomes of grad_output and of the pose gradients. B1.
 
 IN_GRAD_OUTPUT = [
-    ("ignored", lambda go: torch.ones_like(go), False),
-    ("by its absolute value", lambda go: go.abs(), False),
-    ("squared", lambda go: go * go, False),
-    ("by its sign alone", lambda go: go.sign(), False),
-    ("clamped to ±1", lambda go: go.clamp(-1, 1), False),
-    ("clamped to ±100", lambda go: go.clamp(-100, 100), True),
-    ("taken for zero below 1e-5", lambda go: go * (go.abs() > 1e-5), True),
-    ("rounded to float32", lambda go: go.float(), True),
-    ("added instead of multiplied", lambda go: 1 + go, False),
-    ("only where it is positive", lambda go: go.relu(), False),
+    ("ignored", lambda go: torch.ones_like(go)),
+    ("by its absolute value", lambda go: go.abs()),
+    ("squared", lambda go: go * go),
+    ("by its sign alone", lambda go: go.sign()),
+    ("clamped to ±1", lambda go: go.clamp(-1, 1)),
+    ("clamped to ±100", lambda go: go.clamp(-100, 100)),
+    ("taken for zero below 1e-5", lambda go: go * (go.abs() > 1e-5)),
+    ("rounded to float32", lambda go: go.float()),
+    ("added instead of multiplied", lambda go: 1 + go),
+    ("only where it is positive", lambda go: go.relu()),
 ]
 IN_POSE_GRADIENTS = [
     ("clipped to ±1", "clamp", lambda g: g.clamp(-1, 1)),
@@ -396,10 +393,10 @@ def unchanged(tensor):
     return tensor
 
 
-for row, change, alone in IN_GRAD_OUTPUT:
+for row, change in IN_GRAD_OUTPUT:
     name = f"grad_output {row}"
     part = in_weighted_sum(change, unchanged)
-    wrong(name, "B1", "grad_output", only=alone)(derived(FullDepth, name, weighted_sum=part))
+    wrong(name, "B1", "grad_output")(derived(FullDepth, name, weighted_sum=part))
 for row, cause, change in IN_POSE_GRADIENTS:
     name = f"pose gradients {row}"
     part = in_weighted_sum(unchanged, change)
@@ -432,7 +429,7 @@ class AddedToTheFirst(FullDepth):
 # What backward returns, looked at before autograd mends it. A1.
 
 
-def raw(name, cause="", *, check="A1", only=False):
+def raw(name, cause="", *, check="A1"):
     """Spoil each gradient that backward returns: a function of it and of the number of poses."""
 
     def add(change):
@@ -441,7 +438,7 @@ def raw(name, cause="", *, check="A1", only=False):
             return [change(g, self.n_poses) for g in gradients]
 
         parts = {"in_order": in_order, "weights": counting_weights}
-        wrong(name, check, cause, only=only)(derived(FullDepth, name, **parts))
+        wrong(name, check, cause)(derived(FullDepth, name, **parts))
         return change
 
     return add
@@ -452,22 +449,22 @@ def counting_weights(self, y):
     return FullDepth.weights(self, y)
 
 
-@raw("gradient spread over the poses: autograd sums it", "shape", only=True)
+@raw("gradient spread over the poses: autograd sums it", "shape")
 def spread_over_poses(g, n_poses):
     return (g / n_poses).repeat(n_poses, *[1] * g.dim())
 
 
-@raw("gradient expanded over the poses: autograd sums it", "shape", only=True)
+@raw("gradient expanded over the poses: autograd sums it", "shape")
 def expanded_over_poses(g, n_poses):
     return (g / n_poses).expand(n_poses, *g.shape)
 
 
-@raw("gradient keeps the axis of the poses", "shape", only=True)
+@raw("gradient keeps the axis of the poses", "shape")
 def keeps_axis(g, n_poses):
     return g[None]
 
 
-@raw("gradient of a number has shape (1,)", "shape", only=True)
+@raw("gradient of a number has shape (1,)", "shape")
 def one_number(g, n_poses):
     return g.reshape(1) if g.dim() == 0 else g
 
@@ -502,7 +499,7 @@ def squeezed(g, n_poses):
     return g.squeeze()
 
 
-@raw("gradient is None where it is zero", "None", check="A7", only=True)
+@raw("gradient is None where it is zero", "None", check="A7")
 def nothing_for_zero(g, n_poses):
     return g if g.any() else None
 
@@ -553,7 +550,7 @@ class OnePoseKeepsAxis(FullDepth):
         return y if len(y) == 1 else super().value(y)
 
 
-@wrong("output of shape (1,) for predictions of shape (1,)", "A2", "shape", only=True)
+@wrong("output of shape (1,) for predictions of shape (1,)", "A2", "shape")
 class ShapeOfThePredictions(FullDepth):
     def output(self, pred_list, *rest):
         return super().output(pred_list, *rest).reshape(pred_list[0].shape)
@@ -589,7 +586,7 @@ class Float32Output(FullDepth):
         return super().output(*args).float()
 
 
-@wrong("output in the dtype of the parameters", "A2", "dtype", only=True)
+@wrong("output in the dtype of the parameters", "A2", "dtype")
 class DtypeOfTheParameters(FullDepth):
     def output(self, pred_list, grad_dict, model_params):
         combined = super().output(pred_list, grad_dict, model_params)
@@ -604,14 +601,14 @@ class OnePoseIsNaN(Scaled):
         return predictions.mean() - predictions.std() / self.t
 
 
-@wrong("ranks made on the default device, depth 1", "A13", "device", only=True)
+@wrong("ranks made on the default device, depth 1", "A13", "device")
 class DefaultDevice(Scaled):
     def combine(self, predictions):
         ranks = torch.arange(1, len(predictions) + 1, dtype=predictions.dtype)
         return smooth_max(predictions, self.t) + (predictions / ranks).sum()
 
 
-@wrong("ones made on the default device", "A2", "device", only=True, make=default)
+@wrong("ones made on the default device", "A2", "device", make=default)
 class OnesOnTheDefaultDevice(Unscaled):
     def value(self, y):
         return torch.ones(len(y), dtype=y.dtype) @ y / len(y)
@@ -662,7 +659,7 @@ class SplitPoseByPose(FullDepth):
             ctx.keys = list(grad_dict) * len(pred_list)
 
 
-@wrong("a key of grad_dict that is no parameter is ignored", "A11q", "extra", only=True)
+@wrong("a key of grad_dict that is no parameter is ignored", "A11q", "extra")
 class ExtraKeyIgnored(FullDepth):
     def inspect(self, pred_list, grad_dict, param_names, model_params):
         known = {name: g for name, g in grad_dict.items() if name in param_names}
@@ -672,7 +669,7 @@ class ExtraKeyIgnored(FullDepth):
 # What a call leaves behind. A4.
 
 
-def before(name, check, cause="", *, only=False, base=FullDepth):
+def before(name, check, cause="", *, base=FullDepth):
     """Do something to the arguments, and then everything right."""
 
     def add(act):
@@ -680,7 +677,7 @@ def before(name, check, cause="", *, only=False, base=FullDepth):
             act(pred_list, grad_dict, param_names, model_params)
             return base.forward(self, pred_list, grad_dict, param_names, *model_params)
 
-        wrong(name, check, cause, only=only)(derived(base, name, forward=forward))
+        wrong(name, check, cause)(derived(base, name, forward=forward))
         return act
 
     return add
@@ -705,13 +702,13 @@ def finite_gradients(pred_list, grad_dict, param_names, model_params):
             gradient.nan_to_num_()
 
 
-@before("lists of grad_dict become tuples", "A4", only=True)
+@before("lists of grad_dict become tuples", "A4")
 def to_tuples(pred_list, grad_dict, param_names, model_params):
     for name in grad_dict:
         grad_dict[name] = tuple(grad_dict[name])
 
 
-@before("grad_dict put into the order of the names", "A4", only=True)
+@before("grad_dict put into the order of the names", "A4")
 def reorder_dict(pred_list, grad_dict, param_names, model_params):
     for name in param_names:
         if name in grad_dict:
@@ -724,7 +721,7 @@ def decay(pred_list, grad_dict, param_names, model_params):
         parameter.data.mul_(1 - 1e-6)
 
 
-@before("zero_grad inside forward", "A4", ".grad", only=True)
+@before("zero_grad inside forward", "A4", ".grad")
 def zero_grad(pred_list, grad_dict, param_names, model_params):
     for parameter in model_params:
         parameter.grad = None
@@ -737,12 +734,12 @@ def fill_grad(pred_list, grad_dict, param_names, model_params):
             parameter.grad = torch.zeros_like(parameter)
 
 
-@before("random generator seeded", "A4", "RNG", only=True)
+@before("random generator seeded", "A4", "RNG")
 def seed(pred_list, grad_dict, param_names, model_params):
     torch.manual_seed(0)
 
 
-@before("a random number drawn and not used", "A4", "RNG", only=True)
+@before("a random number drawn and not used", "A4", "RNG")
 def draw(pred_list, grad_dict, param_names, model_params):
     torch.rand(())
 
@@ -757,7 +754,7 @@ def set_grad_enabled(pred_list, grad_dict, param_names, model_params):
     torch.set_grad_enabled(True)
 
 
-@before("number of threads left at one more", "A4", "threads", only=True)
+@before("number of threads left at one more", "A4", "threads")
 def set_num_threads(pred_list, grad_dict, param_names, model_params):
     torch.set_num_threads(torch.get_num_threads() % 2 + 1)
 
@@ -870,7 +867,7 @@ class OnlyOnce(FullDepth):
         return own, *gradients
 
 
-@wrong("poses added in another order each time: the last digit changes", "A5", only=True)
+@wrong("poses added in another order each time: the last digit changes", "A5")
 class AnotherOrder(FullDepth):
     calls = 0
 
@@ -907,10 +904,20 @@ class EveryOther(Plain):
         return super().combine(predictions) * (1 + 1e-3 * (self.calls % 2))
 
 
+# What else the value may not depend on. A12.
+
+
+@wrong("predictions of shape (1,) are taken in float32", "A12", "something else")
+class OtherShape(FullDepth):
+    def stacked(self, pred_list):
+        y = super().stacked(pred_list)
+        return y.float().to(y.dtype) if pred_list and pred_list[0].dim() else y
+
+
 # Calls and instances apart. A6.
 
 
-@wrong("last predictions kept on the instance until backward", "A6", "state", only=True)
+@wrong("last predictions kept on the instance until backward", "A6", "state")
 class LastOnInstance(FullDepth):
     def stacked(self, pred_list):
         self.last = super().stacked(pred_list)
@@ -921,7 +928,7 @@ class LastOnInstance(FullDepth):
         return super().weights(last.to(y))
 
 
-@wrong("last predictions kept on the class until backward", "A6", "state", only=True)
+@wrong("last predictions kept on the class until backward", "A6", "state")
 class LastOnClass(FullDepth):
     def stacked(self, pred_list):
         type(self).last = super().stacked(pred_list)
@@ -981,9 +988,7 @@ class SharedDefault(ClosedForm):
 # Modes of autograd, frozen and unused parameters. A7.
 
 
-@wrong(
-    "names of frozen parameters are passed over, and so the others shift", "A7", "frozen", only=True
-)
+@wrong("names of frozen parameters are passed over, and so the others shift", "A7", "frozen")
 class PassesOverFrozen(FullDepth):
     def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
         super().keep(ctx, pred_list, grad_dict, param_names, model_params)
@@ -995,7 +1000,7 @@ class PassesOverFrozen(FullDepth):
         return gradients + [None] * (len(sums) - len(gradients))
 
 
-@wrong("frozen parameters raise KeyError", "A7", "frozen", only=True)
+@wrong("frozen parameters raise KeyError", "A7", "frozen")
 class FrozenKeyError(FullDepth):
     def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
         trained = [n for n, p in zip(param_names, model_params, strict=True) if p.requires_grad]
@@ -1010,7 +1015,7 @@ class HookOnOutput(FullDepth):
         return combined
 
 
-@wrong("weights by autograd inside forward, which inference_mode refuses", "A7", only=True)
+@wrong("weights by autograd inside forward, which inference_mode refuses", "A7")
 class AutogradInForward(FullDepth):
     def value(self, y):
         with torch.enable_grad():
@@ -1020,7 +1025,7 @@ class AutogradInForward(FullDepth):
         return value.detach()
 
 
-@wrong("attached under no_grad too", "A7", "no_grad", only=True)
+@wrong("attached under no_grad too", "A7", "no_grad")
 class AttachedUnderNoGrad(FullDepth):
     def forward(self, *args):
         with torch.inference_mode(False), torch.enable_grad():
@@ -1032,7 +1037,7 @@ class AttachedUnderNoGrad(FullDepth):
 _KEPT: deque = deque(maxlen=8)
 
 
-@wrong("pose gradients of the last calls kept in the module", "A8", "", only=True)
+@wrong("pose gradients of the last calls kept in the module", "A8", "")
 class KeepsInModule(FullDepth):
     def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
         super().keep(ctx, pred_list, grad_dict, param_names, model_params)
@@ -1046,7 +1051,7 @@ class KeepsOnInstance(FullDepth):
         self.last_gradients = dict(grad_dict)
 
 
-@wrong("history of the predictions kept on the class", "A8", "", only=True)
+@wrong("history of the predictions kept on the class", "A8", "")
 class KeepsPredictions(FullDepth):
     history: ClassVar[deque] = deque(maxlen=8)
 
@@ -1055,7 +1060,7 @@ class KeepsPredictions(FullDepth):
         return super().forward(pred_list, *rest)
 
 
-@wrong("output kept on ctx: a cycle that reference counting does not free", "A8", "", only=True)
+@wrong("output kept on ctx: a cycle that reference counting does not free", "A8", "")
 class Cycle(FullDepth):
     def apply_function(self, *args):
         return CycleFunction.apply(self, self.own(), *args)
@@ -1083,7 +1088,7 @@ class CopyStartsAnew(ClosedForm):
         return type(self)()
 
 
-@wrong("pickling fails: a lambda is kept", "A9", "pickle", only=True)
+@wrong("pickling fails: a lambda is kept", "A9", "pickle")
 class KeepsLambda(Plain):
     def __init__(self, t=1.0):
         super().__init__(t)
@@ -1100,27 +1105,25 @@ class KeepsLock(Plain):
         self.lock = threading.Lock()
 
 
-@wrong("repr without the arguments", "A9q", "repr", only=True)
+@wrong("repr without the arguments", "A9q", "repr")
 class Nameless(ClosedForm):
     def extra_repr(self):
         return ""
 
 
-@wrong(
-    "repr shows the default instead of the argument", "A9", "repr", only=True, make=away_from_one
-)
+@wrong("repr shows the default instead of the argument", "A9", "repr", make=away_from_one)
 class ReprOfDefault(ClosedForm):
     def extra_repr(self):
         return "t=1.0"
 
 
-class Unvalidated(Shown):
+class Unvalidated(Combination):
     def __init__(self, t=1.0):
         super().__init__()
         self.t = t
 
 
-@wrong("a scale of zero, a negative one and NaN are accepted", "D5q", "t", only=True)
+@wrong("a scale of zero, a negative one and NaN are accepted", "D5q", "t")
 class AnyScale(Unvalidated):
     examples = ({}, {"t": 3.0})
 
@@ -1150,7 +1153,7 @@ class PlainTensor(ClosedForm):
         return soft_weights(predictions, self.log_t.exp())
 
 
-@wrong("running average in a buffer that state_dict leaves out", "A9", "state_dict", only=True)
+@wrong("running average in a buffer that state_dict leaves out", "A9", "state_dict")
 class ForgetsTheAverage(Scaled):
     def __init__(self, t=1.0):
         super().__init__(t)
@@ -1176,12 +1179,12 @@ class Silent(FullDepth):
         return None, *self.in_order(ctx.param_names, sums)
 
 
-@wrong("double backward knows the loss alone: half of the Hessian, silently", "A10", only=True)
+@wrong("double backward knows the loss alone: half of the Hessian, silently", "A10")
 class PartialHessian(Silent):
     pass
 
 
-@wrong("double backward is dropped: backward runs without a graph, silently", "A10", only=True)
+@wrong("double backward is dropped: backward runs without a graph, silently", "A10")
 class NoHessian(Silent):
     def backward(self, ctx, go):
         with torch.no_grad():
@@ -1202,7 +1205,7 @@ class Zipped(FullDepth):
         super().keep(ctx, pred_list[:shortest], shorter, param_names, model_params)
 
 
-@wrong("predictions without a gradient are left out of the weighted sum", "A11", "", only=True)
+@wrong("predictions without a gradient are left out of the weighted sum", "A11", "")
 class LeftOut(FullDepth):
     def inspect(self, pred_list, grad_dict, param_names, model_params):
         n_poses = min([len(pred_list), *map(len, grad_dict.values())])
@@ -1218,7 +1221,7 @@ class LeftOut(FullDepth):
         return super().weighted_sum(go, weights[: len(gradients)], gradients)
 
 
-@wrong("a wrong number of gradients is an error that does not say whose", "A11q", only=True)
+@wrong("a wrong number of gradients is an error that does not say whose", "A11q")
 class Anonymous(FullDepth):
     def inspect(self, pred_list, grad_dict, param_names, model_params):
         if any(len(gradients) != len(pred_list) for gradients in grad_dict.values()):
@@ -1226,7 +1229,7 @@ class Anonymous(FullDepth):
         super().inspect(pred_list, grad_dict, param_names, model_params)
 
 
-@wrong("no pose gives zero", "A11", "empty", only=True)
+@wrong("no pose gives zero", "A11", "empty")
 class NoPoseIsZero(FullDepth):
     def forward(self, pred_list, *rest):
         return super().forward(pred_list, *rest) if len(pred_list) else torch.zeros(())
@@ -1243,7 +1246,7 @@ class MissingIsZero(FullDepth):
         return super().forward(pred_list, filled, param_names, *model_params)
 
 
-@wrong("gradients of another dtype are converted without a word", "A11q", "dtype", only=True)
+@wrong("gradients of another dtype are converted without a word", "A11q", "dtype")
 class MixedDtypes(FullDepth):
     def forward(self, pred_list, grad_dict, param_names, *model_params):
         dtypes = {n: p.dtype for n, p in zip(param_names, model_params, strict=True)}
@@ -1254,7 +1257,7 @@ class MixedDtypes(FullDepth):
         return super().forward(pred_list, converted, param_names, *model_params)
 
 
-@wrong("a prediction of several tasks is taken for several poses", "A11", "", only=True)
+@wrong("a prediction of several tasks is taken for several poses", "A11", "")
 class TasksAsPoses(FullDepth):
     def inspect(self, pred_list, grad_dict, param_names, model_params):
         stack_predictions([prediction.flatten()[0] for prediction in pred_list])
@@ -1271,7 +1274,7 @@ class TasksAsPoses(FullDepth):
 # How pose gradients lie in memory. B2.
 
 
-@wrong("pose gradients read in the order of their memory", "B2", "stride", only=True)
+@wrong("pose gradients read in the order of their memory", "B2", "stride")
 class AsStrided(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         read = [g.as_strided(g.shape, torch.empty(g.shape).stride()) for g in map(real, gradients)]
@@ -1290,7 +1293,7 @@ class FromTheStart(FullDepth):
         return super().weighted_sum(go, weights, read)
 
 
-@wrong("pose gradients flattened by view, which needs contiguous ones", "B2", "view", only=True)
+@wrong("pose gradients flattened by view, which needs contiguous ones", "B2", "view")
 class ByView(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         flat = super().weighted_sum(go, weights, [g.view(g.numel()) for g in gradients])
@@ -1300,7 +1303,7 @@ class ByView(FullDepth):
 # A thousand poses. B3.
 
 
-@wrong("weights multiplied as a diagonal matrix: M² numbers for every parameter", "B3", only=True)
+@wrong("weights multiplied as a diagonal matrix: M² numbers for every parameter", "B3")
 class DiagonalMatrix(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         stacked = widened(torch.stack(list(gradients))).reshape(len(weights), -1)
@@ -1309,7 +1312,7 @@ class DiagonalMatrix(FullDepth):
         return weighted.sum(dim=0).reshape(gradients[0].shape).to(gradients[0].dtype)
 
 
-@wrong("all gradients stacked again for every pose: M² reads", "B3", only=True)
+@wrong("all gradients stacked again for every pose: M² reads", "B3")
 class StacksEveryTime(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         total = 0
@@ -1324,7 +1327,7 @@ def at(pose, weights):
     return index, weights[index]
 
 
-@wrong("poses added by recursion, which a thousand exceed", "B3", "recursion", only=True)
+@wrong("poses added by recursion, which a thousand exceed", "B3", "recursion")
 class Recursive(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         first = go.to(weights.dtype) * weights[0] * widened(gradients[0])
@@ -1336,11 +1339,22 @@ class Recursive(FullDepth):
 # In a real network, with a loss. C2.
 
 
-@wrong("names cut to their last part: 0.weight and 2.weight are one", "A3", only=True)
+@wrong("names cut to their last part: 0.weight and 2.weight are one", "A3")
 class LastPart(FullDepth):
     def in_order(self, param_names, sums):
         by_last_part = {name.rpartition(".")[2]: gradient for name, gradient in sums.items()}
         return [by_last_part[name.rpartition(".")[2]] for name in param_names]
+
+
+@wrong("parameters that an optimizer trains decay, plain tensors do not", "C2", "gradient of")
+class Decays(FullDepth):
+    def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
+        super().keep(ctx, pred_list, grad_dict, param_names, model_params)
+        ctx.trained = [p.detach() if isinstance(p, torch.nn.Parameter) else 0 for p in model_params]
+
+    def backward(self, ctx, go):
+        own, *gradients = super().backward(ctx, go)
+        return own, *(g + 0.01 * p for g, p in zip(gradients, ctx.trained, strict=True))
 
 
 @wrong("parameters named bias get no gradient", "C2", "bias")
@@ -1349,7 +1363,7 @@ class NoBias(FullDepth):
         return [sums[name] * ("bias" not in name) for name in param_names]
 
 
-@wrong("gradients that all poses share are taken once: a last bias", "B2", only=True)
+@wrong("gradients that all poses share are taken once: a last bias", "B2")
 class Shared(FullDepth):
     """Right where the weights sum to 1, which these do not."""
 
@@ -1366,7 +1380,7 @@ class Shared(FullDepth):
         return super().weighted_sum(go, weights, gradients)
 
 
-@wrong("value with a decay of the parameters that backward does not know", "C2", only=True)
+@wrong("value with a decay of the parameters that backward does not know", "C2")
 class DecayInValue(FullDepth):
     def output(self, pred_list, grad_dict, model_params):
         combined = super().output(pred_list, grad_dict, model_params)
@@ -1374,7 +1388,7 @@ class DecayInValue(FullDepth):
         return combined + 0.01 * decay
 
 
-@wrong("value with a penalty on the gradients that backward does not know", "C2", only=True)
+@wrong("value with a penalty on the gradients that backward does not know", "C2")
 class PenaltyInValue(FullDepth):
     def output(self, pred_list, grad_dict, model_params):
         combined = super().output(pred_list, grad_dict, model_params)
@@ -1399,19 +1413,19 @@ class Learnable(Plain):
         return smooth_max(predictions, self.scale())
 
 
-@wrong("own parameter detached", "C3", "detach", only=True)
+@wrong("own parameter detached", "C3", "detach")
 class DetachedScale(Learnable):
     def scale(self):
         return self.log_t.detach().exp() + 0 * self.log_t
 
 
-@wrong("own parameter taken out of the graph by item()", "C3", "detach", only=True)
+@wrong("own parameter taken out of the graph by item()", "C3", "detach")
 class ScaleAsFloat(Learnable):
     def scale(self):
         return math.exp(self.log_t.item())
 
 
-@wrong("gradient of the own parameter right at its first value only", "C3", "", only=True)
+@wrong("gradient of the own parameter right at its first value only", "C3", "")
 class LinearAtFirst(Learnable):
     """As if exp(x) were 1 + x, which it is to first order where x is 0."""
 
@@ -1424,25 +1438,25 @@ class LinearAtFirst(Learnable):
         return linear + (self.log_t.exp() - linear).detach()
 
 
-@wrong("gradient of the own parameter reversed", "C3", "sign", only=True)
+@wrong("gradient of the own parameter reversed", "C3", "sign")
 class ReversedScale(LearnableFullDepth):
     def own_gradient(self, go, y):
         return -super().own_gradient(go, y)
 
 
-@wrong("gradient of the own parameter is None", "C3", "None", only=True)
+@wrong("gradient of the own parameter is None", "C3", "None")
 class NoOwnGradient(LearnableFullDepth):
     def own_gradient(self, go, y):
         return None
 
 
-@wrong("gradient of the own parameter without grad_output", "C3", "grad_output", only=True)
+@wrong("gradient of the own parameter without grad_output", "C3", "grad_output")
 class OwnWithoutGo(LearnableFullDepth):
     def own_gradient(self, go, y):
         return super().own_gradient(torch.ones_like(go), y)
 
 
-@wrong("own gradient is that of t, not of ln t", "C3", "1/t", only=True, make=away_from_one)
+@wrong("own gradient is that of t, not of ln t", "C3", "1/t", make=away_from_one)
 class NotTheLogarithm(LearnableFullDepth):
     def own_gradient(self, go, y):
         return super().own_gradient(go, y) / self.log_t.detach().exp()
@@ -1459,13 +1473,13 @@ class Referenced(ClosedForm):
         return largest + ((self.t * (predictions - largest)).exp().sum().log()) / self.t
 
 
-@wrong("divided by M inside the logarithm, the reference is not", "D1", "ln M", only=True)
+@wrong("divided by M inside the logarithm, the reference is not", "D1", "ln M")
 class ExtraLogarithm(Referenced):
     def combine(self, predictions):
         return super().combine(predictions) - math.log(len(predictions)) / self.t
 
 
-@wrong("minimum where the reference is the maximum", "D1", "sign", only=True)
+@wrong("minimum where the reference is the maximum", "D1", "sign")
 class MinimumForMaximum(Referenced):
     def combine(self, predictions):
         return -smooth_max(-predictions, self.t)
@@ -1474,7 +1488,7 @@ class MinimumForMaximum(Referenced):
         return soft_weights(-predictions, self.t)
 
 
-@wrong("last pose dropped from value and weights", "D1", "", only=True)
+@wrong("last pose dropped from value and weights", "D1", "")
 class DroppedPose(Referenced):
     def combine(self, predictions):
         kept = predictions[: max(1, len(predictions) - 1)]
@@ -1485,7 +1499,7 @@ class DroppedPose(Referenced):
         return torch.nn.functional.pad(kept, (0, len(predictions) - len(kept)))
 
 
-@wrong("value off by a constant from the reference", "D1", "", only=True)
+@wrong("value off by a constant from the reference", "D1", "")
 class Offset(Referenced):
     def combine(self, predictions):
         return super().combine(predictions) + 1e-3
@@ -1504,34 +1518,34 @@ def claims(*properties):
     return add
 
 
-@wrong("permutation_invariant, and the first pose counts twice", "D2", "permut", only=True)
+@wrong("permutation_invariant, and the first pose counts twice", "D2", "permut")
 @claims("permutation_invariant")
 class FirstTwice(Plain):
     def combine(self, predictions):
         return smooth_max(torch.cat([predictions, predictions[:1]]), self.t)
 
 
-@wrong("translation_equivariant, and it is 0.1 % less than the mean", "D2", "transl", only=True)
+@wrong("translation_equivariant, and it is 0.1 % less than the mean", "D2", "transl")
 @claims("translation_equivariant")
 class NotEquivariant(Plain):
     def combine(self, predictions):
         return 0.999 * super().combine(predictions)
 
 
-@wrong("bounded, and grows by ln M", "D2", "bound", only=True)
+@wrong("bounded, and grows by ln M", "D2", "bound")
 @claims("permutation_invariant", "bounded")
 class NotBounded(Plain):
     pass
 
 
-@wrong("monotone, and the Boltzmann mean is not", "D2", "monoton", only=True)
+@wrong("monotone, and the Boltzmann mean is not", "D2", "monoton")
 @claims("monotone", "translation_equivariant")
 class NotMonotone(Scaled):
     def combine(self, predictions):
         return boltzmann_mean(predictions, self.t)
 
 
-@wrong("idempotent, and it loses the sign", "D2", "idempot", only=True, make=default)
+@wrong("idempotent, and it loses the sign", "D2", "idempot", make=default)
 @claims("permutation_invariant", "idempotent")
 class NotIdempotent(Combination):
     """Right for positive predictions."""
@@ -1540,7 +1554,7 @@ class NotIdempotent(Combination):
         return torch.linalg.vector_norm(predictions) / math.sqrt(len(predictions))
 
 
-@wrong("replication_invariant, and the deviation divides by M - 1", "D2", "replic", only=True)
+@wrong("replication_invariant, and the deviation divides by M - 1", "D2", "replic")
 @claims("permutation_invariant", "translation_equivariant", "replication_invariant")
 class NotReplicated(Scaled):
     min_poses = 2
@@ -1549,7 +1563,7 @@ class NotReplicated(Scaled):
         return predictions.mean() + predictions.var() / (1 + self.t)
 
 
-@wrong("ignores_nan, and takes it for zero", "D2", "nan", only=True)
+@wrong("ignores_nan, and takes it for zero", "D2", "nan")
 @claims("ignores_nan")
 class NaNAsZero(Scaled):
     def combine(self, predictions):
@@ -1559,19 +1573,19 @@ class NaNAsZero(Scaled):
 # Extremes, ties and NaN. D3.
 
 
-@wrong("NaN taken for zero", "D3", "nan", only=True)
+@wrong("NaN taken for zero", "D3", "nan")
 class NaNSwallowed(Plain):
     def combine(self, predictions):
         return super().combine(predictions.nan_to_num(0.0))
 
 
-@wrong("poses that are NaN left out, not declared", "D3", "nan", only=True)
+@wrong("poses that are NaN left out, not declared", "D3", "nan")
 class NaNLeftOut(FullDepth):
     def value(self, y):
         return super().value(y[~y.isnan()]) if y.isnan().any() else super().value(y)
 
 
-@wrong("NaN left to the comparison of max()", "D3", "nan", only=True)
+@wrong("NaN left to the comparison of max()", "D3", "nan")
 class NaNNeverLargest(Scaled):
     smooth = False
 
@@ -1588,7 +1602,7 @@ class RawExponentials(Scaled):
         return torch.exp(self.t * predictions).sum().log() / self.t
 
 
-@wrong("entropy of populations that vanish is NaN", "D3", "nan", only=True, make=default)
+@wrong("entropy of populations that vanish is NaN", "D3", "nan", make=default)
 class VanishingPopulations(Combination):
     """0 ln 0, where predictions are 1000 apart."""
 
@@ -1597,7 +1611,7 @@ class VanishingPopulations(Combination):
         return (populations * (predictions + populations.log())).sum()
 
 
-@wrong("a standard deviation by hand, said to be smooth: 0/0 at ties", "D3", "nan", only=True)
+@wrong("a standard deviation by hand, said to be smooth: 0/0 at ties", "D3", "nan")
 class DeviationByHand(Scaled):
     min_poses = 2
 
@@ -1606,7 +1620,7 @@ class DeviationByHand(Scaled):
         return predictions.mean() + variance.sqrt() / self.t
 
 
-@wrong("weights of tied poses go to the first of them", "D3", "", only=True)
+@wrong("weights of tied poses go to the first of them", "D3", "")
 class FirstOfTheTied(FullDepth):
     def weights(self, y):
         weights = super().weights(y)
@@ -1624,7 +1638,7 @@ class Unwidened:
         return y
 
 
-@wrong("predictions added up in half precision", "D4", "", only=True, make=default)
+@wrong("predictions added up in half precision", "D4", "", make=default)
 class HalfSum(Unwidened, Unscaled):
     def value(self, y):
         return sum(y.unbind()) / len(y)
@@ -1633,7 +1647,7 @@ class HalfSum(Unwidened, Unscaled):
         return torch.full_like(y, 1 / len(y))
 
 
-@wrong("scaled before the shift, in half precision", "D4", "", only=True, make=away_from_one)
+@wrong("scaled before the shift, in half precision", "D4", "", make=away_from_one)
 class ScaledBeforeShift(Unwidened, FullDepth):
     def value(self, y):
         return torch.logsumexp(self.t * y, dim=0) / self.t
@@ -1642,7 +1656,7 @@ class ScaledBeforeShift(Unwidened, FullDepth):
         return torch.softmax(self.t * y, dim=0)
 
 
-@wrong("float16 overflows in the square", "D4", "inf", only=True, make=default)
+@wrong("float16 overflows in the square", "D4", "inf", make=default)
 class SquaresOverflow(Unwidened, Unscaled):
     def value(self, y):
         return (y.square().mean() + 1).sqrt()
@@ -1651,13 +1665,13 @@ class SquaresOverflow(Unwidened, Unscaled):
         return y / len(y) / self.value(y)
 
 
-@wrong("half precision comes back as float32", "D4", "dtype", only=True)
+@wrong("half precision comes back as float32", "D4", "dtype")
 class WidensHalf(FullDepth):
     def output(self, *args):
         return widened(super().output(*args))
 
 
-@wrong("gradients added up in their own half precision, pose by pose", "D4", "", only=True)
+@wrong("gradients added up in their own half precision, pose by pose", "D4", "")
 class HalfGradients(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         if gradients[0].dtype not in (torch.float16, torch.bfloat16):
@@ -1687,7 +1701,7 @@ class Weighted(ClosedForm):
         return self.factor * super().pose_weights(predictions)
 
 
-@wrong("an argument is ignored", "D5", "factor", only=True)
+@wrong("an argument is ignored", "D5", "factor")
 class Ignored(Weighted):
     def combine(self, predictions):
         return smooth_max(predictions, self.t)
@@ -1696,13 +1710,13 @@ class Ignored(Weighted):
         return soft_weights(predictions, self.t)
 
 
-@wrong("the weights know an argument at its default only", "D5", "factor", only=True)
+@wrong("the weights know an argument at its default only", "D5", "factor")
 class DefaultAlone(Weighted):
     def pose_weights(self, predictions):
         return soft_weights(predictions, self.t)
 
 
-@wrong("a string argument, one of whose rules has the weights of another", "D5", "how", only=True)
+@wrong("a string argument, one of whose rules has the weights of another", "D5", "how")
 class OneOfTheRules(ClosedForm):
     examples = ({}, {"how": "mean"}, {"how": "boltzmann"})
 
@@ -1723,7 +1737,7 @@ class OneOfTheRules(ClosedForm):
         return soft_weights(-predictions if self.how == "boltzmann" else predictions, self.t)
 
 
-@wrong("a boolean argument whose other value has weights 1 % off", "D5", "", only=True)
+@wrong("a boolean argument whose other value has weights 1 % off", "D5", "")
 class OtherFlag(ClosedForm):
     examples = ({}, {"lowest": True})
 

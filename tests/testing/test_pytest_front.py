@@ -8,11 +8,11 @@ import pytest
 
 from mtenn_core._pytest_plugin import ConformanceRun
 from mtenn_core.testing import CHECKS, CombinationConformance, Report
-from mtenn_core.testing._check import checks_of
+from mtenn_core.testing._catalogue import chosen_checks
 
 pytest_plugins = "pytester"
 
-GATE = checks_of("gate", CHECKS)
+GATE = chosen_checks("gate")
 
 RULES = """
     from mtenn_core import Combination
@@ -106,13 +106,13 @@ def test_a_right_combination_passes_the_tests_of_its_level_and_no_others(pytest_
 def test_the_default_is_the_full_suite(pytest_on):
     tests = "class TestMean(CombinationConformance):\n    combination = Mean"
     collected = str(pytest_on(tests, "--collect-only", "-q").stdout)
-    assert collected.count("::TestMean::") == len(checks_of("full", CHECKS)) + 1
+    assert collected.count("::TestMean::") == len(chosen_checks("full")) + 1
 
 
 def test_a_subclass_may_have_a_higher_level_again(pytest_on):
     tests = of_class("combination = Mean") + "class TestMore(TestRule):\n    level = 'full'"
     result = pytest_on(tests, "--collect-only", "-q", "-k", "TestMore")
-    assert str(result.stdout).count("::TestMore::") == len(checks_of("full", CHECKS)) + 1
+    assert str(result.stdout).count("::TestMore::") == len(chosen_checks("full")) + 1
 
 
 def test_a_failure_shows_the_report_and_no_traceback(pytest_on):

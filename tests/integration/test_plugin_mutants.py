@@ -1,0 +1,176 @@
+"""Every small mistake in a shipped plugin is seen by the conformance suite, or nobody can see it.
+
+The mistakes are made by a machine, so that their authors and the suite's are not the same.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import itertools
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+from mtenn_core.testing import check_combination
+
+ROOT = Path(__file__).parents[2]
+# By its path, since no folder of tests is a package.
+_SPEC = importlib.util.spec_from_file_location("mutation", Path(__file__).parent / "mutation.py")
+mutation = sys.modules["mutation"] = importlib.util.module_from_spec(_SPEC)
+_SPEC.loader.exec_module(mutation)
+
+PLUGINS = {
+    name: importlib.util.find_spec(f"mtenn_{name}").origin for name in ("mean", "max", "boltzmann")
+}
+SOURCES = {name: Path(path).read_text(encoding="utf-8") for name, path in PLUGINS.items()}
+MUTANTS = {m.change: (name, m) for name in PLUGINS for m in mutation.mutants(SOURCES[name])}
+
+# What nobody can tell from the plugin itself: why, and which.
+EQUIVALENT = {
+    "h(y - c) + c is the same for every c, so its derivative with respect to c is 0": [
+        "MaxCombination._exponents: (wide.amin() if self.negate_preds else wide.amax()).detach()"
+        " -> wide.amin() if self.negate_preds else wide.amax()",
+        "BoltzmannCombination._populations: wide.amin().detach() -> wide.amin()",
+    ],
+    "softmax shifts by the extreme itself: another shift before it is rounded otherwise at most": [
+        "BoltzmannCombination._populations: wide.amin() -> wide.amax()",
+    ],
+    "promote_types takes its arguments in any order": [
+        "MaxCombination._exponents: torch.promote_types(predictions.dtype, torch.float32)"
+        " -> torch.promote_types(torch.float32, predictions.dtype)",
+        "BoltzmannCombination._populations: torch.promote_types(predictions.dtype, torch.float32)"
+        " -> torch.promote_types(torch.float32, predictions.dtype)",
+    ],
+}
+# What the suite cannot know: why, which, and the test of the plugin that sees it.
+BEYOND_THE_SUITE = {
+    "a default, and the meaning of an argument, are said in words alone": {
+        "MaxCombination.__init__: False -> True": "test_worked_by_hand",
+        "MaxCombination.__init__: 1.0 -> 2.0": "test_worked_by_hand",
+        "MaxCombination.__init__: False -> True #2": "test_worked_by_hand",
+        "MinCombination.__init__: 1.0 -> 2.0": "test_worked_by_hand",
+        "MinCombination.__init__: False -> True": "test_worked_by_hand",
+        "BoltzmannCombination.__init__: 1.0 -> 2.0": "test_worked_by_hand",
+        "BoltzmannCombination.__init__: False -> True": "test_a_fixed_temperature_is_no_parameter",
+        "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)": (
+            "test_arguments_show_and_survive_copies"
+        ),
+    },
+    "which numbers are refused, NaN aside, is said in words alone": {
+        "MaxCombination.__init__: pred_scale > 0 and math.isfinite(pred_scale)"
+        " -> pred_scale > 0 or math.isfinite(pred_scale)": (
+            "test_a_scale_that_is_not_positive_and_finite_is_refused"
+        ),
+        "MaxCombination.__init__: pred_scale > 0 -> pred_scale >= 0": (
+            "test_a_scale_that_is_not_positive_and_finite_is_refused"
+        ),
+        "BoltzmannCombination.__init__: kT > 0 and math.isfinite(kT)"
+        " -> kT > 0 or math.isfinite(kT)": (
+            "test_a_temperature_that_is_not_positive_and_finite_is_refused"
+        ),
+        "BoltzmannCombination.__init__: kT > 0 -> kT >= 0": (
+            "test_a_temperature_that_is_not_positive_and_finite_is_refused"
+        ),
+    },
+    "the core never calls combine or pose_weights in half precision": {
+        f"{change}": "test_every_dtype_is_as_good_as_its_last_digit"
+        for change in (
+            "MaxCombination.combine: (extreme + log / self._signed_scale).to(predictions.dtype)"
+            " -> extreme + log / self._signed_scale",
+            "MaxCombination.pose_weights: torch.softmax(exponents, dim=0).to(predictions.dtype)"
+            " -> torch.softmax(exponents, dim=0)",
+            "MaxCombination._exponents:"
+            " predictions.to(torch.promote_types(predictions.dtype, torch.float32))"
+            " -> predictions",
+            "BoltzmannCombination.combine:"
+            " (lowest + (populations * above).sum()).to(predictions.dtype)"
+            " -> lowest + (populations * above).sum()",
+            "BoltzmannCombination.pose_weights:"
+            " (populations * (1 + (mean - above) / self.kT)).to(predictions.dtype)"
+            " -> populations * (1 + (mean - above) / self.kT)",
+            "BoltzmannCombination._populations:"
+            " predictions.to(torch.promote_types(predictions.dtype, torch.float32))"
+            " -> predictions",
+        )
+    },
+}
+NOBODY_SEES = {change: why for why, changes in EQUIVALENT.items() for change in changes}
+OWN_TEST_SEES = {change: test for tests in BEYOND_THE_SUITE.values() for change, test in tests.items()}
+
+
+class Seen(Exception):
+    """Ends a run of the suite at its first failure."""
+
+
+def stop_at_failure(record):
+    if record.failed:
+        raise Seen(record.id)
+
+
+def seen_by_the_suite(name, mutant):
+    """Return what gives a mutant away, on all examples of each class that has the mistake."""
+    try:
+        with mutant.imported(PLUGINS[name]) as module:
+            for cls in mutation.subclasses(module, mutant.owner):
+                for arguments in cls.examples:
+                    combination = cls(**arguments)
+                    check_combination(combination, level="quality", on_record=stop_at_failure)
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
+
+
+def seen_by_the_test(name, mutant, test):
+    """Return whether a test of the plugin's own fails for a mutant."""
+    with mutant.imported(PLUGINS[name]) as module, pytest.MonkeyPatch.context() as patch:
+        patch.setitem(sys.modules, f"mtenn_{name}", module)
+        tests = {"__name__": "tests_of_a_mutant"}
+        exec(compiled_tests(name), tests)
+        try:
+            for arguments in arguments_of(tests[test]):
+                tests[test](**arguments)
+        except (Exception, pytest.fail.Exception):
+            return True
+    return False
+
+
+@cache
+def compiled_tests(name):
+    path = ROOT / "plugins" / f"mtenn-{name}" / "tests" / f"test_{name}.py"
+    return compile(path.read_text(encoding="utf-8"), path, "exec")
+
+
+def arguments_of(test):
+    """Yield the arguments that pytest would call a test with."""
+    marks = [mark.args for mark in getattr(test, "pytestmark", ())]
+    for values in itertools.product(*(values for _, values in marks)):
+        yield dict(zip((name for name, _ in marks), values, strict=True))
+
+
+@pytest.mark.parametrize("name", PLUGINS)
+def test_a_plugin_itself_passes(name):
+    for mutant in mutation.unchanged(SOURCES[name]):
+        assert seen_by_the_suite(name, mutant) == ""
+
+
+@pytest.mark.parametrize("change", MUTANTS)
+def test_the_suite_sees_what_is_not_listed(change):
+    seen = seen_by_the_suite(*MUTANTS[change])
+    if change in NOBODY_SEES or change in OWN_TEST_SEES:
+        assert not seen, f"take it off the list: the suite sees it, {seen}"
+    else:
+        assert seen, "no check fails: mend the suite or the plugin, or list it with the reason"
+
+
+@pytest.mark.parametrize("change", OWN_TEST_SEES)
+def test_what_the_suite_cannot_know_the_plugin_tests(change):
+    name, mutant = MUTANTS[change]
+    (right, *_) = mutation.unchanged(SOURCES[name])
+    assert not seen_by_the_test(name, right, OWN_TEST_SEES[change])
+    assert seen_by_the_test(name, mutant, OWN_TEST_SEES[change])
+
+
+def test_what_is_listed_is_made():
+    assert sorted({*NOBODY_SEES, *OWN_TEST_SEES} - set(MUTANTS)) == []
