@@ -130,7 +130,7 @@ def check(
     html: Path | None,
     **options: Any,
 ) -> None:
-    r"""Check that combinations are what they say, and their gradients right.
+    """Check that combinations are what they say, and their gradients right.
 
     \b
     TARGET is one of
@@ -140,7 +140,7 @@ def check(
     and instead of a class, a function that makes an instance.
 
     Exits with 0 if every check has passed, with 1 if not, and with 2 if it cannot understand.
-    """
+    """  # noqa: D301 - click wants the backspace itself
     _check_usage(targets, everything, arguments, html)
     if everything and not len(registry):
         raise MtennError(_nothing_installed())

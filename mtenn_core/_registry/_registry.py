@@ -272,7 +272,11 @@ class Registry:
         if key is not None and key in self._validated:
             return
         report = check_combination(
-            make(), level="gate", name=str(record), path=record.qualified_name
+            make(),
+            level="gate",
+            name=str(record),
+            # A name that was registered in this process means nothing to a shell.
+            path=record.qualified_name if record.distribution else None,
         )
         if not report.passed:
             raise GradientValidationError(

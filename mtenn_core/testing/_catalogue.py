@@ -40,6 +40,7 @@ CHECKS: tuple[Check, ...] = (
     _form.value_of_predictions,
     _form.device,
     _form.errors_that_name,
+    _conduct.freed_by_backward,
     _conduct.shows_arguments,
     _values.refused_arguments,
 )

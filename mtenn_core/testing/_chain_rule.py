@@ -82,7 +82,7 @@ def many_poses(subject: Subject) -> Metrics:
     worst = hold_to_chain_rule(subject, step, (1.0,))
     comparisons, cause = compare_weights(subject, [subject.predictions(subject.n_poses(300))])
     if any(comparison.wrong for comparison in comparisons):
-        judge(comparisons, cause or "right for few poses, wrong for 300")
+        judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
     growth = _work(subject, 128) / max(_work(subject, 32), 1)
     if growth > 8:
         raise Verdict(

@@ -28,6 +28,7 @@ class Comparison:
     error: float
     slack: float  # what two units in the last place of the predictions change
     scale: float  # the size of the whole gradient
+    of_predictions: bool = True
 
     @property
     def tolerance(self) -> float:
@@ -50,8 +51,9 @@ class Comparison:
 
     def __str__(self) -> str:
         relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
+        where = f" {self._where()}, predictions [{_join(self.predictions)}]"
         return (
-            f"{self.unit} {self._where()}, predictions [{_join(self.predictions)}]\n"
+            f"{self.unit}{where if self.of_predictions else ''}\n"
             f"    your backward      {self.analytic:.10g}\n"
             f"    finite difference  {self.derivative:.10g} ± {self.error:.1e}\n"
             f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
@@ -64,7 +66,8 @@ class Comparison:
 
 
 def _join(numbers: Tensor) -> str:
-    return ", ".join(f"{number:.9g}" for number in numbers.tolist())
+    more = ", …" if len(numbers) > 8 else ""
+    return ", ".join(f"{number:.9g}" for number in numbers.tolist()[:8]) + more
 
 
 def compare(

@@ -10,7 +10,7 @@ import weakref
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from typing import Any
 
 import torch
@@ -31,19 +31,19 @@ def purity(subject: Subject) -> Metrics:
     step = subject.step()
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
-    pred_list, grad_dict = step.pred_list(), step.grad_dict()
+    pred_list, grad_dict, names = step.pred_list(), step.grad_dict(), list(step.params)
     for name in ("w1", "scalar", "rows"):  # the others have no .grad yet
         step.params[name].grad = torch.ones_like(step.params[name])
     torch.rand(())  # away from where manual_seed leaves the random state
-    before, state = _contents(subject, step, pred_list, grad_dict), process_state()
-    value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)
-    after = _contents(subject, step, pred_list, grad_dict)
+    before, state = _contents(subject, step, pred_list, grad_dict, names), process_state()
+    value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict, param_names=names)
+    after = _contents(subject, step, pred_list, grad_dict, names)
     _nothing_changed("forward", before, after, subject, state)
     _no_alias("the value", value, before["tensors"])
     gradients = gradients_of(value, step.params)
     for name, gradient in gradients.items():
         _no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
-    after = _contents(subject, step, pred_list, grad_dict)
+    after = _contents(subject, step, pred_list, grad_dict, names)
     _nothing_changed("backward", before, after, subject, state)
     subject.call(step).backward()
     for name in gradients:
@@ -78,7 +78,11 @@ def _keeps_predictions(subject: Subject) -> None:
 
 
 def _contents(
-    subject: Subject, step: Step, pred_list: list[Tensor], grad_dict: Mapping[str, list[Tensor]]
+    subject: Subject,
+    step: Step,
+    pred_list: list[Tensor],
+    grad_dict: Mapping[str, list[Tensor]],
+    param_names: list[str],
 ) -> dict[str, Any]:
     tensors = {f"prediction {i}": prediction for i, prediction in enumerate(pred_list)}
     for name, gradients in grad_dict.items():
@@ -94,6 +98,8 @@ def _contents(
         "grads": {what: None if grad is None else grad.clone() for what, grad in grads.items()},
         "needs": {f"requires_grad of {what}": t.requires_grad for what, t in tensors.items()},
         "hooks": {what: len(tensor._backward_hooks or ()) for what, tensor in tensors.items()},
+        "names": {"param_names": list(param_names)},
+        "own": {f"which tensor {name!r} is": id(param) for name, param in own.items()},
         "lists": [
             (name, type(each), [id(tensor) for tensor in each])
             for name, each in [("pred_list", pred_list), *grad_dict.items()]
@@ -111,7 +117,7 @@ def _nothing_changed(
         same = before["versions"][what] == after["versions"].get(what)
         if not (same and torch.equal(tensor, after["values"][what])):
             found.append(what)
-    for part in ("hooks", "needs"):
+    for part in ("hooks", "needs", "names", "own"):
         found += [what for what, n in before[part].items() if after[part].get(what) != n]
     for what, grad in before["grads"].items():
         now = after["grads"].get(what)
@@ -175,9 +181,10 @@ def repeatable(subject: Subject) -> Metrics:
             f"the same call gave {first.item():.17g} and then {second.item():.17g}",
             cause="random numbers (declare stochastic = True), or state left by the first call",
         )
-    once = gradients_of(first, step.params, retain_graph=True)
-    twice = gradients_of(first, step.params, retain_graph=True)
-    again = gradients_of(second, step.params)
+    go = torch.tensor(-3.7, dtype=torch.float64)  # 1 would hide a multiplication in place
+    once = gradients_of(first, step.params, grad_outputs=go, retain_graph=True)
+    twice = gradients_of(first, step.params, grad_outputs=go, retain_graph=True)
+    again = gradients_of(second, step.params, grad_outputs=go)
     for name, gradient in once.items():
         if not torch.equal(gradient, twice[name]):
             raise Verdict(
@@ -201,15 +208,36 @@ def isolated(subject: Subject) -> Metrics:
     others += [(f"an instance with another {n!r}", c) for n, c in alternatives(subject)][:1]
     for what, combination in (("a second call", subject.combination), *others):
         _two_live_calls(subject, what, combination)
+    _weights_of_their_own(subject)
     buffers = dict(subject.combination.named_buffers())
     if not (subject.combination.stochastic or buffers):
         _in_threads(subject)
     return {}
 
 
+def _weights_of_their_own(subject: Subject) -> None:
+    """Hold ``pose_weights`` to its argument, whatever ``combine`` was called with before."""
+    if not overrides(type(subject.combination), "pose_weights"):
+        return
+    n_poses = subject.n_poses(3)
+    one, two = subject.predictions(n_poses), subject.predictions(n_poses)
+    expected = subject.weights(one)
+    with subject.forgetting(), torch.no_grad():
+        if overrides(type(subject.combination), "combine"):
+            subject.combination.combine(two)
+        found = subject.combination.pose_weights(one)
+    if not torch.equal(expected, found):
+        raise Verdict(
+            "fail",
+            "pose_weights(y) gave other weights after combine of other predictions",
+            cause="state that combine leaves on self: compute it from the argument",
+        )
+
+
 def _two_live_calls(subject: Subject, what: str, other: Combination) -> None:
     one, two = subject.step(), subject.step(n_poses=max(5, other.min_poses))
-    expected = subject.gradients(one)
+    held = subject.gradients(one)
+    expected = {name: gradient.clone() for name, gradient in held.items()}
     for other_first in (False, True):
         value = subject.call(one)
         meanwhile = subject.call(two, combination=other)
@@ -225,6 +253,13 @@ def _two_live_calls(subject: Subject, what: str, other: Combination) -> None:
                     cause="state on self, the class or the module, which belongs to the last call:"
                     " keep it on ctx",
                 )
+    gradients_of(subject.call(two, combination=other), two.params)
+    if any(not torch.equal(held[name], expected[name]) for name in held):
+        raise Verdict(
+            "fail",
+            f"gradients that were handed out have changed after {what}",
+            cause="a buffer that every backward writes to: return a tensor of its own",
+        )
     if not torch.equal(subject.call(one), value):
         raise Verdict(
             "fail",
@@ -235,17 +270,21 @@ def _two_live_calls(subject: Subject, what: str, other: Combination) -> None:
 
 def _in_threads(subject: Subject) -> None:
     steps = [subject.step() for _ in range(N_THREADS)]
-    alone = [subject.gradients(step) for step in steps]
+    alone = [_value_and_gradients(subject, step) for step in steps]
     with ThreadPoolExecutor(N_THREADS) as pool:
-        values = list(pool.map(subject.call, steps))
-        found = list(pool.map(lambda v, s: gradients_of(v, s.params), values, steps))
-    for one, other in zip(alone, found, strict=True):
-        if any(not torch.equal(one[name], other[name]) for name in one):
+        found = list(pool.map(partial(_value_and_gradients, subject), 5 * steps))
+    for one, other in zip(5 * alone, found, strict=True):
+        if not all(map(torch.equal, one, other)):
             raise Verdict(
                 "fail",
-                f"{N_THREADS} threads at once gave other gradients than one after the other",
+                f"{N_THREADS} threads at once gave other numbers than one after the other",
                 cause="state that the threads share",
             )
+
+
+def _value_and_gradients(subject: Subject, step: Step) -> list[Tensor]:
+    value = subject.call(step)
+    return [value.detach(), *gradients_of(value, step.params).values()]
 
 
 @check("A7", "it works without gradients, and with frozen and unused parameters")
@@ -269,7 +308,14 @@ def modes(subject: Subject) -> Metrics:
             )
     _frozen(subject, step)
     _unused(subject, step)
+    _without_elements(subject)
     return {}
+
+
+def _without_elements(subject: Subject) -> None:
+    step = subject.step({"w": (2,), "empty": (0, 2)})
+    if subject.gradients(step)["empty"].shape != (0, 2):
+        raise Verdict("fail", "a parameter without elements: its gradient has another shape")
 
 
 def _frozen(subject: Subject, step: Step) -> None:
@@ -322,6 +368,25 @@ def memory(subject: Subject) -> Metrics:
     )
 
 
+@check("A8q", "gradients of the poses are freed by backward", "quality")
+def freed_by_backward(subject: Subject) -> Metrics:
+    """While the value lives on, for a log or a mean over the epoch."""
+    step = subject.step()
+    pred_list, grad_dict = step.pred_list(), step.grad_dict()
+    inputs = [weakref.ref(gradient) for each in grad_dict.values() for gradient in each]
+    value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)
+    value.backward()
+    del pred_list, grad_dict
+    alive = sum(ref() is not None for ref in inputs)
+    if alive:
+        raise Verdict(
+            "fail",
+            f"after backward, with the value kept, {alive} of {len(inputs)} gradients are alive",
+            cause="they are attributes of ctx: ctx.save_for_backward lets them go after backward",
+        )
+    return {}
+
+
 @check("A9", "copies, pickles and checkpoints are the same combination")
 def copies(subject: Subject) -> Metrics:
     """deepcopy, pickle, and state_dict into an instance that is made anew."""
@@ -339,7 +404,8 @@ def copies(subject: Subject) -> Metrics:
     for how, other in made.items():
         for spread in (1.0, 0.1):
             y = subject.predictions(subject.n_poses(3), 0.0, spread)
-            ours, theirs = Subject(original, subject.seed), Subject(other, subject.seed)
+            # Not of copies: what a copy loses, two copies lose.
+            ours, theirs = (Subject(c, subject.seed, copied=False) for c in (original, other))
             same = torch.equal(ours.value(y), theirs.value(y))
             if not (same and torch.equal(ours.weights(y), theirs.weights(y))):
                 raise Verdict(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -167,15 +168,22 @@ def end_to_end(subject: Subject) -> Metrics:
         torch.full((len(directions),), LARGEST_STEP),
     )
     modes = ["stored"] + ["graph"] * overrides(type(subject.combination), "combine")
-    comparisons = []
+    names = [name for name, _ in network.named_parameters()]
+    comparisons, wrong = [], []
     for mode in modes:
         gradient_at = partial(_gradient, subject, network, poses, mode)
-        unit = f"gradients={mode!r}, parameters of a network:"
-        comparisons += compare(gradient_at, fd, directions, theta, unit)
-    names = [name for name, _ in network.named_parameters()]
-    wrong = [names[i % len(names)] for i, c in enumerate(comparisons) if c.wrong]
-    cause = "" if not wrong else f"the gradient of {', '.join(sorted(set(wrong)))} is off"
-    return judge(comparisons, cause)
+        found = compare(gradient_at, fd, directions, theta, "")
+        units = [f"gradients={mode!r}, a random direction of parameter {name!r}" for name in names]
+        comparisons += [
+            replace(c, unit=unit, of_predictions=False)
+            for c, unit in zip(found, units, strict=True)
+        ]
+        wrong += [name for c, name in zip(found, names, strict=True) if c.wrong]
+    return judge(comparisons, f"the gradient of {_listed(wrong)} is off" if wrong else "")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
 
 
 class _Network(torch.nn.Module):
@@ -274,15 +282,26 @@ def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
 
 
 def _no_hidden_parameters(combination: Combination) -> None:
+    known = {id(param) for param in combination.parameters()}
     for module in combination.modules():
         for name, value in vars(module).items():
-            if isinstance(value, Tensor) and value.requires_grad:
-                raise Verdict(
-                    "fail",
-                    f"{name!r} requires a gradient and is no torch.nn.Parameter: no optimizer finds"
-                    " it",
-                    cause=f"self.{name} = torch.nn.Parameter(…)",
-                )
+            if name == "_arguments":
+                continue
+            for tensor in _tensors_in(value):
+                if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
+                    raise Verdict(
+                        "fail",
+                        f"{name!r} requires a gradient and is not among parameters(): no optimizer"
+                        " finds it",
+                        cause="hold it as a torch.nn.Parameter, several in a ParameterList",
+                    )
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    values = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
 
 
 def directions_for(subject: Subject, n: int) -> Tensor:

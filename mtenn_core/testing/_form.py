@@ -10,7 +10,7 @@ from torch import Tensor
 from mtenn_core.combination import overrides
 from mtenn_core.testing._chain_rule import hold_to_chain_rule
 from mtenn_core.testing._check import Metrics, Verdict, check
-from mtenn_core.testing._subject import Step, Subject
+from mtenn_core.testing._subject import Step, Subject, gradients_of
 
 
 @check("A1", "backward returns one gradient per parameter", "gate")
@@ -127,7 +127,7 @@ def bad_input(subject: Subject) -> Metrics:
         try:
             value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)
             if value.requires_grad:
-                torch.autograd.grad(value, list(step.params.values()))
+                gradients_of(value, step.params)
         except Exception:
             continue
         raise Verdict(

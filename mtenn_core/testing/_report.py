@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import textwrap
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
@@ -108,9 +109,14 @@ class Report:
             return f"ran {n_run} of {self.n_expected} checks, {n_failed} failed"
         if n_failed:
             return f"failed {n_failed} of {self.n_expected} checks"
-        n_xfail = sum(record.status == "xfail" for record in self.records)
-        expected = f", {n_xfail} of them failing as expected" if n_xfail else ""
-        return f"passed all {self.n_expected} checks{expected}"
+        counts = Counter(record.status for record in self.records)
+        words: dict[Status, str] = {
+            "skip": "not applicable",
+            "xfail": "failed as expected",
+            "xpass": "passed unexpectedly",
+        }
+        others = [f", {counts[each]} {words[each]}" for each in words if counts[each]]
+        return f"passed {counts['pass']} of {self.n_expected} checks{''.join(others)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return everything as JSON knows it, with null for what is infinite or no number."""

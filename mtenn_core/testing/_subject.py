@@ -86,6 +86,7 @@ class Subject:
     ----------
     combination : the copy
     thorough : whether to probe more than the gate does
+    copied : False takes the combination itself, which must be in float64
     seed : of the numbers to probe with
     bounded : whether predictions may not lie anywhere
     full_depth : whether it has a ``forward`` of its own
@@ -93,9 +94,11 @@ class Subject:
         autograd, has another one than ``"stored"``
     """
 
-    def __init__(self, combination: Combination, seed: int, *, thorough: bool = False) -> None:
+    def __init__(
+        self, combination: Combination, seed: int, *, thorough: bool = False, copied: bool = True
+    ) -> None:
         self.original = combination
-        self.combination = combination = self.copy(torch.float64)
+        self.combination = combination = self.copy(torch.float64) if copied else combination
         self.thorough = thorough
         self.bounded = any(math.isfinite(end) for end in combination.domain)
         self.full_depth = overrides(type(combination), "forward")
@@ -198,14 +201,16 @@ class Subject:
         *,
         pred_list: list[Tensor] | None = None,
         grad_dict: Mapping[str, list[Tensor]] | None = None,
+        param_names: list[str] | None = None,
         combination: Combination | None = None,
     ) -> Tensor:
         """Call ``forward`` as a training step does, with something else than ``step`` if given."""
         pred_list = step.pred_list() if pred_list is None else pred_list
         grad_dict = step.grad_dict() if grad_dict is None else grad_dict
+        param_names = list(step.params) if param_names is None else param_names
         with self.forgetting():
             forward = combination or self.combination
-            return forward(pred_list, grad_dict, list(step.params), *step.params.values())
+            return forward(pred_list, grad_dict, param_names, *step.params.values())
 
     def gradients(self, step: Step, **instead: Any) -> dict[str, Tensor]:
         """Return the gradient of the combined prediction for each parameter of a step."""

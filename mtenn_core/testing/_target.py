@@ -115,7 +115,7 @@ def target_of(source: Any, path: str | None = None) -> Target | None:
     else:
         arguments = {}
         while isinstance(source, partial):
-            if source.args:
+            if source.args:  # whose names are not known
                 return None
             arguments, source = source.keywords | arguments, source.func
     path = path or _path_of(source)

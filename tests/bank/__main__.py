@@ -35,13 +35,13 @@ def main(matrix: Path | None, runs: int, scales: str, seeds: int) -> None:
     ts = [float(t) for t in scales.split(",")]
     rows = {}
     for wrong in track(WRONG, "wrong combinations", console=CONSOLE):
-        rows[wrong.name] = failed_ids(partial(make_wrong, wrong.name, 1.0), seed=0)
+        rows[wrong.name] = failed_ids(partial(make_wrong, name=wrong.name, t=1.0), seed=0)
     missed = [
         (wrong.name, t, seed)
         for wrong in track(WRONG, f"× {len(ts)} scales × {seeds} seeds", console=CONSOLE)
         for t in ts
         for seed in range(seeds)
-        if not failed_ids(partial(make_wrong, wrong.name, t), seed, only=[wrong.check])
+        if not failed_ids(partial(make_wrong, name=wrong.name, t=t), seed, only=[wrong.check])
     ]
     gradcheck = [
         w.name
@@ -52,7 +52,7 @@ def main(matrix: Path | None, runs: int, scales: str, seeds: int) -> None:
         (right.name, seed, ids)
         for seed in track(range(-(-runs // len(RIGHT))), "right combinations", console=CONSOLE)
         for right in RIGHT
-        if (ids := failed_ids(partial(make_right, right.name), seed, level="full"))
+        if (ids := failed_ids(partial(make_right, name=right.name), seed, level="full"))
     ]
     text = summary(rows, missed, gradcheck, alarms, runs)
     print(text)

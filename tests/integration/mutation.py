@@ -53,9 +53,6 @@ class Mutant:
     change: str
     tree: ast.Module
 
-    def __str__(self) -> str:
-        return self.change
-
     @contextmanager
     def imported(self, path: str) -> Iterator[ModuleType]:
         """Import it as a module of its own, which pickle finds, as if it were at ``path``."""
@@ -82,6 +79,19 @@ def mutants(source: str) -> list[Mutant]:
                 again = f" #{times[change]}" if times[change] > 1 else ""
                 made.append(Mutant(cls.name, change + again, _replaced(tree, node, other)))
     return made
+
+
+def unchanged(source: str) -> list[Mutant]:
+    """Return the module without a mistake, once for each of its classes."""
+    tree = ast.parse(source)
+    return [Mutant(cls.name, "", tree) for cls in tree.body if isinstance(cls, ast.ClassDef)]
+
+
+def subclasses(module: ModuleType, owner: str) -> list[type]:
+    """Return the class ``owner`` of a module, and those that inherit from it there."""
+    base = getattr(module, owner)
+    made = [each for each in vars(module).values() if isinstance(each, type)]
+    return [cls for cls in made if issubclass(cls, base)]
 
 
 def _methods(tree: ast.Module) -> Iterator[tuple[ast.ClassDef, ast.FunctionDef]]:

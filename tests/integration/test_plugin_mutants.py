@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from mtenn_core.testing import check_combination
+from mtenn_core.testing import CHECKS, check_combination
 
 ROOT = Path(__file__).parents[2]
 # By its path, since no folder of tests is a package.
@@ -26,6 +26,7 @@ PLUGINS = {
 }
 SOURCES = {name: Path(path).read_text(encoding="utf-8") for name, path in PLUGINS.items()}
 MUTANTS = {m.change: (name, m) for name in PLUGINS for m in mutation.mutants(SOURCES[name])}
+ALL_CHECKS = [check.id for check in CHECKS]  # of every level
 
 # What nobody can tell from the plugin itself: why, and which.
 EQUIVALENT = {
@@ -44,39 +45,38 @@ EQUIVALENT = {
         " -> torch.promote_types(torch.float32, predictions.dtype)",
     ],
 }
-# What the suite cannot know: why, which, and the test of the plugin that sees it.
+# What the suite cannot know: why, the test of the plugin that sees it, and which.
 BEYOND_THE_SUITE = {
     "a default, and the meaning of an argument, are said in words alone": {
-        "MaxCombination.__init__: False -> True": "test_worked_by_hand",
-        "MaxCombination.__init__: 1.0 -> 2.0": "test_worked_by_hand",
-        "MaxCombination.__init__: False -> True #2": "test_worked_by_hand",
-        "MinCombination.__init__: 1.0 -> 2.0": "test_worked_by_hand",
-        "MinCombination.__init__: False -> True": "test_worked_by_hand",
-        "BoltzmannCombination.__init__: 1.0 -> 2.0": "test_worked_by_hand",
-        "BoltzmannCombination.__init__: False -> True": "test_a_fixed_temperature_is_no_parameter",
-        "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)": (
-            "test_arguments_show_and_survive_copies"
-        ),
+        "test_worked_by_hand": [
+            "MaxCombination.__init__: False -> True",
+            "MaxCombination.__init__: 1.0 -> 2.0",
+            "MaxCombination.__init__: False -> True #2",
+            "MinCombination.__init__: 1.0 -> 2.0",
+            "MinCombination.__init__: False -> True",
+            "BoltzmannCombination.__init__: 1.0 -> 2.0",
+        ],
+        "test_a_fixed_temperature_is_no_parameter": [
+            "BoltzmannCombination.__init__: False -> True",
+        ],
+        "test_arguments_show_and_survive_copies": [
+            "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)",
+        ],
     },
     "which numbers are refused, NaN aside, is said in words alone": {
-        "MaxCombination.__init__: pred_scale > 0 and math.isfinite(pred_scale)"
-        " -> pred_scale > 0 or math.isfinite(pred_scale)": (
-            "test_a_scale_that_is_not_positive_and_finite_is_refused"
-        ),
-        "MaxCombination.__init__: pred_scale > 0 -> pred_scale >= 0": (
-            "test_a_scale_that_is_not_positive_and_finite_is_refused"
-        ),
-        "BoltzmannCombination.__init__: kT > 0 and math.isfinite(kT)"
-        " -> kT > 0 or math.isfinite(kT)": (
-            "test_a_temperature_that_is_not_positive_and_finite_is_refused"
-        ),
-        "BoltzmannCombination.__init__: kT > 0 -> kT >= 0": (
-            "test_a_temperature_that_is_not_positive_and_finite_is_refused"
-        ),
+        "test_a_scale_that_is_not_positive_and_finite_is_refused": [
+            "MaxCombination.__init__: pred_scale > 0 -> pred_scale >= 0",
+            "MaxCombination.__init__: pred_scale > 0 and math.isfinite(pred_scale)"
+            " -> pred_scale > 0 or math.isfinite(pred_scale)",
+        ],
+        "test_a_temperature_that_is_not_positive_and_finite_is_refused": [
+            "BoltzmannCombination.__init__: kT > 0 -> kT >= 0",
+            "BoltzmannCombination.__init__: kT > 0 and math.isfinite(kT)"
+            " -> kT > 0 or math.isfinite(kT)",
+        ],
     },
-    "the core never calls combine or pose_weights in half precision": {
-        f"{change}": "test_every_dtype_is_as_good_as_its_last_digit"
-        for change in (
+    "the core calls combine and pose_weights in float32 at least": {
+        "test_half_precision_is_that_of_float32_rounded_once": [
             "MaxCombination.combine: (extreme + log / self._signed_scale).to(predictions.dtype)"
             " -> extreme + log / self._signed_scale",
             "MaxCombination.pose_weights: torch.softmax(exponents, dim=0).to(predictions.dtype)"
@@ -93,11 +93,16 @@ BEYOND_THE_SUITE = {
             "BoltzmannCombination._populations:"
             " predictions.to(torch.promote_types(predictions.dtype, torch.float32))"
             " -> predictions",
-        )
+        ],
     },
 }
-NOBODY_SEES = {change: why for why, changes in EQUIVALENT.items() for change in changes}
-OWN_TEST_SEES = {change: test for tests in BEYOND_THE_SUITE.values() for change, test in tests.items()}
+NOBODY_SEES = {change for changes in EQUIVALENT.values() for change in changes}
+OWN_TEST_SEES = {
+    change: test
+    for tests in BEYOND_THE_SUITE.values()
+    for test, changes in tests.items()
+    for change in changes
+}
 
 
 class Seen(Exception):
@@ -115,8 +120,7 @@ def seen_by_the_suite(name, mutant):
         with mutant.imported(PLUGINS[name]) as module:
             for cls in mutation.subclasses(module, mutant.owner):
                 for arguments in cls.examples:
-                    combination = cls(**arguments)
-                    check_combination(combination, level="quality", on_record=stop_at_failure)
+                    check_combination(cls(**arguments), only=ALL_CHECKS, on_record=stop_at_failure)
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return ""
@@ -155,7 +159,7 @@ def test_a_plugin_itself_passes(name):
         assert seen_by_the_suite(name, mutant) == ""
 
 
-@pytest.mark.parametrize("change", MUTANTS)
+@pytest.mark.parametrize("change", MUTANTS, ids=str)
 def test_the_suite_sees_what_is_not_listed(change):
     seen = seen_by_the_suite(*MUTANTS[change])
     if change in NOBODY_SEES or change in OWN_TEST_SEES:
@@ -164,7 +168,7 @@ def test_the_suite_sees_what_is_not_listed(change):
         assert seen, "no check fails: mend the suite or the plugin, or list it with the reason"
 
 
-@pytest.mark.parametrize("change", OWN_TEST_SEES)
+@pytest.mark.parametrize("change", OWN_TEST_SEES, ids=str)
 def test_what_the_suite_cannot_know_the_plugin_tests(change):
     name, mutant = MUTANTS[change]
     (right, *_) = mutation.unchanged(SOURCES[name])

@@ -48,27 +48,28 @@ def failed(make, **options):
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
 def test_the_check_that_is_there_for_a_mistake_catches_it(wrong):
     for t in SCALES:
-        make = partial(make_wrong, wrong.name, t)
+        make = partial(make_wrong, name=wrong.name, t=t)
         missed = [seed for seed in range(4) if not failed(make, seed=seed, only=[wrong.check])]
         assert not missed, f"at t = {t}, seeds {missed}"
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
 def test_every_check_has_a_mistake_that_it_alone_catches(check):
-    assert failed(partial(make_wrong, ALONE[check.id], 1.0)) == [check.id]
+    assert failed(partial(make_wrong, name=ALONE[check.id], t=1.0)) == [check.id]
 
 
 @pytest.mark.parametrize("right", RIGHT, ids=lambda right: right.name)
 def test_right_combinations_raise_no_alarm(right):
     for seed in range(3):
-        report = check_combination(partial(make_right, right.name), seed=seed)
+        report = check_combination(partial(make_right, name=right.name), seed=seed)
         assert report.passed, str(report)
 
 
 def test_the_likely_cause_is_named_for_most_mistakes():
+    make = [partial(make_wrong, name=wrong.name, t=1.0) for wrong in WRONG]
     reports = [
-        check_combination(partial(make_wrong, wrong.name, 1.0), level="quality", only=[wrong.check])
-        for wrong in WRONG
+        check_combination(made, level="quality", only=[wrong.check])
+        for made, wrong in zip(make, WRONG, strict=True)
     ]
     named = sum(bool(record.cause) for report in reports for record in report.failures)
     assert named >= 0.8 * len(WRONG)

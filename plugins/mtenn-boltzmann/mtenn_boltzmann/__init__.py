@@ -21,7 +21,16 @@ class BoltzmannCombination(Combination):
     ValueError : ``kT`` is not positive and finite
     """
 
-    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+    # Not monotone: a pose more than kT above the mean lowers it by rising.
+    properties = frozenset(
+        {
+            "permutation_invariant",
+            "translation_equivariant",
+            "bounded",
+            "idempotent",
+            "replication_invariant",
+        }
+    )
     examples = ({}, {"kT": 0.593, "learnable": True})
 
     def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:
@@ -66,6 +75,10 @@ class BoltzmannCombination(Combination):
         _, above, populations = self._populations(predictions)
         mean = (populations * above).sum()
         return (populations * (1 + (mean - above) / self.kT)).to(predictions.dtype)
+
+    def reference(self, predictions: Tensor) -> Tensor:
+        """Return Σ_i p_i y_i with p = softmax(-y/kT), shape (), without the shift."""
+        return (torch.softmax(-predictions / self.kT, dim=0) * predictions).sum()
 
     def _populations(self, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the lowest y, how far each y is above it, and p; in float32 at least."""

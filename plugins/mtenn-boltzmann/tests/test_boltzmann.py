@@ -7,15 +7,19 @@ import torch
 from mtenn_boltzmann import BoltzmannCombination
 
 from mtenn_core import MultiPoseModel, registry
-from mtenn_core.testing import check_combination
+from mtenn_core.testing import CombinationConformance, check_combination
 
 ARGUMENTS = [{}, {"kT": 0.593}, {"kT": 0.01}, {"kT": 0.593, "learnable": True}, {"kT": 100.0}]
 
 
+class TestBoltzmann(CombinationConformance):
+    combination = BoltzmannCombination
+
+
 @pytest.mark.parametrize("seed", range(100))
-def test_the_gradient_is_the_derivative(seed):
+def test_the_gate_opens_at_every_seed(seed):
     arguments = ARGUMENTS[seed % len(ARGUMENTS)]
-    report = check_combination(BoltzmannCombination(**arguments), seed=seed)
+    report = check_combination(BoltzmannCombination(**arguments), level="gate", seed=seed)
     assert report.passed, str(report)
 
 
@@ -28,6 +32,7 @@ def test_worked_by_hand():
     """Populations 4/5 and 1/5 at y = 0 and kT ln 4: m = kT ln 4 / 5."""
     kT = 0.593
     y = torch.tensor([0.0, kT * math.log(4)], dtype=torch.float64)
+    torch.testing.assert_close(BoltzmannCombination().combine(y / kT).item(), math.log(4) / 5)
     combination = BoltzmannCombination(kT)
     mean = kT * math.log(4) / 5
     torch.testing.assert_close(combination.combine(y).item(), mean)
@@ -76,6 +81,15 @@ def test_every_dtype_is_as_good_as_its_last_digit(dtype, kT, base):
     torch.testing.assert_close(
         weights.double(), combination.pose_weights(y.double()), rtol=2 * eps, atol=2 * eps
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision_is_that_of_float32_rounded_once(dtype):
+    y = torch.randn(64).to(dtype)
+    combination = BoltzmannCombination(0.593)
+    assert torch.equal(combination.combine(y), combination.combine(y.float()).to(dtype))
+    weights = combination.pose_weights(y.float())
+    assert torch.equal(combination.pose_weights(y), weights.to(dtype))
 
 
 def test_far_poses_in_half_precision_do_not_make_nan():

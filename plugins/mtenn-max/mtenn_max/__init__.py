@@ -22,8 +22,12 @@ class MaxCombination(Combination):
     ValueError : ``pred_scale`` is not positive and finite
     """
 
-    properties = frozenset({"permutation_invariant", "translation_equivariant"})
-    examples = ({}, {"negate_preds": True, "pred_scale": 10.0, "normalize": True})
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+    examples = (
+        {},
+        {"pred_scale": 10.0, "normalize": True},
+        {"negate_preds": True, "pred_scale": 10.0, "normalize": True},
+    )
 
     def __init__(
         self, negate_preds: bool = False, pred_scale: float = 1.0, normalize: bool = False
@@ -35,20 +39,15 @@ class MaxCombination(Combination):
         self.pred_scale = pred_scale
         self.normalize = normalize
 
-    def extra_repr(self) -> str:
-        """Return the arguments, for ``repr``."""
-        return (
-            f"negate_preds={self.negate_preds}, pred_scale={self.pred_scale},"
-            f" normalize={self.normalize}"
-        )
-
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the smooth extreme of the predictions, shape (), in their unit."""
         extreme, exponents = self._exponents(predictions)
-        log_sum = torch.logsumexp(exponents, dim=0)
         if self.normalize:
-            log_sum = log_sum - math.log(len(predictions))
-        return (extreme + log_sum / self._signed_scale).to(predictions.dtype)
+            # logsumexp less ln M would leave little of the digits where t y is small.
+            log = exponents.expm1().mean().log1p()
+        else:
+            log = torch.logsumexp(exponents, dim=0)
+        return (extreme + log / self._signed_scale).to(predictions.dtype)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative, ∂h/∂y_i = exp(n t y_i) / Σ_j exp(n t y_j) = softmax(n t y)_i.
@@ -65,6 +64,12 @@ class MaxCombination(Combination):
         """
         _, exponents = self._exponents(predictions)
         return torch.softmax(exponents, dim=0).to(predictions.dtype)
+
+    def reference(self, predictions: Tensor) -> Tensor:
+        """Return n/t · ln Σ_i exp(n t y_i), less n/t · ln M if normalized, without the shift."""
+        n, t = (-1 if self.negate_preds else 1), self.pred_scale
+        log_m = math.log(len(predictions)) if self.normalize else 0.0
+        return n / t * (torch.logsumexp(n * t * predictions, dim=0) - log_m)
 
     @property
     def _signed_scale(self) -> float:
@@ -89,11 +94,14 @@ class MinCombination(MaxCombination):
     pred_scale, normalize : see :class:`MaxCombination`
     """
 
-    examples = ({}, {"pred_scale": 10.0, "normalize": True})
+    examples = ({}, {"pred_scale": 1000.0}, {"pred_scale": 10.0, "normalize": True})
 
     def __init__(self, pred_scale: float = 1.0, normalize: bool = False) -> None:
         super().__init__(negate_preds=True, pred_scale=pred_scale, normalize=normalize)
 
-    def extra_repr(self) -> str:
-        """Return the arguments, for ``repr``."""
-        return f"pred_scale={self.pred_scale}, normalize={self.normalize}"
+    def reference(self, predictions: Tensor) -> Tensor:
+        """Return -1/t · ln Σ_i exp(-t y_i), plus 1/t · ln M if normalized, without the shift."""
+        # Its own: that of the base class would agree if this were a maximum.
+        t = self.pred_scale
+        log_m = math.log(len(predictions)) if self.normalize else 0.0
+        return (log_m - torch.logsumexp(-t * predictions, dim=0)) / t

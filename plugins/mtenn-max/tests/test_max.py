@@ -7,7 +7,7 @@ import torch
 from mtenn_max import MaxCombination, MinCombination
 
 from mtenn_core import registry
-from mtenn_core.testing import check_combination
+from mtenn_core.testing import CombinationConformance, check_combination
 
 ARGUMENTS = [
     {},
@@ -21,10 +21,19 @@ DTYPES = pytest.mark.parametrize(
 )
 
 
+class TestMax(CombinationConformance):
+    combination = MaxCombination
+
+
+class TestMin(CombinationConformance):
+    combination = MinCombination
+
+
 @pytest.mark.parametrize("seed", range(100))
 @pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
-def test_the_gradient_is_the_derivative(cls, seed):
-    report = check_combination(cls(**ARGUMENTS[seed % len(ARGUMENTS)]), seed=seed)
+def test_the_gate_opens_at_every_seed(cls, seed):
+    arguments = ARGUMENTS[seed % len(ARGUMENTS)]
+    report = check_combination(cls(**arguments), level="gate", seed=seed)
     assert report.passed, str(report)
 
 
@@ -45,6 +54,7 @@ def test_worked_by_hand():
     torch.testing.assert_close(normalized.pose_weights(y), combination.pose_weights(y))
     half = MaxCombination(pred_scale=2.0)  # Σ exp(2 y) = 30
     torch.testing.assert_close(half.combine(y).item(), math.log(30) / 2)
+    torch.testing.assert_close(MinCombination().combine(-y).item(), -math.log(8))
 
 
 def test_the_minimum_is_the_mirrored_maximum():
@@ -85,6 +95,14 @@ def test_sharp_scales_give_the_hard_extreme():
     assert MinCombination(pred_scale=1000.0).pose_weights(y).tolist() == [0, 0, 1]
 
 
+@pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+def test_small_scales_give_the_mean_if_normalized(cls):
+    """To the last digit of float32, of which logsumexp less ln M would have lost six."""
+    y = torch.tensor([-7.0, -5.0, -9.0])
+    value = cls(pred_scale=1e-7, normalize=True).combine(y)
+    torch.testing.assert_close(value.item(), -7.0, rtol=1e-6, atol=0)
+
+
 @DTYPES
 @pytest.mark.parametrize("scale", [1.0, 10.0, 1000.0])
 @pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
@@ -102,6 +120,16 @@ def test_every_dtype_is_as_good_as_its_last_digit(dtype, scale, cls, base):
     torch.testing.assert_close(
         weights.double(), combination.pose_weights(y.double()), rtol=0, atol=2 * eps
     )
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+def test_half_precision_is_that_of_float32_rounded_once(cls, dtype):
+    y = torch.randn(64).to(dtype)
+    combination = cls(pred_scale=3.0)
+    assert torch.equal(combination.combine(y), combination.combine(y.float()).to(dtype))
+    weights = combination.pose_weights(y.float())
+    assert torch.equal(combination.pose_weights(y), weights.to(dtype))
 
 
 @pytest.mark.parametrize("cls", [MaxCombination, MinCombination])

@@ -9,7 +9,16 @@ from mtenn_core import Combination
 class MeanCombination(Combination):
     """The mean, Σ_i y_i / M: every pose counts the same."""
 
-    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+    properties = frozenset(
+        {
+            "permutation_invariant",
+            "translation_equivariant",
+            "bounded",
+            "monotone",
+            "idempotent",
+            "replication_invariant",
+        }
+    )
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the predictions, shape (), in their unit."""
@@ -27,3 +36,7 @@ class MeanCombination(Combination):
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
         return torch.full_like(predictions, 1 / len(predictions))
+
+    def reference(self, predictions: Tensor) -> Tensor:
+        """Return the sum over the count, shape ()."""
+        return predictions.sum() / len(predictions)

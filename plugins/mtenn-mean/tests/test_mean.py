@@ -3,12 +3,16 @@ import torch
 from mtenn_mean import MeanCombination
 
 from mtenn_core import MultiPoseModel, registry
-from mtenn_core.testing import check_combination
+from mtenn_core.testing import CombinationConformance, check_combination
+
+
+class TestMean(CombinationConformance):
+    combination = MeanCombination
 
 
 @pytest.mark.parametrize("seed", range(100))
-def test_the_gradient_is_the_derivative(seed):
-    report = check_combination(MeanCombination, seed=seed)
+def test_the_gate_opens_at_every_seed(seed):
+    report = check_combination(MeanCombination, level="gate", seed=seed)
     assert report.passed, str(report)
 
 
