@@ -56,8 +56,8 @@ class Checks:
             options |= {"time_limit": self.time_limit, "memory_limit": self.memory_limit}
             yield from check_isolated(target, **options)
             return
-        for name, path, combination in target.combinations():
-            yield check_combination(combination, name=name, path=path, **options)
+        for name, this, combination in target.combinations():
+            yield check_combination(combination, name=name, target=this, **options)
 
 
 def check_targets(

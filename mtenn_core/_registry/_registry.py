@@ -268,16 +268,15 @@ class Registry:
     def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
         """Run the gate, unless it has passed for ``key`` before; None is no key."""
         from mtenn_core.testing import check_combination
+        from mtenn_core.testing._target import target_of
 
         if key is not None and key in self._validated:
             return
-        report = check_combination(
-            make(),
-            level="gate",
-            name=str(record),
-            # A name that was registered in this process means nothing to a shell.
-            path=record.qualified_name if record.distribution else None,
-        )
+        combination = make()
+        # A name that was registered in this process means nothing to a shell.
+        path = record.qualified_name if record.distribution else None
+        target = target_of(combination, path)
+        report = check_combination(combination, level="gate", name=str(record), target=target)
         if not report.passed:
             raise GradientValidationError(
                 f"{report}\nIt is not handed out. validate=False hands it out unchecked.",

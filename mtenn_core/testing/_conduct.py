@@ -28,7 +28,7 @@ N_THREADS = 8
 @check("A4", "it leaves alone what it is given, and the process")
 def purity(subject: Subject) -> Metrics:
     """Predictions, gradients, parameters, ``.grad``, random states, settings; no aliases."""
-    step = subject.step()
+    step = subject.step(n_poses=5)  # few enough would be in order by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
     pred_list, grad_dict, names = step.pred_list(), step.grad_dict(), list(step.params)
@@ -173,7 +173,7 @@ def _not_reseeded(subject: Subject, step: Step) -> None:
 @check("A5", "the same call gives the same numbers")
 def repeatable(subject: Subject) -> Metrics:
     """Forward twice, and backward twice with ``retain_graph``, to the last bit."""
-    step = subject.step()
+    step = subject.step(spread=1e-3)
     first, second = subject.call(step), subject.call(step)
     if not torch.equal(first, second):
         raise Verdict(
@@ -201,13 +201,21 @@ def repeatable(subject: Subject) -> Metrics:
     return {}
 
 
+_SHARED = "a cache, or state that a call leaves behind on self, the class or the module"
+
+
 @check("A6", "calls do not disturb one another")
 def isolated(subject: Subject) -> Metrics:
     """Two live calls, backward in both orders; two instances; threads."""
+    step = subject.step(spread=1e-3)
+    before = _value_and_gradients(subject, step)
     others: list[tuple[str, Combination]] = [("a copy", subject.copy(torch.float64))]
     others += [(f"an instance with another {n!r}", c) for n, c in alternatives(subject)][:1]
     for what, combination in (("a second call", subject.combination), *others):
-        _two_live_calls(subject, what, combination)
+        for n_poses, spread in ((5, 1.0), (3, 1e-3)):
+            _two_live_calls(subject, what, combination, n_poses, spread)
+        if not all(map(torch.equal, before, _value_and_gradients(subject, step))):
+            raise Verdict("fail", f"other numbers once there is {what}", cause=_SHARED)
     _weights_of_their_own(subject)
     buffers = dict(subject.combination.named_buffers())
     if not (subject.combination.stochastic or buffers):
@@ -234,8 +242,11 @@ def _weights_of_their_own(subject: Subject) -> None:
         )
 
 
-def _two_live_calls(subject: Subject, what: str, other: Combination) -> None:
-    one, two = subject.step(), subject.step(n_poses=max(5, other.min_poses))
+def _two_live_calls(
+    subject: Subject, what: str, other: Combination, n_poses: int, spread: float
+) -> None:
+    one = subject.step(spread=spread)
+    two = subject.step(n_poses=max(n_poses, other.min_poses), spread=spread)
     held = subject.gradients(one)
     expected = {name: gradient.clone() for name, gradient in held.items()}
     for other_first in (False, True):
@@ -264,7 +275,7 @@ def _two_live_calls(subject: Subject, what: str, other: Combination) -> None:
         raise Verdict(
             "fail",
             f"another value after {what}",
-            cause="a cache, or state that a call leaves behind on self, the class or the module",
+            cause=_SHARED,
         )
 
 
@@ -296,7 +307,11 @@ def modes(subject: Subject) -> Metrics:
     with torch.no_grad():
         found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
         if found["under no_grad"].requires_grad:
-            raise Verdict("fail", "under no_grad: the output requires a gradient")
+            raise Verdict(
+                "fail",
+                "under no_grad: the output requires a gradient",
+                cause="the grad mode is switched on in forward (enable_grad, set_grad_enabled)",
+            )
     with torch.inference_mode():
         found["under inference_mode"] = subject.call(step).clone()
     found["with no parameters"] = subject.call(nothing)

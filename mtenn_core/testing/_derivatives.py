@@ -14,7 +14,7 @@ from mtenn_core.combination import Combination, constructor_arguments, overrides
 from mtenn_core.model import MultiPoseModel
 from mtenn_core.testing._check import Metrics, Verdict, check
 from mtenn_core.testing._comparison import Comparison, compare, judge
-from mtenn_core.testing._diagnosis import Point, cause_in_weights
+from mtenn_core.testing._diagnosis import NOT_FINITE, Point, cause_in_weights
 from mtenn_core.testing._finite_differences import (
     Estimate,
     central_differences,
@@ -114,6 +114,8 @@ def _derivatives(
 
 def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:
     """Return the likely cause, from the points at which every weight was compared."""
+    if any(not math.isfinite(c.analytic) for comparisons, _ in known for c in comparisons):
+        return NOT_FINITE
     points = []
     for comparisons, numerical in known:
         y = comparisons[0].predictions
@@ -265,7 +267,7 @@ def own_parameters(subject: Subject) -> Metrics:
 
 def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     comparisons = []
-    for spread in (1.0, 0.1):
+    for spread in (1.0, 0.1, 1e-3):
         y = subject.predictions(subject.n_poses(3), 0.0, spread)
         for name in names:
             param = subject.combination.get_parameter(name)

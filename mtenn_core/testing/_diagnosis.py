@@ -17,9 +17,9 @@ from torch import Tensor
 
 from mtenn_core.testing._subject import Step
 
-OVERFLOW = (
-    "an exponential overflows, or a division by zero: shift by the extreme first"
-    " (torch.logsumexp and torch.softmax do)"
+NOT_FINITE = (
+    "a weight is not finite: an exponential overflows (shift by the extreme first, as torch.softmax"
+    " does), 0/0, or too few poses (declare min_poses)"
 )
 
 
@@ -68,20 +68,15 @@ def cause_in_weights(
         return ""
     telling = [point for point in wrong if point.telling] or wrong
     return (
-        _not_finite(points)
-        or _first_fit(telling, _whole(scales))
+        _first_fit(telling, _whole(scales))
         or _constant_factor(wrong, scales)
         or _elsewhere(telling, weights_at, scales)
         or _first_fit(telling, _distorted())
         or _structure(telling)
+        or _of_another_point(wrong, points)
         or _where(points)
+        or _sum(telling)
     )
-
-
-def _not_finite(points: Sequence[Point]) -> str:
-    if all(point.found.isfinite().all() for point in points):
-        return ""
-    return OVERFLOW
 
 
 def _first_fit(points: Sequence[Point], known: Mapping[str, Callable[[Point], Tensor]]) -> str:
@@ -127,6 +122,10 @@ def _whole(scales: Mapping[str, float]) -> dict[str, Callable[[Point], Tensor]]:
 
 def _times(factor: float, point: Point) -> Tensor:
     return factor * point.expected
+
+
+def _rounded(decimals: int, point: Point) -> Tensor:
+    return torch.round(point.expected, decimals=decimals)
 
 
 def _one_hot(point: Point, at: Tensor) -> Tensor:
@@ -186,9 +185,7 @@ def _distorted() -> dict[str, Callable[[Point], Tensor]]:
         "1 - weight": lambda p: 1 - p.expected,
         "weight · (1 - weight): a derivative too much": lambda p: p.expected * (1 - p.expected),
         "the weight times the prediction": lambda p: p.expected * p.predictions,
-        "a last digit's worth of precision: computed in float32 or less": lambda p: (
-            p.expected.float().double()
-        ),
+        **{f"the weights are rounded to {n} decimals": partial(_rounded, n) for n in range(1, 7)},
     }
 
 
@@ -217,6 +214,20 @@ def _structure(points: Sequence[Point]) -> str:
     if len(off) == 1 and not all(only := next(iter(off))):
         wrong = ", ".join(str(i) for i, one in enumerate(only) if one)
         return f"always the weight of pose {wrong}, whatever its prediction"
+    return ""
+
+
+def _of_another_point(wrong: Sequence[Point], points: Sequence[Point]) -> str:
+    for point in wrong:
+        others = (p.expected for p in points if p is not point and len(p.found) == len(point.found))
+        if not any(point.fits(expected) for expected in others):
+            return ""
+    return "the weights are those of other predictions: a cache, or state of an earlier call"
+
+
+def _sum(points: Sequence[Point]) -> str:
+    if all((p.found - p.expected).sum().abs() <= len(p.found) * p.tolerance for p in points):
+        return "the weights have the right sum, and are wrong one by one"
     return ""
 
 
@@ -325,6 +336,9 @@ def _candidates(step: Step, name: str, go: float, w: Tensor) -> Iterator[tuple[s
         "the gradients of the poses are in reverse order",
         go * torch.tensordot(w.flip(0), gradients, 1),
     )
+    size = float(total.norm())
+    yield "the combined gradient is clipped to norm 1", go * total / max(1.0, abs(go) * size)
+    yield f"{changed}: it is added", go + total
     for limit in (0.1, 0.5, 1.0):
         clipped = torch.tensordot(w, gradients.clamp(-limit, limit), dims=1)
         yield "the gradients of the poses are clipped", go * clipped

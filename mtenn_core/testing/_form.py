@@ -120,6 +120,12 @@ def order_of_names(subject: Subject) -> Metrics:
     return {"largest error in tolerances": hold_to_chain_rule(subject, shuffled, (1.0,))}
 
 
+_UNCHECKED = (
+    "lengths and names are not checked (zip stops at the shorter one, an empty list is a sum of 0):"
+    " call mtenn_core.gradients.check_gradients"
+)
+
+
 @check("A11", "bad input is an error")
 def bad_input(subject: Subject) -> Metrics:
     """No number comes out of what does not fit together."""
@@ -133,8 +139,7 @@ def bad_input(subject: Subject) -> Metrics:
         raise Verdict(
             "fail",
             f"{what}: expected an error; found the value {_number(value)}",
-            cause="zip without strict=True stops at the shorter one; check lengths and names, as"
-            " mtenn_core.gradients.check_gradients does",
+            cause=_UNCHECKED,
         )
     return {}
 
@@ -149,7 +154,9 @@ def errors_that_name(subject: Subject) -> Metrics:
         except Exception as error:
             if "'w10'" in what and "w10" not in str(error):
                 raise Verdict(
-                    "fail", f"{what}: the error does not name it: {type(error).__name__}: {error}"
+                    "fail",
+                    f"{what}: the error does not name it: {type(error).__name__}: {error}",
+                    cause=_UNCHECKED,
                 ) from None
     step = subject.step({"w1": (2,), "w10": (2,)})
     given = step.grad_dict()
@@ -162,7 +169,7 @@ def errors_that_name(subject: Subject) -> Metrics:
             subject.gradients(step, grad_dict=grad_dict)
         except Exception:
             continue
-        raise Verdict("fail", f"{what}: expected an error")
+        raise Verdict("fail", f"{what}: expected an error", cause=_UNCHECKED)
     return {}
 
 

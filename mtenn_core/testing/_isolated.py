@@ -23,7 +23,7 @@ from mtenn_core.testing._check import Level
 from mtenn_core.testing._child_process import Child, ChildDiedError, Send, job_and_sender
 from mtenn_core.testing._report import Record, Report
 from mtenn_core.testing._runner import check_combination
-from mtenn_core.testing._target import Target, parse_argument, target_of
+from mtenn_core.testing._target import Target, parse_argument
 
 # Each costs the seconds in which Python and torch start.
 MOST_DEATHS = 5
@@ -238,8 +238,8 @@ def main() -> None:
 def _check(job: dict[str, Any], send: Send) -> None:
     target = Target(job["path"], dict(map(parse_argument, job["arguments"])))
     made = list(target.combinations())
-    send("made", [_header(job, target, *each) for each in made])
-    for index, (name, path, combination) in enumerate(made):
+    send("made", [_header(job, *each) for each in made])
+    for index, (name, this, combination) in enumerate(made):
         left = job["left"][index] if job["left"] else job["ids"]
         if not left:
             continue
@@ -249,19 +249,19 @@ def _check(job: dict[str, Any], send: Send) -> None:
             seed=job["seed"],
             only=job["only"] if left == job["ids"] else left,
             name=name,
-            path=path,
+            target=this,
             on_record=partial(_send_record, send, index),
         )
         send("finished", [index, report.curves])
 
 
 def _header(
-    job: dict[str, Any], target: Target, name: str, path: str, combination: Combination
+    job: dict[str, Any], name: str, target: Target, combination: Combination
 ) -> tuple[dict[str, Any], str]:
     """Return the report before any check, and the command that checks this one alone."""
     empty = check_combination(combination, level="gate", only=(), name=name)
     report = replace(empty, level=job["level"], n_expected=len(job["ids"]))
-    return asdict(report), (target_of(combination, path) or target).command("--isolated")
+    return asdict(report), target.command("--isolated")
 
 
 def _send_record(send: Send, index: int, record: Record) -> None:

@@ -20,7 +20,7 @@ from mtenn_core.testing._curves import curves
 from mtenn_core.testing._process_state import preserved_process_state
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._subject import Subject
-from mtenn_core.testing._target import target_of
+from mtenn_core.testing._target import Target, target_of
 
 FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties")
 
@@ -33,7 +33,7 @@ def check_combination(
     seed: int = 0,
     only: Collection[str] | None = None,
     name: str | None = None,
-    path: str | None = None,
+    target: Target | None = None,
     on_record: Callable[[Record], object] = lambda record: None,
 ) -> Report:
     """Check that a combination is what it says, and its gradient the derivative of its value.
@@ -50,7 +50,7 @@ def check_combination(
     seed : of the random numbers to probe with
     only : ids of the checks to run, of whatever level
     name : who it is, for the report
-    path : what ``mtenn check`` calls it, for the line that runs a check again
+    target : what ``mtenn check`` calls it, for the line that runs a check again
     on_record : called with each record as it is made
 
     Raises
@@ -64,7 +64,7 @@ def check_combination(
     """
     checks = chosen_checks(level, only)
     known_ids(expected_failures or ())
-    again = _shell_line(combination, seed, path)
+    again = _shell_line(target or target_of(combination), seed)
     if not isinstance(combination, Combination):
         examples: Sequence[dict[str, Any]] = getattr(combination, "examples", ())
         combination = combination(**next(iter(examples), {}))
@@ -139,8 +139,7 @@ def _expected(record: Record, why: str | None) -> Record:
     return replace(record, status="xfail", reason=f"expected: {why}\n{record.reason}")
 
 
-def _shell_line(source: Any, seed: int, path: str | None) -> Callable[[str], str]:
-    target = target_of(source, path)
+def _shell_line(target: Target | None, seed: int) -> Callable[[str], str]:
     if target is None:
         return lambda id: (
             f"check_combination(…, only=[{id!r}], seed={seed}); for a line in the shell, let it be"

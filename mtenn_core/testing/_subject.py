@@ -180,12 +180,18 @@ class Subject:
         with self.forgetting():
             return autograd_weights(self.combination, predictions)
 
-    def step(self, shapes: Mapping[str, tuple[int, ...]] | None = None, n_poses: int = 3) -> Step:
+    def step(
+        self,
+        shapes: Mapping[str, tuple[int, ...]] | None = None,
+        n_poses: int = 3,
+        spread: float = 1.0,
+    ) -> Step:
         """Return what a training step hands to ``forward``, of random numbers.
 
         Parameters
         ----------
         shapes : of the parameters, by name; the default is :func:`telling_shapes`
+        spread : of the predictions; at a sharp scale, weights are 0 or 1 unless it is small
         """
         n_poses = self.n_poses(n_poses)
         shapes = shapes or telling_shapes(n_poses)
@@ -193,7 +199,7 @@ class Subject:
         for i, gradient in enumerate(gradients.values()):
             gradient *= (1, 1e-3, 1e2)[i % 3]  # a clamp or a threshold shows at some sizes alone
         params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}
-        return Step(self.predictions(n_poses), gradients, params)
+        return Step(self.predictions(n_poses, 0.0, spread), gradients, params)
 
     def call(
         self,

@@ -46,12 +46,12 @@ class Target:
         """Return each argument as ``name=value``, which :func:`parse_argument` reads."""
         return [f"{name}={_as_text(value)}" for name, value in self.arguments.items()]
 
-    def combinations(self, known: Registry = registry) -> Iterator[tuple[str, str, Combination]]:
+    def combinations(self, known: Registry = registry) -> Iterator[tuple[str, Target, Combination]]:
         """Import what ``path`` names, and make an instance with each set of arguments.
 
         Yields
         ------
-        who it is, for a report; how to name it in a shell; the instance
+        who it is, for a report; what it alone is called; the instance
 
         Raises
         ------
@@ -63,17 +63,18 @@ class Target:
         except CombinationNotFoundError:
             if ":" not in self.path and not self.path.endswith(".py"):
                 raise
-            for made in self._imported():
-                yield self.path, self.path, made
+            yield from self._imported()
             return
         combination = known.get(self.path, validate=False)
+        name = record.qualified_name
         if self.arguments:
-            yield str(record), record.qualified_name, self._made(combination, self.arguments)
+            made = self._made(combination, self.arguments)
+            yield str(record), Target(name, self.arguments), made
             return
         for example in declared_examples(record, combination):
-            yield str(record), record.qualified_name, build_example(record, combination, example)
+            yield str(record), Target(name, example), build_example(record, combination, example)
 
-    def _imported(self) -> Iterator[Combination]:
+    def _imported(self) -> Iterator[tuple[str, Target, Combination]]:
         make = _import(self.path)
         examples: Any = getattr(make, "examples", ({},))
         if self.arguments:
@@ -85,7 +86,7 @@ class Target:
                 f" {examples!r}"
             )
         for arguments in examples:
-            yield self._made(make, arguments)
+            yield self.path, Target(self.path, arguments), self._made(make, arguments)
 
     def _made(self, make: Callable[..., Any], arguments: Mapping[str, Any]) -> Combination:
         try:

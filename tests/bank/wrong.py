@@ -125,7 +125,7 @@ AT_DEPTH_2 = [
 ]
 AT_DEPTH_3 = [
     ("shifted by one pose", "shift", lambda w, y, t: w.roll(1)),
-    ("divided by M once more", "1/n_poses", lambda w, y, t: w / len(w)),
+    ("divided by M once more", "n_poses", lambda w, y, t: w / len(w)),
     ("one-hot, a hard maximum", "one-hot", lambda w, y, t: one_hot(w)),
     ("at a temperature 1 % off", "", lambda w, y, t: soft_weights(y, 1.01 * t)),
     ("squared and normalised again", "normalis", lambda w, y, t: w * w / (w * w).sum()),
@@ -198,7 +198,7 @@ class TimesScale(ClosedForm):
         return self.t * super().pose_weights(predictions)
 
 
-@wrong("weights divided by t", "C1", "1/t", make=away_from_one)
+@wrong("weights divided by t", "C1", "factor t", make=away_from_one)
 class OverScale(FullDepth):
     def weights(self, y):
         return super().weights(y) / self.t
@@ -219,7 +219,7 @@ class MeanWithoutCount(Scaled):
         return self.t * torch.ones_like(predictions)
 
 
-@wrong("sum, with weights of 1/M", "C1", "1/n_poses")
+@wrong("sum, with weights of 1/M", "C1", "n_poses")
 class SumWithCount(Scaled):
     def combine(self, predictions):
         return self.t * predictions.sum()
@@ -228,7 +228,7 @@ class SumWithCount(Scaled):
         return torch.full_like(predictions, self.t / len(predictions))
 
 
-@wrong("2.5 times the smooth maximum, weights still sum to 1", "C1", "normalis")
+@wrong("2.5 times the smooth maximum, weights still sum to 1", "C1", "constant factor")
 class NormalisedByHabit(FullDepth):
     def value(self, y):
         return 2.5 * smooth_max(y, self.t)
@@ -287,7 +287,7 @@ class ShiftDetachedOnce(Scaled):
         return extreme.detach() + smooth_max(predictions - extreme, self.t)
 
 
-@wrong("spread taken out of the graph by item()", "C1", "detach")
+@wrong("spread taken out of the graph by item()", "C1", "weights")
 class SpreadAsFloat(Scaled):
     def combine(self, predictions):
         spread = (predictions.amax() - predictions.amin()).item()
@@ -313,7 +313,7 @@ class AnotherCombine(FullDepth):
         return boltzmann_mean(predictions, self.t)
 
 
-@wrong("weights of the previous predictions", "A6", "stale")
+@wrong("weights of the previous predictions", "A6", "state")
 class Stale(FullDepth):
     previous = None
 
@@ -366,7 +366,7 @@ IN_GRAD_OUTPUT = [
     ("only where it is positive", lambda go: go.relu()),
 ]
 IN_POSE_GRADIENTS = [
-    ("clipped to ±1", "clamp", lambda g: g.clamp(-1, 1)),
+    ("clipped to ±1", "clip", lambda g: g.clamp(-1, 1)),
     ("by their absolute value", "", lambda g: g.abs()),
     ("scaled to norm 1 where longer", "clip", lambda g: g / g.norm().clamp(min=1)),
     ("of square parameters transposed", "transpos", lambda g: g.mT if is_square(g) else g),
@@ -449,12 +449,12 @@ def counting_weights(self, y):
     return FullDepth.weights(self, y)
 
 
-@raw("gradient spread over the poses: autograd sums it", "shape")
+@raw("gradient spread over the poses: autograd sums it", "sum over poses")
 def spread_over_poses(g, n_poses):
     return (g / n_poses).repeat(n_poses, *[1] * g.dim())
 
 
-@raw("gradient expanded over the poses: autograd sums it", "shape")
+@raw("gradient expanded over the poses: autograd sums it", "sum over poses")
 def expanded_over_poses(g, n_poses):
     return (g / n_poses).expand(n_poses, *g.shape)
 
@@ -509,7 +509,7 @@ def length_and_direction(g, n_poses):
     return g / g.norm() * g.norm()
 
 
-@wrong("gradient not summed", "A1", "shape")
+@wrong("gradient not summed", "A1", "sum over poses")
 class Unsummed(FullDepth):
     """Autograd adds the poses up wherever the shape lets it, which is everywhere."""
 
@@ -608,7 +608,7 @@ class DefaultDevice(Scaled):
         return smooth_max(predictions, self.t) + (predictions / ranks).sum()
 
 
-@wrong("ones made on the default device", "A2", "device", make=default)
+@wrong("ones made on the default device", "A13", "device", make=default)
 class OnesOnTheDefaultDevice(Unscaled):
     def value(self, y):
         return torch.ones(len(y), dtype=y.dtype) @ y / len(y)
@@ -659,7 +659,7 @@ class SplitPoseByPose(FullDepth):
             ctx.keys = list(grad_dict) * len(pred_list)
 
 
-@wrong("a key of grad_dict that is no parameter is ignored", "A11q", "extra")
+@wrong("a key of grad_dict that is no parameter is ignored", "A11q", "names are not checked")
 class ExtraKeyIgnored(FullDepth):
     def inspect(self, pred_list, grad_dict, param_names, model_params):
         known = {name: g for name, g in grad_dict.items() if name in param_names}
@@ -734,12 +734,12 @@ def fill_grad(pred_list, grad_dict, param_names, model_params):
             parameter.grad = torch.zeros_like(parameter)
 
 
-@before("random generator seeded", "A4", "RNG")
+@before("random generator seeded", "A4", "random")
 def seed(pred_list, grad_dict, param_names, model_params):
     torch.manual_seed(0)
 
 
-@before("a random number drawn and not used", "A4", "RNG")
+@before("a random number drawn and not used", "A4", "random")
 def draw(pred_list, grad_dict, param_names, model_params):
     torch.rand(())
 
@@ -820,7 +820,7 @@ class HardMax(FullDepth):
         return one_hot(y)
 
 
-@wrong("where a pose has all the weight, its stored gradient is handed out", "A4", "alias")
+@wrong("where a pose has all the weight, its stored gradient is handed out", "A4", "memory")
 class HandsOutStored(HardMax):
     """It becomes .grad itself, and the next backward adds to the stored gradient."""
 
@@ -828,7 +828,7 @@ class HandsOutStored(HardMax):
         return gradients[self.best] if go == 1 else go.to(gradients[0]) * gradients[self.best]
 
 
-@wrong("the output shares the memory of the largest prediction", "A4", "alias")
+@wrong("the output shares the memory of the largest prediction", "A4", "memory")
 class OutputIsAPrediction(HardMax):
     def forward(self, pred_list, grad_dict, param_names, *model_params):
         combined = super().forward(pred_list, grad_dict, param_names, *model_params)
@@ -939,7 +939,7 @@ class LastOnClass(FullDepth):
         return super().weights(last.to(y))
 
 
-@wrong("pose gradients kept on the instance until backward", "A6", "state")
+@wrong("pose gradients kept on the instance until backward", "A6", "")
 class GradientsOnInstance(FullDepth):
     def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
         super().keep(ctx, pred_list, grad_dict, param_names, model_params)
@@ -967,22 +967,11 @@ class ScaleOnClass(ClosedForm):
 _BY_PREDICTIONS: dict[tuple[float, ...], torch.Tensor] = {}
 
 
-@wrong("weights cached in the module, whatever the scale", "A6", "cache")
+@wrong("weights cached in the module, whatever the scale", "D5", "cache")
 class ModuleCache(ClosedForm):
     def pose_weights(self, predictions):
         key = tuple(predictions.tolist())
         return _BY_PREDICTIONS.setdefault(key, super().pose_weights(predictions)).to(predictions)
-
-
-@wrong("a default argument that all instances share and fill", "A6", "state")
-class SharedDefault(ClosedForm):
-    def __init__(self, t=1.0, scales=[]):  # noqa: B006
-        super().__init__(t)
-        scales.append(self.t)
-        self.scales = scales
-
-    def pose_weights(self, predictions):
-        return soft_weights(predictions, self.scales[-1])
 
 
 # Modes of autograd, frozen and unused parameters. A7.
@@ -1042,6 +1031,13 @@ class KeepsInModule(FullDepth):
     def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
         super().keep(ctx, pred_list, grad_dict, param_names, model_params)
         _KEPT.append([gradient for gradients in grad_dict.values() for gradient in gradients])
+
+
+@wrong("pose gradients are attributes of ctx", "A8q", "save_for_backward")
+class OnContext(FullDepth):
+    def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
+        super().keep(ctx, pred_list, grad_dict, param_names, model_params)
+        ctx.grad_dict = grad_dict
 
 
 @wrong("pose gradients of the last call kept on the instance", "A8")
@@ -1111,7 +1107,7 @@ class Nameless(ClosedForm):
         return ""
 
 
-@wrong("repr shows the default instead of the argument", "A9", "repr", make=away_from_one)
+@wrong("repr shows the default instead of the argument", "A9q", "extra_repr", make=away_from_one)
 class ReprOfDefault(ClosedForm):
     def extra_repr(self):
         return "t=1.0"
@@ -1140,7 +1136,7 @@ class LazyParameter(ClosedForm):
         return smooth_max(predictions, self.log_t.exp())
 
 
-@wrong("own parameter is a plain tensor", "C3", "state_dict")
+@wrong("own parameter is a plain tensor", "C3", "Parameter")
 class PlainTensor(ClosedForm):
     def __init__(self, t=1.0):
         super().__init__(t)
@@ -1274,7 +1270,7 @@ class TasksAsPoses(FullDepth):
 # How pose gradients lie in memory. B2.
 
 
-@wrong("pose gradients read in the order of their memory", "B2", "stride")
+@wrong("pose gradients read in the order of their memory", "B2", "")
 class AsStrided(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         read = [g.as_strided(g.shape, torch.empty(g.shape).stride()) for g in map(real, gradients)]
@@ -1286,7 +1282,7 @@ def real(g):
     return g.contiguous() if 0 in g.stride() else g
 
 
-@wrong("pose gradients read from the start of their storage", "B2", "offset")
+@wrong("pose gradients read from the start of their storage", "B2", "")
 class FromTheStart(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         read = [g.as_strided(g.shape, g.stride(), 0) for g in gradients]
@@ -1438,7 +1434,7 @@ class LinearAtFirst(Learnable):
         return linear + (self.log_t.exp() - linear).detach()
 
 
-@wrong("gradient of the own parameter reversed", "C3", "sign")
+@wrong("gradient of the own parameter reversed", "C3", "log_t")
 class ReversedScale(LearnableFullDepth):
     def own_gradient(self, go, y):
         return -super().own_gradient(go, y)
@@ -1456,7 +1452,7 @@ class OwnWithoutGo(LearnableFullDepth):
         return super().own_gradient(torch.ones_like(go), y)
 
 
-@wrong("own gradient is that of t, not of ln t", "C3", "1/t", make=away_from_one)
+@wrong("own gradient is that of t, not of ln t", "C3", "log_t", make=away_from_one)
 class NotTheLogarithm(LearnableFullDepth):
     def own_gradient(self, go, y):
         return super().own_gradient(go, y) / self.log_t.detach().exp()
@@ -1473,13 +1469,13 @@ class Referenced(ClosedForm):
         return largest + ((self.t * (predictions - largest)).exp().sum().log()) / self.t
 
 
-@wrong("divided by M inside the logarithm, the reference is not", "D1", "ln M")
+@wrong("divided by M inside the logarithm, the reference is not", "D1", "ln(n_poses)")
 class ExtraLogarithm(Referenced):
     def combine(self, predictions):
         return super().combine(predictions) - math.log(len(predictions)) / self.t
 
 
-@wrong("minimum where the reference is the maximum", "D1", "sign")
+@wrong("minimum where the reference is the maximum", "D1", "value")
 class MinimumForMaximum(Referenced):
     def combine(self, predictions):
         return -smooth_max(-predictions, self.t)
@@ -1620,7 +1616,7 @@ class DeviationByHand(Scaled):
         return predictions.mean() + variance.sqrt() / self.t
 
 
-@wrong("weights of tied poses go to the first of them", "D3", "")
+@wrong("weights of tied poses go to the first of them", "C1", "")
 class FirstOfTheTied(FullDepth):
     def weights(self, y):
         weights = super().weights(y)

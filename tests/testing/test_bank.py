@@ -1,5 +1,7 @@
 """The suite is tested by wrong combinations, each of which it must catch, and by right ones."""
 
+import shlex
+import subprocess
 from functools import partial
 
 import pytest
@@ -7,7 +9,8 @@ from bank import RIGHT, WRONG, make_right, make_wrong
 
 from mtenn_core.testing import CHECKS, check_combination
 
-SCALES = (1.0, 10.0, 1000.0)
+# `tox run -e bank` tries every scale with every seed.
+SCALE_AND_SEED = ((1.0, 0), (10.0, 1), (1000.0, 2), (10.0, 3))
 # For each check, a mistake that no other check sees.
 ALONE = {
     "A1": "gradient keeps the axis of the poses",
@@ -17,7 +20,8 @@ ALONE = {
     "A5": "backward works once and then returns zeros",
     "A6": "last predictions kept on the instance until backward",
     "A7": "attached under no_grad too",
-    "A8": "pose gradients of the last call kept on the instance",
+    "A8": "history of the predictions kept on the class",
+    "A8q": "pose gradients are attributes of ctx",
     "A9": "pickling loses the scale",
     "A9q": "repr without the arguments",
     "A10": "double backward knows the loss alone: half of the Hessian, silently",
@@ -47,10 +51,12 @@ def failed(make, **options):
 
 @pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
 def test_the_check_that_is_there_for_a_mistake_catches_it(wrong):
-    for t in SCALES:
-        make = partial(make_wrong, name=wrong.name, t=t)
-        missed = [seed for seed in range(4) if not failed(make, seed=seed, only=[wrong.check])]
-        assert not missed, f"at t = {t}, seeds {missed}"
+    missed = [
+        (t, seed)
+        for t, seed in SCALE_AND_SEED
+        if not failed(partial(make_wrong, name=wrong.name, t=t), seed=seed, only=[wrong.check])
+    ]
+    assert not missed
 
 
 @pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
@@ -66,10 +72,20 @@ def test_right_combinations_raise_no_alarm(right):
 
 
 def test_the_likely_cause_is_named_for_most_mistakes():
-    make = [partial(make_wrong, name=wrong.name, t=1.0) for wrong in WRONG]
-    reports = [
-        check_combination(made, level="quality", only=[wrong.check])
-        for made, wrong in zip(make, WRONG, strict=True)
-    ]
-    named = sum(bool(record.cause) for report in reports for record in report.failures)
-    assert named >= 0.8 * len(WRONG)
+    named = 0
+    for wrong in WRONG:
+        make = partial(make_wrong, name=wrong.name, t=1.0)
+        (record,) = check_combination(make, level="quality", only=[wrong.check]).failures
+        named += bool(record.cause)
+        assert wrong.cause.lower() in str(record).lower(), wrong.name
+    assert named >= 0.85 * len(WRONG)
+
+
+@pytest.mark.parametrize("check", ["A4", "B1", "C1", "D5"])
+def test_the_line_for_the_shell_reproduces_the_failure(check):
+    make = partial(make_wrong, name=ALONE[check], t=1.0)
+    (record,) = check_combination(make, only=[check]).failures
+    assert record.repro.startswith("mtenn check ")
+    run = subprocess.run(shlex.split(record.repro), capture_output=True, text=True, check=False)
+    assert run.returncode == 1
+    assert all(line in run.stdout for line in record.reason.splitlines())

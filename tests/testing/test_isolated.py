@@ -77,8 +77,8 @@ def ends(pid: int) -> bool:
 
 def test_it_finds_what_a_check_in_this_process_finds(write):
     target = write()
-    ((name, path, made),) = target.combinations()
-    here = check_combination(made, name=name, path=path)
+    ((name, this, made),) = target.combinations()
+    here = check_combination(made, name=name, target=this)
     records = []
     (there,) = check_isolated(target, on_record=records.append)
     assert [(r.id, r.status) for r in there.records] == [(r.id, r.status) for r in here.records]

@@ -77,7 +77,8 @@ def test_a_file_in_a_package_is_imported_as_its_module(module, tmp_path):
 def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
     install_plugin("demo-target", {"targeted": "demo_target:Scaled"}, MODULE)
     first, second = Target("targeted").combinations()
-    assert first[:2] == ("plugin 'targeted' (demo-target 1.0)", "demo-target:targeted")
+    assert first[0] == "plugin 'targeted' (demo-target 1.0)"
+    assert first[1].path == "demo-target:targeted"
     assert repr(second[2]) == "Scaled(scale=2.0)"
     with pytest.raises(TargetError, match=r"'targeted' cannot be called .* scale is negative"):
         shown(Target("targeted", {"scale": -1}))
