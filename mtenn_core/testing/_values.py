@@ -333,7 +333,8 @@ def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
     moved = _moved(subject.weights, wide.predictions, weights)
     # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
     usual = float(subject.weights(subject.predictions(subject.n_poses(4))).abs().amax())
-    slack = 16 * torch.finfo(dtype).eps * weights.abs() + 8 * moved + 8 * FLOAT32 * usual
+    digits = 2048 if dtype == torch.float32 else 16
+    slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * moved + 8 * FLOAT32 * usual
     limits = torch.finfo(dtype)
     for name, gradient in gradients_of(value, narrow.params).items():
         tolerance = limits.tiny + torch.tensordot(slack, wide.gradients[name].abs(), dims=1)
@@ -362,9 +363,9 @@ def _hold_value(subject: Subject, value: Tensor, y: Tensor) -> float:
     if abs(float(expected)) > limits.max / 2:
         return 0.0
     # Half precision is rounded once, at the end; float32 may be rounded at each step.
-    digits = 64 if value.dtype == torch.float32 else 4
+    digits = 256 if value.dtype == torch.float32 else 4
     tolerance = digits * limits.eps * size + 8 * moved
-    off = abs(float(value) - float(expected)) / tolerance
+    off = ratio(abs(float(value) - float(expected)), tolerance)
     if not off <= 1:
         raise Verdict(
             "fail",
