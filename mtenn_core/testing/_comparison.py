@@ -29,6 +29,7 @@ class Comparison:
     slack: float  # what two units in the last place of the predictions change
     scale: float  # the size of the whole gradient
     of_predictions: bool = True
+    against: str = "finite difference"
 
     @property
     def tolerance(self) -> float:
@@ -57,7 +58,7 @@ class Comparison:
         return (
             f"{self.unit}{where if self.of_predictions else ''}\n"
             f"    your backward      {self.analytic:.10g}\n"
-            f"    finite difference  {self.derivative:.10g} ± {self.error:.1e}\n"
+            f"    {self.against:<18} {self.derivative:.10g} ± {self.error:.1e}\n"
             f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
         )
 

@@ -141,10 +141,8 @@ def _expected(record: Record, why: str | None) -> Record:
 
 def _shell_line(target: Target | None, seed: int) -> Callable[[str], str]:
     if target is None:
-        return lambda id: (
-            f"check_combination(…, only=[{id!r}], seed={seed}); for a line in the shell, let it be"
-            " a class or function at the top of a module, with literals for arguments"
-        )
+        options = f"seed={seed})  # no shell can name it"
+        return lambda id: f"check_combination(…, only=[{id!r}], {options}"
     return lambda id: target.command("--only", id, "--seed", str(seed))
 
 

@@ -78,6 +78,7 @@ def _hold_to(
         comparisons = compare(
             subject.weights, Estimate(gradient, error), torch.eye(len(y), dtype=y.dtype), y, "pose"
         )
+        comparisons = [replace(each, against=f"that of {what}") for each in comparisons]
         judge(comparisons, f"the weights are not those of the {what}")
     return off
 
