@@ -343,6 +343,8 @@ def test_an_interrupt_shows_what_was_finished_and_exits_with_130(tmp_path, isola
         stderr=subprocess.PIPE,
         text=True,
         cwd=tmp_path,
+        # A shell starts what it runs in the background with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     until = time.monotonic() + 120
     while not (tmp_path / "hangs").exists() and time.monotonic() < until:

@@ -67,16 +67,17 @@ def cause_in_weights(
     if not wrong:
         return ""
     telling = [point for point in wrong if point.telling] or wrong
-    return (
+    what = (
         _first_fit(telling, _whole(scales))
         or _constant_factor(wrong, scales)
         or _elsewhere(telling, weights_at, scales)
         or _first_fit(telling, _distorted())
         or _structure(telling)
         or _of_another_point(wrong, points)
-        or _where(points)
-        or _sum(telling)
     )
+    # Where one pose, or a tie, says nothing, it says nothing of what is right either.
+    where = _where([p for p in points if p.wrong or (p.telling and _spread(p))])
+    return "; ".join(filter(None, [what, where])) or _sum(telling)
 
 
 def _first_fit(points: Sequence[Point], known: Mapping[str, Callable[[Point], Tensor]]) -> str:
@@ -192,7 +193,11 @@ def _distorted() -> dict[str, Callable[[Point], Tensor]]:
 def _structure(points: Sequence[Point]) -> str:
     """Return what the difference of the two has in common over the points."""
     several = [point for point in points if len(point.found) > 2]
-    if several and all(map(_is_softmax, several)):
+    if all((p.expected.abs() <= p.tolerance).all() for p in points):
+        return "the value does not depend on the predictions here (clamped, saturated, detached)"
+    if several and all(_is_softmax(p, p.found) and _is_softmax(p, p.expected) for p in several):
+        return "another temperature in the weights than in the value"
+    if several and all(_is_softmax(p, p.found) for p in several):
         return (
             "the weights are a softmax of the predictions alone: the term from the derivative of"
             " the populations is missing (product rule)"
@@ -236,12 +241,12 @@ def _projected(point: Point) -> Tensor:
     return point.expected * (point.found @ point.expected) / norm if norm else point.expected
 
 
-def _is_softmax(point: Point) -> bool:
-    """Whether the logarithms of the weights are linear in the predictions, with a sum of 1."""
-    if (point.found <= 0).any() or abs(point.found.sum() - 1) > 1e-6:
+def _is_softmax(point: Point, weights: Tensor) -> bool:
+    """Whether the logarithms of weights are linear in the predictions, with a sum of 1."""
+    if (weights <= 0).any() or abs(weights.sum() - 1) > 1e-6:
         return False
     x = point.predictions - point.predictions.mean()
-    y = point.found.log() - point.found.log().mean()
+    y = weights.log() - weights.log().mean()
     variance = x @ x
     if not variance:
         return False
@@ -299,11 +304,17 @@ def cause_in_chain_rule(step: Step, name: str, go: float, found: Tensor, weights
     """
     if not found.isfinite().all():
         return "the gradient is not finite: is it divided by something that can be zero?"
+    expected = go * torch.tensordot(weights, step.gradients[name], dims=1)
+    if _close(found, expected):
+        return "right to seven digits: computed in float32 on the way"
     for cause, candidate in _candidates(step, name, go, weights):
-        close = candidate.shape == found.shape and torch.allclose(found, candidate, rtol=1e-6)
-        if close:
+        if _close(found, candidate):
             return cause
     return ""
+
+
+def _close(found: Tensor, candidate: Tensor) -> bool:
+    return found.shape == candidate.shape and torch.allclose(found, candidate, rtol=1e-6, atol=0)
 
 
 def _candidates(step: Step, name: str, go: float, w: Tensor) -> Iterator[tuple[str, Tensor]]:
@@ -313,6 +324,8 @@ def _candidates(step: Step, name: str, go: float, w: Tensor) -> Iterator[tuple[s
     yield "grad_output is ignored: multiply it in", total
     yield f"{changed}: its absolute value", abs(go) * total
     yield f"{changed}: its square", go * go * total
+    if abs(go) > 1:
+        yield f"{changed}: clamped to ±1, or its sign alone", math.copysign(1, go) * total
     yield f"{changed}: its sign alone", math.copysign(1, go) * total
     yield f"{changed}: clamped", min(max(go, -1.0), 1.0) * total
     yield f"{changed}: its opposite sign", -go * total

@@ -75,7 +75,9 @@ def output(subject: Subject) -> Metrics:
                 raise Verdict(
                     "fail",
                     f"{where}: expected a tensor of shape (); found {what}",
-                    cause="the value must be 0-dimensional for predictions of both shapes, () and"
+                    cause="return the combined prediction alone, as a tensor"
+                    if not isinstance(found, Tensor)
+                    else "the value must be 0-dimensional for predictions of both shapes, () and"
                     " (1,): reshape(()) it, and do not squeeze() the predictions",
                 )
             if found.dtype != torch.float64:

@@ -55,7 +55,7 @@ def check_combination(
 
     Raises
     ------
-    ValueError : there is no such level, or no check of such an id
+    ValueError : there is no such level, no check of such an id, or no reason for one
     CombinationContractError : it declares of itself what cannot be
 
     Returns
@@ -64,6 +64,9 @@ def check_combination(
     """
     checks = chosen_checks(level, only)
     known_ids(expected_failures or ())
+    reasons = (expected_failures or {}).values()
+    if not all(isinstance(reason, str) and reason.strip() for reason in reasons):
+        raise ValueError(f"expected_failures needs a reason for each; found {expected_failures}")
     again = _shell_line(target or target_of(combination), seed)
     if not isinstance(combination, Combination):
         examples: Sequence[dict[str, Any]] = getattr(combination, "examples", ())

@@ -22,6 +22,8 @@ from mtenn_core.combination import (
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
 GRID = 2.0**33
 LARGEST_STEP = 2.0**-3
+# A domain that is wider is probed as if it had no end on the other side.
+WIDE = 1e3
 
 
 @dataclass(frozen=True)
@@ -135,11 +137,11 @@ class Subject:
         if not self.combination.smooth:
             unit = (torch.tensor(self.permutation(n_poses)) + 0.25 + 0.5 * unit) / n_poses
         low, high = self.combination.domain
-        if math.isfinite(low) and math.isfinite(high):
+        if high - low <= WIDE:
             base, spread = (low + high) / 2, min(spread, 1.0) * 0.4 * (high - low)
-        elif math.isfinite(low):
+        elif base - 1.5 * spread <= low:
             base = low + abs(base) + 1.5 * spread
-        elif math.isfinite(high):
+        elif base + 1.5 * spread >= high:
             base = high - abs(base) - 1.5 * spread
         return torch.round((base + spread * (2 * unit - 1)) * GRID) / GRID
 
@@ -252,5 +254,8 @@ class Subject:
         try:
             yield
         finally:
-            for name, buffer in self.combination.named_buffers():
-                buffer.copy_(self._buffers[name])
+            # Others in their place, not the same put back: backward may need those of this call.
+            with torch.inference_mode(False):
+                for name, buffer in self._buffers.items():
+                    module, _, own = name.rpartition(".")
+                    self.combination.get_submodule(module)._buffers[own] = buffer.clone()

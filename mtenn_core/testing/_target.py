@@ -138,7 +138,7 @@ def parse_argument(text: str) -> tuple[str, Any]:
     try:
         return name, ast.literal_eval(value)
     except (ValueError, SyntaxError, TypeError):
-        return name, float(value) if value in ("inf", "-inf") else value
+        return name, float(value) if value in ("inf", "-inf", "nan") else value
 
 
 def _as_text(value: Any) -> str:

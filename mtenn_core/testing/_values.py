@@ -127,14 +127,14 @@ def _value_cause(found: Tensor, expected: Tensor, y: Tensor) -> str:
 
 
 # What a combination may claim in `properties`, and what is wrong if it does not hold.
-Property = Callable[[Subject, Tensor], tuple[Tensor, Tensor] | None]
+Property = Callable[[Subject, Tensor], tuple[Tensor, Tensor]]
 
 
 def _permuted(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
     return subject.value(y[subject.permutation(len(y))]), subject.value(y)
 
 
-def _translated(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor] | None:
+def _translated(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
     by = min(2.0, subject.first_step(y)) if subject.bounded else 2.5
     return subject.value(y + by), subject.value(y) + by
 
@@ -202,8 +202,6 @@ def properties(subject: Subject) -> Metrics:
 
 def _hold_property(subject: Subject, name: str, sides: Property, cause: str, y: Tensor) -> float:
     pair = sides(subject, y)
-    if pair is None:
-        return 0.0
     off = _off(subject, pair[0], pair[1], y)
     if off > 1:
         raise Verdict(
@@ -312,7 +310,8 @@ def low_precision(subject: Subject) -> Metrics:
 def _in_domain(subject: Subject, y: Tensor) -> Tensor:
     """Return predictions without those that rounding has moved out of the domain."""
     low, high = subject.combination.domain
-    return torch.where((y > low) & (y < high), y, subject.predictions(1).to(y.dtype))
+    inside = (y > low) & (y < high) & y.isfinite()
+    return torch.where(inside, y, subject.predictions(1).to(y.dtype))
 
 
 def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
@@ -499,17 +498,18 @@ def _made(
 
 def _others(value: Any, annotation: Any) -> list[Any]:
     """Return other values for an argument."""
+    others: list[Any] = []
     if isinstance(value, bool):
-        return [not value]
-    if isinstance(value, enum.Enum):
-        return [other for other in type(value) if other is not value]
-    if isinstance(value, int):
-        return [value + 1, value + 3, value - 1, 10 * value]
-    if isinstance(value, float):
-        return [2.5 * value, 0.3 * value, value + 0.4, 30 * value, 1.0 + value]
-    if get_origin(annotation) is Literal:
-        return [other for other in get_args(annotation) if other != value]
-    return []
+        others = [not value]
+    elif isinstance(value, enum.Enum):
+        others = list(type(value))
+    elif isinstance(value, int):
+        others = [value + 1, value + 3, value - 1, 10 * value, 1, 2]
+    elif isinstance(value, float):
+        others = [2.5 * value, 0.3 * value, value + 0.4, 30 * value, 1.0 + value, 0.1, 1.0]
+    elif get_origin(annotation) is Literal:
+        others = list(get_args(annotation))
+    return [other for other in others if other != value]
 
 
 def _differs(subject: Subject, other: Subject) -> bool:
@@ -522,7 +522,8 @@ def _differs(subject: Subject, other: Subject) -> bool:
     facts = ("min_poses", "domain", "smooth", "stochastic")
     if any(getattr(ours, fact) != getattr(theirs, fact) for fact in facts):
         return True
-    for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.05), (5, -8.0, 3.0), (9, 0.0, 30.0)):
+    probes = ((3, 0.0, 1.0), (3, 0.0, 0.05), (5, -8.0, 3.0), (9, 0.0, 30.0), (64, 0.0, 1.0))
+    for n, base, spread in (*probes, (3, 1e3, 10.0)):
         y = subject.predictions(max(subject.n_poses(n), other.n_poses(n)), base, spread)
         try:
             same = torch.equal(subject.value(y), other.value(y)) and torch.equal(

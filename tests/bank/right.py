@@ -636,4 +636,65 @@ class GuideFunction(torch.autograd.Function):
         return None, None, None, *(combined[name] for name in ctx.param_names)
 
 
+# What a buffer may be used for, and arguments that seldom show.
+
+
+@right("scale in a buffer")
+class ScaleInBuffer(Combination):
+    def __init__(self, t=2.0):
+        super().__init__()
+        self.register_buffer("t", torch.tensor(positive("t", t)))
+
+    def combine(self, predictions):
+        return smooth_max(predictions, self.t.to(predictions))
+
+
+@right("scale that runs along with the predictions")
+class RunningScale(Combination):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("size", torch.ones(()))
+
+    def combine(self, predictions):
+        value = smooth_max(predictions, (1 / (1 + self.size)).to(predictions))
+        if self.training:
+            self.size.lerp_(predictions.detach().abs().mean().to(self.size), 0.1)
+        return value
+
+
+@right("best k, or all of fewer")
+class BestUpTo(Combination):
+    smooth = False
+
+    def __init__(self, k=10):
+        super().__init__()
+        self.k = positive("k", k)
+
+    def combine(self, predictions):
+        k = min(int(self.k), len(predictions))
+        return predictions.topk(k, largest=False).values.mean()
+
+
+@right("layers of a width")
+class Layers(Combination):
+    def __init__(self, width=8):
+        super().__init__()
+        self.score = torch.nn.Sequential(
+            torch.nn.Linear(1, width), torch.nn.Tanh(), torch.nn.Linear(width, 1)
+        )
+
+    def combine(self, predictions):
+        y = predictions.to(self.score[0].weight.dtype)
+        scores = self.score(y[:, None])[:, 0]
+        return (torch.softmax(scores, dim=0) * y).sum().to(predictions.dtype)
+
+
+@right("concentrations: a domain without a near end")
+class Concentration(Combination):
+    domain = (0.0, 1e9)
+
+    def combine(self, predictions):
+        return predictions.log().mean().exp()
+
+
 RIGHT: tuple[Right, ...] = tuple(_zoo)
