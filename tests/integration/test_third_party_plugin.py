@@ -105,5 +105,5 @@ def test_it_is_installed_listed_validated_trained_with_and_uninstalled(package, 
     assert "guide-lse" not in mtenn("list")
     assert (
         "unknown combination"
-        in json.loads(mtenn("check", "guide-lse", "--json", expect=1))["error"]["message"]
+        in json.loads(mtenn("check", "guide-lse", "--json", expect=1))[0]["error"]["message"]
     )
