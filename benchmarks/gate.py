@@ -1,4 +1,4 @@
-"""How long the registry takes to hand a combination out, gate included, in a fresh process.
+"""How long the registry takes to hand a combination out, and the full suite, in a fresh process.
 
     python benchmarks/gate.py [--repeats 5]
 
@@ -22,6 +22,7 @@ from mtenn_core import registry
 GUIDE = "guide's class (full depth)"
 LIMIT_MS = {GUIDE: 400}
 DEFAULT_LIMIT_MS = 100
+FULL_LIMIT_MS = 3000
 HANDED_OUT = """
 import json, sys, time
 sys.path.insert(0, sys.argv[1])
@@ -37,7 +38,13 @@ name = sys.argv[3] if len(sys.argv) > 3 else "guide"
 start = time.perf_counter()
 combination = registry.get(name)
 taken = time.perf_counter() - start
-print(json.dumps([imported, taken, len(combination.examples)]))
+from mtenn_core.testing import check_combination
+checked = []
+for level in ("gate", "full"):
+    start = time.perf_counter()
+    check_combination(combination(), level=level)
+    checked.append(time.perf_counter() - start)
+print(json.dumps([imported, taken, *checked, len(combination.examples)]))
 """
 
 
@@ -54,25 +61,27 @@ def main() -> None:
         for way, arguments in ways.items():
             runs[way].append(handed_out(options.threads, arguments))
 
-    table = Table("", "examples", "ms", "limit", "of import torch", box=None, header_style="bold")
+    columns = ("", "examples", "get", "a gate", "limit", "full", "limit", "get / import torch")
+    table = Table(*columns, box=None, header_style="bold")
     for column in table.columns[1:]:
         column.justify = "right"
     for way, found in runs.items():
-        imported, taken, examples = map(statistics.median, zip(*found, strict=True))
-        limit = LIMIT_MS.get(way, DEFAULT_LIMIT_MS)
-        table.add_row(
-            way, f"{examples:.0f}", f"{1e3 * taken:.0f}", f"{limit}", f"{taken / imported:.2f}"
-        )
+        imported, taken, gate, full, examples = map(statistics.median, zip(*found, strict=True))
+        limits = LIMIT_MS.get(way, DEFAULT_LIMIT_MS), FULL_LIMIT_MS
+        times = f"{1e3 * gate:.0f}", f"{limits[0]}", f"{1e3 * full:.0f}", f"{limits[1]}"
+        ratio = f"{taken / imported:.2f}"
+        table.add_row(way, f"{examples:.0f}", f"{1e3 * taken:.0f}", *times, ratio)
     console = Console(highlight=False)
     console.print(
-        f"registry.get in a fresh process: plugin's import and the gate on each of its examples;"
+        "ms in a fresh process. get: registry.get, with the plugin's import and the gate on each of"
+        " its examples; then one gate more, and the full level with what it imports;"
         f" {options.threads} threads, medians of {options.repeats}"
     )
     console.print(table)
 
 
 def handed_out(threads: int, arguments: list[str]) -> list[float]:
-    """Return seconds to import torch, seconds to hand out, and how many examples were checked."""
+    """Return seconds to import torch, to hand out, for gate and full level, and n_examples."""
     command = [sys.executable, "-c", HANDED_OUT, str(Path(__file__).parent), str(threads)]
     done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)
