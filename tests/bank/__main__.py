@@ -54,7 +54,8 @@ def main(matrix: Path | None, runs: int, scales: str, seeds: int) -> None:
         for right in RIGHT
         if (ids := failed_ids(partial(make_right, name=right.name), seed, level="full"))
     ]
-    text = summary(rows, missed, gradcheck, alarms, runs)
+    tried = len(WRONG) * len(ts) * seeds
+    text = summary(rows, missed, tried, gradcheck, alarms, runs)
     print(text)
     if matrix is not None:
         matrix.write_text(page(text, rows, gradcheck), encoding="utf-8")
@@ -90,7 +91,7 @@ def gradcheck_catches(make: Callable[[], Combination]) -> bool:
         return True
 
 
-def summary(rows, missed, gradcheck, alarms, runs) -> str:
+def summary(rows, missed, tried, gradcheck, alarms, runs) -> str:
     """Return the figures, one to a line."""
     caught = sum(bool(ids) for ids in rows.values())
     alone = {ids[0] for ids in rows.values() if len(ids) == 1}
@@ -98,7 +99,7 @@ def summary(rows, missed, gradcheck, alarms, runs) -> str:
     lines = [
         f"suite {SUITE_VERSION}: {len(CHECKS)} checks",
         f"wrong combinations caught: {caught} of {len(WRONG)}",
-        f"missed by their own check at some scale and seed: {len(missed)}",
+        f"missed by their own check: {len(missed)} of {tried} (mistake, scale, seed)",
         *(f"    {name}, t = {t:g}, seed {seed}" for name, t, seed in missed),
         f"caught by torch.autograd.gradcheck with its defaults: {len(gradcheck)} of {len(WRONG)}",
         f"checks with a mistake that they alone catch: {len(alone)} of {len(CHECKS)}",
