@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from mtenn_core.testing import CHECKS, Record, Report, check_combination
 from mtenn_core.testing._catalogue import chosen_checks
 from mtenn_core.testing._check import Level
 from mtenn_core.testing._isolated import TITLES, check_isolated
+from mtenn_core.testing._runner import described
 from mtenn_core.testing._target import Target, parse_argument
 
 
@@ -141,11 +141,7 @@ def _progress(
 def _outcome_of_error(target: Target, checks: Checks, error: Exception) -> Outcome:
     message = str(error)
     if not isinstance(error, MtennError):
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        message = (
-            f"{target.path}: {type(error).__name__}: {error}\n"
-            f"raised in {where.filename}:{where.lineno}"
-        )
+        message = f"{target.path}: {described(error)}"
     record = Record(
         id="import",
         title=TITLES["import"],

@@ -6,7 +6,6 @@ pytest is imported when a test runs, so that ``mtenn_core.testing`` does without
 from __future__ import annotations
 
 import re
-import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -20,7 +19,7 @@ from mtenn_core.testing._cases import Case, Source, cases_of
 from mtenn_core.testing._catalogue import CHECKS, chosen_checks
 from mtenn_core.testing._check import Check, Level
 from mtenn_core.testing._report import Report
-from mtenn_core.testing._runner import check_combination
+from mtenn_core.testing._runner import check_combination, described
 
 if TYPE_CHECKING:
     import pytest
@@ -88,16 +87,15 @@ class BoundCheck:
                     only=[id],
                 )
         except Exception as error:  # not of a check: those are in the report
-            where = traceback.extract_tb(error.__traceback__)[-1]
+            what, where = described(error).rsplit("\n", 1)
             advice = (
                 "; arguments that its constructor needs are declared in the class:"
                 " examples = ({'name': value},)"
             )
             # From None: beside a message without a traceback, pytest would show this one twice.
             raise ConformanceFailure(
-                f"{self.who} cannot be checked: {type(error).__name__}: {error}"
-                f"{'' if isinstance(error, MtennError) else advice}\n"
-                f"raised in {where.filename}:{where.lineno}"
+                f"{self.who} cannot be checked: {what}"
+                f"{'' if isinstance(error, MtennError) else advice}\n{where}"
             ) from None
         return replace(report, n_expected=len(chosen_checks(self.level)))
 

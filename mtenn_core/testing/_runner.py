@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 import traceback
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import torch
 
+import mtenn_core
 from mtenn_core.combination import Combination, check_facts
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
 from mtenn_core.testing._check import Check, Level, Verdict
@@ -116,9 +118,7 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
         status, reason = verdict.status, str(verdict)
         cause, metrics = verdict.cause, verdict.metrics
     except (Exception, SystemExit) as error:
-        where = traceback.extract_tb(error.__traceback__)[-1]
-        status = "error"
-        reason = f"{type(error).__name__}: {error}\nraised in {where.filename}:{where.lineno}"
+        status, reason = "error", described(error)
     return Record(
         id=check.id,
         title=check.title,
@@ -131,6 +131,15 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
         duration=time.perf_counter() - start,
         repro=again,
     )
+
+
+def described(error: BaseException) -> str:
+    """Return what was raised, and where in the code of whoever wrote the combination, if there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    libraries = tuple(os.path.join(module.__path__[0], "") for module in (torch, mtenn_core))
+    theirs = [frame for frame in frames if not frame.filename.startswith(libraries)]
+    where = (theirs or frames)[-1]
+    return f"{type(error).__name__}: {error}\nraised in {where.filename}:{where.lineno}"
 
 
 def _expected(record: Record, why: str | None) -> Record:

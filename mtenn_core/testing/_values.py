@@ -419,6 +419,8 @@ def refused_arguments(subject: Subject) -> Metrics:
     """NaN for each number, and 0 where the value is then none."""
     given = constructor_arguments(subject.original, defaults=True)
     numbers = [name for name, value in given.items() if type(value) in (int, float)]
+    if not numbers:
+        raise Verdict("skip", "it takes no numbers")
     for name, bad in itertools.product(numbers, (math.nan, 0.0)):
         try:
             made = Subject(type(subject.original)(**{**given, name: bad}), subject.seed)
@@ -431,11 +433,7 @@ def refused_arguments(subject: Subject) -> Metrics:
                 f"{name}={bad} is accepted, and the value is {value.item()}",
                 cause="raise a ValueError in __init__ that names the argument and what it may be",
             )
-    return {} if numbers else _skip("it takes no numbers")
-
-
-def _skip(reason: str) -> Metrics:
-    raise Verdict("skip", reason)
+    return {}
 
 
 def _hold_derivative(subject: Subject, before: Subject) -> None:

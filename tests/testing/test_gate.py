@@ -345,6 +345,16 @@ def test_a_combination_that_raises_is_an_error_with_its_place():
     assert "test_gate.py" in record.reason
 
 
+def test_an_error_inside_torch_is_placed_where_the_combination_called_it():
+    class Raises(Combination):
+        def combine(self, predictions):
+            return torch.nn.Linear(3, 3).double()(predictions[:1]).sum()
+
+    record = gate(Raises).failures[0]
+    assert "raised in" in record.reason
+    assert "test_gate.py" in record.reason.splitlines()[-1]
+
+
 def test_the_combination_itself_is_left_alone():
     combination = Running()
     before = torch.get_rng_state()
