@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mtenn_core._registry import PluginRecord, Registry, registry
+    from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
     from mtenn_core.combination import Combination
     from mtenn_core.gradients import attach_gradients
     from mtenn_core.hookspecs import hookimpl
@@ -27,6 +27,8 @@ _MODULE_OF = {
     "MultiPoseModel": "mtenn_core.model",
     "MultiPoseOutput": "mtenn_core.model",
     "PluginRecord": "mtenn_core._registry",
+    "Policy": "mtenn_core._registry",
+    "Problem": "mtenn_core._registry",
     "Registry": "mtenn_core._registry",
     "attach_gradients": "mtenn_core.gradients",
     "hookimpl": "mtenn_core.hookspecs",
@@ -38,6 +40,8 @@ __all__ = [
     "MultiPoseModel",
     "MultiPoseOutput",
     "PluginRecord",
+    "Policy",
+    "Problem",
     "Registry",
     "attach_gradients",
     "hookimpl",

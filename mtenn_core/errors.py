@@ -55,6 +55,10 @@ class CombinationContractError(MtennError, TypeError):
     """A combination returned what its contract does not allow: tell its author."""
 
 
+class PluginWarning(RuntimeWarning):
+    """A plugin has left traces, or a setting names no plugin; what was asked for was done."""
+
+
 class TargetError(MtennError, LookupError):
     """What ``mtenn check`` was given cannot be imported: correct the path."""
 
@@ -77,7 +81,15 @@ class CombinationNotFoundError(RegistryError, LookupError):
 
 
 class CombinationConflictError(RegistryError):
-    """Several plugins have this name: ask for ``distribution:name``."""
+    """Several plugins have this name: ask for ``distribution:name``, or prefer one."""
+
+
+class CombinationDisabledError(RegistryError, LookupError):
+    """The plugin is installed and not allowed: allow it, or take another."""
+
+
+class PluginPinError(RegistryError):
+    """The plugin is not the one that was pinned: install that one, or pin this one."""
 
 
 class PluginIncompatibleError(RegistryError):

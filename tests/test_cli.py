@@ -186,7 +186,7 @@ def test_an_error_that_nobody_meant_says_where_and_the_others_go_on(mtenn, monke
         monkeypatch.undo()
         raise ZeroDivisionError("not meant")
 
-    monkeypatch.setattr("mtenn_core._cli._check.check_combination", raises_at_first)
+    monkeypatch.setattr("mtenn_core.testing._isolated.check_combination", raises_at_first)
     result = mtenn("check", "wrong", "right", "--only", "A2")
     assert result.exit_code == 1
     assert "error: wrong: ZeroDivisionError: not meant\nraised in " in result.stderr

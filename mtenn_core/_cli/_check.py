@@ -17,10 +17,10 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 from mtenn_core._cli._output import console, own_stdout, print_json
 from mtenn_core._cli._show import Outcome, show, show_summary
 from mtenn_core.errors import MtennError
-from mtenn_core.testing import CHECKS, Record, Report, check_combination
+from mtenn_core.testing import CHECKS, Record, Report
 from mtenn_core.testing._catalogue import chosen_checks
 from mtenn_core.testing._check import Level
-from mtenn_core.testing._isolated import TITLES, check_isolated
+from mtenn_core.testing._isolated import TITLES, check_target
 from mtenn_core.testing._runner import described
 from mtenn_core.testing._target import Target, parse_argument
 
@@ -54,10 +54,7 @@ class Checks:
         }
         if self.isolated:
             options |= {"time_limit": self.time_limit, "memory_limit": self.memory_limit}
-            yield from check_isolated(target, **options)
-            return
-        for name, this, combination in target.combinations():
-            yield check_combination(combination, name=name, target=this, **options)
+        return check_target(target, isolated=self.isolated, **options)
 
 
 def check_targets(

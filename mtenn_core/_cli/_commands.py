@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from dataclasses import asdict
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from click.core import ParameterSource
 from mtenn_core import __version__
 from mtenn_core._cli._output import Commands, console, errors_to_exit_code, print_json
 from mtenn_core._registry import PluginRecord, registry
-from mtenn_core.errors import MtennError
+from mtenn_core.errors import MtennError, PluginPinError
 
 # Typed here, since importing them takes torch along; a test holds them to the real ones.
 LEVELS = ("gate", "full", "quality")
@@ -29,25 +29,53 @@ def main() -> None:
 
 
 @main.command("list")
+@click.option("--all", "everything", is_flag=True, help="Also what is disabled or shadowed.")
+@click.option("--pins", is_flag=True, help="Print lines for a pins file (MTENN_PINS) instead.")
 @as_json
 @errors_to_exit_code
-def list_(as_json: bool) -> None:
+def list_(everything: bool, pins: bool, as_json: bool) -> None:
     """List the installed combinations. Imports none of them."""
-    records = registry.records()
+    if pins:
+        if everything or as_json:
+            raise click.UsageError("--pins goes with no other option")
+        sys.exit(not _print_pins())
+    records = registry.records(everything=everything)
     if as_json:
-        print_json([_plain(record) for record in records])
-        return
-    if not records:
-        click.echo(_nothing_installed())
-        return
+        print_json([record.to_json() for record in records])
+    elif records:
+        _print_table(records, with_status=everything)
+    else:
+        click.echo(_nothing_to_list())
+    if problems := registry.problems():
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        click.echo(f"{count}: `mtenn doctor` tells", err=True)
+
+
+def _print_table(records: Sequence[PluginRecord], *, with_status: bool) -> None:
     from rich.table import Table
 
     table = Table(header_style="bold", box=None)
-    for title in ("name", "distribution", "version", "class"):
+    for title in ("name", "distribution", "version", "class", *("status",) * with_status):
         table.add_column(title, overflow="fold")  # a name that is cut off cannot be copied
     for record in records:
-        table.add_row(record.name, record.distribution, record.version, record.target)
+        status = ": ".join(filter(None, [record.status, record.reason]))
+        facts = record.name, record.distribution, record.version, record.target
+        table.add_row(*facts, *(status,) * with_status)
     console().print(table)
+
+
+def _print_pins() -> bool:
+    """Print a line for each distribution, and return whether all can be pinned."""
+    from mtenn_core._registry._pins import pin
+
+    complete = True
+    for record in {record.owner: record for record in registry.records()}.values():
+        try:
+            click.echo(pin(record))
+        except PluginPinError as error:
+            complete = False
+            click.echo(f"error: {error}", err=True)
+    return complete
 
 
 @main.command()
@@ -56,18 +84,49 @@ def list_(as_json: bool) -> None:
 @errors_to_exit_code
 def info(name: str, as_json: bool) -> None:
     """Show what is known of the combination NAME. Does not import it."""
+    from mtenn_core._registry._pins import pin
+
     record = registry.info(name)
+    plain = record.to_json()
+    try:
+        plain["pin"] = pin(record)
+    except PluginPinError:  # editable, say
+        plain["pin"] = None
     if as_json:
-        print_json(_plain(record))
+        print_json(plain)
         return
     from rich.table import Table
 
     table = Table(show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    for key, value in _plain(record).items():
-        table.add_row(key.replace("_", " "), str(value))
+    for key, value in plain.items():
+        if value:
+            table.add_row(key, ", ".join(value) if isinstance(value, list) else value)
     console().print(table)
+
+
+@main.command()
+@click.option("--no-import", is_flag=True, help="Only what shows without importing the plugins.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="For the import of one plugin.",
+)
+@as_json
+@errors_to_exit_code
+def doctor(no_import: bool, time_limit: float, as_json: bool) -> None:
+    """Look for what is wrong with installed plugins, and say what to do.
+
+    Imports each of them in a process of its own, where a crash is a result, too. Exits with 1 if
+    there is a problem.
+    """
+    from mtenn_core._cli._doctor import examine
+
+    sys.exit(not examine(imports=not no_import, time_limit=time_limit, as_json=as_json))
 
 
 @main.command()
@@ -142,7 +201,8 @@ def check(
     Exits with 0 if every check has passed, with 1 if not, and with 2 if it cannot understand.
     """  # noqa: D301 - click wants the backspace itself
     _check_usage(targets, everything, arguments, html)
-    if everything and not len(registry):
+    # Before torch is imported: what is installed may keep torch from starting.
+    if not len(registry) and everything:
         raise MtennError(_nothing_installed())
     from mtenn_core._cli._check import check_targets
 
@@ -180,6 +240,13 @@ def _qualified_names() -> list[str]:
     return [record.qualified_name for record in registry.records()]
 
 
+def _nothing_to_list() -> str:
+    disabled = len(registry.records(everything=True))
+    if disabled:
+        return f"no combination may be used, and {disabled} are installed: see mtenn list --all"
+    return _nothing_installed()
+
+
 def _nothing_installed() -> str:
     return (
         f"no combination is installed: no distribution has an entry point of the group"
@@ -187,7 +254,18 @@ def _nothing_installed() -> str:
     )
 
 
-def _plain(record: PluginRecord) -> dict[str, Any]:
-    plain = asdict(record)
-    del plain["plugin"]
-    return plain
+@main.command()
+@click.argument("name")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Where to write it, instead of ./mtenn-NAME; new or empty.",
+)
+@as_json
+@errors_to_exit_code
+def new(name: str, output: Path | None, as_json: bool) -> None:
+    """Write a package with a combination NAME, to begin from. It passes its tests as it is."""
+    from mtenn_core._cli._new import new_plugin
+
+    new_plugin(name, output, as_json=as_json)

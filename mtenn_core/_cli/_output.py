@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, redirect_stdout, suppress
 from functools import wraps
@@ -13,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from mtenn_core.errors import MtennError
+from mtenn_core.errors import MtennError, PluginWarning
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -32,8 +33,24 @@ class Commands(click.Group):
 
     def invoke(self, ctx: click.Context) -> Any:
         """Run the command."""
-        with _exit_codes():
+        with _exit_codes(), _plain_warnings():
             return super().invoke(ctx)
+
+
+@contextmanager
+def _plain_warnings() -> Iterator[None]:
+    """Show warnings about plugins as a line each, without the line of code that a script has."""
+    with warnings.catch_warnings():
+        show = warnings.showwarning
+
+        def show_plainly(message: Any, category: Any, *where: Any, **more: Any) -> None:
+            if issubclass(category, PluginWarning):
+                click.echo(f"warning: {message}", err=True)
+            else:
+                show(message, category, *where, **more)
+
+        warnings.showwarning = show_plainly
+        yield
 
 
 def errors_to_exit_code(command: Callable[..., None]) -> Callable[..., None]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtenn_core._registry._scan import PluginRecord
+from mtenn_core._registry._record import PluginRecord
 from mtenn_core.errors import PluginSpecError
 
 if TYPE_CHECKING:

@@ -4,108 +4,200 @@ from __future__ import annotations
 
 import importlib
 import re
+import traceback
+import warnings
+from collections.abc import Sequence
 from functools import reduce
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 import pluggy
-from packaging.specifiers import SpecifierSet
 
 from mtenn_core import __version__, hookspecs
-from mtenn_core._registry._scan import PluginRecord
-from mtenn_core.errors import PluginIncompatibleError, PluginLoadError, PluginSpecError
+from mtenn_core._registry._pins import check_pin
+from mtenn_core._registry._policy import Policy, closest
+from mtenn_core._registry._record import PluginRecord
+from mtenn_core.errors import (
+    PluginIncompatibleError,
+    PluginLoadError,
+    PluginSpecError,
+    PluginWarning,
+)
 
 if TYPE_CHECKING:
     from mtenn_core.combination import Combination
 
 _HOOK = hookspecs.mtenn_combination.__name__
-_TARGET = re.compile(r"([\w.]+)\s*:\s*([\w.]+)|([\w.]+)")
+# Extras behind it are allowed and mean nothing any more.
+_TARGET = re.compile(r"(?:([\w.]+)\s*:\s*([\w.]+)|([\w.]+))(?:\s*\[.*\])?")
+# What is not the plugin's doing. Whatever else it raises, sys.exit() included, breaks it alone.
+_NOT_ITS_DOING = (KeyboardInterrupt, MemoryError)
 
 
-def plugin_manager() -> pluggy.PluginManager:
-    """Return a plugin manager that knows the hook and no plugin yet."""
-    manager = pluggy.PluginManager(hookspecs.PROJECT)
-    manager.add_hookspecs(hookspecs)
-    return manager
+def load(record: PluginRecord, policy: Policy) -> type[Combination]:
+    """Import a plugin and return the combination class that its hook returns.
 
-
-def import_plugin(record: PluginRecord) -> Any:
-    """Import what a record's target names.
+    Settings of the process that it changes are put back, with a warning.
 
     Raises
     ------
-    PluginIncompatibleError : before the import, if it asks for another version of mtenn-core
+    PluginIncompatibleError, PluginPinError : before the import
     PluginLoadError : the import raised or exited
+    PluginSpecError : it has no such hook, the hook raised, or returned something else
+    """
+    from mtenn_core._process_state import replaced, torch_functions, undone_process_state
+
+    check_before_import(record, policy)
+    functions = torch_functions()
+    with undone_process_state() as settings:
+        plugin = _import(record) if record.plugin is None else record.plugin
+        combination = _ask(plugin, record)
+    _warn_of_traces(record, settings, replaced(functions))
+    return combination
+
+
+def check_before_import(record: PluginRecord, policy: Policy) -> None:
+    """Check what can be known of a plugin before its code runs.
+
+    Raises
+    ------
+    PluginIncompatibleError, PluginPinError, PluginLoadError : the last of a malformed target
     """
     _check_compatible(record)
-    match = _TARGET.fullmatch(record.target.strip())
-    if match is None:
+    if _TARGET.fullmatch(record.target.strip()) is None and record.plugin is None:
         raise PluginLoadError(
-            f"{record}: its entry point must read 'module:attribute'; found {record.target!r};"
-            f" {_remedy(record)}",
+            f"{record}: its entry point must read 'module:attribute'; found {record.target!r} in"
+            f" {record.metadata}; {record.remedy}",
             record=record,
         )
+    if policy.pins is not None:
+        check_pin(record, policy.pins)
+
+
+def _check_compatible(record: PluginRecord) -> None:
+    from packaging.requirements import InvalidRequirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        specifier = record.requires_core
+    except InvalidRequirement as error:
+        raise PluginIncompatibleError(
+            f"{record}: what it requires cannot be read ({str(error).splitlines()[0]}), in"
+            f" {record.metadata}; {record.remedy}",
+            record=record,
+        ) from error
+    if not SpecifierSet(specifier).contains(__version__, prereleases=True):
+        raise PluginIncompatibleError(
+            f"{record} in {record.metadata} requires mtenn-core{specifier}; found mtenn-core"
+            f" {__version__}; update one of them: pip install --upgrade {record.distribution}"
+            " mtenn-core",
+            record=record,
+        )
+
+
+def _import(record: PluginRecord) -> Any:
+    match = _TARGET.fullmatch(record.target.strip())
+    assert match is not None, "check_before_import comes first"
     module, attribute, bare_module = match.groups()
+    imported = None
     try:
         imported = importlib.import_module(module or bare_module)
         return reduce(getattr, attribute.split(".") if attribute else (), imported)
-    except (Exception, SystemExit) as error:
+    except _NOT_ITS_DOING:
+        raise
+    except BaseException as error:
         raise PluginLoadError(
-            f"{record}: importing {record.target} from {record.location} failed with"
-            f" {type(error).__name__}: {error}; {_remedy(record)}",
+            f"{record}: importing {record.target} failed with {type(error).__name__}: {error}"
+            f"{_hint(error, imported, attribute)} ({_where(error, record)}); {record.remedy}",
             record=record,
         ) from error
 
 
-def combination_class(
-    manager: pluggy.PluginManager, plugin: Any, record: PluginRecord
-) -> type[Combination]:
-    """Register ``plugin`` and return the combination class that its hook returns.
-
-    Raises
-    ------
-    PluginSpecError : the plugin has no such hook, the hook raised, or returned something else
-    """
+def _ask(plugin: Any, record: PluginRecord) -> type[Combination]:
+    """Return what the hook of ``plugin`` returns, if it is a combination class."""
     from mtenn_core.combination import Combination
 
-    if not manager.is_registered(plugin):
-        # With its identity, since pluggy allows a name once, and temporary() replaces by name.
-        manager.register(plugin, name=f"{record.qualified_name} at {id(plugin):#x}")
-    callers = manager.get_hookcallers(plugin) or []
-    if _HOOK not in [caller.name for caller in callers]:
-        manager.unregister(plugin)
-        raise PluginSpecError(
-            f"{record}: {record.target} does not implement the hook {_HOOK}; let it be a subclass"
-            " of mtenn_core.Combination, or mark the function with mtenn_core.hookimpl",
-            record=record,
-        )
-    others = [other for other in manager.get_plugins() if other is not plugin]
+    # One manager for each: a call then meets no other plugin, whatever another thread registers.
+    manager = pluggy.PluginManager(hookspecs.PROJECT)
+    manager.add_hookspecs(hookspecs)
     try:
-        found = manager.subset_hook_caller(_HOOK, others)()
-    except (Exception, SystemExit) as error:
+        manager.register(plugin)
+        found = manager.hook.mtenn_combination()
+    except _NOT_ITS_DOING:
+        raise
+    except BaseException as error:
         raise PluginSpecError(
-            f"{record}: its hook {_HOOK} failed with {type(error).__name__}: {error};"
-            f" {_remedy(record)}",
+            f"{record}: its hook {_HOOK} failed with {type(error).__name__}: {error}"
+            f" ({_where(error, record)}); {record.remedy}",
             record=record,
         ) from error
+    callers = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+    if _HOOK not in callers:
+        raise _spec_error(
+            record,
+            f"{record.target} does not implement the hook {_HOOK}{_almost(plugin, callers)}; let"
+            " it be a subclass of mtenn_core.Combination, or mark the function with"
+            " mtenn_core.hookimpl",
+        )
+    if isinstance(plugin, Combination):
+        raise _spec_error(
+            record,
+            f"{record.target} is an instance, whose arguments would be lost; name the class,"
+            f" {type(plugin).__name__}",
+        )
     if not (isinstance(found, type) and issubclass(found, Combination)):
-        raise PluginSpecError(
-            f"{record}: its hook {_HOOK} must return a subclass of mtenn_core.Combination;"
-            f" found {found!r}",
-            record=record,
+        raise _spec_error(
+            record,
+            f"its hook {_HOOK} must return a subclass of mtenn_core.Combination; found {found!r}",
         )
     return found
 
 
-def _check_compatible(record: PluginRecord) -> None:
-    if not SpecifierSet(record.requires_core).contains(__version__, prereleases=True):
-        raise PluginIncompatibleError(
-            f"{record} requires mtenn-core{record.requires_core}; found mtenn-core {__version__};"
-            f" update one of them: pip install --upgrade {record.distribution} mtenn-core",
-            record=record,
+def _spec_error(record: PluginRecord, message: str) -> PluginSpecError:
+    where = f" ({record.metadata})" if record.metadata else ""
+    return PluginSpecError(f"{record}{where}: {message}; {record.remedy}", record=record)
+
+
+def _almost(plugin: Any, callers: Sequence[str]) -> str:
+    """Return what the author may have meant to be the hook."""
+    if callers:
+        return f"; it implements {', '.join(callers)}"
+    if callable(getattr(plugin, _HOOK, None)):
+        return f"; it has a function {_HOOK}, which no marker or one of another project marks"
+    return ""
+
+
+def _hint(error: BaseException, module: ModuleType | None, attribute: str | None) -> str:
+    """Return more of what was not found."""
+    if isinstance(error, AttributeError) and module is not None and attribute:
+        public = [name for name in vars(module) if not name.startswith("_")]
+        return f".{question}" if (question := closest(attribute, public)) else ""
+    return ""
+
+
+def _where(error: BaseException, record: PluginRecord) -> str:
+    """Return which file and line raised; those of the import system tell nothing."""
+    if isinstance(error, SyntaxError) and error.filename:
+        return f"in {error.filename}:{error.lineno}"
+    ours = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        if frame.filename not in ours:
+            return f"raised in {frame.filename}:{frame.lineno}"
+    return f"declared in {record.metadata}" if record.metadata else "here"
+
+
+def _warn_of_traces(record: PluginRecord, settings: list[str], functions: list[str]) -> None:
+    if settings:
+        warnings.warn(
+            f"{record} changed {', '.join(settings)} while it was imported; that was put back: tell"
+            " its author",
+            PluginWarning,
+            stacklevel=2,
         )
-
-
-def _remedy(record: PluginRecord) -> str:
-    if record.distribution is None:
-        return "register another class"
-    return f"repair it, or remove it with: pip uninstall {record.distribution}"
+    if functions:
+        warnings.warn(
+            f"{record} replaced {', '.join(functions)} while it was imported, for the whole"
+            " process; that stays: tell its author",
+            PluginWarning,
+            stacklevel=2,
+        )

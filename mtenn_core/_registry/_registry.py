@@ -2,35 +2,63 @@
 
 from __future__ import annotations
 
-import difflib
 import importlib
+import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
-
-from packaging.utils import InvalidName, canonicalize_name
 
 from mtenn_core._registry._arguments import (
     build_example,
     declared_examples,
     validation_key,
 )
-from mtenn_core._registry._scan import PluginRecord, path_key, scan
+from mtenn_core._registry._policy import Policy, closest
+from mtenn_core._registry._record import PluginRecord, Problem, canonical
+from mtenn_core._registry._scan import Scan, path_key, scan
 from mtenn_core.errors import (
     CombinationConflictError,
+    CombinationDisabledError,
     CombinationNotFoundError,
     GradientValidationError,
     PluginSpecError,
+    PluginWarning,
+    RegistryError,
 )
 
 if TYPE_CHECKING:
-    import pluggy
-
     from mtenn_core.combination import Combination
+    from mtenn_core.testing import Report
 
 GROUP = "mtenn.combinations"
+# In seconds. A thread that holds a lock for longer hangs, or waits for us: it imports a module,
+# say, that another thread imports, which asks the registry. Without the lock, work is done twice.
+PATIENCE = 30.0
+
+# The gate sets random states and warning filters, which belong to the whole process.
+_gate = threading.RLock()
+
+
+@dataclass(frozen=True)
+class _Known:
+    """What is known at a time; never changed, so that threads may read it without a lock.
+
+    Attributes
+    ----------
+    records : all, sorted, with their status
+    available : those that can be asked for, by their name as names are compared
+    """
+
+    scan: Scan
+    policy: Policy
+    records: tuple[PluginRecord, ...]
+    available: Mapping[str, tuple[PluginRecord, ...]]
+    names: tuple[str, ...]
 
 
 class Registry:
@@ -39,39 +67,58 @@ class Registry:
     Names are compared without case, with ``-``, ``_`` and ``.`` as one; ``distribution:name``
     always works. Listing imports no plugin. :meth:`get` and :meth:`create` import the one plugin
     that is asked for, and hand it out after its gradient was validated against finite differences,
-    once per class and arguments in a process.
+    once per class and arguments in a process. Threads may share a registry.
 
     Parameters
     ----------
     group : the entry-point group to look in
+    policy : which plugins may be imported; what it leaves open the environment says. May be set
+        later: ``registry.policy = Policy(prefer=("my-distribution",))``
     """
 
-    def __init__(self, group: str = GROUP) -> None:
+    def __init__(self, group: str = GROUP, policy: Policy | None = None) -> None:
         self.group = group
-        self._scanned: tuple[Any, list[PluginRecord]] | None = None
+        self.policy = policy or Policy()
+        # Held while what follows is changed, and never while a plugin's code runs.
+        self._lock = threading.RLock()
+        self._scan: Scan | None = None
+        self._known: _Known | None = None
+        self._sound: _Known | None = None
         self._registered: dict[str, PluginRecord] = {}
         self._temporary: list[dict[str, PluginRecord]] = []
+        self._importing: dict[PluginRecord, threading.RLock] = {}
         self._classes: dict[PluginRecord, type[Combination]] = {}
         self._validated: set[Any] = set()
-        self._manager: pluggy.PluginManager | None = None
+        self._all_load = False
 
     # Listing ------------------------------------------------------------------------------------
 
-    def records(self) -> list[PluginRecord]:
-        """Return what is known of every plugin, sorted by name, without importing any."""
-        hidden = {key for layer in self._temporary for key in layer}
-        found = [record for record in self._installed() if record.key not in hidden]
-        return sorted([*found, *self._here().values()], key=PluginRecord.sort_key)
+    def records(self, *, everything: bool = False) -> list[PluginRecord]:
+        """Return what is known of every plugin, sorted by name, without importing any.
+
+        Parameters
+        ----------
+        everything : also those that are disabled or shadowed, which their ``status`` tells
+        """
+        known = self._look()
+        if everything:
+            return list(known.records)
+        return [record for found in known.available.values() for record in found]
 
     def names(self) -> list[str]:
-        """Return the names of all combinations, sorted, without importing any."""
-        return list({record.key: record.name for record in self.records()}.values())
+        """Return the names of all combinations, sorted, without importing any.
+
+        Raises
+        ------
+        RegistryError : the policy is strict, and there is a problem that shows without an import
+        """
+        return list(self._look().names)
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __len__(self) -> int:
-        return len(self.names())
+        return len(self._look().names)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and bool(self._candidates(name))
@@ -85,23 +132,49 @@ class Registry:
         Raises
         ------
         CombinationNotFoundError : no plugin has this name; the message has the closest ones
-        CombinationConflictError : several distributions have it; ask for ``distribution:name``
+        CombinationDisabledError : the policy does not allow it
+        CombinationConflictError : several distributions have it; ask for ``distribution:name``, or
+            prefer one
         """
         candidates = self._candidates(name)
         if not candidates:
-            raise CombinationNotFoundError(self._not_found(name))
+            raise self._not_found(name)
         if len(candidates) > 1:
             raise CombinationConflictError(
-                f"combination {name!r} is offered by {len(candidates)} distributions; ask for one"
-                f" of {', '.join(repr(record.qualified_name) for record in candidates)}",
+                f"{_conflict(name, candidates)}; ask for one of them, or prefer one:"
+                f" registry.policy = Policy(prefer=({candidates[0].qualified_name!r},))",
                 record=candidates[0],
             )
         return candidates[0]
 
+    def problems(self) -> list[Problem]:
+        """Return what is wrong with installed plugins and settings, as far as no import is needed.
+
+        ``mtenn doctor`` shows these, and imports each plugin in a process of its own for the rest.
+        """
+        from mtenn_core._registry._load import check_before_import
+
+        known = self._look(strict=False)
+        problems = list(known.scan.problems)
+        problems += [
+            Problem("unknown setting", text) for text in known.policy.unknown(known.records)
+        ]
+        for name, candidates in sorted(known.available.items()):
+            if len(known.policy.preferred(candidates)) > 1:
+                text = f"{_conflict(name, candidates)}; disable or uninstall all but one"
+                problems.append(Problem("conflict", text, candidates[0]))
+            for record in candidates:
+                try:
+                    check_before_import(record, known.policy)
+                except RegistryError as error:
+                    problems.append(Problem.of(error))
+        return problems
+
     def refresh(self) -> None:
         """Look again for what is installed. Modules that were imported stay as they are."""
         importlib.invalidate_caches()
-        self._scanned = None
+        with self._lock:
+            self._scan = self._known = self._sound = None
 
     # Handing out --------------------------------------------------------------------------------
 
@@ -118,8 +191,10 @@ class Registry:
 
         Raises
         ------
-        CombinationNotFoundError, CombinationConflictError : see :meth:`info`
-        PluginIncompatibleError, PluginLoadError, PluginSpecError : the plugin does not work
+        CombinationNotFoundError, CombinationDisabledError, CombinationConflictError : see
+            :meth:`info`
+        PluginIncompatibleError, PluginPinError : it is not imported
+        PluginLoadError, PluginSpecError : the plugin does not work
         GradientValidationError : its gradient is not the derivative of its value
         """
         record = self.info(name)
@@ -150,6 +225,32 @@ class Registry:
             self._validate(key, record, lambda: combination)
         return combination
 
+    def check(self, name: str, *, isolated: bool = False, **options: Any) -> list[Report]:
+        """Hold a combination to the conformance suite, with each of its ``examples``.
+
+        Parameters
+        ----------
+        name : as in :meth:`names`, or ``distribution:name``
+        isolated : in a child process, where a crash, a hang and too much memory are results, too;
+            for what is installed, not for what was registered by a call
+        **options : for :func:`~mtenn_core.testing.check_combination`, ``level`` and ``seed`` say;
+            if isolated, also ``time_limit`` in seconds and ``memory_limit`` in MiB
+
+        Raises
+        ------
+        as :meth:`get`, without validation
+        """
+        from mtenn_core.testing._isolated import check_target
+        from mtenn_core.testing._target import Target
+
+        record = self.info(name)
+        if isolated and (record.distribution is None or self.group != GROUP):
+            raise RegistryError(
+                f"{record} cannot be checked in a process of its own, which would not know it",
+                record=record,
+            )
+        return list(check_target(Target(record.qualified_name), self, isolated=isolated, **options))
+
     # Registering --------------------------------------------------------------------------------
 
     def register(self, name: str, combination: type[Combination]) -> None:
@@ -160,20 +261,26 @@ class Registry:
         CombinationConflictError : the name is taken
         PluginSpecError : it cannot be a name, or ``combination`` is no subclass of Combination
         """
-        taken = self._candidates(name)
+        record = _registered_record(name, combination)
+        self._load(record)
+        with self._lock:
+            taken = list(self._look().available.get(record.key, ()))
+            if not taken:
+                self._registered[record.key] = record
+                self._known = self._sound = None
         if taken:
+            self._forget(record)
             raise CombinationConflictError(
                 f"cannot register {name!r}: the name belongs to {taken[0]}; choose another, or"
                 " replace it for a while with registry.temporary",
                 record=taken[0],
             )
-        record = _registered_record(name, combination)
-        self._load(record)
-        self._registered[record.key] = record
 
     def unregister(self, name: str) -> None:
         """Remove a combination that :meth:`register` added."""
-        record = self._registered.pop(canonicalize_name(name), None)
+        with self._lock:
+            record = self._registered.pop(canonical(name), None)
+            self._known = self._sound = None
         if record is None:
             raise CombinationNotFoundError(
                 f"{name!r} was not registered in this process; registered:"
@@ -190,80 +297,134 @@ class Registry:
             raise CombinationConflictError(
                 f"names that are the same but for case, '-', '_' and '.': {', '.join(combinations)}"
             )
-        self._temporary.append(added)
+        with self._lock:
+            self._temporary = [*self._temporary, added]
+            self._known = self._sound = None
         try:
             for record in records:
                 self._load(record)
             yield self
         finally:
             # Not the state from before: contexts need not end in the order in which they began.
-            self._temporary = [layer for layer in self._temporary if layer is not added]
+            with self._lock:
+                self._temporary = [layer for layer in self._temporary if layer is not added]
+                self._known = self._sound = None
             for record in records:
                 self._forget(record)
 
     # Inside -------------------------------------------------------------------------------------
 
-    def _installed(self) -> list[PluginRecord]:
-        if self._scanned is None:
-            key = path_key()
-            self._scanned = key, scan(self.group)
-        return self._scanned[1]
+    def _look(self, *, strict: bool = True) -> _Known:
+        """Return what is known now; look at the path if nobody has."""
+        policy = self.policy.resolved()
+        known = self._known
+        if known is None or known.policy != policy:
+            with self._lock:
+                self._scan = self._scan or scan(self.group)
+                known = self._known = self._know(self._scan, policy)
+            for text in policy.unknown(known.records):
+                warnings.warn(text, PluginWarning, stacklevel=4)
+        if strict and policy.strict and self._sound is not known:
+            self._raise_problems()
+            self._sound = known
+        return known
 
-    def _candidates(self, name: str) -> list[PluginRecord]:
-        found = self._known(name)
-        if not found and self._scanned and self._scanned[0] != path_key():
-            self.refresh()  # something was installed while the process ran
-            found = self._known(name)
-        return found
-
-    def _known(self, name: str) -> list[PluginRecord]:
-        if not isinstance(name, str):
-            raise TypeError(f"expected the name of a combination; found {name!r}")
-        distribution, colon, bare = name.rpartition(":")
-        key = canonicalize_name(bare)
-        if not colon:
-            return [record for record in self.records() if record.key == key]
-        return [
-            record
-            for record in self._installed()
-            if record.key == key
-            and canonicalize_name(str(record.distribution)) == canonicalize_name(distribution)
-        ]
-
-    def _here(self) -> dict[str, PluginRecord]:
-        """Return what was added in this process, by key; the latest of each."""
+    def _know(self, scanned: Scan, policy: Policy) -> _Known:
         here = dict(self._registered)
         for layer in self._temporary:
             here |= layer
-        return here
+        replaced = {key for layer in self._temporary for key in layer}
+        installed = [_with_status(record, policy) for record in scanned.records]
+        records = sorted([*installed, *here.values()], key=PluginRecord.sort_key)
+        available: dict[str, list[PluginRecord]] = {}
+        for record in records:
+            hidden = record.distribution and record.key in replaced
+            if record.status == "available" and not hidden:
+                available.setdefault(record.key, []).append(record)
+        return _Known(
+            scanned,
+            policy,
+            tuple(records),
+            {key: tuple(found) for key, found in available.items()},
+            tuple(found[0].name for found in available.values()),
+        )
 
-    def _forget(self, record: PluginRecord) -> None:
-        """Let go of a class that is no longer registered."""
-        combination = self._classes.pop(record, None)
-        self._validated = {key for key in self._validated if key[0] is not combination}
-        if self._manager and combination and combination not in self._classes.values():
-            self._manager.unregister(combination)
+    def _raise_problems(self) -> None:
+        problems = self.problems()
+        if problems:
+            raise RegistryError(
+                f"{len(problems)} problems with plugins, and the policy is strict (MTENN_STRICT):\n"
+                + "\n".join(f"- {problem.message}" for problem in problems),
+                record=problems[0].record,
+            )
 
-    def _not_found(self, name: str) -> str:
-        names = self.names()
-        if not names:
-            return (
+    def _candidates(self, name: str) -> list[PluginRecord]:
+        if not isinstance(name, str):
+            raise TypeError(f"expected the name of a combination; found {name!r}")
+        known = self._look()
+        found = _matching(known, name)
+        if not found and known.scan.key != path_key():
+            self.refresh()  # something was installed while the process ran
+            found = _matching(self._look(), name)
+        return found
+
+    def _not_found(self, name: str) -> RegistryError:
+        known = self._look()
+        for record in known.records:
+            if record.status == "disabled" and record.matches(name):
+                return CombinationDisabledError(
+                    f"{record} in {record.metadata} is disabled: {record.reason}; to allow it, change"
+                    " that",
+                    record=record,
+                )
+        for record in known.records:
+            if record.status == "shadowed" and record.matches(name):
+                return CombinationNotFoundError(
+                    f"{record} in {record.metadata} cannot be reached: {record.reason}",
+                    record=record,
+                )
+        if not known.names:
+            return CombinationNotFoundError(
                 f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (none has an"
                 f" entry point of the group {self.group!r}); install one with pip"
             )
-        known = {str(canonicalize_name(known)): known for known in names}
-        close = difflib.get_close_matches(canonicalize_name(name), known, n=1)
-        hint = f" Did you mean {known[close[0]]!r}?" if close else ""
-        return f"unknown combination {name!r}; installed: {', '.join(names)}.{hint}"
+        more = "" if not known.scan.problems else " There are problems: see `mtenn doctor`."
+        return CombinationNotFoundError(
+            f"unknown combination {name!r}; installed: {', '.join(known.names)}."
+            f"{closest(name, known.names)}{more}"
+        )
 
     def _load(self, record: PluginRecord) -> type[Combination]:
-        from mtenn_core._registry._load import combination_class, import_plugin, plugin_manager
+        """Return the class of a plugin, which one thread imports and the others wait for."""
+        from mtenn_core._registry._load import load
 
-        if record not in self._classes:
-            plugin = import_plugin(record) if record.plugin is None else record.plugin
-            self._manager = self._manager or plugin_manager()
-            self._classes[record] = combination_class(self._manager, plugin, record)
-        return self._classes[record]
+        policy = self._look(strict=False).policy
+        if policy.strict and not self._all_load:
+            self._all_load = True
+            self._load_all()
+        with self._lock:
+            importing = self._importing.setdefault(record, threading.RLock())
+        with _patiently(importing):
+            found = self._classes.get(record)
+            if found is None:
+                found = self._classes[record] = load(record, policy)
+            return found
+
+    def _load_all(self) -> None:
+        try:
+            for record in self.records():
+                self._load(record)
+        except BaseException as error:
+            self._all_load = False
+            error.add_note("It was imported since the policy is strict (MTENN_STRICT).")
+            raise
+
+    def _forget(self, record: PluginRecord) -> None:
+        """Let go of a class that is no longer registered."""
+        with self._lock:
+            self._importing.pop(record, None)
+            combination = self._classes.pop(record, None)
+            self._validated = {key for key in self._validated if key[0] is not combination}
 
     def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
         """Run the gate, unless it has passed for ``key`` before; None is no key."""
@@ -276,7 +437,10 @@ class Registry:
         # A name that was registered in this process means nothing to a shell.
         path = record.qualified_name if record.distribution else None
         target = target_of(combination, path)
-        report = check_combination(combination, level="gate", name=str(record), target=target)
+        with _patiently(_gate):
+            if key is not None and key in self._validated:
+                return  # by another thread, meanwhile
+            report = check_combination(combination, level="gate", name=str(record), target=target)
         if not report.passed:
             raise GradientValidationError(
                 f"{report}\nIt is not handed out. validate=False hands it out unchecked.",
@@ -284,7 +448,47 @@ class Registry:
                 report=report,
             )
         if key is not None:
-            self._validated.add(key)
+            with self._lock:
+                self._validated.add(key)
+
+
+@contextmanager
+def _patiently(lock: threading.RLock) -> Iterator[None]:
+    """Hold ``lock``, or go on without it where it does not come."""
+    held = lock.acquire(timeout=PATIENCE)
+    try:
+        yield
+    finally:
+        if held:
+            lock.release()
+
+
+def _with_status(record: PluginRecord, policy: Policy) -> PluginRecord:
+    reason = policy.reason_against(record)
+    if record.status == "shadowed" or not reason:
+        return record
+    return replace(record, status="disabled", reason=reason)
+
+
+def _matching(known: _Known, name: str) -> list[PluginRecord]:
+    """Return the plugins that may be meant by ``name``; one, if it is right."""
+    found = list(known.policy.preferred(known.available.get(canonical(name), ())))
+    distribution, colon, bare = name.rpartition(":")
+    if found or not colon:
+        return found
+    owned = [
+        record
+        for record in known.records
+        if record.status == "available"
+        and (record.owner, record.key) == (canonical(distribution), canonical(bare))
+    ]
+    # Two names of one distribution may be the same but for case, '-', '_' and '.'.
+    return [record for record in owned if record.name == bare] or owned
+
+
+def _conflict(name: str, candidates: Sequence[PluginRecord]) -> str:
+    shown = [f"{r.qualified_name!r} ({r.origin}, {r.metadata or r.target})" for r in candidates]
+    return f"combination {name!r} is offered by {len(candidates)} plugins: {', '.join(shown)}"
 
 
 def _registered_record(name: str, combination: type[Combination]) -> PluginRecord:
@@ -292,12 +496,10 @@ def _registered_record(name: str, combination: type[Combination]) -> PluginRecor
         raise PluginSpecError(
             f"cannot register {name!r}: expected a subclass of Combination; found {combination!r}"
         )
-    try:
-        canonicalize_name(name, validate=True)
-    except (InvalidName, TypeError):
+    if not (isinstance(name, str) and re.fullmatch(r"[A-Za-z0-9]+([-_.]+[A-Za-z0-9]+)*", name)):
         raise PluginSpecError(
             f"cannot register {name!r}: a name is letters and digits, with '-', '_' and '.' inside"
-        ) from None
+        )
     target = f"{combination.__module__}:{combination.__qualname__}"
     return PluginRecord(name, target, plugin=combination)
 

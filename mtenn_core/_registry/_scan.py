@@ -2,125 +2,247 @@
 
 from __future__ import annotations
 
+import os
+import re
 import sys
 import warnings
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from packaging.requirements import InvalidRequirement, Requirement
-from packaging.specifiers import SpecifierSet
-from packaging.utils import canonicalize_name
+from mtenn_core._registry._record import PluginRecord, Problem, canonical
+from mtenn_core.errors import PluginWarning
 
 if TYPE_CHECKING:
     from importlib_metadata import Distribution
+    from packaging.version import Version
+
+_BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
+# A line that no parser of entry points takes.
+_NO_EQUALS_SIGN = re.compile(r"^[^\S\n]*[^\s#;\[=][^=\n]*$", re.MULTILINE)
+_ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
-class PluginRecord:
-    """What is known of a combination plugin before it is imported.
+class Scan:
+    """What a look at the path has found.
 
     Attributes
     ----------
-    name : the combination's name, which is the name of the entry point
-    target : where it is, ``"module:attribute"``
-    distribution, version, location : the package that offers it and its folder; None for a
-        combination that was registered by a call
-    requires_core : the version specifier that the distribution sets on mtenn-core
-    plugin : the object itself, where it was registered by a call
+    key : what changes when something is installed
+    records : every plugin, those of shadowed copies included
+    problems : what could not be read, and names that nobody can reach
     """
 
-    name: str
-    target: str
-    distribution: str | None = None
-    version: str | None = None
-    location: str | None = None
-    requires_core: str = ""
-    plugin: object = field(default=None, repr=False)
-
-    @property
-    def key(self) -> str:
-        """The name as names are compared: without case, ``_``, ``.`` and ``-`` being one."""
-        return canonicalize_name(self.name)
-
-    @property
-    def qualified_name(self) -> str:
-        """``distribution:name``, which no other distribution can share."""
-        return f"{self.distribution}:{self.name}" if self.distribution else self.name
-
-    def sort_key(self) -> tuple[str, str]:
-        """Return what records are sorted by."""
-        return self.key, self.qualified_name
-
-    def __str__(self) -> str:
-        origin = f"{self.distribution} {self.version}" if self.distribution else "registered here"
-        return f"plugin {self.name!r} ({origin})"
+    key: tuple[Any, ...]
+    records: tuple[PluginRecord, ...]
+    problems: tuple[Problem, ...]
 
 
 def path_key() -> tuple[Any, ...]:
     """Return what changes when something is installed: the path, and the times of its folders."""
-    return tuple(
-        (entry, path.stat().st_mtime_ns if (path := Path(entry or ".")).is_dir() else None)
-        for entry in sys.path
-    )
+    return tuple((entry, _modified(entry)) for entry in sys.path)
 
 
-def scan(group: str) -> list[PluginRecord]:
+def scan(group: str) -> Scan:
     """Return the entry points of ``group`` in every installed distribution, sorted by name."""
     # Inside the function: importing it replaces the metadata finder of the process.
     import importlib_metadata
 
-    records: dict[str, list[PluginRecord]] = {}
+    key = path_key()
+    problems: list[Problem] = []
     distributions: Iterable[Any] = importlib_metadata.distributions()
+    copies = []
     for distribution in distributions:
         try:
-            if group not in (distribution.read_text("entry_points.txt") or ""):
-                continue
-            found = _records(distribution, group)
-        except Exception as error:
-            warnings.warn(
-                f"the entry points of {_location(distribution)} cannot be read and are left out"
-                f" ({type(error).__name__}: {error})",
-                RuntimeWarning,
-                stacklevel=2,
+            copies.append(_Copy(distribution, group))
+        except Exception as error:  # of a finder of somebody else's, say
+            problems.append(
+                Problem(
+                    "unreadable",
+                    f"a distribution cannot be read ({type(error).__name__}: {error}):"
+                    f" {distribution!r}",
+                )
             )
-            continue
-        # The same distribution twice on the path: the first is the one that an import would find.
-        if found:
-            records.setdefault(canonicalize_name(str(found[0].distribution)), found)
-    return sorted(
-        (record for found in records.values() for record in found), key=PluginRecord.sort_key
-    )
-
-
-def _records(distribution: Distribution, group: str) -> list[PluginRecord]:
-    return [
-        PluginRecord(
-            name=entry_point.name,
-            target=entry_point.value,
-            distribution=distribution.name,
-            version=distribution.version,
-            location=_location(distribution),
-            requires_core=_requires_core(distribution),
+    malformed = [copy for copy in copies if _NO_EQUALS_SIGN.search(copy.text)]
+    _let_torch_start(malformed)
+    problems += [
+        Problem(
+            "malformed",
+            f"{copy} has an entry_points.txt with a line that is no 'name = value': the import of"
+            f" torch fails at it, if {_BACKENDS} is not 0; repair or uninstall {copy.name}",
         )
-        for entry_point in distribution.entry_points
-        if entry_point.group == group
+        for copy in malformed
+        if not copy.offers_any  # those are told line by line
     ]
+    offers = {copy.name for copy in copies if copy.offers_any}
+    records: list[PluginRecord] = []
+    for _, same in groupby(
+        sorted((c for c in copies if c.name in offers), key=lambda copy: copy.name),
+        key=lambda copy: copy.name,
+    ):
+        records += _of_one_distribution(_in_order(list(same)), problems)
+    records.sort(key=PluginRecord.sort_key)
+    return Scan(key, tuple(records), tuple(sorted(problems, key=lambda p: p.message)))
 
 
-def _location(distribution: Distribution) -> str:
-    return str(distribution.locate_file(""))
+class _Copy:
+    """The metadata of a distribution in one place; there may be another place."""
 
+    def __init__(self, distribution: Distribution, group: str) -> None:
+        self.distribution = distribution
+        self.group = group
+        path = getattr(distribution, "_path", None)  # None for a finder of somebody else's
+        self.folder = str(distribution.locate_file(""))
+        self.metadata = str(path or self.folder)
+        stem, suffix = os.path.splitext(os.path.basename(self.metadata))
+        self.is_egg = suffix != ".dist-info"
+        # The metadata's own name would cost a file and a parser for each distribution.
+        self.name = canonical(stem.partition("-")[0] if path else str(distribution.name))
+        self._version = stem.partition("-")[2]
+        self.text = self._entry_points()
+        self.offers_any = group in self.text
 
-def _requires_core(distribution: Distribution) -> str:
-    specifier = SpecifierSet()
-    for line in distribution.requires or ():
+    def _entry_points(self) -> str:
         try:
-            requirement = Requirement(line)
-        except InvalidRequirement:
-            continue
-        applies = requirement.marker is None or requirement.marker.evaluate({"extra": ""})
-        if applies and canonicalize_name(requirement.name) == "mtenn-core":
-            specifier &= requirement.specifier
-    return str(specifier)
+            text = self.distribution.read_text("entry_points.txt")
+        except UnicodeDecodeError:  # the lines that can be read still count
+            path = Path(self.metadata, "entry_points.txt")
+            text = path.read_text(encoding="utf-8", errors="replace")
+        except OSError:
+            text = None
+        return (text or "").removeprefix("\ufeff")
+
+    def version(self) -> Version:
+        """Return what the name of the folder says."""
+        from packaging.version import InvalidVersion, Version
+
+        try:
+            return Version(self._version)
+        except InvalidVersion:
+            return Version("0")
+
+    def records(self, problems: list[Problem]) -> list[PluginRecord]:
+        """Return a record for each line of the group, and append those that make none."""
+        if not self.offers_any:
+            return []
+        name, version, requires = self._metadata(problems)
+        return [
+            PluginRecord(
+                name=entry_point,
+                target=target,
+                distribution=name,
+                version=version,
+                location=self.folder,
+                metadata=self.metadata,
+                requires=requires,
+            )
+            for entry_point, target in dict.fromkeys(self._lines(f"{name} {version}", problems))
+        ]
+
+    def _metadata(self, problems: list[Problem]) -> tuple[str, str | None, tuple[str, ...]]:
+        try:
+            metadata: Any = self.distribution.metadata
+            name, version = metadata.get("Name"), metadata.get("Version")
+            requires = tuple(filter(_ON_CORE.match, self.distribution.requires or ()))
+            if name and version:
+                return str(name), str(version), requires
+            found = "no name or no version in it"
+        except Exception as error:  # what a parser says of bytes that are no metadata
+            found, requires, version = f"{type(error).__name__}: {error}", (), None
+        problems.append(
+            Problem(
+                "no metadata",
+                f"{self.name}: the metadata in {self.metadata} cannot be read ({found}); reinstall"
+                f" it: pip install --force-reinstall {self.name}",
+            )
+        )
+        return self.name, str(version) if version else None, requires
+
+    def _lines(self, who: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
+        """Yield name and target of each entry point of the group.
+
+        Line by line, since the parsers of :mod:`importlib_metadata` give up a whole file, and all
+        good names in it, for one line without an equals sign.
+        """
+        section = ""
+        for number, line in enumerate(map(str.strip, self.text.splitlines()), 1):
+            if line.startswith("[") and line.endswith("]"):
+                section = line[1:-1].strip()
+            elif section == self.group and line and not line.startswith(("#", ";")):
+                name, equals, target = (part.strip() for part in line.partition("="))
+                if name and equals and "\ufffd" not in line:
+                    yield name, target
+                    continue
+                file = os.path.join(self.metadata, "entry_points.txt")
+                problems.append(
+                    Problem(
+                        "malformed",
+                        f"{who}: expected 'name = module:attribute' in line {number} of {file};"
+                        f" found {line!r}: tell its author",
+                    )
+                )
+
+    def __str__(self) -> str:
+        return self.metadata
+
+
+def _in_order(copies: list[_Copy]) -> list[_Copy]:
+    """Return the copies of one distribution, the one that an import finds first in front.
+
+    Those in one folder cannot be told by the path: egg-info is what older tools leave behind, and
+    of the others the newest counts.
+    """
+    if len(copies) == 1:
+        return copies
+    # A folder that is on the path twice, by a link say, is one folder.
+    unique = list({os.path.realpath(copy.metadata): copy for copy in reversed(copies)}.values())
+    folders = list(dict.fromkeys(copy.folder for copy in copies))
+    newest_first = sorted(unique, key=_Copy.version, reverse=True)
+    return sorted(newest_first, key=lambda copy: (folders.index(copy.folder), copy.is_egg))
+
+
+def _of_one_distribution(copies: list[_Copy], problems: list[Problem]) -> list[PluginRecord]:
+    """Return the records of all copies; those of all but the first are shadowed."""
+    winner, *others = copies
+    shadows = tuple(map(str, others))
+    found = [replace(record, shadows=shadows) for record in winner.records(problems)]
+    offered = {record.key for record in found}
+    for copy in others:
+        reason = f"{winner} comes first on the path; if it is stale, delete it"
+        hidden = [
+            replace(record, status="shadowed", reason=reason) for record in copy.records(problems)
+        ]
+        found += hidden
+        problems += [
+            Problem(
+                "shadowed",
+                f"{record} in {copy} cannot be reached: {reason}",
+                record,
+            )
+            for record in hidden
+            if record.key not in offered
+        ]
+    return found
+
+
+def _let_torch_start(malformed: list[_Copy]) -> None:
+    """Keep torch from what ends its import: it looks for entry points, and stops at such a line."""
+    if malformed and "torch" not in sys.modules and os.environ.get(_BACKENDS) != "0":
+        warnings.warn(
+            f"{malformed[0]} has an entry_points.txt with a line that is no 'name = value', at"
+            f" which the import of torch fails; so {_BACKENDS}=0 is set for this process, and torch"
+            " goes without what others add to it; repair or uninstall that distribution",
+            PluginWarning,
+            stacklevel=6,
+        )
+        os.environ[_BACKENDS] = "0"
+
+
+def _modified(entry: Any) -> int | None:
+    try:
+        return os.stat(entry or ".").st_mtime_ns
+    except (OSError, ValueError, TypeError):  # nothing there, or no path at all
+        return None

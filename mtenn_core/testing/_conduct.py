@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtenn_core._process_state import RANDOM_STATES, changed, process_state
 from mtenn_core.combination import Combination, constructor_arguments, overrides
 from mtenn_core.testing._check import Metrics, Verdict, check
-from mtenn_core.testing._process_state import RANDOM_STATES, changed, process_state
 from mtenn_core.testing._subject import Step, Subject, gradients_of
 from mtenn_core.testing._values import alternatives
 

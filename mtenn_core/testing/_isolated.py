@@ -1,7 +1,7 @@
 """Checks in a child process: a plugin that crashes, hangs or fills the memory is a result, too.
 
-``python -m mtenn_core.testing._isolated`` is the child. It tells each result as it has it. Where it
-dies, the check that was running has failed, and another child goes on with those that are left.
+The child tells each result as it has it. Where it dies, the check that was running has failed, and
+another child goes on with those that are left.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from mtenn_core import errors
+from mtenn_core._child_process import Child, ChildDiedError, Send
+from mtenn_core._registry import Registry, registry
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import CHECKS, chosen_checks
 from mtenn_core.testing._check import Level
-from mtenn_core.testing._child_process import Child, ChildDiedError, Send, job_and_sender
 from mtenn_core.testing._report import Record, Report
 from mtenn_core.testing._runner import check_combination
 from mtenn_core.testing._target import Target, parse_argument
@@ -35,6 +36,32 @@ TITLES = {
 OUT_OF_MEMORY = re.compile(
     "MemoryError|bad_alloc|allocate memory|enough memory|start new thread|SIGKILL"
 )
+
+
+def check_target(
+    target: Target, known: Registry = registry, *, isolated: bool = False, **options: Any
+) -> Iterator[Report]:
+    """Check what ``target`` names, with each set of its arguments.
+
+    Parameters
+    ----------
+    known : where to look a name up
+    isolated : whether to do it in a child process, which looks it up in the default registry
+    **options : for :func:`~mtenn_core.testing.check_combination` or :func:`check_isolated`
+
+    Yields
+    ------
+    each report when it is finished
+
+    Raises
+    ------
+    MtennError : whatever ``target.combinations()`` raises
+    """
+    if isolated:
+        yield from check_isolated(target, **options)
+        return
+    for name, this, combination in target.combinations(known):
+        yield check_combination(combination, name=name, target=this, **options)
 
 
 def check_isolated(
@@ -223,16 +250,13 @@ class _Findings:
             )
 
 
-def main() -> None:
-    """Be the child: check, tell, and end without what a plugin does at the exit."""
-    job, send = job_and_sender()
+def main(job: dict[str, Any], send: Send) -> None:
+    """Be the child: check, and tell."""
     send("ready", _limit_memory(job["memory_limit"]))
     try:
         _check(job, send)
     except errors.MtennError as error:
         send("error", [type(error).__name__, str(error)])
-    send("done", None)
-    os._exit(0)
 
 
 def _check(job: dict[str, Any], send: Send) -> None:
@@ -280,7 +304,3 @@ def _limit_memory(mebibytes: int) -> bool:
     except (OSError, ValueError):
         return False
     return True
-
-
-if __name__ == "__main__":
-    main()

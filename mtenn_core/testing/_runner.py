@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 import mtenn_core
+from mtenn_core._process_state import preserved_process_state
 from mtenn_core.combination import Combination, check_facts
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
 from mtenn_core.testing._check import Check, Level, Verdict
 from mtenn_core.testing._curves import curves
-from mtenn_core.testing._process_state import preserved_process_state
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._subject import Subject
 from mtenn_core.testing._target import Target, target_of

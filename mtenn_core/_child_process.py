@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import importlib
 import json
 import os
 import secrets
@@ -38,7 +39,7 @@ class ChildDiedError(Exception):
 
 
 class Child:
-    """``python -m module``, told in JSON what to do, and whatever it starts.
+    """A process that runs ``module.main``, told in JSON what to do, and whatever it starts.
 
     It speaks in words, a name and a content each, through a pipe of its own. Its standard output
     and error are kept, to be shown where it dies. At the end of the context it is killed, with all
@@ -46,7 +47,7 @@ class Child:
 
     Parameters
     ----------
-    module : begins with :func:`job_and_sender`
+    module : whose ``main(job, send)`` does it
     time_limit : in seconds, from the word ``"ready"`` to ``"done"``
     time_limit_of_step : in seconds, from one word to the next
 
@@ -73,7 +74,7 @@ class Child:
         arguments = [str(words_end), self._token, json.dumps(job)]
         self._process = subprocess.Popen(
             # -P: the folder that the shell is in may have a random.py.
-            [sys.executable, "-P", "-u", "-m", module, *arguments],
+            [sys.executable, "-P", "-u", "-m", __name__, module, *arguments],
             stdin=subprocess.DEVNULL,
             stdout=output_end,
             stderr=output_end,
@@ -173,9 +174,9 @@ class Child:
         return ChildDiedError("\n".join([how, *_last_lines(printed)]), seconds)
 
 
-def job_and_sender() -> tuple[Any, Send]:
-    """Return, in the child, what to do, and the function to speak with."""
-    number, token, job = sys.argv[1:]
+def main() -> None:
+    """Be the child: do the job, and end without what a plugin does at the exit."""
+    module, number, token, job = sys.argv[1:]
     del sys.argv[1:]
     os.set_inheritable(int(number), False)
     words = os.fdopen(int(number), "w")
@@ -189,7 +190,9 @@ def job_and_sender() -> tuple[Any, Send]:
         words.write(f"\n{token}{json.dumps([kind, content], default=repr)}\n")
         words.flush()
 
-    return json.loads(job), send
+    importlib.import_module(module).main(json.loads(job), send)
+    send("done", None)
+    os._exit(0)
 
 
 def _ending(returncode: int) -> str:
@@ -205,5 +208,10 @@ def _ending(returncode: int) -> str:
 def _last_lines(printed: str) -> list[str]:
     _, fatal, trace = printed.rpartition("Fatal Python error")
     lines = [line for line in (fatal + trace).splitlines() if line.strip()]
+    lines = [line for line in lines if "importlib" not in line]
     shown = lines[:SHOWN_LINES] if fatal else lines[-SHOWN_LINES:]
     return ["  " + "".join(c if c.isprintable() else " " for c in line[:200]) for line in shown]
+
+
+if __name__ == "__main__":
+    main()

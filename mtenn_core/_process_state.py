@@ -1,0 +1,155 @@
+"""What belongs to the whole process, and what a plugin must leave as it is."""
+
+from __future__ import annotations
+
+import pickle
+import random
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+
+class _Setting(NamedTuple):
+    get: Callable[[], Any]
+    set: Callable[[Any], object]
+
+
+def _set_default_device(device: torch.device) -> None:
+    # "cpu" by name costs every later call of torch a detour, None does not.
+    torch.set_default_device(None if device.type == "cpu" else device)
+
+
+def _numpy_state() -> Any:
+    numpy = sys.modules.get("numpy")
+    # Pickled, since two of its tuples cannot be compared: they hold arrays.
+    return None if numpy is None else pickle.dumps(numpy.random.get_state())
+
+
+def _set_numpy_state(state: Any) -> None:
+    if state is not None:
+        sys.modules["numpy"].random.set_state(pickle.loads(state))
+
+
+# Seeds apart: a stochastic combination moves the random state on, and may.
+RANDOM_STATES = {
+    "torch's random state": _Setting(torch.get_rng_state, torch.set_rng_state),
+    "the random state of `random`": _Setting(random.getstate, random.setstate),
+    "numpy's random state": _Setting(_numpy_state, _set_numpy_state),
+}
+OF_THE_THREAD = {
+    "the grad mode": _Setting(torch.is_grad_enabled, torch.set_grad_enabled),
+    "torch's default device": _Setting(torch.get_default_device, _set_default_device),
+    "torch's number of threads": _Setting(torch.get_num_threads, torch.set_num_threads),
+}
+OF_THE_PROCESS = {
+    "torch's default dtype": _Setting(torch.get_default_dtype, torch.set_default_dtype),
+    "torch's float32 precision": _Setting(
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+    ),
+    "torch's deterministic mode": _Setting(
+        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+    ),
+    "autograd's anomaly mode": _Setting(
+        torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly
+    ),
+}
+SETTINGS = OF_THE_THREAD | OF_THE_PROCESS
+# Where a plugin that is imported may replace what everybody calls.
+NAMESPACES = {
+    "torch": torch,
+    "torch.Tensor": torch.Tensor,
+    "torch.autograd": torch.autograd,
+    "torch.linalg": torch.linalg,
+    "torch.nn": torch.nn,
+    "torch.nn.Module": torch.nn.Module,
+    "torch.nn.functional": torch.nn.functional,
+    "torch.special": torch.special,
+}
+
+_lock = threading.Lock()
+_n_inside = 0
+_before: dict[str, Any] = {}
+
+
+def process_state() -> dict[str, Any]:
+    """Return settings and random states by what they are called in a message."""
+    return _state(SETTINGS | RANDOM_STATES)
+
+
+def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Return the names of what differs."""
+    return [name for name in before if not _same(before[name], after[name])]
+
+
+@contextmanager
+def preserved_process_state() -> Iterator[None]:
+    """Put everything back at the end, whatever has changed it."""
+    before = process_state()
+    try:
+        yield
+    finally:
+        _put_back(SETTINGS | RANDOM_STATES, before)
+
+
+@contextmanager
+def undone_process_state() -> Iterator[list[str]]:
+    """Put everything back at the end, and list which settings had changed.
+
+    May run in several threads at once, as imports do: what belongs to the whole process is noted by
+    the first that begins, and put back by the last that ends.
+
+    Yields
+    ------
+    filled at the end; random states are put back without a word, since a layer draws from them
+    """
+    global _before, _n_inside
+    found: list[str] = []
+    of_the_thread = _state(OF_THE_THREAD)
+    with _lock:
+        if _n_inside == 0:
+            _before = _state(OF_THE_PROCESS | RANDOM_STATES)
+        _n_inside += 1
+    try:
+        yield found
+    finally:
+        found += _put_back(OF_THE_THREAD, of_the_thread)
+        with _lock:
+            _n_inside -= 1
+            if _n_inside == 0:
+                found += _put_back(OF_THE_PROCESS | RANDOM_STATES, _before)
+        found[:] = [name for name in found if name in SETTINGS]
+
+
+def torch_functions() -> dict[str, Any]:
+    """Return what is public in torch and most used, to see later whether it was replaced."""
+    return {
+        f"{name}.{attribute}": value
+        for name, namespace in NAMESPACES.items()
+        for attribute, value in list(vars(namespace).items())
+        if not attribute.startswith("_") or attribute == "__call__"
+    }
+
+
+def replaced(before: dict[str, Any]) -> list[str]:
+    """Return the names of those functions that are others now."""
+    now = torch_functions()
+    return [name for name, value in before.items() if now.get(name) is not value]
+
+
+def _state(settings: dict[str, _Setting]) -> dict[str, Any]:
+    return {name: each.get() for name, each in settings.items()}
+
+
+def _put_back(settings: dict[str, _Setting], before: dict[str, Any]) -> list[str]:
+    found = changed(before, _state(settings))
+    for name in found:
+        settings[name].set(before[name])
+    return found
+
+
+def _same(one: Any, other: Any) -> bool:
+    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
