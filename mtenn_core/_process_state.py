@@ -135,9 +135,18 @@ def torch_functions() -> dict[str, Any]:
 
 
 def replaced(before: dict[str, Any]) -> list[str]:
-    """Return the names of those functions that are others now."""
+    """Return the names of those functions that somebody has replaced, other than torch itself."""
     now = torch_functions()
-    return [name for name, value in before.items() if now.get(name) is not value]
+    others = [name for name, value in before.items() if now.get(name) is not value]
+    return [name for name in others if not _is_torchs(now.get(name))]
+
+
+def _is_torchs(function: Any) -> bool:
+    """Whether torch has written it; it wraps some functions anew when its compiler is imported."""
+    code = getattr(function, "__code__", None)  # a wrapper's module is that of what it wraps
+    if code is None:
+        return str(getattr(function, "__module__", "")).startswith("torch")
+    return bool(code.co_filename.startswith(torch.__path__[0]))
 
 
 def _state(settings: dict[str, _Setting]) -> dict[str, Any]:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from textwrap import dedent
 
 import pytest
 import torch
+from installed import Places, write_distribution
 
 
 @pytest.fixture(autouse=True)
@@ -32,25 +32,34 @@ def poses():
 def install_plugin(tmp_path, monkeypatch):
     """Write a distribution, its metadata and its module, into a folder on the path."""
     monkeypatch.syspath_prepend(tmp_path)
-    made = []
+    before = set(sys.modules)
 
     def install(
         distribution: str, entry_points: dict[str, str], module: str = "", requires: str = ""
     ) -> Path:
-        name = distribution.replace("-", "_")
-        info = tmp_path / f"{name}-1.0.dist-info"
-        info.mkdir()
-        requirement = f"Requires-Dist: {requires}\n" if requires else ""
-        (info / "METADATA").write_text(
-            f"Metadata-Version: 2.1\nName: {distribution}\nVersion: 1.0\n{requirement}"
-        )
-        lines = [f"{key} = {value}" for key, value in entry_points.items()]
-        (info / "entry_points.txt").write_text("\n".join(["[mtenn.combinations]", *lines, ""]))
-        path = tmp_path / f"{name}.py"
-        path.write_text(dedent(module))
-        made.append(name)
-        return path
+        write_distribution(tmp_path, distribution, entry_points, module, requires=requires)
+        return tmp_path / f"{distribution.replace('-', '_')}.py"
 
     yield install
-    for name in made:
-        sys.modules.pop(name, None)
+    forget_modules_in(tmp_path, before)
+
+
+@pytest.fixture
+def places(tmp_path, monkeypatch):
+    """Two folders on the path, with a healthy plugin in one."""
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    before = set(sys.modules)
+    found = Places(tmp_path / "site", tmp_path / "front")
+    for folder in (found.site, found.front):
+        folder.mkdir()
+        sys.path.insert(0, str(folder))
+    write_distribution(found.site, "demo-healthy", {"healthy": "demo_healthy:Good"})
+    yield found
+    forget_modules_in(tmp_path, before)
+
+
+def forget_modules_in(folder: Path, before: set[str]) -> None:
+    """Let the next import of what was imported from ``folder`` run it again."""
+    for name in set(sys.modules) - before:
+        if str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
+            del sys.modules[name]

@@ -20,8 +20,8 @@ def declared_examples(
     listed = isinstance(examples, list | tuple) and all(isinstance(e, dict) for e in examples)
     if not (listed and examples):
         raise PluginSpecError(
-            f"{record}: {combination.__name__}.examples must be a tuple of dicts, at least one:"
-            f" examples = ({{'name': value}},); found {examples!r}",
+            f"{record}{record.where}: {combination.__name__}.examples must be a tuple of dicts, at"
+            f" least one: examples = ({{'name': value}},); found {examples!r}",
             record=record,
         )
     return examples
@@ -47,8 +47,8 @@ def build_example(
             return combination(**kwargs)
     except (Exception, SystemExit) as error:
         raise PluginSpecError(
-            f"{record}: {combination.__name__} cannot be built with {kwargs}, one of its"
-            f" `examples` ({type(error).__name__}: {error}); declare arguments that work:"
+            f"{record}{record.where}: {combination.__name__} cannot be built with {kwargs}, one of"
+            f" its `examples` ({type(error).__name__}: {error}); declare arguments that work:"
             " examples = ({'name': value},)",
             record=record,
         ) from error

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import traceback
 import warnings
@@ -66,8 +67,8 @@ def check_before_import(record: PluginRecord, policy: Policy) -> None:
     _check_compatible(record)
     if _TARGET.fullmatch(record.target.strip()) is None and record.plugin is None:
         raise PluginLoadError(
-            f"{record}: its entry point must read 'module:attribute'; found {record.target!r} in"
-            f" {record.metadata}; {record.remedy}",
+            f"{record}{record.where}: its entry point must read 'module:attribute'; found"
+            f" {record.target!r}; {record.remedy}",
             record=record,
         )
     if policy.pins is not None:
@@ -82,13 +83,13 @@ def _check_compatible(record: PluginRecord) -> None:
         specifier = record.requires_core
     except InvalidRequirement as error:
         raise PluginIncompatibleError(
-            f"{record}: what it requires cannot be read ({str(error).splitlines()[0]}), in"
-            f" {record.metadata}; {record.remedy}",
+            f"{record}{record.where}: what it requires cannot be read"
+            f" ({str(error).splitlines()[0]}); {record.remedy}",
             record=record,
         ) from error
     if not SpecifierSet(specifier).contains(__version__, prereleases=True):
         raise PluginIncompatibleError(
-            f"{record} in {record.metadata} requires mtenn-core{specifier}; found mtenn-core"
+            f"{record}{record.where} requires mtenn-core{specifier}; found mtenn-core"
             f" {__version__}; update one of them: pip install --upgrade {record.distribution}"
             " mtenn-core",
             record=record,
@@ -154,8 +155,7 @@ def _ask(plugin: Any, record: PluginRecord) -> type[Combination]:
 
 
 def _spec_error(record: PluginRecord, message: str) -> PluginSpecError:
-    where = f" ({record.metadata})" if record.metadata else ""
-    return PluginSpecError(f"{record}{where}: {message}; {record.remedy}", record=record)
+    return PluginSpecError(f"{record}{record.where}: {message}; {record.remedy}", record=record)
 
 
 def _almost(plugin: Any, callers: Sequence[str]) -> str:
@@ -179,11 +179,11 @@ def _where(error: BaseException, record: PluginRecord) -> str:
     """Return which file and line raised; those of the import system tell nothing."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"in {error.filename}:{error.lineno}"
-    ours = (__file__, importlib.__file__, "<frozen importlib._bootstrap>")
+    nothing = (__file__, importlib.__file__, "<frozen importlib", os.path.dirname(pluggy.__file__))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
-        if frame.filename not in ours:
+        if not frame.filename.startswith(nothing):
             return f"raised in {frame.filename}:{frame.lineno}"
-    return f"declared in {record.metadata}" if record.metadata else "here"
+    return f"declared{record.where or ' here'}"
 
 
 def _warn_of_traces(record: PluginRecord, settings: list[str], functions: list[str]) -> None:

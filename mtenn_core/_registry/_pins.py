@@ -52,7 +52,7 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
         )
     if record.version not in versions:
         raise PluginPinError(
-            f"{record} in {record.metadata} is pinned to {' or '.join(versions)} in"
+            f"{record}{record.where} is pinned to {' or '.join(versions)} in"
             f" {os.fspath(file)}; install that: pip install"
             f" {record.distribution}=={next(iter(versions))}",
             record=record,
@@ -60,7 +60,7 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
     found, expected = _digest(record), versions[record.version]
     if found != expected:
         raise PluginPinError(
-            f"{record} in {record.metadata} is another build than the one that is pinned in"
+            f"{record}{record.where} is another build than the one that is pinned in"
             f" {os.fspath(file)}: expected RECORD=sha256:{expected}; found {found}; reinstall it,"
             " or pin this one if you trust it",
             record=record,

@@ -79,6 +79,11 @@ class PluginRecord:
         return f"{self.distribution} {self.version or '(no version)'}"
 
     @property
+    def where(self) -> str:
+        """The folder of the metadata, for a message; nothing if there is none."""
+        return f" in {self.metadata}" if self.metadata else ""
+
+    @property
     def requires_core(self) -> str:
         """The version specifier that the distribution sets on mtenn-core."""
         from packaging.requirements import Requirement

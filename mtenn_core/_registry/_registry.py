@@ -140,11 +140,7 @@ class Registry:
         if not candidates:
             raise self._not_found(name)
         if len(candidates) > 1:
-            raise CombinationConflictError(
-                f"{_conflict(name, candidates)}; ask for one of them, or prefer one:"
-                f" registry.policy = Policy(prefer=({candidates[0].qualified_name!r},))",
-                record=candidates[0],
-            )
+            raise CombinationConflictError(_conflict(name, candidates), record=candidates[0])
         return candidates[0]
 
     def problems(self) -> list[Problem]:
@@ -161,8 +157,7 @@ class Registry:
         ]
         for name, candidates in sorted(known.available.items()):
             if len(known.policy.preferred(candidates)) > 1:
-                text = f"{_conflict(name, candidates)}; disable or uninstall all but one"
-                problems.append(Problem("conflict", text, candidates[0]))
+                problems.append(Problem("conflict", _conflict(name, candidates), candidates[0]))
             for record in candidates:
                 try:
                     check_before_import(record, known.policy)
@@ -373,14 +368,14 @@ class Registry:
         for record in known.records:
             if record.status == "disabled" and record.matches(name):
                 return CombinationDisabledError(
-                    f"{record} in {record.metadata} is disabled: {record.reason}; to allow it, change"
+                    f"{record}{record.where} is disabled: {record.reason}; to allow it, change"
                     " that",
                     record=record,
                 )
         for record in known.records:
             if record.status == "shadowed" and record.matches(name):
                 return CombinationNotFoundError(
-                    f"{record} in {record.metadata} cannot be reached: {record.reason}",
+                    f"{record}{record.where} cannot be reached: {record.reason}",
                     record=record,
                 )
         if not known.names:
@@ -487,8 +482,17 @@ def _matching(known: _Known, name: str) -> list[PluginRecord]:
 
 
 def _conflict(name: str, candidates: Sequence[PluginRecord]) -> str:
-    shown = [f"{r.qualified_name!r} ({r.origin}, {r.metadata or r.target})" for r in candidates]
-    return f"combination {name!r} is offered by {len(candidates)} plugins: {', '.join(shown)}"
+    shown = [f"{r.qualified_name!r} ({r.origin}, {r.target}{r.where})" for r in candidates]
+    first = candidates[0]
+    if len({(record.owner, record.name) for record in candidates}) == len(candidates):
+        remedy = (
+            "ask for one of these, disable or uninstall all but one, or prefer one: registry.policy"
+            f" = Policy(prefer=({first.qualified_name!r},))"
+        )
+    else:
+        remedy = f"no name tells them apart: tell the author of {first.distribution}"
+    offers = f"combination {name!r} is offered by {len(candidates)} plugins"
+    return f"{offers}: {', '.join(shown)}; {remedy}"
 
 
 def _registered_record(name: str, combination: type[Combination]) -> PluginRecord:

@@ -53,7 +53,9 @@ def scan(group: str) -> Scan:
 
     key = path_key()
     problems: list[Problem] = []
-    distributions: Iterable[Any] = importlib_metadata.distributions()
+    # As imports do, who overlook what is no text. A number would be an open file.
+    path = [entry for entry in sys.path if isinstance(entry, str)]
+    distributions: Iterable[Any] = importlib_metadata.distributions(path=path)
     copies = []
     for distribution in distributions:
         try:
@@ -243,6 +245,6 @@ def _let_torch_start(malformed: list[_Copy]) -> None:
 
 def _modified(entry: Any) -> int | None:
     try:
-        return os.stat(entry or ".").st_mtime_ns
-    except (OSError, ValueError, TypeError):  # nothing there, or no path at all
+        return os.stat(entry or ".").st_mtime_ns if isinstance(entry, str) else None
+    except (OSError, ValueError):
         return None

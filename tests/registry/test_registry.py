@@ -6,6 +6,7 @@ import weakref
 
 import pytest
 import torch
+from installed import GOOD
 
 from mtenn_core import Combination, PluginRecord, Registry
 from mtenn_core.errors import (
@@ -16,15 +17,6 @@ from mtenn_core.errors import (
     PluginLoadError,
     PluginSpecError,
 )
-
-MEDIAN_LIKE = """
-    from mtenn_core import Combination
-
-    class {name}(Combination):
-        def combine(self, predictions):
-            return predictions.mean()
-"""
-GOOD = MEDIAN_LIKE.format(name="Good")
 
 
 class Mean(Combination):

@@ -1,0 +1,596 @@
+"""Bad plugins and environments: each harms itself alone, and the message says what to do.
+
+Each row of the table is installed for real, as metadata and modules in folders on the path, beside
+a healthy plugin, which must resolve whatever the other does.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from textwrap import dedent
+
+import pytest
+import torch
+from installed import GOOD, Places, write_distribution
+
+from mtenn_core import Registry
+from mtenn_core._process_state import changed, process_state
+from mtenn_core._registry._apart import import_apart
+from mtenn_core.errors import (
+    CombinationConflictError,
+    CombinationNotFoundError,
+    GradientValidationError,
+    PluginIncompatibleError,
+    PluginLoadError,
+    PluginSpecError,
+    PluginWarning,
+    RegistryError,
+)
+
+REINSTALL = "--force-reinstall"
+UNINSTALL = "pip uninstall demo-bad"
+
+
+@dataclass(frozen=True)
+class Case:
+    """A row of the table.
+
+    Attributes
+    ----------
+    install : writes it into the folders
+    error : what asking for the name raises; None if it resolves
+    words : what the message must contain, the remedy among them
+    state : of torch, "restored" or "reported" (and left); empty if it is not touched
+    problem : the kind that shows without an import
+    name : to ask for
+    """
+
+    install: Callable[[Places], object]
+    error: type[Exception] | None = None
+    words: tuple[str, ...] = ()
+    state: str = ""
+    problem: str = ""
+    name: str = "bad"
+
+
+def module(code, target="demo_bad:Good", **options):
+    """Return what installs a plugin with this code in front of a class that is right."""
+    return lambda at: write_distribution(
+        at.site, "demo-bad", {"bad": target}, f"{dedent(code)}\n{dedent(GOOD)}", **options
+    )
+
+
+def hook(body, decorator="from mtenn_core import hookimpl", signature="mtenn_combination()"):
+    """Return what installs a module with a hook of its own."""
+    code = f"{dedent(GOOD)}\n{decorator}\n@hookimpl\ndef {signature}:\n    {body}\n"
+    return lambda at: write_distribution(at.site, "demo-bad", {"bad": "demo_bad"}, code)
+
+
+def entry(target):
+    return lambda at: write_distribution(at.site, "demo-bad", {"bad": target})
+
+
+def entry_points(content, **options):
+    return lambda at: write_distribution(at.site, "demo-bad", content, **options)
+
+
+def metadata(content):
+    return lambda at: write_distribution(
+        at.site, "demo-bad", {"bad": "demo_bad:Good"}, metadata=content
+    )
+
+
+def both(*installs):
+    return lambda at: [install(at) for install in installs]
+
+
+def another(distribution="demo-other", entry_points=None, folder="site", **options):
+    entry_points = entry_points or {"bad": "demo_other:Good"}
+    return lambda at: write_distribution(getattr(at, folder), distribution, entry_points, **options)
+
+
+def entry_points_are_a_folder(at):
+    info = write_distribution(at.site, "demo-bad", {})
+    (info / "entry_points.txt").unlink()
+    (info / "entry_points.txt").mkdir()
+
+
+def one_folder_twice(at):
+    write_distribution(at.site, "demo-bad", {"bad": "demo_bad:Good"})
+    (at.site.parent / "link").symlink_to(at.site)
+    sys.path.insert(0, str(at.site.parent / "link"))
+
+
+def odd_path(at):
+    write_distribution(at.site, "demo-bad", {"bad": "demo_bad:Good"})
+    sys.path[:0] = [at.site, 3, "/nowhere/at/all", str(at.site / "demo_bad.py")]
+
+
+def removed_since(at):
+    write_distribution(at.site, "demo-bad", {"bad": "demo_bad:Good"})
+    (at.site / "demo_bad.py").unlink()
+
+
+BAD = {"bad": "demo_bad:Good"}
+HOOK_FAILED = "its hook mtenn_combination failed with"
+MUST_RETURN = "its hook mtenn_combination must return a subclass of mtenn_core.Combination; found"
+CASES = {
+    # What the module does when it is imported.
+    "a dependency is missing": Case(
+        module("import a_package_that_is_not_there"),
+        PluginLoadError,
+        ("ModuleNotFoundError: No module named 'a_package_that_is_not_there'", UNINSTALL),
+    ),
+    "ImportError": Case(
+        module("from os import no_such_name"),
+        PluginLoadError,
+        ("ImportError: cannot import name 'no_such_name'", "demo_bad.py:1", UNINSTALL),
+    ),
+    "SyntaxError": Case(
+        module("def ("), PluginLoadError, ("SyntaxError", "demo_bad.py:1", UNINSTALL)
+    ),
+    "sys.exit(0)": Case(
+        module("import sys; sys.exit(0)"),
+        PluginLoadError,
+        ("SystemExit: 0", "demo_bad.py:1", UNINSTALL),
+    ),
+    "BaseException": Case(
+        module("class Panic(BaseException): pass\nraise Panic('rust')"),
+        PluginLoadError,
+        ("Panic: rust", "demo_bad.py:2", UNINSTALL),
+    ),
+    "endless recursion": Case(
+        module("def f(): f()\nf()"), PluginLoadError, ("RecursionError", UNINSTALL)
+    ),
+    "any error": Case(
+        module("1 / 0"), PluginLoadError, ("ZeroDivisionError", "demo_bad.py:1", UNINSTALL)
+    ),
+    "asks the registry for a healthy plugin": Case(
+        module("from mtenn_core import Registry\nassert Registry().get('healthy')")
+    ),
+    "asks the registry for itself": Case(
+        module("from mtenn_core import Registry\nRegistry().get('bad')"),
+        PluginLoadError,
+        ("partially initialized module 'demo_bad'", UNINSTALL),
+    ),
+    "writes warnings": Case(
+        module("import warnings\nwarnings.simplefilter('ignore')\nwarnings.warn('old')")
+    ),
+    "prints": Case(module("print('hello')")),
+    # What its entry point says.
+    "missing module": Case(
+        entry("demo_gone:Good"), PluginLoadError, ("No module named 'demo_gone'", UNINSTALL)
+    ),
+    "missing attribute": Case(
+        entry("demo_bad:Goood"),
+        PluginLoadError,
+        ("no attribute 'Goood'. Did you mean 'Good'?", UNINSTALL),
+    ),
+    "missing attribute of an attribute": Case(
+        entry("demo_bad:Good.Inner"), PluginLoadError, ("no attribute 'Inner'", UNINSTALL)
+    ),
+    "no attribute behind the colon": Case(
+        entry("demo_bad:"), PluginLoadError, ("'module:attribute'", UNINSTALL), "", "does not load"
+    ),
+    "no module name": Case(
+        entry("demo bad:Good"),
+        PluginLoadError,
+        ("'module:attribute'", UNINSTALL),
+        "",
+        "does not load",
+    ),
+    "no target": Case(
+        entry(""), PluginLoadError, ("'module:attribute'", UNINSTALL), "", "does not load"
+    ),
+    "extras": Case(entry("demo_bad:Good [fast]")),
+    # What its metadata say.
+    "a line without an equals sign": Case(
+        entry_points("[mtenn.combinations]\nno equals sign\nbad = demo_bad:Good\n"),
+        problem="malformed",
+    ),
+    "a line without a name": Case(
+        entry_points("[mtenn.combinations]\n= demo_bad:Good\nbad = demo_bad:Good\n"),
+        problem="malformed",
+    ),
+    "a line without an equals sign in an unrelated distribution": Case(
+        entry_points("[console_scripts]\nno equals sign\n"),
+        CombinationNotFoundError,
+        ("unknown combination 'bad'; installed: ", "see `mtenn doctor`"),
+        "",
+        "malformed",
+    ),
+    "entry points before any group": Case(
+        entry_points("bad = demo_bad:Good\n[mtenn.combinations]\n"), CombinationNotFoundError
+    ),
+    "entry points that are no UTF-8": Case(
+        entry_points(b"[mtenn.combinations]\nb\xff = x:Y\nbad = demo_bad:Good\n"),
+        problem="malformed",
+    ),
+    "entry points with a byte order mark": Case(
+        entry_points("\ufeff[mtenn.combinations]\nbad = demo_bad:Good\n")
+    ),
+    "entry points are a folder": Case(entry_points_are_a_folder, CombinationNotFoundError),
+    "one name for two classes of one distribution": Case(
+        entry_points("[mtenn.combinations]\nbad = demo_bad:Good\nbad = demo_bad:Other\n"),
+        CombinationConflictError,
+        ("'demo-bad:bad'", "demo_bad:Other"),
+        "",
+        "conflict",
+    ),
+    "one entry point twice": Case(
+        entry_points("[mtenn.combinations]\nbad = demo_bad:Good\nbad = demo_bad:Good\n")
+    ),
+    "no METADATA": Case(metadata(""), problem="no metadata"),
+    "METADATA that is no text": Case(metadata(b"\xff\xfe\x00"), problem="no metadata"),
+    "METADATA without a version": Case(metadata("Name: demo-bad\n"), problem="no metadata"),
+    "made for an older core": Case(
+        module("open(__file__ + '.imported', 'w')", requires="mtenn-core<0.1"),
+        PluginIncompatibleError,
+        ("requires mtenn-core<0.1; found mtenn-core", "--upgrade"),
+        "",
+        "incompatible",
+    ),
+    "a requirement that cannot be read": Case(
+        module("", requires="mtenn-core >>> 1"),
+        PluginIncompatibleError,
+        ("what it requires cannot be read", UNINSTALL),
+        "",
+        "incompatible",
+    ),
+    "1000 names in one distribution": Case(
+        entry_points(
+            "[mtenn.combinations]\nbad = demo_bad:Good\n"
+            + "".join(f"n{i} = demo_bad:Good\n" for i in range(999))
+        )
+    ),
+    "unicode names": Case(
+        lambda at: write_distribution(at.site, "demo-bad", {"größe": "demo_bad:Good"}),
+        name="GRÖSSE".replace("SS", "ß"),
+    ),
+    # What its hook does.
+    "the hook raises": Case(
+        hook("raise ValueError('no licence')"),
+        PluginSpecError,
+        (f"{HOOK_FAILED} ValueError: no licence", "demo_bad.py:", UNINSTALL),
+    ),
+    "the hook exits": Case(
+        hook("raise SystemExit"), PluginSpecError, (f"{HOOK_FAILED} SystemExit", UNINSTALL)
+    ),
+    "the hook wants an argument": Case(
+        hook("return Good", signature="mtenn_combination(name)"),
+        PluginSpecError,
+        (HOOK_FAILED, "name", UNINSTALL),
+    ),
+    "the hook returns None": Case(
+        hook("return None"), PluginSpecError, (f"{MUST_RETURN} None", UNINSTALL)
+    ),
+    "the hook returns a list": Case(
+        hook("return [Good]"), PluginSpecError, (f"{MUST_RETURN} [<class", UNINSTALL)
+    ),
+    "the hook returns a number": Case(
+        hook("return 3"), PluginSpecError, (f"{MUST_RETURN} 3", UNINSTALL)
+    ),
+    "the hook returns an instance": Case(
+        hook("return Good()"), PluginSpecError, (f"{MUST_RETURN} Good()", UNINSTALL)
+    ),
+    "the hook returns a class that is no Combination": Case(
+        hook("return dict"), PluginSpecError, (f"{MUST_RETURN} <class 'dict'>", UNINSTALL)
+    ),
+    "the marker of another project": Case(
+        hook("return Good", "import pluggy; hookimpl = pluggy.HookimplMarker('other')"),
+        PluginSpecError,
+        ("does not implement the hook", "one of another project", "mtenn_core.hookimpl"),
+    ),
+    "a misspelt hook": Case(
+        hook("return Good", signature="mtenn_combinations()"),
+        PluginSpecError,
+        ("does not implement the hook", "it implements mtenn_combinations", UNINSTALL),
+    ),
+    "no hook": Case(
+        module("Bad = object()", "demo_bad:Bad"),
+        PluginSpecError,
+        ("does not implement the hook mtenn_combination;", UNINSTALL),
+    ),
+    "an object that raises at every look": Case(
+        module(
+            """
+            class Raises:
+                def __getattr__(self, name): raise ValueError(name)
+                def __dir__(self): raise ValueError("dir")
+            Bad = Raises()
+            """,
+            "demo_bad:Bad",
+        ),
+        PluginSpecError,
+        (f"{HOOK_FAILED} ValueError", UNINSTALL),
+    ),
+    "the entry point is an instance": Case(
+        lambda at: write_distribution(
+            at.site, "demo-bad", {"bad": "demo_bad:good"}, f"{dedent(GOOD)}\ngood = Good()\n"
+        ),
+        PluginSpecError,
+        ("is an instance, whose arguments would be lost; name the class, Good", UNINSTALL),
+    ),
+    # What its class does.
+    "a class without a value": Case(
+        lambda at: write_distribution(
+            at.site,
+            "demo-bad",
+            BAD,
+            "from mtenn_core import Combination\nclass Good(Combination): pass\n",
+        ),
+        PluginSpecError,
+        ("cannot be built", "it must define combine(predictions)"),
+    ),
+    "a gradient that is wrong": Case(
+        lambda at: write_distribution(
+            at.site,
+            "demo-bad",
+            BAD,
+            f"{dedent(GOOD)}\n    def pose_weights(self, p): return p * 0 + 1\n",
+        ),
+        GradientValidationError,
+        ("your backward", "validate=False"),
+    ),
+    # Who else is there.
+    "two distributions with one name": Case(
+        both(module(""), another()),
+        CombinationConflictError,
+        ("'demo-bad:bad'", "'demo-other:bad'", "demo-other 1.0", "prefer"),
+        "",
+        "conflict",
+    ),
+    "names that differ by case and - and _": Case(
+        both(
+            lambda at: write_distribution(at.site, "demo-bad", {"bad-one": "demo_bad:Good"}),
+            another(entry_points={"Bad_One": "demo_other:Good"}),
+        ),
+        CombinationConflictError,
+        ("'demo-bad:bad-one'", "'demo-other:Bad_One'", "prefer"),
+        "",
+        "conflict",
+        "bad.one",
+    ),
+    "two spellings in one distribution": Case(
+        lambda at: write_distribution(
+            at.site, "demo-bad", {"bad-one": "demo_bad:Good", "bad_one": "demo_bad:Other"}
+        ),
+        CombinationConflictError,
+        ("'demo-bad:bad-one'", "'demo-bad:bad_one'"),
+        "",
+        "conflict",
+        "bad-one",
+    ),
+    "one distribution twice on the path": Case(
+        both(module(""), another("demo-bad", BAD, "front")),
+    ),
+    "one folder twice on the path": Case(one_folder_twice),
+    "a copy in front that lacks the name": Case(
+        both(module(""), another("demo-bad", {"other": "demo_bad:Good"}, "front", version="0.9")),
+        CombinationNotFoundError,
+        ("cannot be reached", "demo_bad-0.9.dist-info comes first", "delete it"),
+        "",
+        "shadowed",
+    ),
+    "a copy in front that offers nothing": Case(
+        both(module(""), another("demo-bad", "[console_scripts]\n", "front", version="0.9")),
+        CombinationNotFoundError,
+        ("cannot be reached", "demo_bad-0.9.dist-info comes first", "delete it"),
+        "",
+        "shadowed",
+    ),
+    "a stale egg-info in front": Case(
+        both(
+            module(""),
+            another(
+                "demo-bad", {"bad": "demo_old:Good"}, "front", version="0.1", egg=True, module=None
+            ),
+        ),
+        PluginLoadError,
+        ("No module named 'demo_old'", "demo_bad.egg-info hides", "1.0.dist-info", "delete it"),
+    ),
+    "a stale egg-info beside it": Case(
+        both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.1", egg=True))
+    ),
+    "an upgrade that was interrupted": Case(
+        both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.10"))
+    ),
+    "odd entries in sys.path": Case(odd_path),
+    "its files were deleted": Case(
+        removed_since, PluginLoadError, ("No module named 'demo_bad'", UNINSTALL)
+    ),
+    # What it leaves behind.
+    "default dtype": Case(
+        module("import torch; torch.set_default_dtype(torch.float64)"), state="restored"
+    ),
+    "number of threads": Case(
+        module("import torch; torch.set_num_threads(torch.get_num_threads() + 1)"),
+        state="restored",
+    ),
+    "grad mode": Case(module("import torch; torch.set_grad_enabled(False)"), state="restored"),
+    "default device": Case(
+        module("import torch; torch.set_default_device('meta')"), state="restored"
+    ),
+    "deterministic mode": Case(
+        module("import torch; torch.use_deterministic_algorithms(True)"), state="restored"
+    ),
+    "precision of float32": Case(
+        module("import torch; torch.set_float32_matmul_precision('medium')"), state="restored"
+    ),
+    "seeds": Case(
+        module("import random, torch; torch.manual_seed(1); random.seed(1)"),
+        state="restored, silently",
+    ),
+    "a setting, and then an error": Case(
+        module("import torch; torch.set_default_dtype(torch.float64); 1 / 0"),
+        PluginLoadError,
+        ("ZeroDivisionError", UNINSTALL),
+        state="restored, silently",
+    ),
+    "torch patched": Case(
+        module("import torch; torch.erfinv = lambda x: x"),
+        state="reported",
+    ),
+}
+
+
+@pytest.fixture
+def unpatched(monkeypatch):
+    monkeypatch.setattr(torch, "erfinv", torch.erfinv)
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+@pytest.mark.usefixtures("unpatched")
+def test_a_bad_plugin_harms_itself_alone(places, case):
+    case.install(places)
+    registry = Registry()
+    filters = warnings.filters.copy()
+    before = process_state()
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        assert "healthy" in registry.names()
+        if case.error is None:
+            assert registry.get(case.name).__name__ == "Good"
+        else:
+            with pytest.raises(case.error) as caught:
+                registry.get(case.name)
+            check_message(str(caught.value), case, places)
+        assert registry.get("healthy").__module__ == "demo_healthy"
+    assert not changed(before, process_state())
+    assert warnings.filters == filters
+    told = [str(w.message) for w in warned if issubclass(w.category, PluginWarning)]
+    words = {"restored": "that was put back", "reported": "replaced torch.erfinv"}.get(case.state)
+    assert len(told) == (words is not None), told
+    assert words is None or (words in told[0] and "demo-bad 1.0" in told[0])
+    kinds = [p.kind for p in registry.problems() if "demo" in p.message]
+    assert (case.problem in kinds) if case.problem else not kinds
+
+
+def check_message(message, case, places):
+    for word in case.words:
+        assert word in message
+    if case.error not in (CombinationNotFoundError, GradientValidationError):
+        assert "demo-bad" in message
+        assert str(places.site.parent) in message  # the file, or that of the metadata
+        assert "1.0" in message or "0.1" in message
+
+
+def test_the_table_has_the_rows_that_were_promised():
+    assert len(CASES) + len(APART) + len(IN_FORWARD) >= 40
+
+
+# Kinds of problems that a plugin has when it is imported in a process of its own, and a word.
+APART = {
+    "segfault": ("import os; os.kill(os.getpid(), 11)", "crashes", "killed by SIGSEGV"),
+    "exit": ("import os; os._exit(3)", "crashes", "exited with 3 before it was done"),
+    "hang": ("import time; time.sleep(600)", "crashes", "did not end within 4 s"),
+    "slow": ("import time; time.sleep(3.1)", "slow", "its import takes 3."),
+    "prints": ("print('hello')", "prints", "'hello'"),
+    "traces": (
+        "import torch; torch.set_default_dtype(torch.float64)",
+        "leaves traces",
+        "changed torch's default dtype",
+    ),
+    "error": ("1 / 0", "does not load", "ZeroDivisionError"),
+}
+posix = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
+
+
+@posix
+def test_an_import_in_isolation_tells_what_ends_it_and_goes_on(places):
+    for name, (code, _, _) in APART.items():
+        write_distribution(
+            places.site, f"demo-{name}", {name: f"demo_{name}:Good"}, f"{code}\n{dedent(GOOD)}"
+        )
+    records = [r for r in Registry().records() if str(r.distribution).startswith("demo-")]
+    found = {record.name: problems for record, problems in import_apart(records, 4.0)}
+    assert found.pop("healthy") == []
+    assert set(found) == set(APART)
+    for name, (_, kind, word) in APART.items():
+        (problem,) = found[name]
+        assert problem.kind == kind
+        assert word in problem.message
+        assert f"demo-{name} 1.0" in problem.message
+        if kind == "crashes":
+            assert f"pip uninstall demo-{name}" in problem.message
+
+
+IN_FORWARD = {
+    "segfault": ("import os; os.kill(os.getpid(), 11)", "killed by SIGSEGV"),
+    "hang": ("import time; time.sleep(600)", "did not end within 2 s"),
+    "memory": ("import torch; torch.ones(2**40)", "not enough memory"),
+}
+
+
+@posix
+@pytest.mark.parametrize("case", IN_FORWARD)
+def test_a_check_in_isolation_tells_what_ended_it(places, case):
+    code, word = IN_FORWARD[case]
+    wrong = f"{dedent(GOOD)}\n    def forward(self, *args):\n        {code}\n"
+    write_distribution(places.site, "demo-bad", BAD, wrong)
+    (report,) = Registry().check(
+        "bad", isolated=True, only=["A2"], time_limit=4.0, memory_limit=1024
+    )
+    assert not report.passed
+    assert word in report.failures[0].reason
+    (report,) = Registry().check("healthy", only=["A2"])
+    assert report.passed
+
+
+def test_a_check_of_what_is_registered_cannot_be_isolated(places):
+    registry = Registry()
+    registry.register("here", registry.get("healthy"))
+    assert registry.check("here", only=["A2"])[0].passed
+    with pytest.raises(RegistryError, match=r"'here' .* which would not know it"):
+        registry.check("here", isolated=True)
+
+
+@pytest.mark.parametrize("command", ["check bad --level gate", "doctor", "list", "info bad"])
+def test_json_stays_valid_where_a_plugin_prints(places, command):
+    noise = "import os, warnings\nprint('hello')\nos.system('echo hi')\nwarnings.warn('old')"
+    module(noise)(places)
+    path = os.pathsep.join([str(places.site), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-m", "mtenn_core", *command.split(), "--json"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+    assert json.loads(done.stdout), done.stderr
+
+
+def test_a_line_that_torch_stops_at_stops_nothing_here(places):
+    """A fresh process: torch looks for entry points when it is imported."""
+    entry_points("[console_scripts]\nno equals sign\n")(places)
+    path = os.pathsep.join([str(places.site), os.environ.get("PYTHONPATH", "")])
+    done = subprocess.run(
+        [sys.executable, "-c", "from mtenn_core import registry; print(registry.get('healthy'))"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": path},
+        check=False,
+    )
+    assert "demo_healthy.Good" in done.stdout, done.stderr
+    assert "PluginWarning" in done.stderr
+    assert "demo_bad-1.0.dist-info" in done.stderr
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])
+def test_what_is_not_the_plugins_doing_passes(places, error):
+    module(f"raise {error.__name__}")(places)
+    with pytest.raises(error):
+        Registry().get("bad")
+
+
+def test_a_plugin_that_was_repaired_loads(places):
+    module("1 / 0")(places)
+    registry = Registry()
+    with pytest.raises(PluginLoadError):
+        registry.get("bad")
+    (places.site / "demo_bad.py").write_text(dedent(GOOD))
+    assert registry.get("bad").__name__ == "Good"
