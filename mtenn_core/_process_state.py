@@ -124,21 +124,22 @@ def undone_process_state() -> Iterator[list[str]]:
         found[:] = [name for name in found if name in SETTINGS]
 
 
-def torch_functions() -> dict[str, Any]:
-    """Return what is public in torch and most used, to see later whether it was replaced."""
-    return {
-        f"{name}.{attribute}": value
-        for name, namespace in NAMESPACES.items()
-        for attribute, value in list(vars(namespace).items())
-        if not attribute.startswith("_") or attribute == "__call__"
-    }
+def torch_functions() -> dict[str, dict[str, Any]]:
+    """Return what is in torch and most used, by namespace, to see later whether it was replaced."""
+    return {name: dict(vars(namespace)) for name, namespace in NAMESPACES.items()}
 
 
-def replaced(before: dict[str, Any]) -> list[str]:
-    """Return the names of those functions that somebody has replaced, other than torch itself."""
+def replaced(before: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the names of public functions that somebody has replaced, other than torch itself."""
     now = torch_functions()
-    others = [name for name, value in before.items() if now.get(name) is not value]
-    return [name for name in others if not _is_torchs(now.get(name))]
+    return [
+        f"{namespace}.{name}"
+        for namespace, functions in before.items()
+        for name, function in functions.items()
+        if now[namespace].get(name) is not function
+        and (name == "__call__" or not name.startswith("_"))
+        and not _is_torchs(now[namespace].get(name))
+    ]
 
 
 def _is_torchs(function: Any) -> bool:

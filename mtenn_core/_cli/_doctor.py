@@ -14,10 +14,8 @@ from rich.progress import track
 from rich.table import Table
 
 from mtenn_core._cli._output import console, own_stdout, print_json
-from mtenn_core._registry import PluginRecord, Problem, Registry, registry
+from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
 from mtenn_core._registry._apart import import_apart
-from mtenn_core._registry._load import check_before_import
-from mtenn_core._registry._policy import Policy
 from mtenn_core.errors import PluginWarning, RegistryError
 
 
@@ -62,7 +60,7 @@ def _import_problems(
 
 def _may_be_imported(record: PluginRecord, policy: Policy) -> bool:
     try:
-        check_before_import(record, policy)
+        policy.check(record)
     except RegistryError:  # which is a problem already
         return False
     return True

@@ -10,6 +10,7 @@ import time
 import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import redirect_stdout
+from dataclasses import fields
 from typing import Any
 
 from mtenn_core._child_process import Child, ChildDiedError, Send
@@ -47,7 +48,7 @@ def import_apart(
 
 
 def _to_plain(record: PluginRecord) -> dict[str, Any]:
-    return {key: value for key, value in vars(record).items() if key != "plugin"}
+    return {field.name: getattr(record, field.name) for field in fields(record) if field.repr}
 
 
 def _from_plain(plain: dict[str, Any]) -> PluginRecord:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -14,23 +13,15 @@ from typing import TYPE_CHECKING, Any
 
 import pluggy
 
-from mtenn_core import __version__, hookspecs
-from mtenn_core._registry._pins import check_pin
+from mtenn_core import hookspecs
 from mtenn_core._registry._policy import Policy, closest
 from mtenn_core._registry._record import PluginRecord
-from mtenn_core.errors import (
-    PluginIncompatibleError,
-    PluginLoadError,
-    PluginSpecError,
-    PluginWarning,
-)
+from mtenn_core.errors import PluginLoadError, PluginSpecError, PluginWarning
 
 if TYPE_CHECKING:
     from mtenn_core.combination import Combination
 
 _HOOK = hookspecs.mtenn_combination.__name__
-# Extras behind it are allowed and mean nothing any more.
-_TARGET = re.compile(r"(?:([\w.]+)\s*:\s*([\w.]+)|([\w.]+))(?:\s*\[.*\])?")
 # What is not the plugin's doing. Whatever else it raises, sys.exit() included, breaks it alone.
 _NOT_ITS_DOING = (KeyboardInterrupt, MemoryError)
 
@@ -48,7 +39,7 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
     """
     from mtenn_core._process_state import replaced, torch_functions, undone_process_state
 
-    check_before_import(record, policy)
+    policy.check(record)
     functions = torch_functions()
     with undone_process_state() as settings:
         plugin = _import(record) if record.plugin is None else record.plugin
@@ -57,52 +48,11 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
     return combination
 
 
-def check_before_import(record: PluginRecord, policy: Policy) -> None:
-    """Check what can be known of a plugin before its code runs.
-
-    Raises
-    ------
-    PluginIncompatibleError, PluginPinError, PluginLoadError : the last of a malformed target
-    """
-    _check_compatible(record)
-    if _TARGET.fullmatch(record.target.strip()) is None and record.plugin is None:
-        raise PluginLoadError(
-            f"{record}{record.where}: its entry point must read 'module:attribute'; found"
-            f" {record.target!r}; {record.remedy}",
-            record=record,
-        )
-    if policy.pins is not None:
-        check_pin(record, policy.pins)
-
-
-def _check_compatible(record: PluginRecord) -> None:
-    from packaging.requirements import InvalidRequirement
-    from packaging.specifiers import SpecifierSet
-
-    try:
-        specifier = record.requires_core
-    except InvalidRequirement as error:
-        raise PluginIncompatibleError(
-            f"{record}{record.where}: what it requires cannot be read"
-            f" ({str(error).splitlines()[0]}); {record.remedy}",
-            record=record,
-        ) from error
-    if not SpecifierSet(specifier).contains(__version__, prereleases=True):
-        raise PluginIncompatibleError(
-            f"{record}{record.where} requires mtenn-core{specifier}; found mtenn-core"
-            f" {__version__}; update one of them: pip install --upgrade {record.distribution}"
-            " mtenn-core",
-            record=record,
-        )
-
-
 def _import(record: PluginRecord) -> Any:
-    match = _TARGET.fullmatch(record.target.strip())
-    assert match is not None, "check_before_import comes first"
-    module, attribute, bare_module = match.groups()
+    module, attribute = record.module_and_attribute
     imported = None
     try:
-        imported = importlib.import_module(module or bare_module)
+        imported = importlib.import_module(module)
         return reduce(getattr, attribute.split(".") if attribute else (), imported)
     except _NOT_ITS_DOING:
         raise

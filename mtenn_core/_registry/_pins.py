@@ -40,8 +40,6 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
     ------
     PluginPinError : it is not, cannot be, or the file is no list of pins
     """
-    if record.distribution is None:
-        return
     pins = _read(Path(file), record)
     versions = {version: hash for owner, version, hash in pins if owner == record.owner}
     if not versions:

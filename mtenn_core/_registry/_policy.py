@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from mtenn_core import __version__
 from mtenn_core._registry._record import PluginRecord, canonical
-from mtenn_core.errors import RegistryError
+from mtenn_core.errors import PluginIncompatibleError, RegistryError
 
 ALLOWED = "MTENN_PLUGINS"
 DISABLED = "MTENN_DISABLE_PLUGINS"
@@ -75,6 +75,22 @@ class Policy:
             return f"{self._source('allowed', ALLOWED)} does not name it"
         return ""
 
+    def check(self, record: PluginRecord) -> None:
+        """Check what can be known of a plugin before its code runs; of a resolved policy.
+
+        Raises
+        ------
+        PluginIncompatibleError, PluginPinError, PluginLoadError : the last of a malformed target
+        """
+        if record.distribution is None:
+            return
+        _check_compatible(record)
+        record.module_and_attribute  # noqa: B018 - raises if there are none
+        if self.pins is not None:
+            from mtenn_core._registry._pins import check_pin
+
+            check_pin(record, self.pins)
+
     def preferred(self, candidates: Sequence[PluginRecord]) -> Sequence[PluginRecord]:
         """Return those of several plugins with one name that are preferred, if any is."""
         chosen = [record for record in candidates if any(map(record.matches, self.prefer))]
@@ -108,8 +124,33 @@ class Policy:
         return f"the policy's `{field}`"
 
 
+def _check_compatible(record: PluginRecord) -> None:
+    if not record.requires:
+        return
+    from packaging.requirements import InvalidRequirement
+    from packaging.specifiers import SpecifierSet
+
+    try:
+        specifier = record.requires_core
+    except InvalidRequirement as error:
+        raise PluginIncompatibleError(
+            f"{record}{record.where}: what it requires cannot be read"
+            f" ({str(error).splitlines()[0]}); {record.remedy}",
+            record=record,
+        ) from error
+    if not SpecifierSet(specifier).contains(__version__, prereleases=True):
+        raise PluginIncompatibleError(
+            f"{record}{record.where} requires mtenn-core{specifier}; found mtenn-core"
+            f" {__version__}; update one of them: pip install --upgrade {record.distribution}"
+            " mtenn-core",
+            record=record,
+        )
+
+
 def closest(name: str, known: Iterable[str]) -> str:
     """Return a question with the name that looks most like ``name``, or nothing."""
+    import difflib  # not for those who ask for what is there
+
     by_key = {canonical(each): each for each in known}
     close = difflib.get_close_matches(canonical(name), by_key, n=1)
     return f" Did you mean {by_key[close[0]]!r}?" if close else ""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, Literal
 
 from mtenn_core.errors import (
@@ -14,6 +15,8 @@ from mtenn_core.errors import (
     RegistryError,
 )
 
+# Extras behind it are allowed, and mean nothing any more.
+_TARGET = re.compile(r"(?P<module>[\w.]+)(\s*:\s*(?P<attribute>[\w.]+))?(\s*\[.*\])?")
 Status = Literal["available", "disabled", "shadowed"]
 
 
@@ -56,12 +59,12 @@ class PluginRecord:
     reason: str = field(default="", compare=False)
     shadows: tuple[str, ...] = field(default=(), compare=False)
 
-    @property
+    @cached_property
     def key(self) -> str:
         """The name as names are compared."""
         return canonical(self.name)
 
-    @property
+    @cached_property
     def owner(self) -> str:
         """The distribution's name as names are compared."""
         return canonical(self.distribution or "")
@@ -84,8 +87,30 @@ class PluginRecord:
         return f" in {self.metadata}" if self.metadata else ""
 
     @property
+    def module_and_attribute(self) -> tuple[str, str]:
+        """What the target names; the attribute may be empty.
+
+        Raises
+        ------
+        PluginLoadError : the target is malformed
+        """
+        match = _TARGET.fullmatch(self.target.strip())
+        if match is None:
+            raise PluginLoadError(
+                f"{self}{self.where}: its entry point must read 'module:attribute'; found"
+                f" {self.target!r}; {self.remedy}",
+                record=self,
+            )
+        return match["module"], match["attribute"] or ""
+
+    @property
     def requires_core(self) -> str:
-        """The version specifier that the distribution sets on mtenn-core."""
+        """The version specifier that the distribution sets on mtenn-core.
+
+        Raises
+        ------
+        packaging.requirements.InvalidRequirement : its metadata has what is none
+        """
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
 

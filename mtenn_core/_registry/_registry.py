@@ -148,8 +148,6 @@ class Registry:
 
         ``mtenn doctor`` shows these, and imports each plugin in a process of its own for the rest.
         """
-        from mtenn_core._registry._load import check_before_import
-
         known = self._look(strict=False)
         problems = list(known.scan.problems)
         problems += [
@@ -160,7 +158,7 @@ class Registry:
                 problems.append(Problem("conflict", _conflict(name, candidates), candidates[0]))
             for record in candidates:
                 try:
-                    check_before_import(record, known.policy)
+                    known.policy.check(record)
                 except RegistryError as error:
                     problems.append(Problem.of(error))
         return problems

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import sys
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
-from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,8 +53,8 @@ def scan(group: str) -> Scan:
 
     key = path_key()
     problems: list[Problem] = []
-    # As imports do, who overlook what is no text. A number would be an open file.
-    path = [entry for entry in sys.path if isinstance(entry, str)]
+    # Without what is not there: a zip file, for which a finder would import a library.
+    path = [entry for entry, modified in key if modified is not None]
     distributions: Iterable[Any] = importlib_metadata.distributions(path=path)
     copies = []
     for distribution in distributions:
@@ -81,7 +81,7 @@ def scan(group: str) -> Scan:
     ]
     offers = {copy.name for copy in copies if copy.offers_any}
     records: list[PluginRecord] = []
-    for _, same in groupby(
+    for _, same in itertools.groupby(
         sorted((c for c in copies if c.name in offers), key=lambda copy: copy.name),
         key=lambda copy: copy.name,
     ):
@@ -97,25 +97,28 @@ class _Copy:
         self.distribution = distribution
         self.group = group
         path = getattr(distribution, "_path", None)  # None for a finder of somebody else's
-        self.folder = str(distribution.locate_file(""))
-        self.metadata = str(path or self.folder)
-        stem, suffix = os.path.splitext(os.path.basename(self.metadata))
+        self._is_folder = isinstance(path, Path)
+        self.metadata = str(path or distribution.locate_file(""))
+        self.folder, file_name = os.path.split(self.metadata)
+        stem, suffix = os.path.splitext(file_name)
         self.is_egg = suffix != ".dist-info"
-        # The metadata's own name would cost a file and a parser for each distribution.
+        # The metadata's own name would cost a file for each distribution.
         self.name = canonical(stem.partition("-")[0] if path else str(distribution.name))
         self._version = stem.partition("-")[2]
-        self.text = self._entry_points()
+        self.text = self._read("entry_points.txt")
         self.offers_any = group in self.text
 
-    def _entry_points(self) -> str:
+    def _read(self, name: str) -> str:
+        """Return the text of a file, with a mark for what is no text; empty if there is no file."""
+        if not self._is_folder:
+            return self.distribution.read_text(name) or ""
         try:
-            text = self.distribution.read_text("entry_points.txt")
-        except UnicodeDecodeError:  # the lines that can be read still count
-            path = Path(self.metadata, "entry_points.txt")
-            text = path.read_text(encoding="utf-8", errors="replace")
+            with open(
+                os.path.join(self.metadata, name), encoding="utf-8-sig", errors="replace"
+            ) as f:
+                return f.read()
         except OSError:
-            text = None
-        return (text or "").removeprefix("\ufeff")
+            return ""
 
     def version(self) -> Version:
         """Return what the name of the folder says."""
@@ -145,23 +148,26 @@ class _Copy:
         ]
 
     def _metadata(self, problems: list[Problem]) -> tuple[str, str | None, tuple[str, ...]]:
-        try:
-            metadata: Any = self.distribution.metadata
-            name, version = metadata.get("Name"), metadata.get("Version")
-            requires = tuple(filter(_ON_CORE.match, self.distribution.requires or ()))
-            if name and version:
-                return str(name), str(version), requires
-            found = "no name or no version in it"
-        except Exception as error:  # what a parser says of bytes that are no metadata
-            found, requires, version = f"{type(error).__name__}: {error}", (), None
+        fields = _header(self._read("METADATA") or self._read("PKG-INFO"))
+        name, version = fields.get("name", [""])[0], fields.get("version", [""])[0]
+        requires = self._requirements() if self.is_egg else fields.get("requires-dist", [])
+        on_core = tuple(filter(_ON_CORE.match, requires))
+        if name and version and "\ufffd" not in name + version:
+            return name, version, on_core
         problems.append(
             Problem(
                 "no metadata",
-                f"{self.name}: the metadata in {self.metadata} cannot be read ({found}); reinstall"
-                f" it: pip install --force-reinstall {self.name}",
+                f"{self.name}: the metadata in {self.metadata} tell no name or no version;"
+                f" reinstall it: pip install --force-reinstall {self.name}",
             )
         )
-        return self.name, str(version) if version else None, requires
+        return self.name, None, on_core
+
+    def _requirements(self) -> list[str]:
+        try:
+            return list(self.distribution.requires or ())
+        except Exception:  # what a parser says of what is no requirement
+            return []
 
     def _lines(self, who: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
         """Yield name and target of each entry point of the group.
@@ -189,6 +195,20 @@ class _Copy:
 
     def __str__(self) -> str:
         return self.metadata
+
+
+def _header(text: str) -> dict[str, list[str]]:
+    """Return the fields in front of the first blank line, by their names in lower case.
+
+    The parser of :mod:`email`, which :mod:`importlib_metadata` takes for this, takes longer to
+    import than the whole scan.
+    """
+    fields: dict[str, list[str]] = {}
+    for line in itertools.takewhile(str.strip, text.splitlines()):
+        name, colon, value = line.partition(":")
+        if colon and not line[0].isspace():
+            fields.setdefault(name.lower(), []).append(value.strip())
+    return fields
 
 
 def _in_order(copies: list[_Copy]) -> list[_Copy]:

@@ -1,0 +1,100 @@
+"""Whatever a distribution's files say, the registry works on and no healthy name is lost."""
+
+import importlib
+import json
+import shutil
+import sys
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from installed import write_distribution
+
+from mtenn_core import Registry
+
+GROUP = "mtenn.combinations"
+words = st.sampled_from(
+    [
+        "healthy",
+        "bad",
+        "a-b",
+        "A_B",
+        "größe",
+        "",
+        " ",
+        "=",
+        "x:Y",
+        "demo:",
+        "[",
+        "]",
+        "#",
+        ":",
+        "\0",
+    ]
+) | st.text(max_size=8)
+lines = st.one_of(
+    st.just(f"[{GROUP}]"),
+    words.map("[{}]".format),
+    st.builds("{} = {}".format, words, words),
+    st.lists(words, max_size=4).map(" ".join),
+)
+fields = st.one_of(
+    st.builds("Name: {}".format, words),
+    st.builds("Version: {}".format, words | st.sampled_from(["1.0", "2!3.post1", "one"])),
+    st.builds(
+        "Requires-Dist: {}{}".format,
+        st.sampled_from(["mtenn-core", "Mtenn_Core", "torch", ""]),
+        words | st.sampled_from([">=0.1", "<0.1", "[x]; extra=='y'", "; python_version<'3'", ">>"]),
+    ),
+    st.lists(words, max_size=3).map(" ".join),
+)
+
+
+def files(of):
+    text = st.lists(of, max_size=8).map("\n".join)
+    encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
+    encoded = st.builds(lambda t, e: t.encode(e, errors="replace"), text, encodings)
+    return encoded | st.binary(max_size=64)
+
+
+@pytest.fixture
+def alone(places):
+    """Let nothing else be on the path; a scan is then quick."""
+    import numpy.random  # noqa: F401 - hypothesis imports it later, and could not
+
+    assert Registry().problems() is not None  # which has imported what it needs
+    sys.path[:] = [str(places.site), str(places.front)]
+    return places
+
+
+@settings(
+    max_examples=2000,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(
+    entry_points=files(lines),
+    metadata=files(fields) | st.just(b""),
+    egg=st.booleans(),
+    in_front=st.booleans(),
+    environment=st.lists(words, max_size=3),
+)
+def test_no_file_breaks_the_registry(alone, entry_points, metadata, egg, in_front, environment):
+    folder = alone.front if in_front else alone.site
+    info = write_distribution(folder, "demo-bad", entry_points, None, metadata=metadata, egg=egg)
+    importlib.invalidate_caches()
+    try:
+        registry = Registry()
+        assert registry.info("demo-healthy:healthy").target == "demo_healthy:Good"
+        assert "healthy" in registry.names()
+        assert len(registry.records(everything=True)) >= len(registry)
+        for record in registry.records(everything=True):
+            json.dumps(record.to_json())
+            assert registry.policy.resolved().reason_against(record) == ""
+            assert str(record)
+        for problem in registry.problems():
+            json.dumps(problem.to_json())
+        for word in environment:
+            word in registry  # noqa: B015 - must not raise
+    finally:
+        shutil.rmtree(info)

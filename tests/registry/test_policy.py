@@ -1,0 +1,347 @@
+"""What is allowed, disabled, preferred and pinned decides before anything is imported."""
+
+import json
+import warnings
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+from installed import GOOD, write_distribution, write_record
+
+from mtenn_core import Policy, Registry
+from mtenn_core._registry._pins import pin
+from mtenn_core.errors import (
+    CombinationConflictError,
+    CombinationDisabledError,
+    PluginLoadError,
+    PluginPinError,
+    PluginWarning,
+    RegistryError,
+)
+
+LEAVES_A_FILE = f"""
+from pathlib import Path
+
+Path(__file__).with_suffix(".imported").touch()
+{dedent(GOOD)}
+"""
+NO_PINS = "demo-other==1.0 RECORD=sha256:" + "0" * 64 + "\n"
+
+
+@pytest.fixture
+def marked(places):
+    """A plugin that leaves a file behind when it is imported; return where."""
+    write_distribution(
+        places.site, "demo-marked", {"marked": "demo_marked:Good"}, LEAVES_A_FILE, record=True
+    )
+    return places.site / "demo_marked.imported"
+
+
+@pytest.fixture
+def record(marked):
+    return Registry().info("marked")
+
+
+def test_without_a_policy_it_is_imported(marked):
+    assert Registry().get("marked").__name__ == "Good"
+    assert marked.exists()
+
+
+FORBIDDEN = {
+    "not allowed": ({"MTENN_PLUGINS": "healthy"}, Policy(allowed=("healthy",))),
+    "nothing allowed": ({"MTENN_PLUGINS": ""}, Policy(allowed=())),
+    "disabled by name": ({"MTENN_DISABLE_PLUGINS": "Marked"}, Policy(disabled=("Marked",))),
+    "disabled by distribution": (
+        {"MTENN_DISABLE_PLUGINS": "healthy, demo_marked"},
+        Policy(disabled=("healthy", "demo_marked")),
+    ),
+    "disabled by both": (
+        {"MTENN_DISABLE_PLUGINS": "demo-marked:marked"},
+        Policy(disabled=("demo-marked:marked",)),
+    ),
+    "disabled and allowed": (
+        {"MTENN_DISABLE_PLUGINS": "marked", "MTENN_PLUGINS": "marked"},
+        Policy(allowed=("marked",), disabled=("marked",)),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", ["marked", "demo-marked:marked"])
+@pytest.mark.parametrize("case", FORBIDDEN)
+@pytest.mark.parametrize("by", ["environment", "argument"])
+def test_what_is_not_allowed_is_not_imported(marked, monkeypatch, case, by, name):
+    environment, policy = FORBIDDEN[case]
+    registry = Registry()
+    if by == "environment":
+        for variable, value in environment.items():
+            monkeypatch.setenv(variable, value)
+    else:
+        registry.policy = policy
+    assert "marked" not in registry.names()
+    assert "marked" not in registry
+    source = "MTENN_" if by == "environment" else "the policy's `(allowed|disabled)`"
+    with pytest.raises(CombinationDisabledError, match=rf"demo-marked 1\.0.*{source}") as caught:
+        registry.get(name)
+    assert caught.value.record.status == "disabled"
+    with pytest.raises(LookupError):
+        registry.create(name)
+    assert [r.status for r in registry.records(everything=True) if r.name == "marked"] == [
+        "disabled"
+    ]
+    assert not marked.exists()
+
+
+@pytest.mark.parametrize("entry", ["marked", "demo-marked", "Demo.Marked:MARKED"])
+def test_what_is_allowed_is_all_that_there_is(marked, monkeypatch, entry):
+    monkeypatch.setenv("MTENN_PLUGINS", entry)
+    assert Registry().names() == ["marked"]
+    assert Registry().get("marked").__name__ == "Good"
+
+
+def test_arguments_beat_the_environment(marked, monkeypatch):
+    monkeypatch.setenv("MTENN_PLUGINS", "")
+    monkeypatch.setenv("MTENN_DISABLE_PLUGINS", "marked")
+    monkeypatch.setenv("MTENN_STRICT", "1")
+    registry = Registry(policy=Policy(allowed=("marked",), disabled=(), strict=False))
+    assert registry.names() == ["marked"]
+
+
+def test_the_environment_may_change_while_the_process_runs(marked, monkeypatch):
+    registry = Registry()
+    assert "marked" in registry
+    monkeypatch.setenv("MTENN_DISABLE_PLUGINS", "marked")
+    assert "marked" not in registry
+    monkeypatch.delenv("MTENN_DISABLE_PLUGINS")
+    assert "marked" in registry
+
+
+@pytest.mark.parametrize("variable", ["MTENN_PLUGINS", "MTENN_DISABLE_PLUGINS"])
+def test_an_entry_that_means_nothing_warns_with_the_closest_name(marked, monkeypatch, variable):
+    monkeypatch.setenv(variable, "markd healthy")
+    registry = Registry()
+    with pytest.warns(PluginWarning, match=rf"{variable}=.*'markd'.*Did you mean 'marked'\?"):
+        registry.names()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        registry.names()  # once is enough
+    assert "unknown setting" in [problem.kind for problem in registry.problems()]
+
+
+def test_what_is_registered_by_a_call_needs_no_permission(places):
+    registry = Registry()
+    good = registry.get("healthy")
+    registry.policy = Policy(allowed=())
+    registry.register("mine", good)
+    assert registry.names() == ["mine"]
+    assert registry.get("mine") is good
+
+
+def test_entries_are_several():
+    with pytest.raises(TypeError, match=r"allowed takes several entries: allowed=\('max',\)"):
+        Policy(allowed="max")
+
+
+def test_a_preference_settles_a_conflict(places):
+    for distribution in ("demo-one", "demo-two"):
+        target = f"{distribution.replace('-', '_')}:Good"
+        write_distribution(places.site, distribution, {"rule": target}, LEAVES_A_FILE)
+    registry = Registry()
+    with pytest.raises(CombinationConflictError, match=r"prefer=\('demo-one:rule',\)"):
+        registry.get("rule")
+    assert not list(places.site.glob("*.imported"))
+    for entry in ("demo-two", "demo-two:rule", "Demo_Two:Rule"):
+        registry.policy = Policy(prefer=(entry,))
+        assert registry.get("rule").__module__ == "demo_two"
+        assert registry.problems() == []
+    assert registry.get("demo-one:rule").__module__ == "demo_one"
+    registry.policy = Policy(disabled=("demo-one",))
+    assert registry.get("rule").__module__ == "demo_two"
+    registry.policy = Policy(prefer=("demo-three",))
+    with pytest.warns(PluginWarning, match="prefer names 'demo-three'"):
+        registry.names()
+
+
+# Strict ------------------------------------------------------------------------------------------
+
+
+def malformed(places):
+    write_distribution(places.site, "demo-bad", "[mtenn.combinations]\nno equals sign\n")
+
+
+def incompatible(places):
+    write_distribution(places.site, "demo-bad", {"bad": "demo_bad:Good"}, requires="mtenn-core<0.1")
+
+
+def conflicting(places):
+    write_distribution(places.site, "demo-bad", {"healthy": "demo_bad:Good"})
+
+
+@pytest.mark.parametrize("problem", [malformed, incompatible, conflicting])
+def test_strict_stops_at_a_problem_before_any_import(places, marked, monkeypatch, problem):
+    problem(places)
+    assert Registry().names()
+    monkeypatch.setenv("MTENN_STRICT", "1")
+    registry = Registry()
+    for look in (registry.names, lambda: registry.get("marked"), lambda: "marked" in registry):
+        with pytest.raises(RegistryError, match=r"1 problem.*strict(.|\n)*demo-bad"):
+            look()
+    assert not marked.exists()
+    assert registry.problems()  # can be looked at all the same
+
+
+def test_strict_imports_all_before_it_hands_one_out(places, marked, monkeypatch):
+    write_distribution(places.site, "demo-bad", {"zz-bad": "demo_bad:Good"}, "1 / 0")
+    monkeypatch.setenv("MTENN_STRICT", "1")
+    registry = Registry()
+    assert "healthy" in registry.names()
+    for _ in range(2):
+        with pytest.raises(PluginLoadError, match=r"'zz-bad'.*ZeroDivisionError") as caught:
+            registry.get("healthy")
+        assert "MTENN_STRICT" in caught.value.__notes__[0]
+    monkeypatch.setenv("MTENN_DISABLE_PLUGINS", "zz-bad")
+    assert registry.get("healthy").__name__ == "Good"
+    assert marked.exists()
+
+
+@pytest.mark.parametrize("value", ["0", "false", "No", "off", ""])
+def test_no_is_no(places, monkeypatch, value):
+    malformed(places)
+    monkeypatch.setenv("MTENN_STRICT", value)
+    assert Registry().names()
+
+
+def test_what_is_neither_yes_nor_no_is_an_error(monkeypatch):
+    monkeypatch.setenv("MTENN_STRICT", "perhaps")
+    with pytest.raises(RegistryError, match="MTENN_STRICT is 1 or 0; found 'perhaps'"):
+        Registry().names()
+
+
+# Pins --------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pins(tmp_path, monkeypatch):
+    """Write a pins file that counts; return the function that does."""
+
+    def write(text: str) -> Path:
+        file = tmp_path / "pins.txt"
+        file.write_text(text)
+        monkeypatch.setenv("MTENN_PINS", str(file))
+        return file
+
+    return write
+
+
+def test_what_is_pinned_is_handed_out(record, marked, pins):
+    pins(f"# of today\n\n{NO_PINS}{pin(record)}  # mine\n")
+    assert Registry().get("marked").__name__ == "Good"
+    assert marked.exists()
+
+
+def test_a_pin_may_be_an_argument(record, marked, tmp_path):
+    file = tmp_path / "mine.txt"
+    file.write_text(pin(record))
+    assert Registry(policy=Policy(pins=file)).get("marked").__name__ == "Good"
+    file.write_text(NO_PINS)
+    with pytest.raises(PluginPinError, match="not pinned"):
+        Registry(policy=Policy(pins=str(file))).get("marked")
+
+
+def without_a_line(record):
+    return NO_PINS
+
+
+def of_another_version(record):
+    return pin(record).replace("==1.0", "==2.0")
+
+
+def of_another_hash(record):
+    return f"{pin(record)[:-4]}0000"
+
+
+def no_pin(record):
+    return "demo-marked==1.0\n"
+
+
+PINNED_OTHERWISE = {
+    without_a_line: "is not pinned in .*pins.txt; .*add the line: demo-marked==1.0 RECORD=sha256:",
+    of_another_version: r"is pinned to 2\.0 in .*: pip install demo-marked==2\.0",
+    of_another_hash: "is another build than the one that is pinned",
+    no_pin: r"pins.txt:1: expected 'distribution==version RECORD=.*found 'demo-marked==1\.0'",
+}
+
+
+@pytest.mark.parametrize("text", PINNED_OTHERWISE)
+def test_what_is_pinned_otherwise_is_not_imported(record, marked, pins, text):
+    pins(text(record))
+    registry = Registry()
+    assert "marked" in registry.names()
+    with pytest.raises(PluginPinError, match=PINNED_OTHERWISE[text]) as caught:
+        registry.get("marked")
+    assert caught.value.record == record
+    assert not marked.exists()
+    kinds = {p.kind for p in registry.problems() if "demo-marked" in p.message}
+    assert kinds == {"not pinned"}
+
+
+def test_a_file_of_pins_that_is_not_there_allows_nothing(marked, monkeypatch, tmp_path):
+    monkeypatch.setenv("MTENN_PINS", str(tmp_path / "nowhere.txt"))
+    with pytest.raises(PluginPinError, match=r"the pins cannot be read .*nowhere.txt.*list --pins"):
+        Registry().get("marked")
+    assert not marked.exists()
+
+
+def changed_file(info):
+    (info.parent / "demo_marked.py").write_text("import os")
+
+
+def changed_entry_points(info):
+    (info / "entry_points.txt").write_text("[mtenn.combinations]\nmarked = demo_marked:Good \n")
+
+
+def deleted_file(info):
+    (info.parent / "demo_marked.py").unlink()
+
+
+@pytest.mark.parametrize("change", [changed_file, changed_entry_points, deleted_file])
+def test_a_file_that_changed_since_it_was_installed_is_not_imported(record, marked, pins, change):
+    pins(pin(record))
+    change(Path(record.metadata))
+    with pytest.raises(PluginPinError, match="is not as it was installed"):
+        Registry().get("marked")
+    assert not marked.exists()
+
+
+def test_a_rebuild_with_a_record_of_its_own_is_not_imported(record, marked, pins):
+    pins(pin(record))
+    changed_file(Path(record.metadata))
+    write_record(Path(record.metadata))
+    with pytest.raises(PluginPinError, match="is another build"):
+        Registry().get("marked")
+    assert not marked.exists()
+
+
+def test_a_pin_is_the_same_whoever_has_installed_it(record):
+    before = pin(record)
+    info = Path(record.metadata)
+    (info / "INSTALLER").write_text("another\n")
+    (info / "direct_url.json").write_text('{"url": "file:///home/me", "dir_info": {}}')
+    write_record(info)
+    with (info / "RECORD").open("a") as file:
+        file.write("../../../bin/demo,sha256=x,1\n")
+    assert pin(record) == before
+
+
+def test_what_is_editable_cannot_be_pinned(record, marked, pins):
+    pins(pin(record))
+    origin = {"url": "file:///home/me", "dir_info": {"editable": True}}
+    (Path(record.metadata) / "direct_url.json").write_text(json.dumps(origin))
+    with pytest.raises(PluginPinError, match="cannot be pinned: it is installed as editable from"):
+        Registry().get("marked")
+    assert not marked.exists()
+
+
+def test_what_has_no_record_cannot_be_pinned(places, pins):
+    pins("demo-healthy==1.0 RECORD=sha256:" + "0" * 64)
+    with pytest.raises(PluginPinError, match="has no RECORD with hashes"):
+        Registry().get("healthy")

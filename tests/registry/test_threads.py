@@ -1,0 +1,194 @@
+"""Threads share a registry: nothing waits for ever, is imported twice, or is lost."""
+
+import sys
+import threading
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from textwrap import dedent
+
+import pytest
+import torch
+from conftest import forget_modules_in
+from installed import GOOD, write_distribution
+
+from mtenn_core import Combination, Registry
+from mtenn_core._registry import _registry
+
+N_THREADS, N_NAMES, N_RUNS = 16, 50, 200
+SECONDS = 60.0
+COUNTED = """
+import time
+from mtenn_core import Combination
+import demo_counts
+
+demo_counts.imported.append(__name__)
+time.sleep(0.0005)  # so that others come meanwhile
+
+class Good(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+"""
+
+
+class Mean(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+
+
+@pytest.fixture
+def counts(places):
+    """Install 50 plugins that count their imports; return the module with the counts.
+
+    Nothing else is on the path: to scan it again and again would take most of the time.
+    """
+    assert Registry().names()  # which has imported what it needs
+    for entry in list(sys.path):
+        if list(Path(entry).glob("*.dist-info")) and entry != str(places.site):
+            sys.path.remove(entry)
+    (places.site / "demo_counts.py").write_text("imported = []\n")
+    for i in range(N_NAMES):
+        write_distribution(places.site, f"demo-{i}", {f"rule-{i}": f"demo_{i}:Good"}, COUNTED)
+    return __import__("demo_counts")
+
+
+@pytest.fixture(autouse=True)
+def _short_slices():
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-4)
+    yield
+    sys.setswitchinterval(before)
+
+
+def test_no_name_is_lost_or_imported_twice_while_the_registry_changes(counts, places):
+    names = {f"rule-{i}" for i in range(N_NAMES)}
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        for run in range(N_RUNS):
+            registry = Registry()
+            begin = threading.Barrier(N_THREADS, timeout=SECONDS)
+            futures = [
+                pool.submit(_look_up, registry, begin, (run + i) % N_THREADS, sorted(names))
+                for i in range(N_THREADS)
+            ]
+            for future in futures:
+                modules = future.result(timeout=SECONDS)
+                assert modules == {name: name.replace("rule-", "demo_") for name in names}
+            assert sorted(counts.imported) == sorted(f"demo_{i}" for i in range(N_NAMES))
+            assert not [name for name in registry if name.startswith("mine")]
+            counts.imported.clear()
+            for i in range(N_NAMES):
+                del sys.modules[f"demo_{i}"]
+
+
+def _look_up(registry, begin, number, names):
+    """Look all names up, beginning elsewhere in each thread, and change the registry meanwhile."""
+    begin.wait()
+    modules = {}
+    for i in range(len(names)):
+        name = names[(i + 7 * number) % len(names)]
+        modules[name] = registry.get(name, validate=False).__module__
+        if number % 4 == 0 and i == number:
+            registry.register(f"mine-{number}", Mean)
+            assert registry.get(f"mine-{number}", validate=False) is Mean
+            registry.refresh()
+            with registry.temporary({f"mine-too-{number}": Mean}):
+                assert f"mine-too-{number}" in registry
+            registry.unregister(f"mine-{number}")
+        if i % 10 == number % 10:
+            assert name in registry
+            assert set(registry.names()) >= set(names)
+    return modules
+
+
+def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts):
+    registry = Registry()
+    torch.manual_seed(0)
+    before = torch.get_rng_state(), torch.get_default_dtype()
+    names = [f"rule-{i}" for i in range(4)] * 4
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        classes = list(pool.map(registry.get, names, timeout=SECONDS))
+    assert len(set(classes)) == 4
+    assert len(registry._validated) == 4
+    assert torch.equal(torch.get_rng_state(), before[0])
+    assert torch.get_default_dtype() == before[1]
+
+
+def test_a_plugin_that_hangs_keeps_nobody_else_waiting(places):
+    code = f"import demo_gate; demo_gate.entered.set(); demo_gate.go.wait({SECONDS})\n{COUNTED}"
+    (places.site / "demo_counts.py").write_text("imported = []\n")
+    (places.site / "demo_gate.py").write_text(
+        "import threading\nentered, go = threading.Event(), threading.Event()\n"
+    )
+    write_distribution(places.site, "demo-slow", {"slow": "demo_slow:Good"}, code)
+    gate = __import__("demo_gate")
+    registry = Registry()
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(registry.get, "slow")
+        assert gate.entered.wait(SECONDS)
+        assert pool.submit(registry.get, "healthy").result(SECONDS).__name__ == "Good"
+        assert "slow" in registry.names()
+        assert not slow.done()
+        gate.go.set()
+        assert slow.result(SECONDS).__name__ == "Good"
+
+
+def test_a_setting_that_one_import_changes_is_put_back_where_two_overlap(places):
+    """The second begins while the first has changed the dtype, and ends after it."""
+    (places.site / "demo_gate.py").write_text(
+        "import threading\nfirst, second, done = (threading.Event() for _ in range(3))\n"
+    )
+    one = "import torch; torch.set_default_dtype(torch.float64); g.first.set(); g.second.wait(30)"
+    two = "g.second.set(); g.done.wait(30)"
+    for name, code in {"one": one, "two": two}.items():
+        code = f"import demo_gate as g; {code}\n{dedent(GOOD)}"
+        write_distribution(places.site, f"demo-{name}", {name: f"demo_{name}:Good"}, code)
+    gate = __import__("demo_gate")
+    registry = Registry()
+    with ThreadPoolExecutor(2) as pool, warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        first = pool.submit(registry.get, "one", validate=False)
+        assert gate.first.wait(SECONDS)
+        second = pool.submit(registry.get, "two", validate=False)
+        first.result(SECONDS)
+        gate.done.set()
+        second.result(SECONDS)
+    assert torch.get_default_dtype() == torch.float32
+    assert ["torch's default dtype" in str(each.message) for each in warned] == [True]
+
+
+def test_two_threads_that_wait_for_each_other_end(places, monkeypatch):
+    """One imports a module that asks for what the other imports, which imports that module.
+
+    Python then lets one of the two go on with half a module, or fail.
+    """
+    monkeypatch.setattr(_registry, "PATIENCE", 0.5)
+    (places.site / "demo_gate.py").write_text(
+        "import threading\nmeet = threading.Barrier(2, timeout=30)\nregistry = None\n"
+    )
+    gate = __import__("demo_gate")
+    (places.site / "demo_common.py").write_text(
+        "import demo_gate as g\ng.meet.wait()\ng.registry.get('circle', validate=False)\n"
+    )
+    write_distribution(
+        places.site,
+        "demo-circle",
+        {"circle": "demo_circle:Good"},
+        "from mtenn_core import Combination\nclass Good(Combination):\n"
+        "    def combine(self, p): return p.mean()\n"
+        "import demo_gate as g\ng.meet.wait()\nimport demo_common\n",
+    )
+    gate.registry = Registry()
+    with ThreadPoolExecutor(2) as pool:
+        asks = pool.submit(gate.registry.get, "circle", validate=False)
+        imports = pool.submit(__import__, "demo_common")
+        errors = [asks.exception(SECONDS), imports.exception(SECONDS)]
+    assert None in errors
+    assert all("deadlock" in str(error) for error in errors if error)
+    assert gate.registry.get("circle").__name__ == "Good"
+
+
+def test_what_the_fixture_removes_is_imported_again(places):
+    before = set(sys.modules)
+    assert Registry().get("healthy").__module__ == "demo_healthy"
+    forget_modules_in(Path(places.site), before)
+    assert "demo_healthy" not in sys.modules
