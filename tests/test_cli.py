@@ -9,6 +9,7 @@ from textwrap import dedent
 
 import pytest
 from click.testing import CliRunner
+from installed import write_distribution
 
 from mtenn_core import registry
 from mtenn_core._cli import _commands, main
@@ -96,6 +97,109 @@ def test_info_shows_one(mtenn):
     assert result.exit_code == 0
     assert "demo-rules" in result.output
     assert json.loads(mtenn("info", "right", "--json").output)["target"] == "demo_rules:Mean"
+
+
+def test_info_says_what_to_pin(places):
+    registry.refresh()
+    write_distribution(places.site, "demo-pin", {"pinned": "demo_pin:Good"}, record=True)
+    invoke = CliRunner().invoke
+    found = json.loads(invoke(main, ["info", "pinned", "--json"]).stdout)
+    assert found["pin"].startswith("demo-pin==1.0 RECORD=sha256:")
+    assert found["metadata"] == str(places.site / "demo_pin-1.0.dist-info")
+    assert found["pin"] in invoke(main, ["info", "pinned"]).stdout
+    assert json.loads(invoke(main, ["info", "healthy", "--json"]).stdout)["pin"] is None
+
+
+def test_list_prints_pins_that_the_registry_takes(places, monkeypatch, tmp_path):
+    registry.refresh()
+    write_distribution(places.site, "demo-pin", {"a": "demo_pin:Good", "b": "x:Y"}, record=True)
+    monkeypatch.setenv("MTENN_PLUGINS", "demo-pin")
+    result = CliRunner().invoke(main, ["list", "--pins"])
+    assert result.exit_code == 0, result.output
+    (tmp_path / "pins.txt").write_text(result.stdout)
+    assert len(result.stdout.splitlines()) == 1
+    monkeypatch.setenv("MTENN_PINS", str(tmp_path / "pins.txt"))
+    assert registry.get("a").__name__ == "Good"
+
+    monkeypatch.setenv("MTENN_PLUGINS", "demo-pin healthy")
+    result = CliRunner().invoke(main, ["list", "--pins"])
+    assert result.exit_code == 1
+    assert len(result.stdout.splitlines()) == 1  # what can be pinned is
+    assert "demo-healthy" in result.stderr
+    assert "cannot be pinned" in result.stderr
+    assert CliRunner().invoke(main, ["list", "--pins", "--json"]).exit_code == 2
+
+
+def test_list_shows_what_is_disabled_or_shadowed_if_asked(places, monkeypatch):
+    write_distribution(places.front, "demo-healthy", {"other": "demo_healthy:Good"}, version="0.9")
+    registry.refresh()
+    monkeypatch.setenv("MTENN_DISABLE_PLUGINS", "other")
+    monkeypatch.setenv("COLUMNS", "500")
+    result = CliRunner().invoke(main, ["list"])
+    assert "demo-healthy" not in result.stdout
+    assert result.stderr == "1 problem: see `mtenn doctor`\n"
+    result = CliRunner().invoke(main, ["list", "--all"])
+    assert "disabled: MTENN_DISABLE_PLUGINS=other names it" in result.stdout
+    assert re.search(
+        r"healthy +demo-healthy +1\.0 .*shadowed: .*front.* comes first", result.stdout
+    )
+    records = json.loads(CliRunner().invoke(main, ["list", "--all", "--json"]).stdout)
+    statuses = {r["name"]: r["status"] for r in records if r["distribution"] == "demo-healthy"}
+    assert statuses == {"healthy": "shadowed", "other": "disabled"}
+
+
+def test_list_says_where_nothing_may_be_used(places, monkeypatch):
+    monkeypatch.setenv("MTENN_PLUGINS", "")
+    result = CliRunner().invoke(main, ["list"])
+    assert result.exit_code == 0
+    assert "no combination may be used" in result.stdout
+
+
+def test_a_warning_about_plugins_is_one_line(places, monkeypatch):
+    monkeypatch.setenv("MTENN_PLUGINS", "healthy helthy")
+    registry.refresh()
+    result = CliRunner().invoke(main, ["list"])
+    assert result.stderr.splitlines() == [
+        "warning: MTENN_PLUGINS=healthy helthy names 'helthy', and no plugin or distribution is"
+        " called so. Did you mean 'healthy'?",
+        "1 problem: see `mtenn doctor`",
+    ]
+
+
+@posix
+def test_doctor_finds_what_is_wrong_and_exits_with_one(places, monkeypatch):
+    monkeypatch.setenv("MTENN_PLUGINS", "healthy demo-bad helthy")
+    monkeypatch.setenv("MTENN_STRICT", "1")  # which would stop anybody else
+    monkeypatch.setenv("COLUMNS", "500")
+    lines = "[mtenn.combinations]\nno equals sign\nzero = demo_bad:Good\n= x\n"
+    write_distribution(places.site, "demo-bad", lines, "1 / 0")
+    registry.refresh()
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 1
+    for words in (
+        r"malformed +demo-bad 1\.0: expected .* in line 2 of .*entry_points\.txt; found 'no equals",
+        r"malformed +demo-bad 1\.0: expected .* in line 4",
+        r"unknown setting +MTENN_PLUGINS=.*'helthy'.*Did you mean 'healthy'",
+        r"does not load +plugin 'zero' \(demo-bad 1\.0\).*ZeroDivisionError.*demo_bad\.py:1",
+        r"combinations: 2; problems: 4",
+    ):
+        assert re.search(words, result.stdout), result.stdout
+    found = json.loads(CliRunner().invoke(main, ["doctor", "--json", "--no-import"]).stdout)
+    assert found["combinations"] == 2
+    assert [problem["kind"] for problem in found["problems"]] == [
+        "malformed",
+        "malformed",
+        "unknown setting",
+    ]
+
+
+@posix
+def test_doctor_finds_nothing_wrong_with_what_is_right(places, monkeypatch):
+    monkeypatch.setenv("MTENN_PLUGINS", "healthy")
+    registry.refresh()
+    result = CliRunner().invoke(main, ["doctor"])
+    assert result.exit_code == 0, result.output
+    assert result.stdout == "combinations: 1; problems: none\n"
 
 
 def test_check_of_what_is_right_exits_with_zero(mtenn):

@@ -48,7 +48,7 @@ def list_(everything: bool, pins: bool, as_json: bool) -> None:
         click.echo(_nothing_to_list())
     if problems := registry.problems():
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        click.echo(f"{count}: `mtenn doctor` tells", err=True)
+        click.echo(f"{count}: see `mtenn doctor`", err=True)
 
 
 def _print_table(records: Sequence[PluginRecord], *, with_status: bool) -> None:
@@ -95,15 +95,10 @@ def info(name: str, as_json: bool) -> None:
     if as_json:
         print_json(plain)
         return
-    from rich.table import Table
-
-    table = Table(show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
     for key, value in plain.items():
-        if value:
-            table.add_row(key, ", ".join(value) if isinstance(value, list) else value)
-    console().print(table)
+        if value:  # on one line, to be copied
+            shown = ", ".join(value) if isinstance(value, list) else value
+            click.echo(f"{key:<13} {shown}")
 
 
 @main.command()

@@ -41,6 +41,7 @@ class Commands(click.Group):
 def _plain_warnings() -> Iterator[None]:
     """Show warnings about plugins as a line each, without the line of code that a script has."""
     with warnings.catch_warnings():
+        warnings.simplefilter("always", PluginWarning)
         show = warnings.showwarning
 
         def show_plainly(message: Any, category: Any, *where: Any, **more: Any) -> None:

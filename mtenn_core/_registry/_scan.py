@@ -252,7 +252,10 @@ def _of_one_distribution(copies: list[_Copy], problems: list[Problem]) -> list[P
 
 def _let_torch_start(malformed: list[_Copy]) -> None:
     """Keep torch from what ends its import: it looks for entry points, and stops at such a line."""
-    if malformed and "torch" not in sys.modules and os.environ.get(_BACKENDS) != "0":
+    if not malformed or os.environ.get(_BACKENDS) == "0":
+        return
+    os.environ[_BACKENDS] = "0"  # for child processes, too
+    if "torch" not in sys.modules:
         warnings.warn(
             f"{malformed[0]} has an entry_points.txt with a line that is no 'name = value', at"
             f" which the import of torch fails; so {_BACKENDS}=0 is set for this process, and torch"
@@ -260,7 +263,6 @@ def _let_torch_start(malformed: list[_Copy]) -> None:
             PluginWarning,
             stacklevel=6,
         )
-        os.environ[_BACKENDS] = "0"
 
 
 def _modified(entry: Any) -> int | None:
