@@ -90,6 +90,7 @@ class Registry:
         self._classes: dict[PluginRecord, type[Combination]] = {}
         self._validated: set[Any] = set()
         self._all_load = False
+        self._warned: set[str] = set()
 
     # Listing ------------------------------------------------------------------------------------
 
@@ -225,7 +226,8 @@ class Registry:
         ----------
         name : as in :meth:`names`, or ``distribution:name``
         isolated : in a child process, where a crash, a hang and too much memory are results, too;
-            for what is installed, not for what was registered by a call
+            for what is installed, not for what was registered by a call, and by the policy that
+            the environment says
         **options : for :func:`~mtenn_core.testing.check_combination`, ``level`` and ``seed`` say;
             if isolated, also ``time_limit`` in seconds and ``memory_limit`` in MiB
 
@@ -315,7 +317,9 @@ class Registry:
             with self._lock:
                 self._scan = self._scan or scan(self.group)
                 known = self._known = self._know(self._scan, policy)
-            for text in policy.unknown(known.records):
+            unknown = set(policy.unknown(known.records)) - self._warned
+            self._warned |= unknown
+            for text in sorted(unknown):
                 warnings.warn(text, PluginWarning, stacklevel=4)
         if strict and policy.strict and self._sound is not known:
             self._raise_problems()
@@ -346,8 +350,8 @@ class Registry:
         problems = self.problems()
         if problems:
             raise RegistryError(
-                f"{len(problems)} problems with plugins, and the policy is strict (MTENN_STRICT):\n"
-                + "\n".join(f"- {problem.message}" for problem in problems),
+                f"plugins have problems ({len(problems)}), and the policy is strict"
+                " (MTENN_STRICT):\n" + "\n".join(f"- {problem.message}" for problem in problems),
                 record=problems[0].record,
             )
 

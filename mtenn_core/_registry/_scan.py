@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from packaging.version import Version
 
 _BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-# A line that no parser of entry points takes.
-_NO_EQUALS_SIGN = re.compile(r"^[^\S\n]*[^\s#;\[=][^=\n]*$", re.MULTILINE)
+# A line that is no comment and no group: the parser of importlib.metadata stops at it.
+_NO_EQUALS_SIGN = re.compile(r"^[^\S\n]*(?!#|\[[^\n]*\][^\S\n]*$)[^\s=][^=\n]*$", re.MULTILINE)
 _ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
 
 
@@ -98,8 +98,10 @@ class _Copy:
         self.group = group
         path = getattr(distribution, "_path", None)  # None for a finder of somebody else's
         self._is_folder = isinstance(path, Path)
-        self.metadata = str(path or distribution.locate_file(""))
+        self.metadata = str(path or distribution.locate_file("")).rstrip(os.sep)
         self.folder, file_name = os.path.split(self.metadata)
+        if file_name == "EGG-INFO":  # in a folder, or a zip file, that has the name
+            file_name = os.path.basename(self.folder)
         stem, suffix = os.path.splitext(file_name)
         self.is_egg = suffix != ".dist-info"
         # The metadata's own name would cost a file for each distribution.
@@ -112,11 +114,10 @@ class _Copy:
         """Return the text of a file, with a mark for what is no text; empty if there is no file."""
         if not self._is_folder:
             return self.distribution.read_text(name) or ""
+        path = os.path.join(self.metadata, name)
         try:
-            with open(
-                os.path.join(self.metadata, name), encoding="utf-8-sig", errors="replace"
-            ) as f:
-                return f.read()
+            with open(path, encoding="utf-8-sig", errors="replace") as file:
+                return file.read()
         except OSError:
             return ""
 

@@ -110,6 +110,15 @@ def odd_path(at):
     sys.path[:0] = [at.site, 3, "/nowhere/at/all", str(at.site / "demo_bad.py")]
 
 
+def two_eggs(at):
+    """As ``setup.py install`` made them: folders on the path, with the metadata inside."""
+    for name in ("demo-bad", "demo-worse"):
+        egg = at.site / f"{name.replace('-', '_')}-1.0-py3.egg"
+        info = write_distribution(egg, name, {name[5:]: f"{name.replace('-', '_')}:Good"}, egg=True)
+        info.rename(egg / "EGG-INFO")
+        sys.path.insert(0, str(egg))
+
+
 def removed_since(at):
     write_distribution(at.site, "demo-bad", {"bad": "demo_bad:Good"})
     (at.site / "demo_bad.py").unlink()
@@ -202,6 +211,11 @@ CASES = {
         ("unknown combination 'bad'; installed: ", "see `mtenn doctor`"),
         "",
         "malformed",
+    ),
+    "a comment that only some parsers know, in an unrelated distribution": Case(
+        entry_points("[console_scripts]\n; old\n[a b]\n# more\nc = d:e\n"),
+        CombinationNotFoundError,
+        problem="malformed",
     ),
     "entry points before any group": Case(
         entry_points("bad = demo_bad:Good\n[mtenn.combinations]\n"), CombinationNotFoundError
@@ -399,6 +413,8 @@ CASES = {
     "an upgrade that was interrupted": Case(
         both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.10"))
     ),
+    "eggs": Case(two_eggs),
+    "the other egg": Case(two_eggs, name="demo-worse:worse"),
     "odd entries in sys.path": Case(odd_path),
     "its files were deleted": Case(
         removed_since, PluginLoadError, ("No module named 'demo_bad'", UNINSTALL)
