@@ -110,6 +110,16 @@ def test_info_says_what_to_pin(places):
     assert json.loads(invoke(main, ["info", "healthy", "--json"]).stdout)["pin"] is None
 
 
+def test_info_says_what_is_wrong(places):
+    requires = "mtenn-core<0.1"
+    write_distribution(places.site, "demo-old", {"old": "demo_old:Good"}, requires=requires)
+    registry.refresh()
+    result = CliRunner().invoke(main, ["info", "old"])
+    assert result.exit_code == 0
+    assert "problems      plugin 'old' (demo-old 1.0)" in result.stdout
+    assert "--upgrade" in result.stdout
+
+
 def test_list_prints_pins_that_the_registry_takes(places, monkeypatch, tmp_path):
     registry.refresh()
     write_distribution(places.site, "demo-pin", {"a": "demo_pin:Good", "b": "x:Y"}, record=True)

@@ -92,12 +92,13 @@ def info(name: str, as_json: bool) -> None:
         plain["pin"] = pin(record)
     except PluginPinError:  # editable, say
         plain["pin"] = None
+    plain["problems"] = [p.message for p in registry.problems() if p.record == record]
     if as_json:
         print_json(plain)
         return
     for key, value in plain.items():
         if value:  # on one line, to be copied
-            shown = ", ".join(value) if isinstance(value, list) else value
+            shown = "; ".join(value) if isinstance(value, list) else value
             click.echo(f"{key:<13} {shown}")
 
 

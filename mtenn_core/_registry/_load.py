@@ -49,7 +49,7 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
 
 
 def _import(record: PluginRecord) -> Any:
-    module, attribute = record.module_and_attribute
+    module, attribute = record.parsed_target()
     imported = None
     try:
         imported = importlib.import_module(module)

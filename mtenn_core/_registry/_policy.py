@@ -82,10 +82,18 @@ class Policy:
         ------
         PluginIncompatibleError, PluginPinError, PluginLoadError : the last of a malformed target
         """
-        if record.distribution is None:
-            return
+        if record.distribution is not None:
+            self.check_distribution(record)
+            record.parsed_target()
+
+    def check_distribution(self, record: PluginRecord) -> None:
+        """Check what is the same for all plugins of a distribution.
+
+        Raises
+        ------
+        PluginIncompatibleError, PluginPinError
+        """
         _check_compatible(record)
-        record.module_and_attribute  # noqa: B018 - raises if there are none
         if self.pins is not None:
             from mtenn_core._registry._pins import check_pin
 

@@ -86,9 +86,8 @@ class PluginRecord:
         """The folder of the metadata, for a message; nothing if there is none."""
         return f" in {self.metadata}" if self.metadata else ""
 
-    @property
-    def module_and_attribute(self) -> tuple[str, str]:
-        """What the target names; the attribute may be empty.
+    def parsed_target(self) -> tuple[str, str]:
+        """Return module and attribute; a target may have no attribute.
 
         Raises
         ------

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import itertools
 import re
 import sys
 import threading
@@ -154,14 +155,19 @@ class Registry:
         problems += [
             Problem("unknown setting", text) for text in known.policy.unknown(known.records)
         ]
-        for name, candidates in sorted(known.available.items()):
+        for name, candidates in known.available.items():
             if len(known.policy.preferred(candidates)) > 1:
                 problems.append(Problem("conflict", _conflict(name, candidates), candidates[0]))
-            for record in candidates:
-                try:
-                    known.policy.check(record)
-                except RegistryError as error:
-                    problems.append(Problem.of(error))
+        installed = [r for r in itertools.chain(*known.available.values()) if r.distribution]
+        seen = set()
+        for record in installed:
+            try:
+                if record.metadata not in seen:  # of a thousand names, say
+                    seen.add(record.metadata)
+                    known.policy.check_distribution(record)
+                record.parsed_target()
+            except RegistryError as error:
+                problems.append(Problem.of(error))
         return problems
 
     def refresh(self) -> None:
