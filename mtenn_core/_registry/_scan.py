@@ -239,15 +239,14 @@ def _of_one_distribution(copies: list[_Copy], problems: list[Problem]) -> list[P
             replace(record, status="shadowed", reason=reason) for record in copy.records(problems)
         ]
         found += hidden
+        lost = [record for record in hidden if record.key not in offered]
         problems += [
-            Problem(
-                "shadowed",
-                f"{record} in {copy} cannot be reached: {reason}",
-                record,
-            )
-            for record in hidden
-            if record.key not in offered
+            Problem("shadowed", f"{record} in {copy} cannot be reached: {reason}", record)
+            for record in lost
         ]
+        if hidden and not lost and hidden[0].version != found[0].version:
+            text = f"{hidden[0].origin} in {copy} is not used, {winner} is; delete what is stale"
+            problems.append(Problem("stale copy", text, hidden[0]))
     return found
 
 

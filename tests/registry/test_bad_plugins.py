@@ -406,12 +406,15 @@ CASES = {
         ),
         PluginLoadError,
         ("No module named 'demo_old'", "demo_bad.egg-info hides", "1.0.dist-info", "delete it"),
+        problem="stale copy",
     ),
     "a stale egg-info beside it": Case(
-        both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.1", egg=True))
+        both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.1", egg=True)),
+        problem="stale copy",
     ),
     "an upgrade that was interrupted": Case(
-        both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.10"))
+        both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.10")),
+        problem="stale copy",
     ),
     "eggs": Case(two_eggs),
     "the other egg": Case(two_eggs, name="demo-worse:worse"),
