@@ -67,10 +67,15 @@ def write_distribution(
     return info
 
 
-def write_record(info: Path) -> None:
-    """Write what pip writes: each file with its hash, and files that only the installer knows."""
+def write_record(info: Path, path: str = "") -> None:
+    """Write what pip writes: each file with its hash, and files that only the installer knows.
+
+    Parameters
+    ----------
+    path : of the module; that of :func:`write_distribution` unless given
+    """
     (info / "INSTALLER").write_text("pip\n")
-    module = info.parent / f"{info.name.partition('-')[0]}.py"
+    module = info.parent / (path or f"{info.name.partition('-')[0]}.py")
     files = [module, *sorted(set(info.iterdir()) - {info / "RECORD"})]
     rows = [f"{file.relative_to(info.parent)},{_hash(file)},1" for file in files]
     rows += [f"__pycache__/{module.stem}.pyc,,", f"{info.name}/RECORD,,"]

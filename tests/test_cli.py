@@ -203,6 +203,25 @@ def test_doctor_finds_what_is_wrong_and_exits_with_one(places, monkeypatch):
     ]
 
 
+def test_a_strict_policy_says_why_another_plugin_was_imported(places, monkeypatch):
+    write_distribution(places.site, "demo-bad", {"zz": "demo_bad:Good"}, "1 / 0")
+    monkeypatch.setenv("MTENN_STRICT", "1")
+    monkeypatch.setenv("MTENN_PLUGINS", "healthy zz")
+    registry.refresh()
+    result = CliRunner().invoke(main, ["check", "healthy", *GATE])
+    assert result.exit_code == 1
+    assert "ZeroDivisionError" in result.stderr
+    assert "since the policy is strict" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["list", "doctor", "check --all"])
+def test_a_setting_that_makes_no_sense_is_an_error(monkeypatch, command):
+    monkeypatch.setenv("MTENN_STRICT", "perhaps")
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 1
+    assert result.stderr == "error: MTENN_STRICT is 1 or 0; found 'perhaps'\n"
+
+
 @posix
 def test_doctor_finds_nothing_wrong_with_what_is_right(places, monkeypatch):
     monkeypatch.setenv("MTENN_PLUGINS", "healthy")

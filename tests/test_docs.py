@@ -34,8 +34,10 @@ from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
+from conftest import forget_modules_in
 
-from mtenn_core import registry
+from mtenn_core import Policy, registry
+from mtenn_core.errors import RegistryError
 from mtenn_core.testing import CHECKS
 from mtenn_core.testing._report import Status
 from mtenn_core.testing._values import PROPERTIES
@@ -51,6 +53,7 @@ PAGES_WITH_PLUGINS = [
 # Written by `tox run -e bank`, which measures what it says.
 MISTAKES = ROOT / "docs/explanation/mistakes.md"
 PAGES = sorted({*ROOT.glob("docs/**/*.md")} - {*PAGES_WITH_PLUGINS, MISTAKES})
+MANAGE = ROOT / "docs/how-to/manage-plugins.md"
 CONFORMANCE = ROOT / "docs/explanation/conformance.md"
 FIX = ROOT / "docs/how-to/fix-a-failing-check.md"
 
@@ -214,10 +217,8 @@ def package(tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     before = set(sys.modules)
     yield tmp_path
-    for module in set(sys.modules) - before:
-        file = getattr(sys.modules[module], "__file__", None)
-        if file and Path(file).is_relative_to(tmp_path):
-            del sys.modules[module]
+    forget_modules_in(tmp_path, before)
+    registry.policy = Policy()
     for record in registry.records():
         if record.distribution is None:
             registry.unregister(record.name)
@@ -250,6 +251,11 @@ def test_the_catalogue_is_that_of_the_suite():
 
 def test_every_check_has_a_remedy():
     assert sorted(row[0] for row in table(FIX, "id")) == sorted(check.id for check in CHECKS)
+
+
+def test_the_errors_are_those_of_the_registry():
+    errors = {RegistryError.__name__, *(error.__name__ for error in RegistryError.__subclasses__())}
+    assert {row[0] for row in table(MANAGE, "error")} == errors
 
 
 def test_the_properties_are_those_that_are_tested():

@@ -14,7 +14,7 @@ import click
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from mtenn_core._cli._output import console, own_stdout, print_json
+from mtenn_core._cli._output import console, error_text, own_stdout, print_json
 from mtenn_core._cli._show import Outcome, show, show_summary
 from mtenn_core.errors import MtennError
 from mtenn_core.testing import CHECKS, Record, Report
@@ -136,7 +136,7 @@ def _progress(
 
 
 def _outcome_of_error(target: Target, checks: Checks, error: Exception) -> Outcome:
-    message = str(error)
+    message = error_text(error)
     if not isinstance(error, MtennError):
         message = f"{target.path}: {described(error)}"
     record = Record(

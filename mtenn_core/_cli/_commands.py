@@ -92,7 +92,8 @@ def info(name: str, as_json: bool) -> None:
         plain["pin"] = pin(record)
     except PluginPinError:  # editable, say
         plain["pin"] = None
-    plain["problems"] = [p.message for p in registry.problems() if p.record == record]
+    about = [p for p in registry.problems() if p.record and p.record.metadata == record.metadata]
+    plain["problems"] = [problem.message for problem in about]
     if as_json:
         print_json(plain)
         return
@@ -237,9 +238,9 @@ def _qualified_names() -> list[str]:
 
 
 def _nothing_to_list() -> str:
-    disabled = len(registry.records(everything=True))
-    if disabled:
-        return f"no combination may be used, and {disabled} are installed: see mtenn list --all"
+    statuses = [record.status for record in registry.records(everything=True)]
+    if n_disabled := statuses.count("disabled"):
+        return f"no combination may be used; disabled: {n_disabled}, see `mtenn list --all`"
     return _nothing_installed()
 
 

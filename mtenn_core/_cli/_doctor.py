@@ -22,7 +22,7 @@ from mtenn_core.errors import PluginWarning, RegistryError
 def examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
     """Print all problems and return whether there is none."""
     # A strict one would stop at the first look.
-    lenient = Registry(registry.group, replace(registry.policy, strict=False))
+    lenient = Registry(registry.group, replace(registry.policy.resolved(), strict=False))
     with own_stdout() as stdout, warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # they are among the problems
         records = lenient.records()

@@ -65,7 +65,7 @@ def errors_to_exit_code(command: Callable[..., None]) -> Callable[..., None]:
             if as_json:
                 print_json({"error": error_to_json(error)})
             else:
-                click.echo(f"error: {error}", err=True)
+                click.echo(f"error: {error_text(error)}", err=True)
             sys.exit(1)
 
     return wrapped
@@ -73,7 +73,12 @@ def errors_to_exit_code(command: Callable[..., None]) -> Callable[..., None]:
 
 def error_to_json(error: Exception) -> dict[str, str]:
     """Return the type of an error and what it says."""
-    return {"type": type(error).__name__, "message": str(error)}
+    return {"type": type(error).__name__, "message": error_text(error)}
+
+
+def error_text(error: Exception) -> str:
+    """Return what an error says, notes included."""
+    return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:
@@ -91,8 +96,10 @@ def console(file: TextIO | None = None) -> Console:
 
     file = file or sys.stdout
     to_terminal = file is not None and file.isatty()
-    # Names and paths are not markup, and numbers in them need no colour.
-    return Plain(file=file, highlight=False, markup=False, soft_wrap=not to_terminal)
+    # Names and paths are not markup, and numbers in them need no colour. What is no terminal has no
+    # width: a line for each row can be searched.
+    width = None if to_terminal or "COLUMNS" in os.environ else 1000
+    return Plain(file=file, highlight=False, markup=False, soft_wrap=not to_terminal, width=width)
 
 
 @contextmanager

@@ -40,11 +40,13 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
     from mtenn_core._process_state import replaced, torch_functions, undone_process_state
 
     policy.check(record)
-    functions = torch_functions()
+    functions, filters = torch_functions(), list(warnings.filters)
     with undone_process_state() as settings:
         plugin = _import(record) if record.plugin is None else record.plugin
         combination = _ask(plugin, record)
-    _warn_of_traces(record, settings, replaced(functions))
+    with warnings.catch_warnings():
+        warnings.filters = filters  # those of the user: the plugin may have set others
+        _warn_of_traces(record, settings, replaced(functions))
     return combination
 
 

@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
+import sys
 from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from importlib.machinery import PathFinder
 from pathlib import Path
 
 from mtenn_core._registry._record import PluginRecord, canonical
@@ -33,48 +37,21 @@ def pin(record: PluginRecord) -> str:
     return f"{record.distribution}=={record.version} RECORD=sha256:{_digest(record)}"
 
 
-def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
-    """Check that a plugin is one of those that were pinned.
+def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
+    """Return the hashes of each distribution and version; there may be a wheel for each platform.
 
     Raises
     ------
-    PluginPinError : it is not, cannot be, or the file is no list of pins
+    PluginPinError : the file cannot be read, or a line is no pin
     """
-    pins = _read(Path(file), record)
-    versions = {version: hash for owner, version, hash in pins if owner == record.owner}
-    if not versions:
-        raise PluginPinError(
-            f"{record} is not pinned in {os.fspath(file)}; if you trust it, add the line:"
-            f" {pin(record)}",
-            record=record,
-        )
-    if record.version not in versions:
-        raise PluginPinError(
-            f"{record}{record.where} is pinned to {' or '.join(versions)} in"
-            f" {os.fspath(file)}; install that: pip install"
-            f" {record.distribution}=={next(iter(versions))}",
-            record=record,
-        )
-    found, expected = _digest(record), versions[record.version]
-    if found != expected:
-        raise PluginPinError(
-            f"{record}{record.where} is another build than the one that is pinned in"
-            f" {os.fspath(file)}: expected RECORD=sha256:{expected}; found {found}; reinstall it,"
-            " or pin this one if you trust it",
-            record=record,
-        )
-
-
-def _read(file: Path, record: PluginRecord) -> list[tuple[str, str, str]]:
     try:
-        lines = file.read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PluginPinError(
-            f"{record}: the pins cannot be read ({error}); correct MTENN_PINS, or write them with:"
-            f" mtenn list --pins > {file}",
-            record=record,
+            f"the pins cannot be read ({error}), so that no plugin may be imported: name another"
+            f" file (MTENN_PINS), or write it with: mtenn list --pins > {file}"
         ) from error
-    pins = []
+    pins: dict[tuple[str, str], set[str]] = {}
     for number, line in enumerate(lines, 1):
         if not (line := line.partition("#")[0].strip()):
             continue
@@ -82,38 +59,98 @@ def _read(file: Path, record: PluginRecord) -> list[tuple[str, str, str]]:
         if match is None:
             raise PluginPinError(
                 f"{file}:{number}: expected 'distribution==version RECORD=sha256:…', as `mtenn list"
-                f" --pins` writes it; found {line!r}",
+                f" --pins` writes it; found {line!r}"
+            )
+        pins.setdefault((canonical(match[1]), match[2]), set()).add(match[3])
+    return pins
+
+
+def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
+    """Check that a plugin is one of those that were pinned.
+
+    Raises
+    ------
+    PluginPinError : it is not, cannot be, or the file is no list of pins
+    """
+    try:
+        pins = read_pins(file)
+    except PluginPinError as error:
+        error.record = record
+        raise
+    versions = [version for owner, version in pins if owner == record.owner]
+    if not versions:
+        raise PluginPinError(
+            f"{record}{record.where} is not pinned in {os.fspath(file)}; if you trust it, add the"
+            f" line: {pin(record)}",
+            record=record,
+        )
+    if record.version not in versions:
+        raise PluginPinError(
+            f"{record}{record.where} is pinned to {' or '.join(versions)} in {os.fspath(file)};"
+            f" install that: pip install {record.distribution}=={versions[0]}",
+            record=record,
+        )
+    found, expected = _digest(record), pins[record.owner, record.version]
+    if found not in expected:
+        raise PluginPinError(
+            f"{record}{record.where} is another build than the one that is pinned in"
+            f" {os.fspath(file)}: expected RECORD=sha256:{' or '.join(sorted(expected))}; found"
+            f" {found}; reinstall it, or pin this one if you trust it",
+            record=record,
+        )
+    _check_found_by_import(record)
+
+
+def _check_found_by_import(record: PluginRecord) -> None:
+    """Check that an import of the target finds files of the distribution, and no others."""
+    folder = Path(record.location or "")
+    own = {os.path.realpath(folder / path) for path, _ in _rows(record)}
+    module, _ = record.parsed_target()
+    path: Sequence[str] | None = None
+    for name in itertools.accumulate(module.split("."), "{}.{}".format):
+        loaded = sys.modules.get(name)
+        spec = loaded.__spec__ if loaded else PathFinder.find_spec(name, path)
+        if spec is None:
+            return  # which the import tells better
+        if spec.origin and os.path.realpath(spec.origin) not in own:
+            raise PluginPinError(
+                f"{record}{record.where} is pinned, and {name!r} would be imported from"
+                f" {spec.origin}, which is no file of it; move that away, or change the path",
                 record=record,
             )
-        pins.append((canonical(match[1]), match[2], match[3]))
-    return pins
+        path = spec.submodule_search_locations
+
+
+def _rows(record: PluginRecord) -> list[tuple[str, str]]:
+    """Return path and hash of the files that are the same wherever it is installed, sorted."""
+    file = Path(record.metadata or "", "RECORD")
+    try:
+        rows = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        rows = []
+    kept = sorted((r[0], r[1]) for r in rows if len(r) > 1 and r[1] and not _varies(r[0]))
+    if not kept:
+        raise PluginPinError(
+            f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of its files;"
+            " install it from a wheel",
+            record=record,
+        )
+    return kept
 
 
 def _digest(record: PluginRecord) -> str:
     """Return the hash of what RECORD says of the files, after a look at the files."""
-    metadata, folder = Path(record.metadata or ""), Path(record.location or "")
-    _refuse_editable(record, metadata)
-    try:
-        rows = list(csv.reader((metadata / "RECORD").read_text(encoding="utf-8").splitlines()))
-    except (OSError, UnicodeDecodeError, csv.Error):
-        rows = []
-    kept = sorted(
-        (row[0], row[1]) for row in rows if len(row) > 1 and row[1] and not _varies(row[0])
-    )
-    if not kept:
-        raise PluginPinError(
-            f"{record} cannot be pinned: {metadata} has no RECORD with hashes of its files; install"
-            " it from a wheel",
-            record=record,
-        )
-    for path, hash in kept:
+    folder = Path(record.location or "")
+    _refuse_editable(record, Path(record.metadata or ""))
+    rows = _rows(record)
+    for path, hash in rows:
         if _hash_of(folder / path, hash.partition("=")[0]) != hash:
             raise PluginPinError(
                 f"{record}: {folder / path} is not as it was installed; find out why, or reinstall:"
                 f" pip install --force-reinstall {record.distribution}=={record.version}",
                 record=record,
             )
-    return hashlib.sha256("".join(f"{path},{hash}\n" for path, hash in kept).encode()).hexdigest()
+    return hashlib.sha256("".join(f"{path},{hash}\n" for path, hash in rows).encode()).hexdigest()
 
 
 def _refuse_editable(record: PluginRecord, metadata: Path) -> None:

@@ -57,14 +57,14 @@ class Policy:
 
         Raises
         ------
-        RegistryError : ``MTENN_STRICT`` is neither yes nor no
+        RegistryError : ``MTENN_STRICT`` is neither yes nor no, or ``MTENN_PINS`` is empty
         """
         return replace(
             self,
             allowed=_entries(ALLOWED) if self.allowed is None else self.allowed,
             disabled=_entries(DISABLED) or () if self.disabled is None else self.disabled,
             strict=_boolean(STRICT) if self.strict is None else self.strict,
-            pins=os.environ.get(PINS) or None if self.pins is None else Path(self.pins),
+            pins=_pins_file() if self.pins is None else Path(self.pins),
         )
 
     def reason_against(self, record: PluginRecord) -> str:
@@ -167,6 +167,13 @@ def closest(name: str, known: Iterable[str]) -> str:
 def _entries(variable: str) -> tuple[str, ...] | None:
     value = os.environ.get(variable)
     return None if value is None else tuple(value.replace(",", " ").split())
+
+
+def _pins_file() -> Path | None:
+    value = os.environ.get(PINS)
+    if value is not None and not value.strip():  # a guard that is off without a word is none
+        raise RegistryError(f"{PINS} is empty: name a file, or unset it")
+    return None if value is None else Path(value)
 
 
 def _boolean(variable: str) -> bool:

@@ -168,7 +168,7 @@ class Problem:
 
     kind: str
     message: str
-    record: PluginRecord | None = field(default=None, compare=False)
+    record: PluginRecord | None = field(default=None, compare=False, repr=False)
 
     @classmethod
     def of(cls, error: RegistryError) -> Problem:

@@ -27,6 +27,7 @@ from mtenn_core.errors import (
     CombinationDisabledError,
     CombinationNotFoundError,
     GradientValidationError,
+    PluginPinError,
     PluginSpecError,
     PluginWarning,
     RegistryError,
@@ -88,7 +89,8 @@ class Registry:
         self._registered: dict[str, PluginRecord] = {}
         self._temporary: list[dict[str, PluginRecord]] = []
         self._importing: dict[PluginRecord, threading.RLock] = {}
-        self._classes: dict[PluginRecord, type[Combination]] = {}
+        # With the pins that it was held to: others may come later.
+        self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
         self._validated: set[Any] = set()
         self._all_load = False
         self._warned: set[str] = set()
@@ -150,6 +152,8 @@ class Registry:
 
         ``mtenn doctor`` shows these, and imports each plugin in a process of its own for the rest.
         """
+        from mtenn_core._registry._pins import read_pins
+
         known = self._look(strict=False)
         problems = list(known.scan.problems)
         problems += [
@@ -158,13 +162,20 @@ class Registry:
         for name, candidates in known.available.items():
             if len(known.policy.preferred(candidates)) > 1:
                 problems.append(Problem("conflict", _conflict(name, candidates), candidates[0]))
+        policy = known.policy
+        try:
+            if policy.pins is not None:
+                read_pins(policy.pins)
+        except PluginPinError as error:  # once, and not for each plugin
+            problems.append(Problem.of(error))
+            policy = replace(policy, pins=None)
         installed = [r for r in itertools.chain(*known.available.values()) if r.distribution]
         seen = set()
         for record in installed:
             try:
                 if record.metadata not in seen:  # of a thousand names, say
                     seen.add(record.metadata)
-                    known.policy.check_distribution(record)
+                    policy.check_distribution(record)
                 record.parsed_target()
             except RegistryError as error:
                 problems.append(Problem.of(error))
@@ -232,8 +243,8 @@ class Registry:
         ----------
         name : as in :meth:`names`, or ``distribution:name``
         isolated : in a child process, where a crash, a hang and too much memory are results, too;
-            for what is installed, not for what was registered by a call, and by the policy that
-            the environment says
+            for what is installed, not for what was registered by a call. The policy counts, and
+            in the child that of the environment, too
         **options : for :func:`~mtenn_core.testing.check_combination`, ``level`` and ``seed`` say;
             if isolated, also ``time_limit`` in seconds and ``memory_limit`` in MiB
 
@@ -245,6 +256,7 @@ class Registry:
         from mtenn_core.testing._target import Target
 
         record = self.info(name)
+        self.policy.resolved().check(record)  # the child knows the environment's alone
         if isolated and (record.distribution is None or self.group != GROUP):
             raise RegistryError(
                 f"{record} cannot be checked in a process of its own, which would not know it",
@@ -322,9 +334,14 @@ class Registry:
         if known is None or known.policy != policy:
             with self._lock:
                 self._scan = self._scan or scan(self.group)
-                known = self._known = self._know(self._scan, policy)
-            unknown = set(policy.unknown(known.records)) - self._warned
-            self._warned |= unknown
+                known = self._know(self._scan, policy)
+                if policy.unknown(known.records) and self._scan.key != path_key():
+                    importlib.invalidate_caches()
+                    self._scan = scan(self.group)  # it may have been installed since
+                    known = self._know(self._scan, policy)
+                self._known = known
+                unknown = set(policy.unknown(known.records)) - self._warned
+                self._warned |= unknown
             for text in sorted(unknown):
                 warnings.warn(text, PluginWarning, stacklevel=4)
         if strict and policy.strict and self._sound is not known:
@@ -408,10 +425,22 @@ class Registry:
         with self._lock:
             importing = self._importing.setdefault(record, threading.RLock())
         with _patiently(importing):
-            found = self._classes.get(record)
+            found = self._classes.get((record, policy.pins))
             if found is None:
-                found = self._classes[record] = load(record, policy)
+                self._warn_of_older(record)
+                found = self._classes[record, policy.pins] = load(record, policy)
             return found
+
+    def _warn_of_older(self, record: PluginRecord) -> None:
+        loaded = [other for other, _ in list(self._classes) if other.owner == record.owner]
+        older = [other for other in loaded if other.version != record.version]
+        if record.distribution and older:
+            warnings.warn(
+                f"{record}{record.where}: {older[0].origin} was imported before, and modules stay"
+                " as they were imported: restart Python to get the one that is installed now",
+                PluginWarning,
+                stacklevel=4,
+            )
 
     def _load_all(self) -> None:
         try:
@@ -426,8 +455,9 @@ class Registry:
         """Let go of a class that is no longer registered."""
         with self._lock:
             self._importing.pop(record, None)
-            combination = self._classes.pop(record, None)
-            self._validated = {key for key in self._validated if key[0] is not combination}
+            keys = [key for key in self._classes if key[0] == record]
+            classes = [self._classes.pop(key) for key in keys]
+            self._validated = {key for key in self._validated if key[0] not in classes}
 
     def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
         """Run the gate, unless it has passed for ``key`` before; None is no key."""

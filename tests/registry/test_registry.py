@@ -16,6 +16,7 @@ from mtenn_core.errors import (
     PluginIncompatibleError,
     PluginLoadError,
     PluginSpecError,
+    PluginWarning,
 )
 
 
@@ -223,6 +224,15 @@ def test_a_plugin_that_is_installed_while_the_process_runs_is_found(registry, in
     install_plugin("demo-late", {"late": "demo_late:Good"}, GOOD)
     assert "late" in registry
     assert registry.get("late").__name__ == "Good"
+
+
+def test_an_upgrade_while_the_process_runs_wants_a_restart(registry, places):
+    assert registry.get("healthy")
+    info = places.site / "demo_healthy-1.0.dist-info"
+    (info / "METADATA").write_text("Name: demo-healthy\nVersion: 2.0\n")
+    registry.refresh()
+    with pytest.warns(PluginWarning, match=r"2\.0.*demo-healthy 1\.0 was imported before.*restart"):
+        registry.get("healthy")
 
 
 def test_what_is_installed_is_looked_up_once(registry, monkeypatch):
