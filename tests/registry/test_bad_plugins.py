@@ -512,7 +512,6 @@ APART = {
     "segfault": ("import os; os.kill(os.getpid(), 11)", "crashes", "killed by SIGSEGV"),
     "exit": ("import os; os._exit(3)", "crashes", "exited with 3 before it was done"),
     "hang": ("import time; time.sleep(600)", "crashes", "did not end within 4 s"),
-    "slow": ("import time; time.sleep(3.1)", "slow", "its import takes 3."),
     "prints": ("print('hello')", "prints", "'hello'"),
     "traces": (
         "import torch; torch.set_default_dtype(torch.float64)",
@@ -541,6 +540,18 @@ def test_an_import_in_isolation_tells_what_ends_it_and_goes_on(places):
         assert f"demo-{name} 1.0" in problem.message
         if kind == "crashes":
             assert f"pip uninstall demo-{name}" in problem.message
+
+
+@posix
+def test_an_import_of_ten_seconds_keeps_nobody_waiting_who_has_not_asked(places):
+    module("import time; time.sleep(10)")(places)
+    registry = Registry()
+    assert "bad" in registry.names()
+    assert registry.get("healthy").__name__ == "Good"
+    assert "demo_bad" not in sys.modules
+    ((_, (problem,)),) = import_apart([registry.info("bad")], 60.0)
+    assert problem.kind == "slow"
+    assert "(demo-bad 1.0): its import takes 10." in problem.message
 
 
 IN_FORWARD = {
