@@ -11,9 +11,11 @@ import selectors
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, Self
 
 KEPT_OUTPUT = 2**16
@@ -71,17 +73,21 @@ class Child:
         self._selector = selectors.DefaultSelector()
         for file in self._buffers:
             self._selector.register(file, selectors.EVENT_READ)
-        arguments = [str(words_end), self._token, json.dumps(job)]
-        self._process = subprocess.Popen(
-            # -P: the folder that the shell is in may have a random.py.
-            [sys.executable, "-P", "-u", "-m", __name__, module, *arguments],
-            stdin=subprocess.DEVNULL,
-            stdout=output_end,
-            stderr=output_end,
-            pass_fds=[words_end],
-            start_new_session=True,
-            env=os.environ | {"PYTHONPATH": os.pathsep.join(p or os.getcwd() for p in sys.path)},
-        )
+        path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
+        # As its input: an argument has a limit.
+        with tempfile.TemporaryFile("w+") as told:
+            json.dump([path, job], told)
+            told.seek(0)
+            self._process = subprocess.Popen(
+                # -P: the folder that the shell is in may have a random.py.
+                [sys.executable, "-P", "-u", "-m", __name__, module, str(words_end), self._token],
+                stdin=told,
+                stdout=output_end,
+                stderr=output_end,
+                pass_fds=[words_end],
+                start_new_session=True,
+                env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
+            )
         os.close(words_end)
         os.close(output_end)
 
@@ -176,8 +182,12 @@ class Child:
 
 def main() -> None:
     """Be the child: do the job, and end without what a plugin does at the exit."""
-    module, number, token, job = sys.argv[1:]
+    module, number, token = sys.argv[1:]
     del sys.argv[1:]
+    path, job = json.load(sys.stdin)
+    # Whole: one with a colon in it is two in the environment.
+    sys.path += [entry for entry in path if entry not in sys.path]
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.set_inheritable(int(number), False)
     words = os.fdopen(int(number), "w")
     pid = os.getpid()
@@ -190,9 +200,23 @@ def main() -> None:
         words.write(f"\n{token}{json.dumps([kind, content], default=repr)}\n")
         words.flush()
 
-    importlib.import_module(module).main(json.loads(job), send)
+    importlib.import_module(module).main(job, send)
     send("done", None)
     os._exit(0)
+
+
+def limit_memory(mebibytes: int) -> bool:
+    """Let this process take so much more memory, and dump no core; return whether it is limited."""
+    import resource
+
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit = pages * resource.getpagesize() + mebibytes * 2**20
+        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+    except (OSError, ValueError):
+        return False
+    return True
 
 
 def _ending(returncode: int) -> str:

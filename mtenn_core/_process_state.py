@@ -8,6 +8,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -51,7 +52,7 @@ OF_THE_PROCESS = {
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
     ),
     "torch's deterministic mode": _Setting(
-        torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms
+        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
     ),
     "autograd's anomaly mode": _Setting(
         torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly
@@ -72,7 +73,22 @@ NAMESPACES = {
 
 _lock = threading.Lock()
 _n_inside = 0
+_n_begun = 0
 _before: dict[str, Any] = {}
+
+
+@dataclass
+class Traces:
+    """What a block has left behind.
+
+    Attributes
+    ----------
+    settings : which had changed, and were put back
+    alone : whether no other block ran at the same time, in this thread or another
+    """
+
+    settings: list[str] = field(default_factory=list)
+    alone: bool = True
 
 
 def process_state() -> dict[str, Any]:
@@ -96,32 +112,45 @@ def preserved_process_state() -> Iterator[None]:
 
 
 @contextmanager
-def undone_process_state() -> Iterator[list[str]]:
-    """Put everything back at the end, and list which settings had changed.
+def undone_process_state() -> Iterator[Traces]:
+    """Put everything back at the end, and tell which settings had changed.
 
-    May run in several threads at once, as imports do: what belongs to the whole process is noted by
-    the first that begins, and put back by the last that ends.
+    Blocks may overlap, as imports in threads do: what belongs to the whole process is noted by the
+    first that begins, and put back by the last that ends. Random states are put back without a
+    word, since to make a layer draws from them; but where there are other threads, which may have
+    drawn as well, that of torch alone, and only if there is a new seed.
 
     Yields
     ------
-    filled at the end; random states are put back without a word, since a layer draws from them
+    filled at the end
     """
-    global _before, _n_inside
-    found: list[str] = []
+    global _before, _n_begun, _n_inside
+    found, seed = Traces(), torch.initial_seed()
     of_the_thread = _state(OF_THE_THREAD)
     with _lock:
-        if _n_inside == 0:
+        found.alone = _n_inside == 0
+        if found.alone:
             _before = _state(OF_THE_PROCESS | RANDOM_STATES)
         _n_inside += 1
+        _n_begun += 1
+        n_begun = _n_begun
     try:
         yield found
     finally:
-        found += _put_back(OF_THE_THREAD, of_the_thread)
+        found.settings += _put_back(OF_THE_THREAD, of_the_thread)
         with _lock:
+            found.alone &= n_begun == _n_begun
             _n_inside -= 1
             if _n_inside == 0:
-                found += _put_back(OF_THE_PROCESS | RANDOM_STATES, _before)
-        found[:] = [name for name in found if name in SETTINGS]
+                found.settings += _put_back(OF_THE_PROCESS, _before)
+                _put_back(_random_states_to_put_back(seed), _before)
+
+
+def _random_states_to_put_back(seed: int) -> dict[str, _Setting]:
+    if threading.active_count() == 1:
+        return RANDOM_STATES
+    reseeded = torch.initial_seed() != seed
+    return {"torch's random state": RANDOM_STATES["torch's random state"]} if reseeded else {}
 
 
 def torch_functions() -> dict[str, dict[str, Any]]:
@@ -138,15 +167,18 @@ def replaced(before: dict[str, dict[str, Any]]) -> list[str]:
         for name, function in functions.items()
         if now[namespace].get(name) is not function
         and (name == "__call__" or not name.startswith("_"))
-        and not _is_torchs(now[namespace].get(name))
+        and not _is_torchs(now[namespace].get(name), name)
     ]
 
 
-def _is_torchs(function: Any) -> bool:
-    """Whether torch has written it; it wraps some functions anew when its compiler is imported."""
-    code = getattr(function, "__code__", None)  # a wrapper's module is that of what it wraps
-    if code is None:
-        return str(getattr(function, "__module__", "")).startswith("torch")
+def _is_torchs(function: Any, name: str) -> bool:
+    """Whether it is torch's own, by this name: it wraps some anew when its compiler is imported."""
+    # Of a wrapper, the module is that of what it wraps, and the code its own.
+    code = getattr(function, "__code__", None)
+    if name == "Storage":
+        return True  # an alias, which follows the default dtype
+    if code is None or getattr(function, "__name__", None) != name:
+        return False
     return bool(code.co_filename.startswith(torch.__path__[0]))
 
 
@@ -155,7 +187,8 @@ def _state(settings: dict[str, _Setting]) -> dict[str, Any]:
 
 
 def _put_back(settings: dict[str, _Setting], before: dict[str, Any]) -> list[str]:
-    found = changed(before, _state(settings))
+    now = _state(settings)
+    found = [name for name in now if not _same(before[name], now[name])]
     for name in found:
         settings[name].set(before[name])
     return found

@@ -114,7 +114,8 @@ def test_one_name_makes_all_names(new, given, name, snake, camel):
     source = (folder / f"mtenn_{snake}" / "__init__.py").read_text(encoding="utf-8")
     assert f"\nclass {camel}Combination(Combination):\n" in source
     tests = (folder / "tests" / f"test_{snake}.py").read_text(encoding="utf-8")
-    assert f"from mtenn_{snake} import {camel}Combination\n" in tests
+    assert f"import mtenn_{snake} as plugin\n" in tests
+    assert f"combination = plugin.{camel}Combination\n" in tests
     for path in folder.rglob("*.py"):
         text = path.read_text(encoding="utf-8")
         compile(text, path, "exec")
@@ -209,9 +210,10 @@ assert not [name for name in sys.modules if name.startswith("mtenn_") and name[:
     assert files_in(tmp_path / "mtenn-my-rule") == FILES
 
 
-def test_its_own_tests_pass(new):
-    assert new("my-rule").exit_code == 0
-    done = run_its_tests(Path("mtenn-my-rule").resolve())
+@pytest.mark.parametrize("name", ["my-rule", "test-rule"])  # pytest collects what begins with Test
+def test_its_own_tests_pass(new, name):
+    assert new(name).exit_code == 0
+    done = run_its_tests(Path(f"mtenn-{name}").resolve())
     assert done.returncode == 0, done.stdout + done.stderr
     assert "conformance: 1 combination, " in done.stdout
     assert re.search(r"README\.md +\.", done.stdout)

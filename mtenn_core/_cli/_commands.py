@@ -90,8 +90,8 @@ def info(name: str, as_json: bool) -> None:
     plain = record.to_json()
     try:
         plain["pin"] = pin(record)
-    except PluginPinError:  # editable, say
-        plain["pin"] = None
+    except PluginPinError as error:  # editable, say
+        plain["pin"], plain["no_pin"] = None, str(error)
     about = [p for p in registry.problems() if p.record and p.record.metadata == record.metadata]
     plain["problems"] = [problem.message for problem in about]
     if as_json:
@@ -118,8 +118,8 @@ def info(name: str, as_json: bool) -> None:
 def doctor(no_import: bool, time_limit: float, as_json: bool) -> None:
     """Look for what is wrong with installed plugins, and say what to do.
 
-    Imports each of them in a process of its own, where a crash is a result, too. Exits with 1 if
-    there is a problem.
+    Imports them, each distribution's in a process of its own, where a crash is a result, too. Exits
+    with 1 if there is a problem.
     """
     from mtenn_core._cli._doctor import examine
 

@@ -13,6 +13,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
+from mtenn_core._child_process import ChildDiedError
 from mtenn_core._cli._output import console, own_stdout, print_json
 from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
 from mtenn_core._registry._apart import import_apart
@@ -47,15 +48,19 @@ def _import_problems(
     policy = known.policy.resolved()
     fit = [record for record in records if _may_be_imported(record, policy)]
     visible = sys.stderr is not None and sys.stderr.isatty()
-    for _, problems in track(
-        import_apart(fit, time_limit),
-        "importing",
-        total=len(fit),
-        console=Console(stderr=True),
-        transient=True,
-        disable=not visible,
-    ):
-        yield from problems
+    try:
+        for _, problems in track(
+            import_apart(fit, time_limit),
+            "importing",
+            total=len(fit),
+            console=Console(stderr=True),
+            transient=True,
+            disable=not visible,
+        ):
+            yield from problems
+    except ChildDiedError as death:
+        text = f"the process that is to import plugins does not start, so none was tried: {death}"
+        yield Problem("does not start", text)
 
 
 def _may_be_imported(record: PluginRecord, policy: Policy) -> bool:

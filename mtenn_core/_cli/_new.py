@@ -30,7 +30,7 @@ TEMPLATE_OF = {
     ".gitignore": "gitignore.template",
 }
 NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
-LONGEST = 35  # a longer one is too long for the line that imports its class
+LONGEST = 35  # a longer one makes lines of the package too long for its style
 
 
 def new_plugin(name: str, folder: Path | None, *, as_json: bool) -> None:
@@ -68,10 +68,10 @@ def _key(name: str) -> str:
 
 
 def _check_free(key: str) -> None:
-    if key in registry:
-        record = registry.info(key)
-        message = f"the name {key!r} belongs to {record}; choose another"
-        raise CombinationConflictError(message, record=record)
+    for record in registry.records(everything=True):
+        if record.key == key:
+            message = f"the name {key!r} belongs to {record}; choose another"
+            raise CombinationConflictError(message, record=record)
     with suppress(metadata.PackageNotFoundError):  # mtenn-core itself, say
         version = metadata.version(f"mtenn-{key}")
         raise MtennError(f"mtenn-{key} {version} is installed: choose another name than {key!r}")

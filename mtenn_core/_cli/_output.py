@@ -151,13 +151,14 @@ def _exit_codes() -> Iterator[None]:
     except KeyboardInterrupt:
         click.echo("interrupted", err=True)
         sys.exit(INTERRUPTED)
+    except BrokenPipeError:  # whoever reads has seen enough
+        _discard(1)
+        _discard(2)
+        sys.exit(CLOSED_PIPE)
     except OSError as error:
         _discard(1)
-        if isinstance(error, BrokenPipeError):  # whoever reads has seen enough
-            _discard(2)
-            sys.exit(CLOSED_PIPE)
         with suppress(OSError):
-            click.echo(f"error: cannot write the output: {error}", err=True)
+            click.echo(f"error: {error}", err=True)
         sys.exit(1)
 
 

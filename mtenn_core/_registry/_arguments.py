@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtenn_core._registry._record import PluginRecord
+from mtenn_core._registry._record import PluginRecord, shown, told
 from mtenn_core.errors import PluginSpecError
 
 if TYPE_CHECKING:
@@ -21,7 +21,7 @@ def declared_examples(
     if not (listed and examples):
         raise PluginSpecError(
             f"{record}{record.where}: {combination.__name__}.examples must be a tuple of dicts, at"
-            f" least one: examples = ({{'name': value}},); found {examples!r}",
+            f" least one: examples = ({{'name': value}},); found {shown(examples)}",
             record=record,
         )
     return examples
@@ -47,8 +47,8 @@ def build_example(
             return combination(**kwargs)
     except (Exception, SystemExit) as error:
         raise PluginSpecError(
-            f"{record}{record.where}: {combination.__name__} cannot be built with {kwargs}, one of"
-            f" its `examples` ({type(error).__name__}: {error}); declare arguments that work:"
+            f"{record}{record.where}: {combination.__name__} cannot be built with"
+            f" {shown(kwargs)}, one of its `examples` ({told(error)}); declare arguments that work:"
             " examples = ({'name': value},)",
             record=record,
         ) from error

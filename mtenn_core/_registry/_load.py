@@ -15,10 +15,11 @@ import pluggy
 
 from mtenn_core import hookspecs
 from mtenn_core._registry._policy import Policy, closest
-from mtenn_core._registry._record import PluginRecord
+from mtenn_core._registry._record import PluginRecord, shown, told
 from mtenn_core.errors import PluginLoadError, PluginSpecError, PluginWarning
 
 if TYPE_CHECKING:
+    from mtenn_core._process_state import Traces
     from mtenn_core.combination import Combination
 
 _HOOK = hookspecs.mtenn_combination.__name__
@@ -41,12 +42,12 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
 
     policy.check(record)
     functions, filters = torch_functions(), list(warnings.filters)
-    with undone_process_state() as settings:
+    with undone_process_state() as found:
         plugin = _import(record) if record.plugin is None else record.plugin
         combination = _ask(plugin, record)
     with warnings.catch_warnings():
         warnings.filters = filters  # those of the user: the plugin may have set others
-        _warn_of_traces(record, settings, replaced(functions))
+        _warn_of_traces(record, found, replaced(functions))
     return combination
 
 
@@ -60,7 +61,7 @@ def _import(record: PluginRecord) -> Any:
         raise
     except BaseException as error:
         raise PluginLoadError(
-            f"{record}: importing {record.target} failed with {type(error).__name__}: {error}"
+            f"{record}: importing {record.target} failed with {told(error)}"
             f"{_hint(error, imported, attribute)} ({_where(error, record)}); {record.remedy}",
             record=record,
         ) from error
@@ -80,7 +81,7 @@ def _ask(plugin: Any, record: PluginRecord) -> type[Combination]:
         raise
     except BaseException as error:
         raise PluginSpecError(
-            f"{record}: its hook {_HOOK} failed with {type(error).__name__}: {error}"
+            f"{record}: its hook {_HOOK} failed with {told(error)}"
             f" ({_where(error, record)}); {record.remedy}",
             record=record,
         ) from error
@@ -101,7 +102,8 @@ def _ask(plugin: Any, record: PluginRecord) -> type[Combination]:
     if not (isinstance(found, type) and issubclass(found, Combination)):
         raise _spec_error(
             record,
-            f"its hook {_HOOK} must return a subclass of mtenn_core.Combination; found {found!r}",
+            f"its hook {_HOOK} must return a subclass of mtenn_core.Combination; found"
+            f" {shown(found)}",
         )
     return found
 
@@ -138,17 +140,18 @@ def _where(error: BaseException, record: PluginRecord) -> str:
     return f"declared{record.where or ' here'}"
 
 
-def _warn_of_traces(record: PluginRecord, settings: list[str], functions: list[str]) -> None:
-    if settings:
+def _warn_of_traces(record: PluginRecord, found: Traces, functions: list[str]) -> None:
+    who = f"{record}, or another that was imported at the same time," * (not found.alone)
+    if found.settings:
         warnings.warn(
-            f"{record} changed {', '.join(settings)} while it was imported; that was put back: tell"
-            " its author",
+            f"{who or record} changed {', '.join(found.settings)} while it was imported; that was"
+            " put back: tell its author",
             PluginWarning,
             stacklevel=2,
         )
     if functions:
         warnings.warn(
-            f"{record} replaced {', '.join(functions)} while it was imported, for the whole"
+            f"{who or record} replaced {', '.join(functions)} while it was imported, for the whole"
             " process; that stays: tell its author",
             PluginWarning,
             stacklevel=2,

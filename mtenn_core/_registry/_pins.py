@@ -16,7 +16,7 @@ import re
 import sys
 from base64 import urlsafe_b64encode
 from collections.abc import Sequence
-from importlib.machinery import PathFinder
+from importlib.machinery import ModuleSpec
 from pathlib import Path
 
 from mtenn_core._registry._record import PluginRecord, canonical
@@ -32,8 +32,14 @@ def pin(record: PluginRecord) -> str:
 
     Raises
     ------
-    PluginPinError : it has no RECORD, is installed as editable, or differs from its RECORD
+    PluginPinError : it has no RECORD or no version, is installed as editable, or differs from its
+        RECORD
     """
+    if record.version is None:
+        raise PluginPinError(
+            f"{record}{record.where} cannot be pinned: its metadata tell no version; reinstall it",
+            record=record,
+        )
     return f"{record.distribution}=={record.version} RECORD=sha256:{_digest(record)}"
 
 
@@ -45,11 +51,11 @@ def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
     PluginPinError : the file cannot be read, or a line is no pin
     """
     try:
-        lines = Path(file).read_text(encoding="utf-8").splitlines()
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PluginPinError(
-            f"the pins cannot be read ({error}), so that no plugin may be imported: name another"
-            f" file (MTENN_PINS), or write it with: mtenn list --pins > {file}"
+            f"the pins cannot be read as UTF-8 ({error}), so that no plugin may be imported: name"
+            f" another file (MTENN_PINS), or write it with: mtenn list --pins > {file}"
         ) from error
     pins: dict[tuple[str, str], set[str]] = {}
     for number, line in enumerate(lines, 1):
@@ -108,17 +114,28 @@ def _check_found_by_import(record: PluginRecord) -> None:
     module, _ = record.parsed_target()
     path: Sequence[str] | None = None
     for name in itertools.accumulate(module.split("."), "{}.{}".format):
-        loaded = sys.modules.get(name)
-        spec = loaded.__spec__ if loaded else PathFinder.find_spec(name, path)
+        spec = _spec(name, path)
         if spec is None:
             return  # which the import tells better
-        if spec.origin and os.path.realpath(spec.origin) not in own:
+        origin, path = spec.origin, spec.submodule_search_locations
+        is_namespace = origin is None and path is not None
+        if not is_namespace and (origin is None or os.path.realpath(origin) not in own):
             raise PluginPinError(
                 f"{record}{record.where} is pinned, and {name!r} would be imported from"
-                f" {spec.origin}, which is no file of it; move that away, or change the path",
+                f" {origin or spec.loader}, which is no file of it; move that away, or change the"
+                " path",
                 record=record,
             )
-        path = spec.submodule_search_locations
+
+
+def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Return what an import would find, or has found; packages above are not imported."""
+    if name in sys.modules:
+        loaded = sys.modules[name]
+        file = getattr(loaded, "__file__", None)
+        return getattr(loaded, "__spec__", None) or ModuleSpec(name, None, origin=file)
+    specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next(filter(None, specs), None)
 
 
 def _rows(record: PluginRecord) -> list[tuple[str, str]]:
@@ -169,13 +186,20 @@ def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
 
 def _varies(path: str) -> bool:
     parts = Path(path).parts
-    return ".." in parts or (parts[0].endswith(".dist-info") and parts[-1] in _OF_THE_INSTALLER)
+    return (
+        not parts
+        or ".." in parts
+        or (parts[0].endswith(".dist-info") and parts[-1] in _OF_THE_INSTALLER)
+    )
 
 
 def _hash_of(file: Path, algorithm: str) -> str | None:
     """Return what RECORD has for such a file, or None if it is not there."""
+    if algorithm not in ("sha256", "sha384", "sha512"):  # as the specification wants it
+        return None
     try:
-        digest = hashlib.new(algorithm, file.read_bytes()).digest()
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, algorithm).digest()
     except (OSError, ValueError):
         return None
     return f"{algorithm}={urlsafe_b64encode(digest).decode().rstrip('=')}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtenn_core import __version__
-from mtenn_core._registry._record import PluginRecord, canonical
+from mtenn_core._registry._record import PluginRecord, canonical, told
 from mtenn_core.errors import PluginIncompatibleError, RegistryError
 
 ALLOWED = "MTENN_PLUGINS"
@@ -135,15 +135,14 @@ class Policy:
 def _check_compatible(record: PluginRecord) -> None:
     if not record.requires:
         return
-    from packaging.requirements import InvalidRequirement
     from packaging.specifiers import SpecifierSet
 
     try:
         specifier = record.requires_core
-    except InvalidRequirement as error:
+    except Exception as error:  # of the parser, in several kinds
         raise PluginIncompatibleError(
             f"{record}{record.where}: what it requires cannot be read"
-            f" ({str(error).splitlines()[0]}); {record.remedy}",
+            f" ({told(error).splitlines()[0]}); {record.remedy}",
             record=record,
         ) from error
     if not SpecifierSet(specifier).contains(__version__, prereleases=True):

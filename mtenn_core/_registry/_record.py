@@ -17,6 +17,7 @@ from mtenn_core.errors import (
 
 # Extras behind it are allowed, and mean nothing any more.
 _TARGET = re.compile(r"(?P<module>[\w.]+)(\s*:\s*(?P<attribute>[\w.]+))?(\s*\[.*\])?")
+_LONGEST = 500  # of what a message quotes
 Status = Literal["available", "disabled", "shadowed"]
 
 
@@ -26,6 +27,27 @@ def canonical(name: str) -> str:
     ``packaging.utils`` has the same function, and takes longer to import than a scan does.
     """
     return re.sub(r"[-_.]+", "-", name).lower()
+
+
+def told(error: BaseException) -> str:
+    """Return the type of an error and what it says, if it can say it."""
+    try:
+        text = str(error)
+    except Exception:
+        text = "(it cannot be printed)"
+    return f"{type(error).__name__}: {_cut(text)}"
+
+
+def shown(value: object) -> str:
+    """Return the ``repr`` of what a plugin has made, cut, or the type of what has none."""
+    try:
+        return _cut(repr(value))
+    except Exception:
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+def _cut(text: str) -> str:
+    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
 
 
 @dataclass(frozen=True)
@@ -108,7 +130,7 @@ class PluginRecord:
 
         Raises
         ------
-        packaging.requirements.InvalidRequirement : its metadata has what is none
+        whatever :mod:`packaging` raises of what is no requirement
         """
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet

@@ -92,7 +92,7 @@ class Registry:
         # With the pins that it was held to: others may come later.
         self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
         self._validated: set[Any] = set()
-        self._all_load = False
+        self._all_loaded: _Known | None = None
         self._warned: set[str] = set()
 
     # Listing ------------------------------------------------------------------------------------
@@ -112,6 +112,8 @@ class Registry:
     def names(self) -> list[str]:
         """Return the names of all combinations, sorted, without importing any.
 
+        What is installed later shows when a name is not found, or after :meth:`refresh`.
+
         Raises
         ------
         RegistryError : the policy is strict, and there is a problem that shows without an import
@@ -128,7 +130,11 @@ class Registry:
         return isinstance(name, str) and bool(self._candidates(name))
 
     def __repr__(self) -> str:
-        return f"Registry({self.group!r}: {', '.join(self.names()) or 'no combinations'})"
+        try:
+            names = ", ".join(self._look(strict=False).names)
+        except RegistryError as error:  # of a setting
+            names = str(error)
+        return f"Registry({self.group!r}: {names or 'no combinations'})"
 
     def info(self, name: str) -> PluginRecord:
         """Return what is known of one plugin, without importing it.
@@ -193,7 +199,9 @@ class Registry:
         """Return the class of a combination, validated with each of its ``examples``.
 
         An instance that is made of it with other arguments has not been validated;
-        :meth:`create` validates with the arguments that it is given.
+        :meth:`create` validates with the arguments that it is given. Settings of torch that the
+        import changes are put back; so is what another thread sets meanwhile, and the random
+        numbers that it draws while the gate runs come again.
 
         Parameters
         ----------
@@ -293,11 +301,11 @@ class Registry:
         """Remove a combination that :meth:`register` added."""
         with self._lock:
             record = self._registered.pop(canonical(name), None)
+            registered = ", ".join(known.name for known in self._registered.values())
             self._known = self._sound = None
         if record is None:
             raise CombinationNotFoundError(
-                f"{name!r} was not registered in this process; registered:"
-                f" {', '.join(known.name for known in self._registered.values()) or 'none'}"
+                f"{name!r} was not registered in this process; registered: {registered or 'none'}"
             )
         self._forget(record)
 
@@ -408,20 +416,32 @@ class Registry:
                 f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (none has an"
                 f" entry point of the group {self.group!r}); install one with pip"
             )
+        qualified = [record.qualified_name for record in known.records]
         more = "" if not known.scan.problems else " There are problems: see `mtenn doctor`."
         return CombinationNotFoundError(
             f"unknown combination {name!r}; installed: {', '.join(known.names)}."
-            f"{closest(name, known.names)}{more}"
+            f"{closest(name, known.names) or closest(name, qualified)}{more}"
         )
 
     def _load(self, record: PluginRecord) -> type[Combination]:
         """Return the class of a plugin, which one thread imports and the others wait for."""
+        known = self._look(strict=False)
+        if known.policy.strict and self._all_loaded is not known:
+            self._load_all(known)
+            self._all_loaded = known
+        return self._load_one(record, known.policy)
+
+    def _load_all(self, known: _Known) -> None:
+        try:
+            for record in itertools.chain(*known.available.values()):
+                self._load_one(record, known.policy)
+        except BaseException as error:
+            error.add_note("It was imported since the policy is strict (MTENN_STRICT).")
+            raise
+
+    def _load_one(self, record: PluginRecord, policy: Policy) -> type[Combination]:
         from mtenn_core._registry._load import load
 
-        policy = self._look(strict=False).policy
-        if policy.strict and not self._all_load:
-            self._all_load = True
-            self._load_all()
         with self._lock:
             importing = self._importing.setdefault(record, threading.RLock())
         with _patiently(importing):
@@ -441,15 +461,6 @@ class Registry:
                 PluginWarning,
                 stacklevel=4,
             )
-
-    def _load_all(self) -> None:
-        try:
-            for record in self.records():
-                self._load(record)
-        except BaseException as error:
-            self._all_load = False
-            error.add_note("It was imported since the policy is strict (MTENN_STRICT).")
-            raise
 
     def _forget(self, record: PluginRecord) -> None:
         """Let go of a class that is no longer registered."""
@@ -521,14 +532,19 @@ def _matching(known: _Known, name: str) -> list[PluginRecord]:
 
 def _conflict(name: str, candidates: Sequence[PluginRecord]) -> str:
     shown = [f"{r.qualified_name!r} ({r.origin}, {r.target}{r.where})" for r in candidates]
-    first = candidates[0]
-    if len({(record.owner, record.name) for record in candidates}) == len(candidates):
+    installed = next(record for record in candidates if record.distribution)
+    if len({(record.owner, record.name) for record in candidates}) < len(candidates):
+        remedy = f"no name tells them apart: tell the author of {installed.distribution}"
+    elif len(candidates) > sum(bool(record.distribution) for record in candidates):
         remedy = (
-            "ask for one of these, disable or uninstall all but one, or prefer one: registry.policy"
-            f" = Policy(prefer=({first.qualified_name!r},))"
+            f"ask for {installed.qualified_name!r}, or take back what was registered in this"
+            f" process: registry.unregister({name!r})"
         )
     else:
-        remedy = f"no name tells them apart: tell the author of {first.distribution}"
+        remedy = (
+            "ask for one of these, disable or uninstall all but one, or prefer one: registry.policy"
+            f" = Policy(prefer=({installed.qualified_name!r},))"
+        )
     offers = f"combination {name!r} is offered by {len(candidates)} plugins"
     return f"{offers}: {', '.join(shown)}; {remedy}"
 

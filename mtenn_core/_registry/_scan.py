@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from mtenn_core._registry._record import PluginRecord, Problem, canonical
+from mtenn_core._registry._record import PluginRecord, Problem, canonical, shown, told
 from mtenn_core.errors import PluginWarning
 
 if TYPE_CHECKING:
@@ -22,6 +22,9 @@ if TYPE_CHECKING:
 _BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 # A line that is no comment and no group: the parser of importlib.metadata stops at it.
 _NO_EQUALS_SIGN = re.compile(r"^[^\S\n]*(?!#|\[[^\n]*\][^\S\n]*$)[^\s=][^=\n]*$", re.MULTILINE)
+_GROUP = re.compile(r"^\s*\[.*\]\s*$", re.MULTILINE)
+# Others could not be named in a setting, or be taken for `distribution:name`.
+_NAME = re.compile(r"\w([\w.-]*\w)?")
 _ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
 
 
@@ -53,32 +56,22 @@ def scan(group: str) -> Scan:
 
     key = path_key()
     problems: list[Problem] = []
-    # Without what is not there: a zip file, for which a finder would import a library.
+    # Without what is not there, such as the zip file that is on every path: the finder would import
+    # a library for it.
     path = [entry for entry, modified in key if modified is not None]
-    distributions: Iterable[Any] = importlib_metadata.distributions(path=path)
-    copies = []
-    for distribution in distributions:
-        try:
-            copies.append(_Copy(distribution, group))
-        except Exception as error:  # of a finder of somebody else's, say
-            problems.append(
-                Problem(
-                    "unreadable",
-                    f"a distribution cannot be read ({type(error).__name__}: {error}):"
-                    f" {distribution!r}",
-                )
+    try:
+        copies = _copies(importlib_metadata.distributions(path=path), group, problems)
+    except Exception as error:  # of a finder of somebody else's
+        problems.append(
+            Problem(
+                "unreadable",
+                f"a finder of distributions fails ({told(error)}), and is left out: one of"
+                f" {sys.meta_path}",
             )
-    malformed = [copy for copy in copies if _NO_EQUALS_SIGN.search(copy.text)]
-    _let_torch_start(malformed)
-    problems += [
-        Problem(
-            "malformed",
-            f"{copy} has an entry_points.txt with a line that is no 'name = value': the import of"
-            f" torch fails at it, if {_BACKENDS} is not 0; repair or uninstall {copy.name}",
         )
-        for copy in malformed
-        if not copy.offers_any  # those are told line by line
-    ]
+        context = importlib_metadata.DistributionFinder.Context(path=path)
+        found = importlib_metadata.MetadataPathFinder.find_distributions(context)
+        copies = _copies(found, group, problems)
     offers = {copy.name for copy in copies if copy.offers_any}
     records: list[PluginRecord] = []
     for _, same in itertools.groupby(
@@ -86,8 +79,26 @@ def scan(group: str) -> Scan:
         key=lambda copy: copy.name,
     ):
         records += _of_one_distribution(_in_order(list(same)), problems)
+    _let_torch_start([copy for copy in copies if copy.stops_torch], problems)
     records.sort(key=PluginRecord.sort_key)
     return Scan(key, tuple(records), tuple(sorted(problems, key=lambda p: p.message)))
+
+
+def _copies(distributions: Iterable[Any], group: str, problems: list[Problem]) -> list[_Copy]:
+    copies = []
+    for distribution in distributions:
+        try:
+            copy = _Copy(distribution, group)
+        except Exception as error:
+            text = f"a distribution cannot be read ({told(error)}): {shown(distribution)}"
+            problems.append(Problem("unreadable", text))
+            continue
+        if not copy.is_leftover:
+            copies.append(copy)
+        elif copy.offers_any:
+            text = f"{copy} is what an interrupted pip has left behind, and is left out: delete it"
+            problems.append(Problem("leftover", text))
+    return copies
 
 
 class _Copy:
@@ -109,6 +120,15 @@ class _Copy:
         self._version = stem.partition("-")[2]
         self.text = self._read("entry_points.txt")
         self.offers_any = group in self.text
+        self.is_leftover = stem.startswith("~")  # so pip renames what it is about to delete
+
+    @property
+    def stops_torch(self) -> bool:
+        """Whether torch, which looks for entry points when it is imported, stops at this file."""
+        first_group = _GROUP.search(self.text)
+        if "\ufffd" in self.text:
+            return True
+        return bool(first_group and _NO_EQUALS_SIGN.search(self.text, first_group.end()))
 
     def _read(self, name: str) -> str:
         """Return the text of a file, with a mark for what is no text; empty if there is no file."""
@@ -154,15 +174,24 @@ class _Copy:
         requires = self._requirements() if self.is_egg else fields.get("requires-dist", [])
         on_core = tuple(filter(_ON_CORE.match, requires))
         if name and version and "\ufffd" not in name + version:
-            return name, version, on_core
+            # Whoever sets what is allowed must not be misled by a borrowed name.
+            if canonical(name) == self.name or not self._is_folder:
+                return name, version, on_core
+            found = f"say that they are those of {name!r}"
+        else:
+            found, version = "tell no name or no version", ""
         problems.append(
             Problem(
                 "no metadata",
-                f"{self.name}: the metadata in {self.metadata} tell no name or no version;"
-                f" reinstall it: pip install --force-reinstall {self.name}",
+                f"{self.name}: the metadata in {self.metadata} {found}; reinstall it:"
+                f" pip install --force-reinstall {self.name}",
             )
         )
-        return self.name, None, on_core
+        return self.name, version or None, on_core
+
+    def has_metadata(self) -> bool:
+        """Whether there is the file that names the distribution."""
+        return bool(self._read("METADATA") or self._read("PKG-INFO"))
 
     def _requirements(self) -> list[str]:
         try:
@@ -182,7 +211,7 @@ class _Copy:
                 section = line[1:-1].strip()
             elif section == self.group and line and not line.startswith(("#", ";")):
                 name, equals, target = (part.strip() for part in line.partition("="))
-                if name and equals and "\ufffd" not in line:
+                if equals and _NAME.fullmatch(name) and "\ufffd" not in line:
                     yield name, target
                     continue
                 file = os.path.join(self.metadata, "entry_points.txt")
@@ -223,8 +252,11 @@ def _in_order(copies: list[_Copy]) -> list[_Copy]:
     # A folder that is on the path twice, by a link say, is one folder.
     unique = list({os.path.realpath(copy.metadata): copy for copy in reversed(copies)}.values())
     folders = list(dict.fromkeys(copy.folder for copy in copies))
-    newest_first = sorted(unique, key=_Copy.version, reverse=True)
-    return sorted(newest_first, key=lambda copy: (folders.index(copy.folder), copy.is_egg))
+    newest_first = sorted(unique, key=lambda copy: (copy.version(), copy.metadata), reverse=True)
+    return sorted(
+        newest_first,
+        key=lambda copy: (folders.index(copy.folder), not copy.has_metadata(), copy.is_egg),
+    )
 
 
 def _of_one_distribution(copies: list[_Copy], problems: list[Problem]) -> list[PluginRecord]:
@@ -250,16 +282,25 @@ def _of_one_distribution(copies: list[_Copy], problems: list[Problem]) -> list[P
     return found
 
 
-def _let_torch_start(malformed: list[_Copy]) -> None:
-    """Keep torch from what ends its import: it looks for entry points, and stops at such a line."""
-    if not malformed or os.environ.get(_BACKENDS) == "0":
+def _let_torch_start(stopping: list[_Copy], problems: list[Problem]) -> None:
+    """Keep torch from what ends its import: it looks for entry points, and stops at such a file."""
+    told_already = [problem.message for problem in problems if problem.kind == "malformed"]
+    for copy in stopping:
+        if not any(copy.metadata in message for message in told_already):
+            text = (
+                f"{copy} has an entry_points.txt with a line that is no 'name = value' in UTF-8:"
+                f" the import of torch fails at it, if {_BACKENDS} is not 0; repair or uninstall"
+                f" {copy.name}"
+            )
+            problems.append(Problem("malformed", text))
+    if not stopping or os.environ.get(_BACKENDS) == "0":
         return
     os.environ[_BACKENDS] = "0"  # for child processes, too
     if "torch" not in sys.modules:
         warnings.warn(
-            f"{malformed[0]} has an entry_points.txt with a line that is no 'name = value', at"
-            f" which the import of torch fails; so {_BACKENDS}=0 is set for this process, and torch"
-            " goes without what others add to it; repair or uninstall that distribution",
+            f"{stopping[0]} has an entry_points.txt with a line that is no 'name = value' in UTF-8,"
+            f" at which the import of torch fails; so {_BACKENDS}=0 is set for this process, and"
+            " torch goes without what others add to it; repair or uninstall that distribution",
             PluginWarning,
             stacklevel=6,
         )

@@ -13,11 +13,10 @@ import warnings
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import asdict, dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from mtenn_core import errors
-from mtenn_core._child_process import Child, ChildDiedError, Send
+from mtenn_core._child_process import Child, ChildDiedError, Send, limit_memory
 from mtenn_core._registry import Registry, registry
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import CHECKS, chosen_checks
@@ -252,7 +251,7 @@ class _Findings:
 
 def main(job: dict[str, Any], send: Send) -> None:
     """Be the child: check, and tell."""
-    send("ready", _limit_memory(job["memory_limit"]))
+    send("ready", limit_memory(job["memory_limit"]))
     try:
         _check(job, send)
     except errors.MtennError as error:
@@ -290,17 +289,3 @@ def _header(
 
 def _send_record(send: Send, index: int, record: Record) -> None:
     send("record", [index, asdict(record)])
-
-
-def _limit_memory(mebibytes: int) -> bool:
-    """Let this process take so much more memory, and dump no core; return whether it is limited."""
-    import resource
-
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    try:
-        pages = int(Path("/proc/self/statm").read_text().split()[0])
-        limit = pages * resource.getpagesize() + mebibytes * 2**20
-        resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
-    except (OSError, ValueError):
-        return False
-    return True

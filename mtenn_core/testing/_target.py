@@ -61,7 +61,7 @@ class Target:
         try:
             record = known.info(self.path)
         except CombinationNotFoundError:
-            if ":" not in self.path and not self.path.endswith(".py"):
+            if not self._may_be_imported(known):
                 raise
             yield from self._imported()
             return
@@ -73,6 +73,12 @@ class Target:
             return
         for example in declared_examples(record, combination):
             yield str(record), Target(name, example), build_example(record, combination, example)
+
+    def _may_be_imported(self, known: Registry) -> bool:
+        """Whether it is a file or a module, not a distribution that lacks the name."""
+        owner, colon, _ = self.path.rpartition(":")
+        owners = {record.distribution for record in known.records(everything=True)}
+        return self.path.endswith(".py") or bool(colon and owner not in owners)
 
     def _imported(self) -> Iterator[tuple[str, Target, Combination]]:
         make = _import(self.path)

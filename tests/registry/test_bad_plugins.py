@@ -11,13 +11,15 @@ import sys
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
 from textwrap import dedent
 
 import pytest
 import torch
 from installed import GOOD, Places, write_distribution
 
-from mtenn_core import Registry
+from mtenn_core import Policy, Registry
 from mtenn_core._process_state import changed, process_state
 from mtenn_core._registry._apart import import_apart
 from mtenn_core.errors import (
@@ -117,6 +119,31 @@ def two_eggs(at):
         info = write_distribution(egg, name, {name[5:]: f"{name.replace('-', '_')}:Good"}, egg=True)
         info.rename(egg / "EGG-INFO")
         sys.path.insert(0, str(egg))
+
+
+def leftover_of_pip(at):
+    """pip renames what it replaces; on Windows it may have to leave it."""
+    info = write_distribution(at.site, "demo-bad", {"bad": "demo_old:Good"})
+    info.rename(at.site / "~emo_bad-1.0.dist-info")
+    write_distribution(at.site, "demo-bad", BAD)
+
+
+def empty_folder_of_metadata(at):
+    write_distribution(at.site, "demo-bad", BAD)
+    (at.site / "demo_bad-1.1.dist-info").mkdir()
+
+
+class Finder:
+    def find_spec(self, name, path=None, target=None):
+        return None
+
+    def find_distributions(self, context=None):
+        raise ValueError("demo finder")
+
+
+def a_finder_that_raises(at):
+    write_distribution(at.site, "demo-bad", BAD)
+    sys.meta_path.insert(0, Finder())
 
 
 def removed_since(at):
@@ -241,6 +268,21 @@ CASES = {
     "no METADATA": Case(metadata(""), problem="no metadata"),
     "METADATA that is no text": Case(metadata(b"\xff\xfe\x00"), problem="no metadata"),
     "METADATA without a version": Case(metadata("Name: demo-bad\n"), problem="no metadata"),
+    "METADATA with the name of another": Case(
+        metadata("Name: demo-healthy\nVersion: 1.0\n"), problem="no metadata"
+    ),
+    "a name that looks like that of another distribution": Case(
+        entry_points("[mtenn.combinations]\ndemo-healthy:healthy = demo_bad:Good\n"),
+        CombinationNotFoundError,
+        problem="malformed",
+    ),
+    "a requirement that no parser ends with": Case(
+        module("", requires="mtenn-core; python_version ~= 'abc'"),
+        PluginIncompatibleError,
+        ("what it requires cannot be read", UNINSTALL),
+        "",
+        "incompatible",
+    ),
     "made for an older core": Case(
         module("open(__file__ + '.imported', 'w')", requires="mtenn-core<0.1"),
         PluginIncompatibleError,
@@ -284,6 +326,19 @@ CASES = {
     ),
     "the hook returns a list": Case(
         hook("return [Good]"), PluginSpecError, (f"{MUST_RETURN} [<class", UNINSTALL)
+    ),
+    "the hook returns what cannot be printed": Case(
+        hook("class A: __repr__ = None\n    return A()"),
+        PluginSpecError,
+        ("found a A that cannot be printed", UNINSTALL),
+    ),
+    "the hook returns a million numbers": Case(
+        hook("return list(range(10**6))"), PluginSpecError, ("[0, 1, 2, 3", "…", UNINSTALL)
+    ),
+    "an error that cannot be printed": Case(
+        module("class E(Exception):\n    __str__ = None\nraise E"),
+        PluginLoadError,
+        ("E: (it cannot be printed)", "demo_bad.py:3", UNINSTALL),
     ),
     "the hook returns a number": Case(
         hook("return 3"), PluginSpecError, (f"{MUST_RETURN} 3", UNINSTALL)
@@ -416,6 +471,9 @@ CASES = {
         both(module(""), another("demo-bad", {"bad": "demo_old:Good"}, version="0.10")),
         problem="stale copy",
     ),
+    "a leftover of pip": Case(leftover_of_pip, problem="leftover"),
+    "a newer folder of metadata with nothing in it": Case(empty_folder_of_metadata),
+    "a finder that raises": Case(a_finder_that_raises, problem="unreadable"),
     "eggs": Case(two_eggs),
     "the other egg": Case(two_eggs, name="demo-worse:worse"),
     "odd entries in sys.path": Case(odd_path),
@@ -447,6 +505,10 @@ CASES = {
     "precision of float32": Case(
         module("import torch; torch.set_float32_matmul_precision('medium')"), state="restored"
     ),
+    "deterministic mode, a warning": Case(
+        module("import torch; torch.use_deterministic_algorithms(True, warn_only=True)"),
+        state="restored",
+    ),
     "seeds": Case(
         module("import random, torch; torch.manual_seed(1); random.seed(1)"),
         state="restored, silently",
@@ -461,12 +523,25 @@ CASES = {
         module("import torch; torch.erfinv = lambda x: x"),
         state="reported",
     ),
+    "torch patched with torch's own": Case(
+        module("import torch; torch.erfinv = torch.erf"),
+        state="reported",
+    ),
+    "torch patched, and wrapped to look like it": Case(
+        module(
+            "import functools, torch\n"
+            "torch.erfinv = functools.wraps(torch.manual_seed)(lambda x: x)"
+        ),
+        state="reported",
+    ),
 }
 
 
 @pytest.fixture
 def unpatched(monkeypatch):
     monkeypatch.setattr(torch, "erfinv", torch.erfinv)
+    yield
+    sys.meta_path[:] = [finder for finder in sys.meta_path if not isinstance(finder, Finder)]
 
 
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -490,7 +565,7 @@ def test_a_bad_plugin_harms_itself_alone(places, case):
     words = {"restored": "that was put back", "reported": "replaced torch.erfinv"}.get(case.state)
     assert len(told) == (words is not None), told
     assert words is None or (words in told[0] and "demo-bad 1.0" in told[0])
-    kinds = [p.kind for p in registry.problems() if "demo" in p.message]
+    kinds = [p.kind for p in registry.problems() if "emo" in p.message]
     assert (case.problem in kinds) if case.problem else not kinds
 
 
@@ -599,20 +674,99 @@ def test_json_stays_valid_where_a_plugin_prints(places, command):
     assert json.loads(done.stdout), done.stderr
 
 
-def test_a_line_that_torch_stops_at_stops_nothing_here(places):
+STOPS_TORCH = {
+    "no equals sign": b"[console_scripts]\nno equals sign\n",
+    "no UTF-8": b"[console_scripts]\nb\xff = x:Y\n",
+    "nothing of ours": b"[console_scripts]\n; old\n[mtenn.combinations]\nbad = demo_bad:Good\n",
+}
+
+
+@pytest.mark.parametrize("case", STOPS_TORCH)
+def test_a_file_that_torch_stops_at_stops_nothing_here(places, case):
     """A fresh process: torch looks for entry points when it is imported."""
-    entry_points("[console_scripts]\nno equals sign\n")(places)
+    entry_points(STOPS_TORCH[case])(places)
     path = os.pathsep.join([str(places.site), os.environ.get("PYTHONPATH", "")])
+    run = partial(
+        subprocess.run,
+        capture_output=True,
+        text=True,
+        env={
+            key: value
+            for key, value in os.environ.items()
+            if key != "TORCH_DEVICE_BACKEND_AUTOLOAD"
+        }
+        | {"PYTHONPATH": path},
+        check=False,
+    )
+    assert run([sys.executable, "-c", "import torch"]).returncode == 1  # or this shows nothing
+    code = "from mtenn_core import registry; print(registry.get('healthy'))"
+    done = run([sys.executable, "-c", code])
+    assert "demo_healthy.Good" in done.stdout, done.stderr
+    assert "PluginWarning" in done.stderr
+    assert "demo_bad-1.0.dist-info" in done.stderr
+    done = run([sys.executable, "-m", "mtenn_core", "doctor", "--no-import", "--json"])
+    kinds = [p["kind"] for p in json.loads(done.stdout)["problems"] if "demo" in p["message"]]
+    assert kinds == ["malformed"]
+
+
+@posix
+def test_what_keeps_python_from_starting_is_no_plugins_fault(places, tmp_path):
+    folder = tmp_path / "broken"
+    (folder / "torch").mkdir(parents=True)
+    (folder / "torch" / "__init__.py").write_text("raise ImportError('libcudart')")
+    path = os.pathsep.join([str(folder), str(places.site), os.environ.get("PYTHONPATH", "")])
     done = subprocess.run(
-        [sys.executable, "-c", "from mtenn_core import registry; print(registry.get('healthy'))"],
+        [sys.executable, "-m", "mtenn_core", "doctor", "--json"],
         capture_output=True,
         text=True,
         env=os.environ | {"PYTHONPATH": path},
         check=False,
     )
-    assert "demo_healthy.Good" in done.stdout, done.stderr
-    assert "PluginWarning" in done.stderr
-    assert "demo_bad-1.0.dist-info" in done.stderr
+    (problem,) = json.loads(done.stdout)["problems"]
+    assert problem["kind"] == "does not start"
+    assert "libcudart" in problem["message"]
+    assert "pip uninstall" not in problem["message"]
+
+
+@posix
+def test_doctor_takes_a_thousand_names(places):
+    names = {f"a-rather-long-name-for-a-rule-{i}": "demo_bad:Good" for i in range(1000)}
+    write_distribution(places.site, "demo-bad", names)
+    registry = Registry(policy=Policy(allowed=("demo-bad",)))
+    found = list(import_apart(registry.records(), 60.0))
+    assert len(found) == 1000
+    assert not any(problems for _, problems in found)
+
+
+@posix
+def test_a_distribution_that_dies_again_and_again_is_left(places):
+    names = {f"n{i}": "demo_bad:Good" for i in range(9)}
+    write_distribution(places.site, "demo-bad", names, "import os; os._exit(3)")
+    registry = Registry(policy=Policy(allowed=("demo-bad",)))
+    found = list(import_apart(registry.records(), 60.0))
+    assert [len(problems) for _, problems in found] == [1, 1, 1]
+    assert "6 more of its plugins are not tried" in found[-1][1][0].message
+
+
+@posix
+def test_a_folder_with_a_colon_reaches_the_child(places, tmp_path):
+    folder = tmp_path / "a:b"
+    write_distribution(folder, "demo-colon", {"colon": "demo_colon:Good"})
+    sys.path[:0] = [str(folder), Path("no text")]
+    registry = Registry(policy=Policy(allowed=("colon",)))
+    assert [problems for _, problems in import_apart(registry.records(), 60.0)] == [[]]
+
+
+def test_one_of_two_plugins_at_a_time_is_not_blamed_for_the_other(places):
+    inner = "import torch; torch.set_default_dtype(torch.float64)"
+    write_distribution(
+        places.site, "demo-inner", {"inner": "demo_inner:Good"}, f"{inner}\n{dedent(GOOD)}"
+    )
+    module("from mtenn_core import Registry\nRegistry().get('inner', validate=False)")(places)
+    with pytest.warns(PluginWarning, match="or another that was imported at the same time") as told:
+        Registry().get("bad")
+    assert len(told) == 1, [str(warning.message) for warning in told]
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

@@ -44,7 +44,18 @@ fields = st.one_of(
     st.builds(
         "Requires-Dist: {}{}".format,
         st.sampled_from(["mtenn-core", "Mtenn_Core", "torch", ""]),
-        words | st.sampled_from([">=0.1", "<0.1", "[x]; extra=='y'", "; python_version<'3'", ">>"]),
+        words
+        | st.sampled_from(
+            [
+                ">=0.1",
+                "<0.1",
+                "[x]; extra=='y'",
+                "; python_version<'3'",
+                "; python_version ~= 'abc'",
+                ">>",
+                ";" + "(" * 3000,
+            ]
+        ),
     ),
     st.lists(words, max_size=3).map(" ".join),
 )
@@ -77,9 +88,9 @@ def alone(places):
     metadata=files(fields) | st.just(b""),
     egg=st.booleans(),
     in_front=st.booleans(),
-    environment=st.lists(words, max_size=3),
+    asked=st.lists(words, max_size=3),
 )
-def test_no_file_breaks_the_registry(alone, entry_points, metadata, egg, in_front, environment):
+def test_no_file_breaks_the_registry(alone, entry_points, metadata, egg, in_front, asked):
     folder = alone.front if in_front else alone.site
     info = write_distribution(folder, "demo-bad", entry_points, None, metadata=metadata, egg=egg)
     importlib.invalidate_caches()
@@ -90,11 +101,10 @@ def test_no_file_breaks_the_registry(alone, entry_points, metadata, egg, in_fron
         assert len(registry.records(everything=True)) >= len(registry)
         for record in registry.records(everything=True):
             json.dumps(record.to_json())
-            assert registry.policy.resolved().reason_against(record) == ""
             assert str(record)
         for problem in registry.problems():
             json.dumps(problem.to_json())
-        for word in environment:
+        for word in asked:
             word in registry  # noqa: B015 - must not raise
     finally:
         shutil.rmtree(info)

@@ -1,7 +1,10 @@
 """What is allowed, disabled, preferred and pinned decides before anything is imported."""
 
+import contextlib
+import importlib.util
 import json
 import sys
+import types
 import warnings
 from pathlib import Path
 from textwrap import dedent
@@ -213,6 +216,38 @@ def test_strict_imports_all_before_it_hands_one_out(places, marked, monkeypatch)
     assert marked.exists()
 
 
+def test_strict_looks_again_where_the_policy_or_what_is_installed_has_changed(places):
+    write_distribution(places.site, "demo-bad", {"bad": "demo_bad:Good"}, "1 / 0")
+    registry = Registry(policy=Policy(strict=True, disabled=("bad",)))
+    assert registry.get("healthy")
+    registry.policy = Policy(strict=True)
+    with pytest.raises(PluginLoadError, match="ZeroDivisionError"):
+        registry.get("healthy")
+    (places.site / "demo_bad.py").write_text(dedent(GOOD))
+    assert registry.get("healthy")
+    write_distribution(places.site, "demo-worse", {"worse": "demo_worse:Good"}, "1 / 0")
+    registry.refresh()
+    with pytest.raises(PluginLoadError, match="ZeroDivisionError"):
+        registry.get("healthy")
+
+
+def test_a_strict_registry_has_a_repr(places):
+    malformed(places)
+    assert "healthy" in repr(Registry(policy=Policy(strict=True)))
+
+
+def test_a_registered_name_that_is_installed_later_can_be_taken_back(places):
+    registry = Registry()
+    registry.register("late", registry.get("healthy"))
+    write_distribution(places.site, "demo-late", {"late": "demo_late:Good"})
+    registry.refresh()
+    with pytest.raises(CombinationConflictError, match=r"ask for 'demo-late:late', or"):
+        registry.get("late")
+    assert registry.get("demo-late:late").__module__ == "demo_late"
+    registry.unregister("late")
+    assert registry.get("late").__module__ == "demo_late"
+
+
 @pytest.mark.parametrize("value", ["0", "false", "No", "off", ""])
 def test_no_is_no(places, monkeypatch, value):
     malformed(places)
@@ -328,6 +363,57 @@ def test_a_rebuild_with_a_record_of_its_own_is_not_imported(record, marked, pins
     with pytest.raises(PluginPinError, match="is another build"):
         Registry().get("marked")
     assert not marked.exists()
+
+
+@pytest.mark.parametrize("row", [",sha256=x,1", ".,sha256=x,1", "x.py,shake_128=abc,1", ",,", '"'])
+def test_a_record_of_any_kind_is_read_or_refused(record, marked, pins, row):
+    pins(pin(record))
+    with (Path(record.metadata) / "RECORD").open("a") as file:
+        file.write(f"{row}\n")
+    registry = Registry()
+    registry.problems()
+    with contextlib.suppress(PluginPinError):
+        registry.get("marked")
+
+
+def test_what_has_no_version_cannot_be_pinned(places):
+    write_distribution(
+        places.site, "demo-bad", {"bad": "demo_bad:Good"}, metadata="Name: demo-bad\n", record=True
+    )
+    with pytest.raises(PluginPinError, match="its metadata tell no version"):
+        pin(Registry().info("bad"))
+
+
+def test_a_file_of_pins_may_begin_with_a_byte_order_mark(record, marked, tmp_path):
+    (tmp_path / "pins.txt").write_text(pin(record), encoding="utf-8-sig")
+    assert Registry(policy=Policy(pins=tmp_path / "pins.txt")).get("marked")
+    (tmp_path / "pins.txt").write_text(pin(record), encoding="utf-16")
+    with pytest.raises(PluginPinError, match="cannot be read as UTF-8"):
+        Registry(policy=Policy(pins=tmp_path / "pins.txt")).get("marked")
+
+
+class Finder:
+    """Finds a module elsewhere, as an editable install does."""
+
+    def __init__(self, file):
+        self.file = file
+
+    def find_spec(self, name, path=None, target=None):
+        if name == "demo_marked":
+            return importlib.util.spec_from_file_location(name, self.file)
+        return None
+
+
+def test_a_finder_in_front_does_not_get_round_a_pin(places, record, marked, pins, monkeypatch):
+    pins(pin(record))
+    in_front(places)
+    monkeypatch.setattr(sys, "meta_path", [Finder(places.front / "demo_marked.py"), *sys.meta_path])
+    sys.path.remove(str(places.front))
+    with pytest.raises(PluginPinError, match="'demo_marked' would be imported from"):
+        Registry().get("marked")
+    monkeypatch.setitem(sys.modules, "demo_marked", types.ModuleType("demo_marked"))
+    with pytest.raises(PluginPinError, match="'demo_marked' would be imported from None"):
+        Registry().get("marked")
 
 
 def test_a_pin_is_the_same_whoever_has_installed_it(record):
