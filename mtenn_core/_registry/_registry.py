@@ -5,12 +5,10 @@ from __future__ import annotations
 import importlib
 import itertools
 import re
-import sys
 import threading
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -19,15 +17,14 @@ from mtenn_core._registry._arguments import (
     declared_examples,
     validation_key,
 )
-from mtenn_core._registry._policy import Policy, closest
+from mtenn_core._registry._known import Known
+from mtenn_core._registry._policy import Policy
 from mtenn_core._registry._record import PluginRecord, Problem, canonical
 from mtenn_core._registry._scan import Scan, path_key, scan
 from mtenn_core.errors import (
     CombinationConflictError,
-    CombinationDisabledError,
     CombinationNotFoundError,
     GradientValidationError,
-    PluginPinError,
     PluginSpecError,
     PluginWarning,
     RegistryError,
@@ -44,23 +41,6 @@ PATIENCE = 30.0
 
 # The gate sets random states and warning filters, which belong to the whole process.
 _gate = threading.RLock()
-
-
-@dataclass(frozen=True)
-class _Known:
-    """What is known at a time; never changed, so that threads may read it without a lock.
-
-    Attributes
-    ----------
-    records : all, sorted, with their status
-    available : those that can be asked for, by their name as names are compared
-    """
-
-    scan: Scan
-    policy: Policy
-    records: tuple[PluginRecord, ...]
-    available: Mapping[str, tuple[PluginRecord, ...]]
-    names: tuple[str, ...]
 
 
 class Registry:
@@ -84,15 +64,15 @@ class Registry:
         # Held while what follows is changed, and never while a plugin's code runs.
         self._lock = threading.RLock()
         self._scan: Scan | None = None
-        self._known: _Known | None = None
-        self._sound: _Known | None = None
+        self._known: Known | None = None
+        self._sound: Known | None = None
         self._registered: dict[str, PluginRecord] = {}
         self._temporary: list[dict[str, PluginRecord]] = []
         self._importing: dict[PluginRecord, threading.RLock] = {}
         # With the pins that it was held to: others may come later.
         self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
         self._validated: set[Any] = set()
-        self._all_loaded: _Known | None = None
+        self._all_loaded: Known | None = None
         self._warned: set[str] = set()
 
     # Listing ------------------------------------------------------------------------------------
@@ -118,20 +98,20 @@ class Registry:
         ------
         RegistryError : the policy is strict, and there is a problem that shows without an import
         """
-        return list(self._look().names)
+        return self._look().names()
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names())
 
     def __len__(self) -> int:
-        return len(self._look().names)
+        return len(self._look().available)
 
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and bool(self._candidates(name))
 
     def __repr__(self) -> str:
         try:
-            names = ", ".join(self._look(strict=False).names)
+            names = ", ".join(self._look(strict=False).names())
         except RegistryError as error:  # of a setting
             names = str(error)
         return f"Registry({self.group!r}: {names or 'no combinations'})"
@@ -147,10 +127,8 @@ class Registry:
             prefer one
         """
         candidates = self._candidates(name)
-        if not candidates:
-            raise self._not_found(name)
-        if len(candidates) > 1:
-            raise CombinationConflictError(_conflict(name, candidates), record=candidates[0])
+        if len(candidates) != 1:
+            raise self._look().error(name, self.group)
         return candidates[0]
 
     def problems(self) -> list[Problem]:
@@ -158,34 +136,7 @@ class Registry:
 
         ``mtenn doctor`` shows these, and imports each plugin in a process of its own for the rest.
         """
-        from mtenn_core._registry._pins import read_pins
-
-        known = self._look(strict=False)
-        problems = list(known.scan.problems)
-        problems += [
-            Problem("unknown setting", text) for text in known.policy.unknown(known.records)
-        ]
-        for name, candidates in known.available.items():
-            if len(known.policy.preferred(candidates)) > 1:
-                problems.append(Problem("conflict", _conflict(name, candidates), candidates[0]))
-        policy = known.policy
-        try:
-            if policy.pins is not None:
-                read_pins(policy.pins)
-        except PluginPinError as error:  # once, and not for each plugin
-            problems.append(Problem.of(error))
-            policy = replace(policy, pins=None)
-        installed = [r for r in itertools.chain(*known.available.values()) if r.distribution]
-        seen = set()
-        for record in installed:
-            try:
-                if record.metadata not in seen:  # of a thousand names, say
-                    seen.add(record.metadata)
-                    policy.check_distribution(record)
-                record.parsed_target()
-            except RegistryError as error:
-                problems.append(Problem.of(error))
-        return problems
+        return list(self._look(strict=False).problems())
 
     def refresh(self) -> None:
         """Look again for what is installed. Modules that were imported stay as they are."""
@@ -335,7 +286,7 @@ class Registry:
 
     # Inside -------------------------------------------------------------------------------------
 
-    def _look(self, *, strict: bool = True) -> _Known:
+    def _look(self, *, strict: bool = True) -> Known:
         """Return what is known now; look at the path if nobody has."""
         policy = self.policy.resolved()
         known = self._known
@@ -357,25 +308,12 @@ class Registry:
             self._sound = known
         return known
 
-    def _know(self, scanned: Scan, policy: Policy) -> _Known:
-        here = dict(self._registered)
+    def _know(self, scanned: Scan, policy: Policy) -> Known:
+        registered = dict(self._registered)
         for layer in self._temporary:
-            here |= layer
+            registered |= layer
         replaced = {key for layer in self._temporary for key in layer}
-        installed = [_with_status(record, policy) for record in scanned.records]
-        records = sorted([*installed, *here.values()], key=PluginRecord.sort_key)
-        available: dict[str, list[PluginRecord]] = {}
-        for record in records:
-            hidden = record.distribution and record.key in replaced
-            if record.status == "available" and not hidden:
-                available.setdefault(record.key, []).append(record)
-        return _Known(
-            scanned,
-            policy,
-            tuple(records),
-            {key: tuple(found) for key, found in available.items()},
-            tuple(found[0].name for found in available.values()),
-        )
+        return Known.of(scanned, policy, registered.values(), replaced)
 
     def _raise_problems(self) -> None:
         problems = self.problems()
@@ -390,38 +328,11 @@ class Registry:
         if not isinstance(name, str):
             raise TypeError(f"expected the name of a combination; found {name!r}")
         known = self._look()
-        found = _matching(known, name)
+        found = known.named(name)
         if not found and known.scan.key != path_key():
             self.refresh()  # something was installed while the process ran
-            found = _matching(self._look(), name)
+            found = self._look().named(name)
         return found
-
-    def _not_found(self, name: str) -> RegistryError:
-        known = self._look()
-        for record in known.records:
-            if record.status == "disabled" and record.matches(name):
-                return CombinationDisabledError(
-                    f"{record}{record.where} is disabled: {record.reason}; to allow it, change"
-                    " that",
-                    record=record,
-                )
-        for record in known.records:
-            if record.status == "shadowed" and record.matches(name):
-                return CombinationNotFoundError(
-                    f"{record}{record.where} cannot be reached: {record.reason}",
-                    record=record,
-                )
-        if not known.names:
-            return CombinationNotFoundError(
-                f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (none has an"
-                f" entry point of the group {self.group!r}); install one with pip"
-            )
-        qualified = [record.qualified_name for record in known.records]
-        more = "" if not known.scan.problems else " There are problems: see `mtenn doctor`."
-        return CombinationNotFoundError(
-            f"unknown combination {name!r}; installed: {', '.join(known.names)}."
-            f"{closest(name, known.names) or closest(name, qualified)}{more}"
-        )
 
     def _load(self, record: PluginRecord) -> type[Combination]:
         """Return the class of a plugin, which one thread imports and the others wait for."""
@@ -431,7 +342,7 @@ class Registry:
             self._all_loaded = known
         return self._load_one(record, known.policy)
 
-    def _load_all(self, known: _Known) -> None:
+    def _load_all(self, known: Known) -> None:
         try:
             for record in itertools.chain(*known.available.values()):
                 self._load_one(record, known.policy)
@@ -505,48 +416,6 @@ def _patiently(lock: threading.RLock) -> Iterator[None]:
     finally:
         if held:
             lock.release()
-
-
-def _with_status(record: PluginRecord, policy: Policy) -> PluginRecord:
-    reason = policy.reason_against(record)
-    if record.status == "shadowed" or not reason:
-        return record
-    return replace(record, status="disabled", reason=reason)
-
-
-def _matching(known: _Known, name: str) -> list[PluginRecord]:
-    """Return the plugins that may be meant by ``name``; one, if it is right."""
-    found = list(known.policy.preferred(known.available.get(canonical(name), ())))
-    distribution, colon, bare = name.rpartition(":")
-    if found or not colon:
-        return found
-    owned = [
-        record
-        for record in known.records
-        if record.status == "available"
-        and (record.owner, record.key) == (canonical(distribution), canonical(bare))
-    ]
-    # Two names of one distribution may be the same but for case, '-', '_' and '.'.
-    return [record for record in owned if record.name == bare] or owned
-
-
-def _conflict(name: str, candidates: Sequence[PluginRecord]) -> str:
-    shown = [f"{r.qualified_name!r} ({r.origin}, {r.target}{r.where})" for r in candidates]
-    installed = next(record for record in candidates if record.distribution)
-    if len({(record.owner, record.name) for record in candidates}) < len(candidates):
-        remedy = f"no name tells them apart: tell the author of {installed.distribution}"
-    elif len(candidates) > sum(bool(record.distribution) for record in candidates):
-        remedy = (
-            f"ask for {installed.qualified_name!r}, or take back what was registered in this"
-            f" process: registry.unregister({name!r})"
-        )
-    else:
-        remedy = (
-            "ask for one of these, disable or uninstall all but one, or prefer one: registry.policy"
-            f" = Policy(prefer=({installed.qualified_name!r},))"
-        )
-    offers = f"combination {name!r} is offered by {len(candidates)} plugins"
-    return f"{offers}: {', '.join(shown)}; {remedy}"
 
 
 def _registered_record(name: str, combination: type[Combination]) -> PluginRecord:
