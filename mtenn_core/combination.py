@@ -150,7 +150,7 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
     """
     try:
         args, kwargs = combination.__dict__["_arguments"]
-        bound = inspect.signature(type(combination)).bind(*args, **kwargs)
+        bound = constructor_signature(type(combination)).bind(*args, **kwargs)
     except (KeyError, TypeError, ValueError):  # made without __new__, or of a strange signature
         return {}
     if defaults:
@@ -162,6 +162,16 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
         elif parameter.kind is parameter.VAR_POSITIONAL and not arguments.get(name):
             arguments.pop(name, None)
     return arguments
+
+
+def constructor_signature(combination: type[Combination]) -> inspect.Signature:
+    """Return the signature of ``__init__``, without ``self``.
+
+    That of the class is, before Python 3.11.4, the one of :meth:`Combination.__new__`.
+    """
+    signature = inspect.signature(combination.__init__)
+    _, *parameters = signature.parameters.values()
+    return signature.replace(parameters=parameters)
 
 
 def overrides(combination: type[Combination], method: str) -> bool:

@@ -359,11 +359,14 @@ class Registry:
             found = self._classes.get((record, policy.pins))
             if found is None:
                 self._warn_of_older(record)
-                found = self._classes[record, policy.pins] = load(record, policy)
+                found = load(record, policy)
+                with self._lock:
+                    self._classes[record, policy.pins] = found
             return found
 
     def _warn_of_older(self, record: PluginRecord) -> None:
-        loaded = [other for other, _ in list(self._classes) if other.owner == record.owner]
+        with self._lock:
+            loaded = [other for other, _ in self._classes if other.owner == record.owner]
         older = [other for other in loaded if other.version != record.version]
         if record.distribution and older:
             warnings.warn(

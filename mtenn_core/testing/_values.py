@@ -13,7 +13,12 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core.combination import (
+    Combination,
+    constructor_arguments,
+    constructor_signature,
+    overrides,
+)
 from mtenn_core.testing._check import Metrics, Verdict, check
 from mtenn_core.testing._comparison import FLOAT32, compare, judge, ratio
 from mtenn_core.testing._derivatives import compare_weights
@@ -460,7 +465,7 @@ def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
     cls = type(subject.original)
     given = constructor_arguments(subject.original, defaults=True)
     try:
-        parameters = inspect.signature(cls).parameters
+        parameters = constructor_signature(cls).parameters
     except (TypeError, ValueError):
         return
     for name, value in given.items():
