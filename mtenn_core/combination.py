@@ -167,7 +167,7 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
 def constructor_signature(combination: type[Combination]) -> inspect.Signature:
     """Return the signature of ``__init__``, without ``self``.
 
-    That of the class is, before Python 3.11.4, the one of :meth:`Combination.__new__`.
+    That of the class is the one of ``__new__``, above, in earlier releases of Python 3.11.
     """
     signature = inspect.signature(combination.__init__)
     _, *parameters = signature.parameters.values()
