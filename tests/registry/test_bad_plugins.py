@@ -224,6 +224,13 @@ CASES = {
     ),
     "extras": Case(entry("demo_bad:Good [fast]")),
     # What its metadata say.
+    "two colons in a target": Case(
+        entry("demo_bad:Good:X"),
+        PluginLoadError,
+        ("'module:attribute'", UNINSTALL),
+        "",
+        "does not load",
+    ),
     "a line without an equals sign": Case(
         entry_points("[mtenn.combinations]\nno equals sign\nbad = demo_bad:Good\n"),
         problem="malformed",
@@ -284,7 +291,7 @@ CASES = {
         "incompatible",
     ),
     "made for an older core": Case(
-        module("open(__file__ + '.imported', 'w')", requires="mtenn-core<0.1"),
+        module("", requires="mtenn-core<0.1"),
         PluginIncompatibleError,
         ("requires mtenn-core<0.1; found mtenn-core", "--upgrade"),
         "",
@@ -560,6 +567,8 @@ def test_a_bad_plugin_harms_itself_alone(places, case):
                 registry.get(case.name)
             check_message(str(caught.value), case, places)
         assert registry.get("healthy").__module__ == "demo_healthy"
+    if case.problem == "incompatible":
+        assert "demo_bad" not in sys.modules
     assert not changed(before, process_state())
     told = [str(w.message) for w in warned if issubclass(w.category, PluginWarning)]
     words = {"restored": "that was put back", "reported": "replaced torch.erfinv"}.get(case.state)
