@@ -45,9 +45,11 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
     with undone_process_state() as found:
         plugin = _import(record) if record.plugin is None else record.plugin
         combination = _ask(plugin, record)
-    with warnings.catch_warnings():
-        warnings.filters = filters  # those of the user: the plugin may have set others
-        _warn_of_traces(record, found, replaced(functions))
+    patched = replaced(functions)
+    if found.settings or patched:
+        with warnings.catch_warnings():
+            warnings.filters = filters  # those of the user: the plugin may have set others
+            _warn_of_traces(record, found, patched)
     return combination
 
 

@@ -107,7 +107,7 @@ class Registry:
         return len(self._look().available)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and bool(self._candidates(name))
+        return isinstance(name, str) and bool(self._find(name)[1])
 
     def __repr__(self) -> str:
         try:
@@ -126,10 +126,10 @@ class Registry:
         CombinationConflictError : several distributions have it; ask for ``distribution:name``, or
             prefer one
         """
-        candidates = self._candidates(name)
-        if len(candidates) != 1:
-            raise self._look().error(name, self.group)
-        return candidates[0]
+        known, found = self._find(name)
+        if len(found) != 1:
+            raise known.error(name, self.group)
+        return found[0]
 
     def problems(self) -> list[Problem]:
         """Return what is wrong with installed plugins and settings, as far as no import is needed.
@@ -324,15 +324,15 @@ class Registry:
                 record=problems[0].record,
             )
 
-    def _candidates(self, name: str) -> list[PluginRecord]:
+    def _find(self, name: str) -> tuple[Known, list[PluginRecord]]:
+        """Return what is known, and of it the plugins that may be meant by ``name``."""
         if not isinstance(name, str):
             raise TypeError(f"expected the name of a combination; found {name!r}")
         known = self._look()
-        found = known.named(name)
-        if not found and known.scan.key != path_key():
+        if not known.named(name) and known.scan.key != path_key():
             self.refresh()  # something was installed while the process ran
-            found = self._look().named(name)
-        return found
+            known = self._look()
+        return known, known.named(name)
 
     def _load(self, record: PluginRecord) -> type[Combination]:
         """Return the class of a plugin, which one thread imports and the others wait for."""
