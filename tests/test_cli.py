@@ -351,6 +351,14 @@ def test_a_page_that_cannot_be_made_is_an_error_before_any_check(mtenn, tmp_path
     assert "cannot write into the folder" in missing.stderr
 
 
+@pytest.mark.parametrize("target", ["demo-rules:rihgt", "Demo_Rules:rihgt"])
+def test_check_of_a_name_that_a_distribution_lacks_is_no_module(mtenn, target):
+    result = mtenn("check", target)
+    assert result.exit_code == 1
+    assert f"unknown combination {target!r}" in result.stderr
+    assert "Did you mean 'demo-rules:right'?" in result.stderr
+
+
 @pytest.mark.parametrize("args", [("info", "rihgt"), ("check", "gone")], ids=["info", "check"])
 def test_errors_exit_with_one(mtenn, args):
     result = mtenn(*args)

@@ -22,6 +22,7 @@ from pathlib import Path
 from mtenn_core._registry._record import PluginRecord, canonical
 from mtenn_core.errors import PluginPinError
 
+Rows = list[tuple[str, str]]
 _LINE = re.compile(r"([\w.-]+)==(\S+)\s+RECORD=sha256:([0-9a-f]{64})")
 # Whoever installs writes these, differently each time; so are scripts, outside of the folder.
 _OF_THE_INSTALLER = {"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"}
@@ -40,7 +41,8 @@ def pin(record: PluginRecord) -> str:
             f"{record}{record.where} cannot be pinned: its metadata tell no version; reinstall it",
             record=record,
         )
-    return f"{record.distribution}=={record.version} RECORD=sha256:{_digest(record)}"
+    digest = _digest(record, _rows(record))
+    return f"{record.distribution}=={record.version} RECORD=sha256:{digest}"
 
 
 def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
@@ -96,7 +98,8 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
             f" install that: pip install {record.distribution}=={versions[0]}",
             record=record,
         )
-    found, expected = _digest(record), pins[record.owner, record.version]
+    rows = _rows(record)
+    found, expected = _digest(record, rows), pins[record.owner, record.version]
     if found not in expected:
         raise PluginPinError(
             f"{record}{record.where} is another build than the one that is pinned in"
@@ -104,13 +107,13 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
             f" {found}; reinstall it, or pin this one if you trust it",
             record=record,
         )
-    _check_found_by_import(record)
+    _check_found_by_import(record, rows)
 
 
-def _check_found_by_import(record: PluginRecord) -> None:
+def _check_found_by_import(record: PluginRecord, rows: Rows) -> None:
     """Check that an import of the target finds files of the distribution, and no others."""
     folder = Path(record.location or "")
-    own = {os.path.realpath(folder / path) for path, _ in _rows(record)}
+    own = {os.path.realpath(folder / path) for path, _ in rows}
     module, _ = record.parsed_target()
     path: Sequence[str] | None = None
     for name in itertools.accumulate(module.split("."), "{}.{}".format):
@@ -138,8 +141,9 @@ def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
     return next(filter(None, specs), None)
 
 
-def _rows(record: PluginRecord) -> list[tuple[str, str]]:
+def _rows(record: PluginRecord) -> Rows:
     """Return path and hash of the files that are the same wherever it is installed, sorted."""
+    _refuse_editable(record, Path(record.metadata or ""))
     file = Path(record.metadata or "", "RECORD")
     try:
         rows = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))
@@ -155,11 +159,9 @@ def _rows(record: PluginRecord) -> list[tuple[str, str]]:
     return kept
 
 
-def _digest(record: PluginRecord) -> str:
+def _digest(record: PluginRecord, rows: Rows) -> str:
     """Return the hash of what RECORD says of the files, after a look at the files."""
     folder = Path(record.location or "")
-    _refuse_editable(record, Path(record.metadata or ""))
-    rows = _rows(record)
     for path, hash in rows:
         if _hash_of(folder / path, hash.partition("=")[0]) != hash:
             raise PluginPinError(

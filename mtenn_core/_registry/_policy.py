@@ -106,20 +106,17 @@ class Policy:
 
     def unknown(self, records: Iterable[PluginRecord]) -> list[str]:
         """Return, for each entry that means no plugin, what to say of it; of a resolved policy."""
-        records = list(records)
-        known = sorted(
-            {record.key for record in records}
-            | {record.owner for record in records}
-            | {f"{record.owner}:{record.key}" for record in records if record.owner}
-        )
         sources = {
             self._source("allowed", ALLOWED): self.allowed or (),
             self._source("disabled", DISABLED): self.disabled or (),
             "prefer": self.prefer,
         }
+        if not any(sources.values()):
+            return []
+        known = {word for record in records for word in record.words}
         return [
             f"{source} names {entry!r}, and no plugin or distribution is called so."
-            + closest(entry, known)
+            + closest(entry, sorted(known))
             for source, entries in sources.items()
             for entry in entries
             if canonical(entry) not in known

@@ -91,6 +91,13 @@ class PluginRecord:
         """The distribution's name as names are compared."""
         return canonical(self.distribution or "")
 
+    @cached_property
+    def words(self) -> tuple[str, ...]:
+        """What an entry of a policy may call it, as names are compared."""
+        if self.distribution is None:
+            return (self.key,)
+        return self.key, self.owner, f"{self.owner}:{self.key}"
+
     @property
     def qualified_name(self) -> str:
         """``distribution:name``, which no other distribution can share."""
@@ -164,7 +171,7 @@ class PluginRecord:
         ----------
         entry : a name, a distribution, or ``distribution:name``
         """
-        return canonical(entry) in (self.key, self.owner, f"{self.owner}:{self.key}")
+        return canonical(entry) in self.words
 
     def to_json(self) -> dict[str, Any]:
         """Return all but the object as JSON knows it."""

@@ -65,14 +65,15 @@ class Registry:
         self._lock = threading.RLock()
         self._scan: Scan | None = None
         self._known: Known | None = None
+        # Of a strict policy: that in which there was no problem, and that of which all has loaded.
         self._sound: Known | None = None
+        self._all_loaded: Known | None = None
         self._registered: dict[str, PluginRecord] = {}
         self._temporary: list[dict[str, PluginRecord]] = []
         self._importing: dict[PluginRecord, threading.RLock] = {}
         # With the pins that it was held to: others may come later.
         self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
         self._validated: set[Any] = set()
-        self._all_loaded: Known | None = None
         self._warned: set[str] = set()
 
     # Listing ------------------------------------------------------------------------------------
@@ -142,7 +143,8 @@ class Registry:
         """Look again for what is installed. Modules that were imported stay as they are."""
         importlib.invalidate_caches()
         with self._lock:
-            self._scan = self._known = self._sound = None
+            self._scan = None
+            self._know_no_more()
 
     # Handing out --------------------------------------------------------------------------------
 
@@ -215,12 +217,13 @@ class Registry:
         from mtenn_core.testing._target import Target
 
         record = self.info(name)
-        self.policy.resolved().check(record)  # the child knows the environment's alone
-        if isolated and (record.distribution is None or self.group != GROUP):
-            raise RegistryError(
-                f"{record} cannot be checked in a process of its own, which would not know it",
-                record=record,
-            )
+        if isolated:
+            if record.distribution is None or self.group != GROUP:
+                raise RegistryError(
+                    f"{record} cannot be checked in a process of its own, which would not know it",
+                    record=record,
+                )
+            self.policy.resolved().check(record)  # the child knows the environment's alone
         return list(check_target(Target(record.qualified_name), self, isolated=isolated, **options))
 
     # Registering --------------------------------------------------------------------------------
@@ -239,7 +242,7 @@ class Registry:
             taken = list(self._look().available.get(record.key, ()))
             if not taken:
                 self._registered[record.key] = record
-                self._known = self._sound = None
+                self._know_no_more()
         if taken:
             self._forget(record)
             raise CombinationConflictError(
@@ -253,7 +256,7 @@ class Registry:
         with self._lock:
             record = self._registered.pop(canonical(name), None)
             registered = ", ".join(known.name for known in self._registered.values())
-            self._known = self._sound = None
+            self._know_no_more()
         if record is None:
             raise CombinationNotFoundError(
                 f"{name!r} was not registered in this process; registered: {registered or 'none'}"
@@ -271,7 +274,7 @@ class Registry:
             )
         with self._lock:
             self._temporary = [*self._temporary, added]
-            self._known = self._sound = None
+            self._know_no_more()
         try:
             for record in records:
                 self._load(record)
@@ -280,7 +283,7 @@ class Registry:
             # Not the state from before: contexts need not end in the order in which they began.
             with self._lock:
                 self._temporary = [layer for layer in self._temporary if layer is not added]
-                self._known = self._sound = None
+                self._know_no_more()
             for record in records:
                 self._forget(record)
 
@@ -294,14 +297,16 @@ class Registry:
             with self._lock:
                 self._scan = self._scan or scan(self.group)
                 known = self._know(self._scan, policy)
-                if policy.unknown(known.records) and self._scan.key != path_key():
+                unknown = policy.unknown(known.records)
+                if unknown and self._scan.key != path_key():
                     importlib.invalidate_caches()
                     self._scan = scan(self.group)  # it may have been installed since
                     known = self._know(self._scan, policy)
+                    unknown = policy.unknown(known.records)
                 self._known = known
-                unknown = set(policy.unknown(known.records)) - self._warned
-                self._warned |= unknown
-            for text in sorted(unknown):
+                unknown = [text for text in unknown if text not in self._warned]
+                self._warned.update(unknown)
+            for text in unknown:
                 warnings.warn(text, PluginWarning, stacklevel=4)
         if strict and policy.strict and self._sound is not known:
             self._raise_problems()
@@ -314,6 +319,9 @@ class Registry:
             registered |= layer
         replaced = {key for layer in self._temporary for key in layer}
         return Known.of(scanned, policy, registered.values(), replaced)
+
+    def _know_no_more(self) -> None:
+        self._known = self._sound = self._all_loaded = None
 
     def _raise_problems(self) -> None:
         problems = self.problems()

@@ -20,9 +20,6 @@ if TYPE_CHECKING:
     from packaging.version import Version
 
 _BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-# A line that is no comment and no group: the parser of importlib.metadata stops at it.
-_NO_EQUALS_SIGN = re.compile(r"^[^\S\n]*(?!#|\[[^\n]*\][^\S\n]*$)[^\s=][^=\n]*$", re.MULTILINE)
-_GROUP = re.compile(r"^\s*\[.*\]\s*$", re.MULTILINE)
 # Others could not be named in a setting, or be taken for `distribution:name`.
 _NAME = re.compile(r"\w([\w.-]*\w)?")
 _ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
@@ -125,10 +122,7 @@ class _Copy:
     @property
     def stops_torch(self) -> bool:
         """Whether torch, which looks for entry points when it is imported, stops at this file."""
-        first_group = _GROUP.search(self.text)
-        if "\ufffd" in self.text:
-            return True
-        return bool(first_group and _NO_EQUALS_SIGN.search(self.text, first_group.end()))
+        return "\ufffd" in self.text or any("=" not in line for _, _, line in self._lines())
 
     def _read(self, name: str) -> str:
         """Return the text of a file, with a mark for what is no text; empty if there is no file."""
@@ -165,7 +159,7 @@ class _Copy:
                 metadata=self.metadata,
                 requires=requires,
             )
-            for entry_point, target in dict.fromkeys(self._lines(f"{name} {version}", problems))
+            for entry_point, target in dict.fromkeys(self._offers(f"{name} {version}", problems))
         ]
 
     def _metadata(self, problems: list[Problem]) -> tuple[str, str | None, tuple[str, ...]]:
@@ -199,29 +193,36 @@ class _Copy:
         except Exception:  # what a parser says of what is no requirement
             return []
 
-    def _lines(self, who: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
-        """Yield name and target of each entry point of the group.
+    def _lines(self) -> Iterator[tuple[str, int, str]]:
+        """Yield group, number and text of each line of ``entry_points.txt`` that is in a group."""
+        group = ""
+        for number, line in enumerate(map(str.strip, self.text.splitlines()), 1):
+            if line.startswith("[") and line.endswith("]"):
+                group = line[1:-1].strip()
+            elif group and line and not line.startswith("#"):
+                yield group, number, line
+
+    def _offers(self, who: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
+        """Yield name and target of each entry point of our group.
 
         Line by line, since the parsers of :mod:`importlib_metadata` give up a whole file, and all
         good names in it, for one line without an equals sign.
         """
-        section = ""
-        for number, line in enumerate(map(str.strip, self.text.splitlines()), 1):
-            if line.startswith("[") and line.endswith("]"):
-                section = line[1:-1].strip()
-            elif section == self.group and line and not line.startswith(("#", ";")):
-                name, equals, target = (part.strip() for part in line.partition("="))
-                if equals and _NAME.fullmatch(name) and "\ufffd" not in line:
-                    yield name, target
-                    continue
-                file = os.path.join(self.metadata, "entry_points.txt")
-                problems.append(
-                    Problem(
-                        "malformed",
-                        f"{who}: expected 'name = module:attribute' in line {number} of {file};"
-                        f" found {line!r}: tell its author",
-                    )
+        for group, number, line in self._lines():
+            if group != self.group or line.startswith(";"):  # a comment, for some parsers
+                continue
+            name, equals, target = (part.strip() for part in line.partition("="))
+            if equals and _NAME.fullmatch(name) and "\ufffd" not in line:
+                yield name, target
+                continue
+            file = os.path.join(self.metadata, "entry_points.txt")
+            problems.append(
+                Problem(
+                    "malformed",
+                    f"{who}: expected 'name = module:attribute' in line {number} of {file};"
+                    f" found {line!r}: tell its author",
                 )
+            )
 
     def __str__(self) -> str:
         return self.metadata

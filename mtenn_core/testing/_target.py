@@ -17,6 +17,7 @@ from typing import Any
 
 from mtenn_core._registry import Registry, registry
 from mtenn_core._registry._arguments import build_example, declared_examples
+from mtenn_core._registry._record import canonical
 from mtenn_core.combination import Combination, constructor_arguments
 from mtenn_core.errors import CombinationNotFoundError, TargetError
 
@@ -77,8 +78,8 @@ class Target:
     def _may_be_imported(self, known: Registry) -> bool:
         """Whether it is a file or a module, not a distribution that lacks the name."""
         owner, colon, _ = self.path.rpartition(":")
-        owners = {record.distribution for record in known.records(everything=True)}
-        return self.path.endswith(".py") or bool(colon and owner not in owners)
+        owners = {record.owner for record in known.records(everything=True)}
+        return self.path.endswith(".py") or bool(colon and canonical(owner) not in owners)
 
     def _imported(self) -> Iterator[tuple[str, Target, Combination]]:
         make = _import(self.path)

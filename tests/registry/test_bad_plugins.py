@@ -6,6 +6,7 @@ a healthy plugin, which must resolve whatever the other does.
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -595,7 +596,6 @@ def test_the_table_has_the_rows_that_were_promised():
 APART = {
     "segfault": ("import os; os.kill(os.getpid(), 11)", "crashes", "killed by SIGSEGV"),
     "exit": ("import os; os._exit(3)", "crashes", "exited with 3 before it was done"),
-    "hang": ("import time; time.sleep(600)", "crashes", "did not end within 4 s"),
     "prints": ("print('hello')", "prints", "'hello'"),
     "traces": (
         "import torch; torch.set_default_dtype(torch.float64)",
@@ -614,7 +614,7 @@ def test_an_import_in_isolation_tells_what_ends_it_and_goes_on(places):
             places.site, f"demo-{name}", {name: f"demo_{name}:Good"}, f"{code}\n{dedent(GOOD)}"
         )
     records = [r for r in Registry().records() if str(r.distribution).startswith("demo-")]
-    found = {record.name: problems for record, problems in import_apart(records, 4.0)}
+    found = {record.name: problems for record, problems in import_apart(records, 60.0)}
     assert found.pop("healthy") == []
     assert set(found) == set(APART)
     for name, (_, kind, word) in APART.items():
@@ -627,6 +627,16 @@ def test_an_import_in_isolation_tells_what_ends_it_and_goes_on(places):
 
 
 @posix
+def test_an_import_without_end_is_ended(places):
+    module("import time; time.sleep(600)")(places)
+    ((_, (problem,)),) = import_apart([Registry().info("bad")], 2.0)
+    assert problem.kind == "crashes"
+    assert "did not end within 2 s" in problem.message
+    assert "demo_bad.py" in problem.message  # where it hangs
+    assert UNINSTALL in problem.message
+
+
+@posix
 def test_an_import_of_ten_seconds_keeps_nobody_waiting_who_has_not_asked(places):
     module("import time; time.sleep(10)")(places)
     registry = Registry()
@@ -635,7 +645,8 @@ def test_an_import_of_ten_seconds_keeps_nobody_waiting_who_has_not_asked(places)
     assert "demo_bad" not in sys.modules
     ((_, (problem,)),) = import_apart([registry.info("bad")], 60.0)
     assert problem.kind == "slow"
-    assert "(demo-bad 1.0): its import takes 10." in problem.message
+    (seconds,) = re.findall(r"\(demo-bad 1\.0\): its import takes ([\d.]+) s", problem.message)
+    assert float(seconds) >= 10
 
 
 IN_FORWARD = {
@@ -652,7 +663,11 @@ def test_a_check_in_isolation_tells_what_ended_it(places, case):
     wrong = f"{dedent(GOOD)}\n    def forward(self, *args):\n        {code}\n"
     write_distribution(places.site, "demo-bad", BAD, wrong)
     (report,) = Registry().check(
-        "bad", isolated=True, only=["A2"], time_limit=4.0, memory_limit=1024
+        "bad",
+        isolated=True,
+        only=["A2"],
+        time_limit=4.0 if case == "hang" else 60.0,
+        memory_limit=1024,
     )
     assert not report.passed
     assert word in report.failures[0].reason

@@ -12,6 +12,7 @@ import torch
 from conftest import forget_modules_in
 from installed import GOOD, write_distribution
 
+import mtenn_core.testing
 from mtenn_core import Combination, Registry
 from mtenn_core._registry import _registry
 
@@ -100,7 +101,14 @@ def _look_up(registry, begin, number, names):
     return modules
 
 
-def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts):
+def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts, monkeypatch):
+    validated, run = [], mtenn_core.testing.check_combination
+
+    def check_combination(*args, name, **kwargs):
+        validated.append(name)
+        return run(*args, name=name, **kwargs)
+
+    monkeypatch.setattr(mtenn_core.testing, "check_combination", check_combination)
     registry = Registry()
     torch.manual_seed(0)
     before = torch.get_rng_state(), torch.get_default_dtype()
@@ -108,7 +116,7 @@ def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts):
     with ThreadPoolExecutor(N_THREADS) as pool:
         classes = list(pool.map(registry.get, names, timeout=SECONDS))
     assert len(set(classes)) == 4
-    assert len(registry._validated) == 4
+    assert sorted(validated) == [f"plugin 'rule-{i}' (demo-{i} 1.0)" for i in range(4)]
     assert torch.equal(torch.get_rng_state(), before[0])
     assert torch.get_default_dtype() == before[1]
 
