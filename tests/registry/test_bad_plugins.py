@@ -442,6 +442,13 @@ CASES = {
         "conflict",
         "bad-one",
     ),
+    "one of two spellings in one distribution": Case(
+        lambda at: write_distribution(
+            at.site, "demo-bad", {"bad-one": "demo_bad:Other", "bad_one": "demo_bad:Good"}
+        ),
+        problem="conflict",
+        name="demo-bad:bad_one",
+    ),
     "one distribution twice on the path": Case(
         both(module(""), another("demo-bad", BAD, "front")),
     ),
@@ -786,11 +793,20 @@ def test_one_of_two_plugins_at_a_time_is_not_blamed_for_the_other(places):
     write_distribution(
         places.site, "demo-inner", {"inner": "demo_inner:Good"}, f"{inner}\n{dedent(GOOD)}"
     )
-    module("from mtenn_core import Registry\nRegistry().get('inner', validate=False)")(places)
+    module(
+        """
+        import torch
+        from mtenn_core import Registry
+        torch.use_deterministic_algorithms(True)
+        Registry().get('inner', validate=False)
+        assert torch.are_deterministic_algorithms_enabled()  # this import is not over
+        """
+    )(places)
     with pytest.warns(PluginWarning, match="or another that was imported at the same time") as told:
         Registry().get("bad")
     assert len(told) == 1, [str(warning.message) for warning in told]
     assert torch.get_default_dtype() == torch.float32
+    assert not torch.are_deterministic_algorithms_enabled()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, MemoryError])

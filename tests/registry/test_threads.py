@@ -2,8 +2,10 @@
 
 import sys
 import threading
+import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from textwrap import dedent
 
@@ -14,7 +16,7 @@ from installed import GOOD, write_distribution
 
 import mtenn_core.testing
 from mtenn_core import Combination, Registry
-from mtenn_core._registry import _registry
+from mtenn_core._registry import _load, _registry
 
 N_THREADS, N_NAMES, N_RUNS = 16, 50, 200
 SECONDS = 60.0
@@ -121,6 +123,23 @@ def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts, monkeyp
     assert torch.get_default_dtype() == before[1]
 
 
+def test_one_thread_loads_and_the_others_wait(places, monkeypatch):
+    loaded, load = [], _load.load
+
+    def slow_load(record, policy):
+        loaded.append(record.name)
+        time.sleep(0.2)  # in which the others come
+        return load(record, policy)
+
+    monkeypatch.setattr(_load, "load", slow_load)
+    registry = Registry()
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        get = partial(registry.get, validate=False)
+        classes = set(pool.map(get, ["healthy"] * N_THREADS, timeout=SECONDS))
+    assert len(classes) == 1
+    assert loaded == ["healthy"]
+
+
 def test_a_plugin_that_hangs_keeps_nobody_else_waiting(places):
     code = f"import demo_gate; demo_gate.entered.set(); demo_gate.go.wait({SECONDS})\n{COUNTED}"
     (places.site / "demo_counts.py").write_text("imported = []\n")
@@ -170,7 +189,7 @@ def test_random_numbers_that_another_thread_draws_do_not_come_again(places):
     (places.site / "demo_gate.py").write_text(
         "import threading\nentered, go = threading.Event(), threading.Event()\n"
     )
-    code = "import demo_gate as g, torch; torch.rand(3); g.entered.set(); g.go.wait(30)"
+    code = "import demo_gate as g; g.entered.set(); g.go.wait(30)"
     write_distribution(places.site, "demo-slow", {"slow": "demo_slow:Good"}, code + dedent(GOOD))
     gate = __import__("demo_gate")
     with ThreadPoolExecutor(1) as pool:
