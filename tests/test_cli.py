@@ -351,11 +351,16 @@ def test_a_page_that_cannot_be_made_is_an_error_before_any_check(mtenn, tmp_path
     assert "cannot write into the folder" in missing.stderr
 
 
-@pytest.mark.parametrize("target", ["demo-rules:rihgt", "Demo_Rules:rihgt"])
-def test_check_of_a_name_that_a_distribution_lacks_is_no_module(mtenn, target):
-    result = mtenn("check", target)
+def test_check_takes_a_class_of_a_module_named_like_its_distribution(mtenn):
+    result = mtenn("check", "demo_rules:Mean", *GATE)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith("demo_rules:Mean, Mean(shift=0.0): passed ")
+
+
+def test_check_of_a_name_that_a_distribution_lacks_is_no_module(mtenn):
+    result = mtenn("check", "demo-rules:rihgt")
     assert result.exit_code == 1
-    assert f"unknown combination {target!r}" in result.stderr
+    assert "unknown combination 'demo-rules:rihgt'" in result.stderr
     assert "Did you mean 'demo-rules:right'?" in result.stderr
 
 

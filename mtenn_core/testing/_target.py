@@ -17,7 +17,6 @@ from typing import Any
 
 from mtenn_core._registry import Registry, registry
 from mtenn_core._registry._arguments import build_example, declared_examples
-from mtenn_core._registry._record import canonical
 from mtenn_core.combination import Combination, constructor_arguments
 from mtenn_core.errors import CombinationNotFoundError, TargetError
 
@@ -62,7 +61,7 @@ class Target:
         try:
             record = known.info(self.path)
         except CombinationNotFoundError:
-            if not self._may_be_imported(known):
+            if not self._may_be_imported():
                 raise
             yield from self._imported()
             return
@@ -75,11 +74,11 @@ class Target:
         for example in declared_examples(record, combination):
             yield str(record), Target(name, example), build_example(record, combination, example)
 
-    def _may_be_imported(self, known: Registry) -> bool:
-        """Whether it is a file or a module, not a distribution that lacks the name."""
-        owner, colon, _ = self.path.rpartition(":")
-        owners = {record.owner for record in known.records(everything=True)}
-        return self.path.endswith(".py") or bool(colon and canonical(owner) not in owners)
+    def _may_be_imported(self) -> bool:
+        """Whether it can be a file or a module: ``my_rules:x`` can, ``my-rules:x`` cannot."""
+        where, colon, _ = self.path.rpartition(":")
+        is_module = bool(colon) and all(map(str.isidentifier, where.split(".")))
+        return is_module or where.endswith(".py") or self.path.endswith(".py")
 
     def _imported(self) -> Iterator[tuple[str, Target, Combination]]:
         make = _import(self.path)
