@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
@@ -20,6 +21,9 @@ from mtenn_core.gradients import (
     split_grad_dict,
 )
 from mtenn_core.hookspecs import hookimpl
+
+PoseInputs = Mapping[str, Tensor]
+NO_INPUTS: PoseInputs = MappingProxyType({})
 
 
 class Combination(torch.nn.Module):
@@ -37,6 +41,9 @@ class Combination(torch.nn.Module):
     stochastic : True for a value that draws random numbers, which are then replayed
     properties : claims for the conformance suite to hold it to, ``"permutation_invariant"`` say
     examples : constructor arguments to validate it with; each is a dict
+    pose_inputs : names of further numbers per pose that it needs, ``("docking_score",)`` say. They
+        come from ``model(poses, pose_inputs={"docking_score": …})`` and are handed to ``combine``,
+        ``pose_weights`` and ``reference`` by name: ``combine(self, predictions, docking_score)``
     """
 
     min_poses: ClassVar[int] = 1
@@ -45,6 +52,7 @@ class Combination(torch.nn.Module):
     stochastic: ClassVar[bool] = False
     properties: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[Sequence[dict[str, Any]]] = ({},)
+    pose_inputs: ClassVar[tuple[str, ...]] = ()
 
     split_grad_dict = staticmethod(split_grad_dict)
     join_grad_dict = staticmethod(join_grad_dict)
@@ -71,12 +79,15 @@ class Combination(torch.nn.Module):
         shown = constructor_arguments(self, defaults=True)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    def combine(self, predictions: Tensor) -> Tensor:
+    # *args: a subclass that takes pose inputs by name is then no incompatible override.
+    def combine(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
         """Return the combined prediction h, differentiable by autograd.
 
         Parameters
         ----------
         predictions : shape (n_poses,), float32 or wider when called by the core
+        **pose_inputs : one for each name in ``pose_inputs``, shape (n_poses,), dtype and device of
+            ``predictions``
 
         Returns
         -------
@@ -86,7 +97,7 @@ class Combination(torch.nn.Module):
             f"{type(self).__name__} defines forward alone and has no combine(predictions)"
         )
 
-    def pose_weights(self, predictions: Tensor) -> Tensor:
+    def pose_weights(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
         """Return ∂h/∂ŷ_i for every pose.
 
         Overridden by a closed form, it is what training uses. This one derives the weights from
@@ -95,16 +106,17 @@ class Combination(torch.nn.Module):
         Parameters
         ----------
         predictions : shape (n_poses,)
+        **pose_inputs : as for :meth:`combine`
 
         Returns
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
         if overrides(type(self), "combine"):
-            return autograd_weights(self, predictions)
-        return backward_weights(self, predictions)
+            return autograd_weights(self, predictions, pose_inputs)
+        return backward_weights(self, predictions, pose_inputs)
 
-    def reference(self, predictions: Tensor) -> Tensor:
+    def reference(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
         """Return the combined prediction again, stated independently; optional.
 
         The conformance suite holds the value, and its derivative, to this one: plain and slow
@@ -113,6 +125,7 @@ class Combination(torch.nn.Module):
         Parameters
         ----------
         predictions : shape (n_poses,), float64
+        **pose_inputs : as for :meth:`combine`
 
         Returns
         -------
@@ -126,19 +139,21 @@ class Combination(torch.nn.Module):
         grad_dict: GradDict,
         param_names: Sequence[str],
         *model_params: Tensor,
+        **pose_inputs: Any,
     ) -> Tensor:
         """Return the combined prediction, with a backward that uses the gradients of the poses.
 
         Parameters
         ----------
         pred_list, grad_dict, param_names, *model_params : see :func:`mtenn_core.attach_gradients`
+        **pose_inputs : as for :meth:`combine`
 
         Returns
         -------
         shape (), dtype and device of the predictions
         """
         predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
-        return combined_prediction(self, predictions)
+        return combined_prediction(self, predictions, pose_inputs)
 
 
 def constructor_arguments(combination: Combination, *, defaults: bool = False) -> dict[str, Any]:
@@ -179,15 +194,20 @@ def overrides(combination: type[Combination], method: str) -> bool:
     return getattr(combination, method) is not getattr(Combination, method)
 
 
-def autograd_weights(combination: Combination, predictions: Tensor) -> Tensor:
+def autograd_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
+) -> Tensor:
     """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
     with torch.inference_mode(False), torch.enable_grad():
         y = predictions.detach().clone().requires_grad_()
-        (weights,) = torch.autograd.grad(combined_prediction(combination, y, closed_form=False), y)
+        value = combined_prediction(combination, y, pose_inputs, closed_form=False)
+        (weights,) = torch.autograd.grad(value, y)
     return weights
 
 
-def backward_weights(combination: Combination, predictions: Tensor) -> Tensor:
+def backward_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
+) -> Tensor:
     """Return the pose weights that the backward of ``forward`` uses, shape (n_poses,).
 
     With the gradients of the poses set to the unit vectors e_1 … e_M, the gradient of the combined
@@ -197,13 +217,17 @@ def backward_weights(combination: Combination, predictions: Tensor) -> Tensor:
         pred_list = list(predictions.detach().clone())
         probe = torch.zeros_like(predictions, requires_grad=True)
         unit_vectors = list(torch.eye(len(probe), dtype=probe.dtype, device=probe.device))
-        value = combination(pred_list, {"probe": unit_vectors}, ["probe"], probe)
+        value = combination(pred_list, {"probe": unit_vectors}, ["probe"], probe, **pose_inputs)
         (weights,) = torch.autograd.grad(value, probe)
     return weights
 
 
 def combined_prediction(
-    combination: Combination, predictions: Tensor, *, closed_form: bool = True
+    combination: Combination,
+    predictions: Tensor,
+    pose_inputs: PoseInputs = NO_INPUTS,
+    *,
+    closed_form: bool = True,
 ) -> Tensor:
     """Return what ``combination`` makes of a differentiable vector of predictions.
 
@@ -213,6 +237,7 @@ def combined_prediction(
     Parameters
     ----------
     predictions : shape (n_poses,)
+    pose_inputs : what ``combination.pose_inputs`` names, each of shape (n_poses,)
     closed_form : False leaves the derivative to autograd
 
     Returns
@@ -230,14 +255,14 @@ def combined_prediction(
     closed_form &= overrides(type(combination), "pose_weights") and not combination.stochastic
     if closed_form and wide.requires_grad and torch.is_grad_enabled():
         detached = wide.detach()
-        value = check_scalar(combination, combination.combine(detached))
+        value = check_scalar(combination, combination.combine(detached, **pose_inputs))
         # Now, and not a view: a parameter of the combination may have changed by backward.
         with torch.no_grad():
-            weights = combination.pose_weights(detached)
+            weights = combination.pose_weights(detached, **pose_inputs)
         _check_weights(combination, weights, detached)
         value = _ClosedForm.apply(value, wide, weights.clone())
     else:
-        value = check_scalar(combination, combination.combine(wide))
+        value = check_scalar(combination, combination.combine(wide, **pose_inputs))
     return value.to(predictions.dtype)
 
 
@@ -248,6 +273,7 @@ def check_facts(combination: Combination) -> None:
         ("min_poses", "an int above 0", isinstance(fewest, int) and fewest > 0),
         ("domain", "(low, high) with low < high", _is_interval(domain)),
         ("properties", "a set of names", isinstance(properties, frozenset | set)),
+        ("pose_inputs", "a tuple of names", _are_names(combination.pose_inputs)),
     )
     for fact, rule, holds in rules:
         if not holds:
@@ -263,6 +289,10 @@ def _is_interval(found: Any) -> bool:
         return bool(low < high)
     except (TypeError, ValueError):
         return False
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, tuple) and all(isinstance(n, str) and n.isidentifier() for n in found)
 
 
 def check_n_poses(combination: Combination, n_poses: int, compound: int | None = None) -> None:
