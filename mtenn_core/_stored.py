@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
-from torch.func import functional_call
 
+from mtenn_core._module_state import Places, lock_of
+from mtenn_core._pose_graphs import leaves
 from mtenn_core.errors import GradientError
 from mtenn_core.gradients import at_least_float32, attach
 
-Predict = Callable[[torch.nn.Module, Any, int], Tensor]
+Predict = Callable[[Any, int], Tensor]
 Params = Mapping[str, Tensor]
 
 # Gradients of one prediction, before any loss is known, may be too small for float16 (below 6e-8).
@@ -30,7 +29,7 @@ class StoredGradients:
     ----------
     pose_model : its parameters are those that the gradients are taken of
     poses : n_poses of them
-    predict : ``predict(model, pose, index)`` returns the prediction of one pose, shape ()
+    predict : ``predict(pose, index)`` returns the prediction of one pose, shape ()
 
     Attributes
     ----------
@@ -39,7 +38,7 @@ class StoredGradients:
     """
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any], predict: Predict) -> None:
-        with _lock_of(pose_model):
+        with lock_of(pose_model):
             trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
             self._blocks = _blocks(trainable)
             # One row a pose: the sum over poses is one product of a vector and this matrix.
@@ -77,19 +76,16 @@ class StoredGradients:
     ) -> tuple[Tensor, set[str]]:
         """Fill the buffers; return the predictions and the names of the parameters used."""
         used: set[str] = set()
-
-        def run(model: torch.nn.Module) -> Tensor:
-            predictions = []
+        predictions = []
+        places = Places(pose_model, "parameters")
+        alias_of = {id(p): aliases[n] for n, p in pose_model.named_parameters() if n in aliases}
+        with places.holding([alias_of.get(id(param), param) for param in places.tensors()]):
             for index, pose in enumerate(poses):
-                prediction = predict(model, pose, index)
+                prediction = predict(pose, index)
                 used.update(self._store(prediction, aliases, index))
                 # A clone: a view would keep the whole tensor that it is a view of.
                 predictions.append(prediction.detach().clone())
-            return torch.stack(predictions)
-
-        around = _Around(pose_model)
-        places = _places(around, {f"module.{name}": alias for name, alias in aliases.items()})
-        return functional_call(around, places, (run,), tie_weights=False), used
+        return torch.stack(predictions), used
 
     def _store(self, prediction: Tensor, aliases: Params, pose: int) -> set[str]:
         """Write one row of gradients and return the names of the parameters that were used."""
@@ -104,40 +100,6 @@ class StoredGradients:
             if scale != 1:
                 buffer[pose] /= scale
         return set(found)
-
-
-class _Around(torch.nn.Module):
-    """Lets one ``functional_call`` span the loop over all poses."""
-
-    def __init__(self, module: torch.nn.Module) -> None:
-        super().__init__()
-        self.module = module
-
-    def forward(self, body: Callable[[torch.nn.Module], Tensor]) -> Tensor:
-        return body(self.module)
-
-
-def _places(module: torch.nn.Module, aliases: Params) -> dict[str, Tensor]:
-    """Return aliases by every place where a module holds the parameter, each place once.
-
-    Left to find tied parameters by itself, ``functional_call`` takes a module that is registered
-    under two names for two places, and puts its own alias back into the second.
-    """
-    alias_of = {id(p): aliases[n] for n, p in module.named_parameters() if n in aliases}
-    return {
-        f"{prefix}.{name}": alias_of[id(param)]
-        for prefix, owner in module.named_modules()  # each module once
-        for name, param in owner.named_parameters(recurse=False, remove_duplicate=False)
-        if id(param) in alias_of
-    }
-
-
-# While functional_call has put aliases in, another thread would take them for the parameters.
-_LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
-
-
-def _lock_of(module: torch.nn.Module) -> threading.RLock:
-    return _LOCKS.setdefault(module, threading.RLock())
 
 
 def _blocks(params: Params) -> dict[tuple[Any, torch.dtype], dict[str, Tensor]]:
@@ -191,7 +153,7 @@ def _dense(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
 def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None:
     """Raise if something beside the parameters would get a gradient: its graph ends here."""
     known = {id(alias) for alias in aliases.values()}
-    for leaf in _leaves(prediction):
+    for leaf in leaves(prediction):
         if id(leaf) not in known:
             raise GradientError(
                 f"pose {pose}: its prediction depends on a tensor of shape {tuple(leaf.shape)} that"
@@ -201,27 +163,6 @@ def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None
                 pose=pose,
             )
 
-
-def _leaves(root: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of a graph that would receive a gradient."""
-    if root.grad_fn is None:
-        yield root
-        return
-    seen, stack = {root.grad_fn}, [root.grad_fn]
-    while stack:
-        node = stack.pop()
-        if isinstance(node, _AccumulateGrad):
-            yield node.variable  # type: ignore[attr-defined]
-        for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen:
-                seen.add(parent)
-                stack.append(parent)
-
-
-# The class of the node that adds a gradient to a leaf has no public name.
-_AccumulateGrad = type(
-    torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
-)
 
 Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 

@@ -217,7 +217,9 @@ def backward_weights(
         pred_list = list(predictions.detach().clone())
         probe = torch.zeros_like(predictions, requires_grad=True)
         unit_vectors = list(torch.eye(len(probe), dtype=probe.dtype, device=probe.device))
-        value = combination(pred_list, {"probe": unit_vectors}, ["probe"], probe, **pose_inputs)
+        value = full_depth_prediction(
+            combination, pred_list, {"probe": unit_vectors}, ["probe"], probe, **pose_inputs
+        )
         (weights,) = torch.autograd.grad(value, probe)
     return weights
 
@@ -264,6 +266,22 @@ def combined_prediction(
     else:
         value = check_scalar(combination, combination.combine(wide, **pose_inputs))
     return value.to(predictions.dtype)
+
+
+def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: Any) -> Tensor:
+    """Return what the ``forward`` of a combination gives, shape ().
+
+    Of the pair (combined, pose predictions), which combinations of mtenn 0.5 and later return, the
+    first: a :class:`~mtenn_core.MultiPoseModel` has differentiable pose predictions of its own.
+
+    Parameters
+    ----------
+    *args : ``pred_list, grad_dict, param_names, *model_params``
+    """
+    value: Any = combination(*args, **pose_inputs)
+    if isinstance(value, tuple) and len(value) == 2:
+        value, _ = value
+    return check_scalar(combination, value)
 
 
 def check_facts(combination: Combination) -> None:

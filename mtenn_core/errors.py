@@ -51,6 +51,10 @@ class DoubleBackwardError(MtennError, RuntimeError):
     """A second derivative was asked for of a gradient that was put together: use ``"graph"``."""
 
 
+class ChangedBeforeBackwardError(MtennError, RuntimeError):
+    """A pose cannot be run again as it was: call backward before you change what it depends on."""
+
+
 class CombinationContractError(MtennError, TypeError):
     """A combination returned what its contract does not allow: tell its author."""
 

@@ -3,24 +3,31 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any, Literal, NamedTuple, get_args
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
+from mtenn_core._pose_graphs import join_chunks
+from mtenn_core._recomputed import RecomputedGraphs
 from mtenn_core._stored import StoredGradients
 from mtenn_core.combination import (
     Combination,
+    PoseInputs,
     check_n_poses,
-    check_scalar,
     combined_prediction,
+    full_depth_prediction,
     overrides,
 )
 from mtenn_core.errors import PredictionError
 from mtenn_core.gradients import at_least_float32
 
-GradientMode = Literal["graph", "stored"]
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup as Group
+
+GradientMode = Literal["graph", "stored", "recomputed"]
 Collate = Callable[[list[Any]], Any]
 
 
@@ -46,12 +53,15 @@ class MultiPoseModel(torch.nn.Module):
     combination : its name in the registry, or an instance
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
         ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph: the memory
-        is one graph and n_poses gradients. The numbers are the same, unless poses of one batch
-        influence each other (BatchNorm in training): ``"stored"`` never batches them. While it
-        runs, no other thread may use the pose model.
+        is one graph and n_poses gradients. ``"recomputed"`` keeps no more than the predictions,
+        and runs poses again in backward, a chunk at a time and only those whose weight is not
+        zero: the memory is one chunk's graph. The numbers are the same, unless poses of one batch
+        influence each other (BatchNorm in training): ``"stored"`` never batches them. While
+        ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose model.
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
-    chunk_size : poses in a batch, with ``collate``; all poses of a call by default
+    chunk_size : poses in a batch, with ``collate``; by default all poses of a call in ``"graph"``,
+        and one in the other modes
     check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
         combination, and spares a GPU the wait.
 
@@ -107,7 +117,15 @@ class MultiPoseModel(torch.nn.Module):
         """Return the options, for ``repr``."""
         return f"gradients={self.gradients!r}, chunk_size={self.chunk_size}"
 
-    def forward(self, poses: Iterable[Any], sizes: Sequence[int] | None = None) -> MultiPoseOutput:
+    def forward(
+        self,
+        poses: Iterable[Any],
+        sizes: Sequence[int] | None = None,
+        pose_inputs: Mapping[str, Any] | None = None,
+        *,
+        collated: bool = False,
+        group: Group | None = None,
+    ) -> MultiPoseOutput:
         """Predict for one compound, or for several.
 
         Parameters
@@ -115,6 +133,13 @@ class MultiPoseModel(torch.nn.Module):
         poses : whatever the pose model or ``collate`` takes, one entry per pose
         sizes : the number of poses of each compound, which follow one another in ``poses``; without
             it, all poses belong to one compound
+        pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers
+        collated : whether ``poses`` is one batch already, as a ``DataLoader`` makes it; the pose
+            model then gets it as it is
+        group : of processes that share the poses of each compound: ``poses``, ``sizes`` and
+            ``pose_inputs`` are this process's part, and only predictions are exchanged. All get
+            the same output, the poses of a compound in the order of the ranks; gradients are to be
+            averaged over the group, as ``DistributedDataParallel`` and ``fully_shard`` do.
 
         Returns
         -------
@@ -122,88 +147,172 @@ class MultiPoseModel(torch.nn.Module):
 
         Raises
         ------
-        PredictionError : no pose, sizes that do not fit, a prediction that is not one finite
-            number; it names the pose and the compound
+        PredictionError : no pose, sizes or pose inputs that do not fit, a prediction that is not
+            one finite number; it names the pose and the compound
         GradientError : the pose model has a gradient that the mode would lose; it names it
+        ChangedBeforeBackwardError : in backward of ``"recomputed"``, where poses cannot be run
+            again as they were
         """
-        try:
-            poses = list(poses)
-        except TypeError:
-            raise PredictionError(
-                f"poses must be a sequence, one entry per pose; found {type(poses).__name__}"
-            ) from None
-        n_poses = self._check_sizes(len(poses), sizes)
-        stored = None
-        if self.gradients == "stored" and torch.is_grad_enabled():
-            stored = StoredGradients(self.pose_model, poses, self._predict_pose)
-        pose_predictions = stored.attach() if stored else self._predict(poses)
+        poses = [poses] if collated else _as_list(poses)
+        n_poses, shares = self._sizes(poses, sizes, collated, group)
+        predictions, stored = self._predict(poses, sum(shares[0]) if collated else None)
+        inputs = self._inputs(pose_inputs or {}, predictions)
+        if group is not None:
+            from mtenn_core._shared_poses import gather_poses
+
+            predictions = torch.cat(gather_poses(predictions, shares, group))
+            inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
         if self.check_finite:
-            _check_finite(pose_predictions, n_poses)
-        if self.gradients == "stored" and overrides(type(self.combination), "forward"):
-            combined = self._combine_at_full_depth(pose_predictions, n_poses, stored)
-        else:
-            # "graph" is the reference for the closed form, and does not use it.
-            combined = [
-                combined_prediction(self.combination, predictions, closed_form=stored is not None)
-                for predictions in pose_predictions.split(n_poses)
-            ]
-        prediction = combined[0] if sizes is None else torch.stack(combined)
-        return MultiPoseOutput(prediction, pose_predictions)
-
-    def _check_sizes(self, n_poses: int, sizes: Sequence[int] | None) -> list[int]:
-        """Return the number of poses of each compound."""
-        if not n_poses:
-            raise PredictionError("expected at least one pose; found none")
-        if sizes is None:
-            check_n_poses(self.combination, n_poses)
-            return [n_poses]
-        try:
-            sizes = [operator.index(size) for size in sizes]
-        except TypeError:
-            raise PredictionError(
-                f"sizes must be whole numbers, one per compound; found {sizes!r}"
-            ) from None
-        for compound, size in enumerate(sizes):
-            check_n_poses(self.combination, size, compound)
-        if sum(sizes) != n_poses:
-            raise PredictionError(
-                f"sizes must add up to the number of poses: {len(sizes)} compounds with"
-                f" {sum(sizes)} poses in all; found {n_poses} poses"
-            )
-        return sizes
-
-    def _predict(self, poses: list[Any]) -> Tensor:
-        """Return the predictions of all poses, shape (n_poses,), with their graphs."""
-        whole = self.collate is not None and self.gradients == "graph"
-        step = self.chunk_size or (len(poses) if whole else 1)
-        chunks = [
-            self._predict_chunk(self.pose_model, poses[start : start + step], start)
-            for start in range(0, len(poses), step)
-        ]
-        return torch.cat(chunks)
-
-    def _predict_pose(self, pose_model: torch.nn.Module, pose: Any, index: int) -> Tensor:
-        return self._predict_chunk(pose_model, [pose], index).reshape(())
-
-    def _predict_chunk(self, pose_model: torch.nn.Module, poses: list[Any], first: int) -> Tensor:
-        predictions = pose_model(poses[0] if self.collate is None else self.collate(poses))
-        _check_numbers(predictions, len(poses), first)
-        return predictions.to(at_least_float32(predictions.dtype)).reshape(len(poses))
-
-    def _combine_at_full_depth(
-        self, predictions: Tensor, n_poses: list[int], stored: StoredGradients | None
-    ) -> list[Tensor]:
-        """Combine with the combination's own ``forward``, one compound at a time."""
-        params = stored.params if stored else {}
+            _check_finite(predictions, inputs, n_poses)
         combined, start = [], 0
         for size in n_poses:
-            poses = slice(start, start + size)
-            pred_list = list(predictions[poses].detach())
-            grad_dict = stored.grad_dict(poses) if stored else {}
-            value = self.combination(pred_list, grad_dict, list(params), *params.values())
-            combined.append(check_scalar(self.combination, value))
+            combined.append(self._combine(predictions, inputs, slice(start, start + size), stored))
             start += size
-        return combined
+        prediction = combined[0] if sizes is None else torch.stack(combined)
+        return MultiPoseOutput(prediction, predictions)
+
+    def _sizes(
+        self, poses: list[Any], sizes: Sequence[int] | None, collated: bool, group: Group | None
+    ) -> tuple[list[int], list[list[int]]]:
+        """Return the number of poses of each compound, and that of each rank's part of them."""
+        own_sizes = partial(_own_sizes, poses, sizes, collated)
+        if group is None:
+            shares = [own_sizes()]
+        else:
+            from mtenn_core._shared_poses import exchange_sizes
+
+            shares = exchange_sizes(own_sizes, group)
+        n_poses = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
+        for compound, size in enumerate(n_poses):
+            check_n_poses(self.combination, size, None if sizes is None else compound)
+        return n_poses, shares
+
+    def _inputs(self, given: Mapping[str, Any], predictions: Tensor) -> dict[str, Tensor]:
+        """Return what the combination needs, beside predictions, for each pose."""
+        who, names = type(self.combination).__name__, self.combination.pose_inputs
+        for name in given:
+            if name not in names:
+                raise PredictionError(
+                    f"pose_inputs[{name!r}]: {who} takes none of this name; its pose_inputs are"
+                    f" {names}"
+                )
+        inputs = {}
+        for name in names:
+            if name not in given:
+                raise PredictionError(
+                    f"{who} needs pose_inputs={{{name!r}: …}}, one number for each pose; found"
+                    f" {sorted(given)}"
+                )
+            try:
+                values = torch.as_tensor(
+                    given[name], dtype=predictions.dtype, device=predictions.device
+                )
+            except (TypeError, ValueError, RuntimeError) as error:
+                raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
+            if values.shape != predictions.shape:
+                raise PredictionError(
+                    f"pose_inputs[{name!r}] must be one number for each pose, shape"
+                    f" {tuple(predictions.shape)}; found shape {tuple(values.shape)}"
+                )
+            inputs[name] = values
+        return inputs
+
+    def _predict(
+        self, poses: list[Any], in_batch: int | None
+    ) -> tuple[Tensor, StoredGradients | None]:
+        """Return the predictions, differentiable, and the gradients where they are stored.
+
+        Parameters
+        ----------
+        in_batch : the number of poses where ``poses`` is one batch
+        """
+        with_grad = torch.is_grad_enabled()
+        if self.gradients == "stored" and with_grad:
+            if in_batch is not None:
+                raise ValueError(
+                    "gradients='stored' runs pose by pose: give it the poses, not one batch of"
+                    " them, or use gradients='recomputed'"
+                )
+            stored = StoredGradients(self.pose_model, poses, self._predict_pose)
+            return stored.attach(), stored
+        whole = self.collate is not None and self.gradients == "graph"
+        step = self.chunk_size or (len(poses) if whole else 1)
+        graphs = None
+        if self.gradients == "recomputed" and with_grad:
+            graphs = RecomputedGraphs(self.pose_model)
+        chunks = []
+        for first in range(0, len(poses), step):
+            run = partial(self._predict_chunk, poses[first : first + step], first, in_batch)
+            chunks.append(graphs.predict(run, first) if graphs else run())
+        return join_chunks(chunks), None
+
+    def _predict_pose(self, pose: Any, index: int) -> Tensor:
+        return self._predict_chunk([pose], index).reshape(())
+
+    def _predict_chunk(self, poses: list[Any], first: int, in_batch: int | None = None) -> Tensor:
+        as_it_is = self.collate is None or in_batch is not None
+        predictions = self.pose_model(poses[0] if as_it_is else self.collate(poses))  # type: ignore[misc]
+        n_poses = len(poses) if in_batch is None else in_batch
+        _check_numbers(predictions, n_poses, first)
+        return predictions.to(at_least_float32(predictions.dtype)).reshape(n_poses)
+
+    def _combine(
+        self, predictions: Tensor, inputs: PoseInputs, poses: slice, stored: StoredGradients | None
+    ) -> Tensor:
+        """Return the prediction of one compound, shape ()."""
+        own = {name: values[poses] for name, values in inputs.items()}
+        if self.gradients == "stored" and overrides(type(self.combination), "forward"):
+            params = stored.params if stored else {}
+            return full_depth_prediction(
+                self.combination,
+                list(predictions[poses].detach()),
+                stored.grad_dict(poses) if stored else {},
+                list(params),
+                *params.values(),
+                **own,
+            )
+        # "graph" is the reference for the closed form, and does not use it.
+        closed_form = self.gradients != "graph"
+        return combined_prediction(
+            self.combination, predictions[poses], own, closed_form=closed_form
+        )
+
+
+def _as_list(poses: Iterable[Any]) -> list[Any]:
+    try:
+        return list(poses)
+    except TypeError:
+        raise PredictionError(
+            f"poses must be a sequence, one entry per pose; found {type(poses).__name__}"
+        ) from None
+
+
+def _own_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) -> list[int]:
+    """Return the number of poses of each compound in one process."""
+    if not poses:
+        raise PredictionError("expected at least one pose; found none")
+    if sizes is None:
+        if collated:
+            raise PredictionError("one batch of poses needs sizes, the poses of each compound")
+        return [len(poses)]
+    try:
+        sizes = [operator.index(size) for size in sizes]
+    except TypeError:
+        raise PredictionError(
+            f"sizes must be whole numbers, one per compound; found {sizes!r}"
+        ) from None
+    for compound, size in enumerate(sizes):
+        if size < 0:
+            raise PredictionError(
+                f"compound {compound}: a number of poses must not be negative; found {size}",
+                compound=compound,
+            )
+    if not collated and sum(sizes) != len(poses):
+        raise PredictionError(
+            f"sizes must add up to the number of poses: {len(sizes)} compounds with"
+            f" {sum(sizes)} poses in all; found {len(poses)} poses"
+        )
+    return sizes
 
 
 def _combination(combination: str | Combination) -> Combination:
@@ -239,20 +348,24 @@ def _check_numbers(predictions: object, n_poses: int, first: int) -> None:
         )
 
 
-def _check_finite(predictions: Tensor, n_poses: list[int]) -> None:
-    """Raise on the first prediction that is NaN or infinite, and name its pose."""
-    finite = torch.isfinite(predictions.detach())
-    if finite.all():
-        return
-    pose = int((~finite).nonzero()[0])
-    within, compound = pose, 0
-    while within >= n_poses[compound]:
-        within -= n_poses[compound]
-        compound += 1
-    who = f"pose {pose}" + (f" (pose {within} of compound {compound})" if len(n_poses) > 1 else "")
-    raise PredictionError(
-        f"{who}: the prediction is {predictions[pose].item()}, and it would spoil the gradient of"
-        " every other pose; leave the pose out, or pass check_finite=False to combine it anyway",
-        pose=pose,
-        compound=compound,
-    )
+def _check_finite(predictions: Tensor, inputs: PoseInputs, n_poses: list[int]) -> None:
+    """Raise on the first number that is NaN or infinite, and name its pose."""
+    named = {"the prediction": predictions}
+    named |= {f"pose_inputs[{name!r}]": values for name, values in inputs.items()}
+    for what, values in named.items():
+        finite = torch.isfinite(values.detach())
+        if finite.all():
+            continue
+        pose = int((~finite).nonzero()[0])
+        within, compound = pose, 0
+        while within >= n_poses[compound]:
+            within -= n_poses[compound]
+            compound += 1
+        where = f" (pose {within} of compound {compound})" if len(n_poses) > 1 else ""
+        raise PredictionError(
+            f"pose {pose}{where}: {what} is {values[pose].item()}, and it would spoil the gradient"
+            " of every other pose; leave the pose out, or pass check_finite=False to combine it"
+            " anyway",
+            pose=pose,
+            compound=compound,
+        )

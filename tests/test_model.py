@@ -20,7 +20,7 @@ from mtenn_core.errors import (
 
 # Gradients are sums of a few hundred float64 products, in another order in each mode.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
-MODES = pytest.mark.parametrize("gradients", ["graph", "stored"])
+MODES = pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
 SIZES = [1, 4, 2]
 
 
@@ -84,7 +84,7 @@ def assert_same_gradients(found, expected):
 @pytest.mark.parametrize(
     ("gradients", "combination"),
     [
-        *product(["graph", "stored"], [LogSumExp, ClosedForm, Learnable]),
+        *product(["graph", "stored", "recomputed"], [LogSumExp, ClosedForm, Learnable]),
         ("stored", FullDepth),  # full depth works on stored gradients
     ],
 )
@@ -501,7 +501,7 @@ def test_a_compound_with_too_few_poses_is_named(pose_model, poses):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"gradients": "grpah"}, r"one of \('graph', 'stored'\); found 'grpah'"),
+        ({"gradients": "grpah"}, r"one of \('graph', 'stored', 'recomputed'\); found 'grpah'"),
         ({"chunk_size": 2}, "needs collate"),
         ({"chunk_size": 0}, "at least 1; found 0"),
         (

@@ -1,0 +1,252 @@
+"""Graphs of poses that save nothing forward, and are run again when backward asks.
+
+Every chunk of poses has its ordinary graph, so that hooks, inputs that require grad and distributed
+wrappers see nothing unusual. What the graph would have saved is thrown away, and computed again by
+a second run of the chunk as soon as backward wants a part of it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from mtenn_core._module_state import Places, lock_of
+from mtenn_core.errors import ChangedBeforeBackwardError
+
+Run = Callable[[], Tensor]
+
+
+class RecomputedGraphs:
+    """Runs the chunks of one forward call, and again in backward with all as it was.
+
+    Parameters
+    ----------
+    pose_model : the module that a chunk runs, with its parameters, buffers and modes
+    """
+
+    def __init__(self, pose_model: torch.nn.Module) -> None:
+        self._pose_model = pose_model
+        self.lock = lock_of(pose_model)
+        self._parameters = Places(pose_model, "parameters")
+        self._buffers = Places(pose_model, "buffers")
+        self._held = self._parameters.tensors()
+        self._versions = [_version(tensor) for tensor in self._held]
+        self._training = [(module, module.training) for module in pose_model.modules()]
+        self._devices = _accelerators([*self._held, *self._buffers.tensors()])
+        self._autocast = _autocast_state(self._devices)
+        self._random_states = _random_states(self._devices)
+        self._last: _Chunk | None = None
+
+    def predict(self, run: Run, first_pose: int) -> Tensor:
+        """Return ``run()``, whose graph has saved nothing.
+
+        Parameters
+        ----------
+        first_pose : index of the chunk's first pose, for errors
+        """
+        chunk = _Chunk(self, run, first_pose)
+        random_states, buffers = self._random_states, self._buffers.tensors()
+        versions = [_version(buffer) for buffer in buffers]
+        copies = self._copied(buffers, versions)
+        with saved_tensors_hooks(chunk.leave_out, chunk.saved_again):
+            predictions = run()
+        self._random_states = _random_states(self._devices)
+        if not all(map(torch.equal, random_states, self._random_states)):
+            chunk.random_states = random_states
+        else:
+            self._random_states = random_states  # one tensor for all chunks
+        now = self._buffers.tensors()
+        if not _same(now, buffers) or [_version(b) for b in now] != versions:
+            chunk.buffers = copies
+        chunk.predictions = predictions.detach().clone()
+        return predictions
+
+    _copies: tuple[list[Tensor], list[int], list[Tensor]] = [], [], []
+
+    def _copied(self, buffers: list[Tensor], versions: list[int]) -> list[Tensor]:
+        """Return copies of buffers, the last ones where nothing has changed since."""
+        copied, then, copies = self._copies
+        if not _same(copied, buffers) or then != versions:
+            copies = [buffer.detach().clone() for buffer in buffers]
+            self._copies = buffers, versions, copies
+        return copies
+
+    def run_again(self, chunk: _Chunk) -> list[Tensor]:
+        """Return what the graph of a chunk would have saved."""
+        if self._last is not None:
+            self._last.forget()  # what backward had no use for
+        self._last = chunk
+        saved: list[Tensor] = []
+
+        def keep(tensor: Tensor) -> Tensor:
+            saved.append(tensor.detach())
+            return saved[-1]
+
+        with self._as_it_was(chunk), torch.enable_grad(), saved_tensors_hooks(keep, _itself):
+            predictions = chunk.run()
+        chunk.check(predictions, len(saved), self._rounding(predictions))
+        return saved
+
+    @contextmanager
+    def _as_it_was(self, chunk: _Chunk) -> Iterator[None]:
+        self._check_parameters()
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(_modes(self._training))
+            for device, enabled, dtype in self._autocast:
+                if enabled or torch.is_autocast_enabled(device):
+                    # No cache: it would keep the graph of a weight's cast alive.
+                    cast = torch.autocast(device, dtype, enabled, cache_enabled=False)
+                    stack.enter_context(cast)
+            if chunk.random_states:
+                stack.enter_context(_random(chunk.random_states, self._devices))
+            if chunk.buffers:
+                copies = [buffer.clone() for buffer in chunk.buffers]
+                stack.enter_context(self._buffers.holding(copies))
+            if self._were_others():
+                stack.enter_context(self._parameters.holding(self._held))
+            yield
+
+    def _check_parameters(self) -> None:
+        for held, version in zip(self._held, self._versions, strict=True):
+            if _version(held) != version:
+                names = (n for n, p in self._pose_model.named_parameters() if p is held)
+                raise ChangedBeforeBackwardError(
+                    f"parameter {next(names, '?')!r} was changed in place between forward and"
+                    " backward, and gradients='recomputed' runs the poses again with the parameters"
+                    " as they were: call backward before the optimizer's step, or use"
+                    " gradients='stored', which does not need them any more"
+                )
+
+    def _were_others(self) -> bool:
+        """Whether the parameters were others in forward: those of a ``functional_call``."""
+        now = self._parameters.tensors()
+        # Sharded ones are put in and taken out by fully_shard itself.
+        return not _same(now, self._held) and not any(map(is_sharded, self._held))
+
+    def _rounding(self, predictions: Tensor) -> float:
+        """Return by how much a second run may differ, relative to 1 and to the prediction."""
+        dtypes = [dtype for _, enabled, dtype in self._autocast if enabled]
+        eps = max(torch.finfo(dtype).eps for dtype in [predictions.dtype, *dtypes])
+        # Above what sums in another order differ by, and below what any true change does.
+        return eps ** (2 / 3)
+
+
+class _Chunk:
+    """Some poses that run together, and what their graph would have saved."""
+
+    random_states: Sequence[Tensor] = ()
+    buffers: Sequence[Tensor] = ()
+    predictions: Tensor
+
+    def __init__(self, graphs: RecomputedGraphs, run: Run, first_pose: int) -> None:
+        self.run = run
+        self._graphs = graphs
+        self._first_pose = first_pose
+        self._n_saved = 0
+        self._saved: dict[int, Tensor] = {}
+
+    def leave_out(self, tensor: Tensor) -> int:
+        self._n_saved += 1
+        return self._n_saved - 1
+
+    def saved_again(self, index: int) -> Tensor:
+        # Handed out once, so that memory shrinks while backward goes on.
+        with self._graphs.lock:
+            if index not in self._saved:
+                self._saved = dict(enumerate(self._graphs.run_again(self)))
+            return self._saved.pop(index)
+
+    def forget(self) -> None:
+        self._saved = {}
+
+    def check(self, predictions: Tensor, n_saved: int, rounding: float) -> None:
+        """Raise unless the second run has done what the first did."""
+        who = f"pose {self._first_pose}"
+        if len(self.predictions) > 1:
+            who = f"poses {self._first_pose} to {self._first_pose + len(self.predictions) - 1}"
+        same = torch.isclose(
+            predictions.detach(), self.predictions, rounding, rounding, equal_nan=True
+        )
+        if same.all() and n_saved == self._n_saved:
+            return
+        found = f"{n_saved} saved tensors for {self._n_saved}"
+        if not same.all():
+            one = int((~same).nonzero()[0])
+            found = f"prediction {predictions[one].item()!r} for {self.predictions[one].item()!r}"
+        raise ChangedBeforeBackwardError(
+            f"{who}: run again in backward, the pose model did something else than in forward"
+            f" ({found}). Was a pose, or something else that it reads, changed in between? Does it"
+            " draw random numbers outside of torch, or keep count? If it must, use"
+            " gradients='stored' or 'graph', which run each pose once"
+        )
+
+
+def _itself(tensor: Tensor) -> Tensor:
+    return tensor
+
+
+def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of it alone (``DTensor``, as ``fully_shard`` makes)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def _accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
+    """Return the devices beside the CPU that a run may draw random numbers on."""
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    if torch.cuda.is_initialized():
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(devices, key=str)
+
+
+def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, bool, torch.dtype]]:
+    return [
+        (device, torch.is_autocast_enabled(device), torch.get_autocast_dtype(device))
+        for device in sorted({"cpu", *(device.type for device in devices)})
+    ]
+
+
+def _random_states(devices: Sequence[torch.device]) -> list[Tensor]:
+    of_devices = (torch.get_device_module(d).get_rng_state(d) for d in devices)
+    return [torch.get_rng_state(), *of_devices]
+
+
+def _set_random_states(states: Sequence[Tensor], devices: Sequence[torch.device]) -> None:
+    torch.set_rng_state(states[0])
+    for device, state in zip(devices, states[1:], strict=True):
+        torch.get_device_module(device).set_rng_state(state, device)
+
+
+@contextmanager
+def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterator[None]:
+    """Draw as from these states, and go on from the present ones afterwards."""
+    before = _random_states(devices)
+    _set_random_states(states, devices)
+    try:
+        yield
+    finally:
+        _set_random_states(before, devices)
+
+
+@contextmanager
+def _modes(training: Sequence[tuple[torch.nn.Module, bool]]) -> Iterator[None]:
+    changed = [(module, now) for module, now in training if module.training != now]
+    try:
+        for module, then in changed:
+            module.training = then
+        yield
+    finally:
+        for module, then in changed:
+            module.training = not then
