@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Container, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -12,18 +12,23 @@ from torch import Tensor
 _AccumulateGrad = type(
     torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
 )
-_PythonFunction = torch.autograd.function.BackwardCFunction
 
 
-def join_chunks(chunks: Sequence[Tensor]) -> Tensor:
-    """Return the predictions of all chunks as one vector, shape (n_poses,).
+class Chunk(Protocol):
+    """What is told whether backward leaves the graph of some poses out."""
+
+    left_out: bool
+
+
+def join_chunks(predictions: Sequence[Tensor], chunks: Sequence[Chunk] = ()) -> Tensor:
+    """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
 
     Its backward leaves out a chunk whose weights are all zero, so that it costs nothing and that
     an infinite gradient of a pose without weight does no harm (0 · inf is NaN).
     """
-    if len(chunks) == 1 or not any(chunk.requires_grad for chunk in chunks):
-        return torch.cat(list(chunks))
-    joined: Tensor = _Join.apply(*chunks)
+    if len(predictions) == 1 or not any(chunk.requires_grad for chunk in predictions):
+        return torch.cat(list(predictions))
+    joined: Tensor = _Join.apply(chunks, *predictions)
     return joined
 
 
@@ -33,25 +38,28 @@ class _Join(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(*chunks: Tensor) -> Tensor:
-        return torch.cat(chunks)
+    def forward(chunks: Sequence[Chunk], *predictions: Tensor) -> Tensor:
+        return torch.cat(predictions)
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        ctx.sizes = [len(chunk) for chunk in inputs]
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.chunks, *predictions = inputs
+        ctx.sizes = [len(chunk) for chunk in predictions]
 
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         parts = weights.split(ctx.sizes)
-        # A weight of zero may have a derivative that is not.
-        if torch.is_grad_enabled():
-            return parts
-        has_weight = [any(w) for w in _split((weights != 0).tolist(), ctx.sizes)]
-        runs = _runs([node for node, _ in ctx.next_functions], has_weight)
-        return tuple(part if run else None for part, run in zip(parts, runs, strict=True))
+        if torch.is_grad_enabled():  # a weight of zero may have a derivative that is not
+            runs = [True] * len(parts)
+        else:
+            has_weight = [any(w) for w in _split((weights != 0).tolist(), ctx.sizes)]
+            runs = _runs([node for node, _ in ctx.next_functions], has_weight)
+        for chunk, run in zip(ctx.chunks, runs, strict=False):
+            chunk.left_out = not run
+        return None, *(part if run else None for part, run in zip(parts, runs, strict=True))
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Tensor) -> Tensor:
+    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensor:
         return torch.cat(tangents)
 
 
@@ -66,7 +74,7 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     """Return for each graph whether backward must run it.
 
     One without weight must if it alone holds a leaf, whose gradient is then zero and not None; or a
-    Function written in Python, which computes something of a gradient that is None, too.
+    node that is not torch's own, which may compute something where it is handed no gradient.
     """
     if all(has_weight):
         return list(has_weight)
@@ -77,10 +85,16 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     for index, root in enumerate(roots):
         if not runs[index]:
             nodes = set(_nodes(root, covered))
-            runs[index] = any(isinstance(n, (_AccumulateGrad, _PythonFunction)) for n in nodes)
+            runs[index] = any(map(_must_run, nodes))
             if runs[index]:
                 covered |= nodes
     return runs
+
+
+def _must_run(node: Any) -> bool:
+    is_foreign = isinstance(node, torch.autograd.function.BackwardCFunction)  # in Python
+    is_foreign |= type(node).__name__ == "CppFunction"  # in C++
+    return is_foreign or isinstance(node, _AccumulateGrad)
 
 
 def leaves(root: Tensor) -> Iterator[Tensor]:

@@ -8,14 +8,17 @@ a second run of the chunk as soon as backward wants a part of it.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from mtenn_core._module_state import Places, lock_of
+from mtenn_core._pose_graphs import Chunk
 from mtenn_core.errors import ChangedBeforeBackwardError
 
 Run = Callable[[], Tensor]
@@ -40,31 +43,31 @@ class RecomputedGraphs:
         self._devices = _accelerators([*self._held, *self._buffers.tensors()])
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
-        self._last: _Chunk | None = None
+        self._last: Callable[[], _Chunk | None] = lambda: None
 
-    def predict(self, run: Run, first_pose: int) -> Tensor:
-        """Return ``run()``, whose graph has saved nothing.
+    def predict(self, run: Run, poses: Sequence[Any], first_pose: int) -> tuple[Tensor, Chunk]:
+        """Return ``run()``, whose graph has saved nothing, and what runs it again.
 
         Parameters
         ----------
-        first_pose : index of the chunk's first pose, for errors
+        poses : what ``run`` reads, to see whether it is the same in backward
+        first_pose : index of the first, for errors
         """
-        chunk = _Chunk(self, run, first_pose)
-        random_states, buffers = self._random_states, self._buffers.tensors()
-        versions = [_version(buffer) for buffer in buffers]
-        copies = self._copied(buffers, versions)
+        chunk = _Chunk(self, run, poses, first_pose)
+        buffers = self._buffers.tensors()
+        versions = list(map(_version, buffers))
+        chunk.random_states, chunk.buffers = self._random_states, self._copied(buffers, versions)
         with saved_tensors_hooks(chunk.leave_out, chunk.saved_again):
             predictions = run()
-        self._random_states = _random_states(self._devices)
-        if not all(map(torch.equal, random_states, self._random_states)):
-            chunk.random_states = random_states
-        else:
-            self._random_states = random_states  # one tensor for all chunks
-        now = self._buffers.tensors()
-        if not _same(now, buffers) or [_version(b) for b in now] != versions:
-            chunk.buffers = copies
         chunk.predictions = predictions.detach().clone()
-        return predictions
+        random_states, after = _random_states(self._devices), self._buffers.tensors()
+        if all(map(torch.equal, random_states, chunk.random_states)):
+            chunk.random_states = ()
+        else:
+            self._random_states = random_states
+        if _same(after, buffers) and list(map(_version, after)) == versions:
+            chunk.buffers = ()
+        return predictions, chunk
 
     _copies: tuple[list[Tensor], list[int], list[Tensor]] = [], [], []
 
@@ -78,9 +81,9 @@ class RecomputedGraphs:
 
     def run_again(self, chunk: _Chunk) -> list[Tensor]:
         """Return what the graph of a chunk would have saved."""
-        if self._last is not None:
-            self._last.forget()  # what backward had no use for
-        self._last = chunk
+        if (last := self._last()) is not None:
+            last.forget()  # what backward had no use for
+        self._last = weakref.ref(chunk)
         saved: list[Tensor] = []
 
         def keep(tensor: Tensor) -> Tensor:
@@ -95,6 +98,7 @@ class RecomputedGraphs:
     @contextmanager
     def _as_it_was(self, chunk: _Chunk) -> Iterator[None]:
         self._check_parameters()
+        chunk.check_poses()
         with contextlib.ExitStack() as stack:
             stack.enter_context(_modes(self._training))
             for device, enabled, dtype in self._autocast:
@@ -137,16 +141,31 @@ class RecomputedGraphs:
 
 
 class _Chunk:
-    """Some poses that run together, and what their graph would have saved."""
+    """Some poses that run together, and what their graph would have saved.
 
-    random_states: Sequence[Tensor] = ()
-    buffers: Sequence[Tensor] = ()
-    predictions: Tensor
+    Attributes
+    ----------
+    random_states, buffers : those before the run; none if it did not change them
+    predictions : of the first run, shape (n_poses,); None while it lasts
+    left_out : whether backward has no gradient for these poses
+    """
 
-    def __init__(self, graphs: RecomputedGraphs, run: Run, first_pose: int) -> None:
+    random_states: Sequence[Tensor]
+    buffers: Sequence[Tensor]
+    predictions: Tensor | None = None
+    left_out = False
+
+    def __init__(
+        self, graphs: RecomputedGraphs, run: Run, poses: Sequence[Any], first_pose: int
+    ) -> None:
         self.run = run
         self._graphs = graphs
         self._first_pose = first_pose
+        self._read = [
+            (pose, tensor, _version(tensor))
+            for pose, each in enumerate(poses, first_pose)
+            for tensor in _tensors_of(each)
+        ]
         self._n_saved = 0
         self._saved: dict[int, Tensor] = {}
 
@@ -155,35 +174,63 @@ class _Chunk:
         return self._n_saved - 1
 
     def saved_again(self, index: int) -> Tensor:
-        # Handed out once, so that memory shrinks while backward goes on.
+        if self.left_out:  # nodes ask for what they saved before they see that there is no gradient
+            return _NOTHING
         with self._graphs.lock:
             if index not in self._saved:
                 self._saved = dict(enumerate(self._graphs.run_again(self)))
+            # Handed out once, so that memory shrinks while backward goes on.
             return self._saved.pop(index)
 
     def forget(self) -> None:
         self._saved = {}
 
+    def check_poses(self) -> None:
+        """Raise if a tensor of a pose has changed."""
+        for pose, tensor, version in self._read:
+            if _version(tensor) != version:
+                raise ChangedBeforeBackwardError(
+                    f"pose {pose}: a tensor of it, shape {tuple(tensor.shape)}, was changed in"
+                    " place between forward and backward, and gradients='recomputed' runs poses"
+                    " again: hand a copy to the model, or use gradients='stored'"
+                )
+
     def check(self, predictions: Tensor, n_saved: int, rounding: float) -> None:
         """Raise unless the second run has done what the first did."""
-        who = f"pose {self._first_pose}"
-        if len(self.predictions) > 1:
-            who = f"poses {self._first_pose} to {self._first_pose + len(self.predictions) - 1}"
+        if self.predictions is None:  # a pose model that takes gradients in its own forward
+            return
         same = torch.isclose(
             predictions.detach(), self.predictions, rounding, rounding, equal_nan=True
         )
         if same.all() and n_saved == self._n_saved:
             return
+        pose = int((~same).int().argmax())
         found = f"{n_saved} saved tensors for {self._n_saved}"
         if not same.all():
-            one = int((~same).nonzero()[0])
-            found = f"prediction {predictions[one].item()!r} for {self.predictions[one].item()!r}"
+            found = f"prediction {predictions[pose].item()!r} for {self.predictions[pose].item()!r}"
         raise ChangedBeforeBackwardError(
-            f"{who}: run again in backward, the pose model did something else than in forward"
-            f" ({found}). Was a pose, or something else that it reads, changed in between? Does it"
-            " draw random numbers outside of torch, or keep count? If it must, use"
-            " gradients='stored' or 'graph', which run each pose once"
+            f"pose {self._first_pose + pose}: run again in backward, the pose model did something"
+            f" else than in forward ({found}). Has something that it reads changed in between? Does"
+            " it draw random numbers outside of torch, keep count, or keep a part of its graph? If"
+            " it must, use gradients='stored' or 'graph', which run each pose once"
         )
+
+
+def _tensors_of(pose: Any, depth: int = 4) -> Iterator[Tensor]:
+    """Yield the tensors in a pose: itself, or of a dict, a list, a dataclass, PyG's ``Data``."""
+    if isinstance(pose, Tensor):
+        yield pose
+        return
+    if isinstance(pose, Mapping):
+        pose = pose.values()
+    elif not isinstance(pose, list | tuple):
+        pose = getattr(pose, "__dict__", {}).values()
+    for part in pose if depth else ():
+        yield from _tensors_of(part, depth - 1)
+
+
+# On another device, so that whoever computes with it after all has an error.
+_NOTHING = torch.empty(1, device="meta")
 
 
 def _itself(tensor: Tensor) -> Tensor:

@@ -172,8 +172,17 @@ def _weighted_sum(
 ) -> list[Tensor]:
     sums: dict[str, Tensor] = {}
     for buffer, block in zip(buffers, layout, strict=True):
-        sums |= _split(weights.to(buffer.device, buffer.dtype) @ buffer, block)
+        sums |= _split(_product(weights.to(buffer.device, buffer.dtype), buffer), block)
     return [sums[name] for name in names]
+
+
+def _product(weights: Tensor, buffer: Tensor) -> Tensor:
+    """Return Σ_i w_i row_i without those whose weight is zero: 0 · inf would be NaN."""
+    product = weights @ buffer
+    with_weight = weights != 0
+    if not product.isfinite().all() and not with_weight.all():
+        return weights[with_weight] @ buffer[with_weight]
+    return product
 
 
 def _split(rows: Tensor, layout: Layout) -> dict[str, Tensor]:

@@ -240,6 +240,8 @@ def sum_over_poses(
 ) -> list[Tensor]:
     """Return Σ_i ``weights[i]`` · gradient i for each of ``len(dtypes)`` parameters.
 
+    A pose whose weight is zero counts for nothing, whatever its gradient.
+
     Parameters
     ----------
     weights : shape (n_poses,)
@@ -254,6 +256,8 @@ def sum_over_poses(
         for g in gradients[:n_params]
     ]
     for pose, weight in enumerate(weights.tolist()):
+        if weight == 0:  # whatever its gradient: 0 · inf would be NaN
+            continue
         of_pose = list(gradients[pose * n_params : (pose + 1) * n_params])
         torch._foreach_add_(sums, of_pose, alpha=weight)
     return [total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]

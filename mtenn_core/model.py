@@ -237,14 +237,14 @@ class MultiPoseModel(torch.nn.Module):
             return stored.attach(), stored
         whole = self.collate is not None and self.gradients == "graph"
         step = self.chunk_size or (len(poses) if whole else 1)
-        graphs = None
+        parts = [(poses[first : first + step], first) for first in range(0, len(poses), step)]
+        runs = [partial(self._predict_chunk, *part, in_batch) for part in parts]
         if self.gradients == "recomputed" and with_grad:
             graphs = RecomputedGraphs(self.pose_model)
-        chunks = []
-        for first in range(0, len(poses), step):
-            run = partial(self._predict_chunk, poses[first : first + step], first, in_batch)
-            chunks.append(graphs.predict(run, first) if graphs else run())
-        return join_chunks(chunks), None
+            made = (graphs.predict(run, *part) for run, part in zip(runs, parts, strict=True))
+            predictions, chunks = zip(*made, strict=True)
+            return join_chunks(predictions, chunks), None
+        return join_chunks([run() for run in runs]), None
 
     def _predict_pose(self, pose: Any, index: int) -> Tensor:
         return self._predict_chunk([pose], index).reshape(())

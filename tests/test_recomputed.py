@@ -1,0 +1,544 @@
+"""What running a pose again must get right: each is a way in which the obvious one is wrong."""
+
+import contextlib
+import copy
+import gc
+import random
+import weakref
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.utils.parametrizations import spectral_norm
+from torch.utils.checkpoint import checkpoint
+
+from mtenn_core import Combination, MultiPoseModel
+from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError
+
+# Gradients are sums of a few hundred float64 products, in another order in each mode.
+EXACT = {"rtol": 1e-12, "atol": 1e-13}
+
+
+class SmoothMinimum(Combination):
+    """Without a closed form; ``scale`` 1000 leaves one weight that is not zero."""
+
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return -torch.logsumexp(-self.scale * predictions, dim=0) / self.scale
+
+
+class ClosedForm(SmoothMinimum):
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        return torch.softmax(-self.scale * predictions, dim=0)
+
+
+class Counting(torch.nn.Module):
+    """Counts the runs of a module."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        self.n_runs = 0
+
+    def forward(self, pose):
+        self.n_runs += 1
+        return self.inner(pose)
+
+
+def recomputed(pose_model, combination=None, **options):
+    combination = combination or ClosedForm()
+    return MultiPoseModel(pose_model, combination, gradients="recomputed", **options)
+
+
+def gradients_of(model, *args, loss=None, **options):
+    """Gradients of a loss on combined and pose predictions, by name."""
+    model.zero_grad()
+    out = model(*args, **options)
+    (
+        out.prediction.sum() + out.pose_predictions.sin().sum() if loss is None else loss(out)
+    ).backward()
+    return {n: None if p.grad is None else p.grad.clone() for n, p in model.named_parameters()}
+
+
+def assert_same(found, expected):
+    assert found.keys() == expected.keys()
+    for name, gradient in expected.items():
+        assert (found[name] is None) == (gradient is None), name
+        if gradient is not None:
+            torch.testing.assert_close(
+                found[name], gradient, **EXACT, msg=lambda text, name=name: f"{name}: {text}"
+            )
+
+
+def assert_like_graph(pose_model, *args, combination=None, loss=None, prepare=None, **options):
+    """Both modes give the same gradients and leave the same buffers, from the same start."""
+    found = []
+    for gradients in ("graph", "recomputed"):
+        torch.manual_seed(1)
+        model = MultiPoseModel(
+            copy.deepcopy(pose_model),
+            combination or SmoothMinimum(),
+            gradients=gradients,
+            **options,
+        )
+        with (prepare or contextlib.nullcontext)():
+            found.append((gradients_of(model, *args, loss=loss), dict(model.named_buffers())))
+            found[-1] += (torch.rand(1),)
+    (graph, buffers, drawn), (again, buffers_again, drawn_again) = found
+    assert_same(again, graph)
+    for name in buffers:
+        torch.testing.assert_close(buffers_again[name], buffers[name], rtol=0, atol=0)
+    assert torch.equal(drawn, drawn_again)  # the caller's random numbers go on as they would
+
+
+def test_only_poses_with_weight_run_again(pose_model, poses):
+    counting = Counting(pose_model)
+    model = recomputed(counting, ClosedForm(1e5))
+    out = model(poses)
+    weights = torch.softmax(-1e5 * out.pose_predictions.detach(), dim=0)
+    assert (weights > 0).sum() == 1
+    assert counting.n_runs == len(poses)
+    out.prediction.backward()
+    assert counting.n_runs == len(poses) + 1
+    assert_same(
+        gradients_of(model, poses),
+        gradients_of(MultiPoseModel(counting, ClosedForm(1e5)), poses),
+    )
+
+
+def test_a_loss_on_one_pose_runs_that_pose_again(pose_model, poses):
+    counting = Counting(pose_model)
+    recomputed(counting)(poses).pose_predictions[3].backward()
+    assert counting.n_runs == len(poses) + 1
+
+
+def test_a_weight_that_is_nan_is_never_left_out(pose_model, poses):
+    counting = Counting(pose_model)
+    recomputed(counting)(poses).pose_predictions.backward(torch.full((7,), torch.nan).double())
+    assert counting.n_runs == 2 * len(poses)
+    assert all(p.grad.isnan().any() for p in pose_model.parameters())
+
+
+def test_chunks_are_left_out_as_a_whole(pose_model, poses):
+    counting = Counting(pose_model)
+    out = recomputed(counting, collate=torch.stack, chunk_size=3)(poses)
+    assert counting.n_runs == 3
+    out.pose_predictions[4].backward()
+    assert counting.n_runs == 4
+
+
+class Shared(torch.nn.Module):
+    """Has a parameter that the first pose alone uses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.always, self.first = (torch.nn.Linear(4, 1).double() for _ in range(2))
+
+    def forward(self, pose):
+        return self.first(pose[1:]) if pose[0] else self.always(pose[1:])
+
+
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_a_parameter_of_a_pose_without_weight_gets_zeros_as_autograd_gives(gradients):
+    poses = torch.randn(4, 5).double()
+    poses[:, 0] = torch.tensor([1, 0, 0, 0])
+    model = MultiPoseModel(Shared(), ClosedForm(), gradients=gradients)
+    model(poses).pose_predictions[2].backward()
+    assert model.pose_model.first.weight.grad.tolist() == [[0.0] * 4]
+    assert model.pose_model.always.weight.grad.abs().sum() > 0
+
+
+def test_a_loss_without_any_weight_gives_zeros_as_autograd_gives(pose_model, poses):
+    """A censored loss, say; None would leave the optimizer's momentum out."""
+    counting = Counting(pose_model)
+    (recomputed(counting)(poses).prediction * 0).backward()
+    assert all(p.grad.abs().sum() == 0 for p in pose_model.parameters())
+    assert counting.n_runs == len(poses) + 1
+
+
+@pytest.mark.parametrize("combination", [SmoothMinimum(), ClosedForm(), ClosedForm(1e5)])
+def test_dropout_is_replayed(pose_model, poses, combination):
+    pose_model.insert(2, torch.nn.Dropout(0.5))
+    assert_like_graph(pose_model, poses, combination=combination)
+
+
+@pytest.mark.parametrize("options", [{}, {"chunk_size": 4}, {"chunk_size": 7}], ids=str)
+def test_batch_norm_sees_the_same_batches_and_is_updated_once(pose_model, poses, options):
+    pose_model.insert(1, torch.nn.BatchNorm1d(8).double())
+    if not options:
+        pose_model.eval()  # a batch of one has no variance
+    assert_like_graph(pose_model, poses, collate=torch.stack, **({"chunk_size": 1} | options))
+
+
+def test_spectral_norm_iterates_once_per_forward(pose_model, poses):
+    """Each forward moves its buffers on, and the weight depends on them."""
+    spectral_norm(pose_model[0])
+    assert_like_graph(pose_model, poses)
+
+
+class Reassigning(torch.nn.Module):
+    """Puts a new tensor in the place of a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 1).double()
+        self.register_buffer("scale", torch.ones((), dtype=torch.float64))
+
+    def forward(self, pose):
+        self.scale = self.scale * 1.5
+        return self.inner(pose) * self.scale
+
+
+def test_a_buffer_that_is_replaced_is_put_back(poses):
+    assert_like_graph(Reassigning(), poses)
+
+
+def test_train_and_eval_mode_are_those_of_the_forward(pose_model, poses):
+    pose_model.insert(2, torch.nn.Dropout(0.5))
+    torch.manual_seed(1)
+    expected = gradients_of(MultiPoseModel(pose_model, ClosedForm()), poses)
+    torch.manual_seed(1)
+    model = recomputed(pose_model)
+    model.zero_grad()
+    out = model(poses)
+    model.eval()
+    (out.prediction.sum() + out.pose_predictions.sin().sum()).backward()
+    assert not any(module.training for module in model.modules())
+    assert_same({n: p.grad for n, p in model.named_parameters()}, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_is_that_of_the_forward(dtype):
+    pose_model = torch.nn.Sequential(
+        torch.nn.Linear(4, 8), torch.nn.Tanh(), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)
+    )
+    poses = torch.randn(7, 4)
+    found = []
+    for gradients in ("graph", "recomputed"):
+        model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=dtype):
+            out = model(poses)
+        (out.prediction * 2**8).backward()
+        found.append([p.grad.clone() for p in pose_model.parameters()])
+        assert not torch.is_autocast_enabled("cpu")
+    for one, other in zip(*found, strict=True):
+        # The same products in half precision; "graph" adds the poses up in it, too, where autocast
+        # has cast a weight once for all of them.
+        torch.testing.assert_close(
+            one, other, rtol=0, atol=one.abs().max().item() * 8 * torch.finfo(dtype).eps
+        )
+
+
+def test_a_step_of_the_optimizer_before_backward_is_an_error(pose_model, poses):
+    out = recomputed(pose_model)(poses)
+    with torch.no_grad():
+        pose_model[2].bias.add_(1e-9)
+    with pytest.raises(
+        ChangedBeforeBackwardError, match=r"parameter '2\.bias' was changed in place"
+    ):
+        out.prediction.backward()
+
+
+@dataclass
+class Pose:
+    positions: Tensor
+
+
+POSES = {
+    "tensor": lambda positions: positions,
+    "tuple": lambda positions: ("name", [positions]),
+    "dict": lambda positions: {"positions": positions},
+    "dataclass": Pose,
+    "Data": lambda positions: SimpleNamespace(_store=SimpleNamespace(_mapping={"pos": positions})),
+}
+
+
+@pytest.mark.parametrize("kind", POSES)
+def test_a_pose_that_was_edited_before_backward_is_an_error(pose_model, poses, kind):
+    class Reading(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.positions = pose_model, iter([*poses, *reversed(poses)])
+
+        def forward(self, pose):
+            return self.inner(next(self.positions))
+
+    apart = [positions.clone() for positions in poses]
+    out = recomputed(Reading())([POSES[kind](positions) for positions in apart])
+    apart[3] += 1e-12  # which would not show in the prediction
+    with pytest.raises(ChangedBeforeBackwardError, match=r"pose 3: .*shape \(4,\), was changed"):
+        out.prediction.backward()
+
+
+def test_a_pose_model_that_reads_something_else_in_backward_is_an_error(pose_model, poses):
+    class Reading(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.database = pose_model, poses.numpy()
+
+        def forward(self, pose):
+            return self.inner(torch.from_numpy(self.database[pose]))
+
+    out = recomputed(Reading())(range(7))
+    poses.numpy()[3] += 1e-3
+    with pytest.raises(ChangedBeforeBackwardError, match=r"pose 3: run again .*\(prediction "):
+        out.prediction.backward()
+
+
+def test_random_numbers_from_elsewhere_are_an_error(pose_model, poses):
+    class Shaken(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pose_model
+
+        def forward(self, pose):
+            return self.inner(pose * random.random())
+
+    with pytest.raises(ChangedBeforeBackwardError, match="random numbers outside of torch"):
+        recomputed(Shaken())(poses).prediction.backward()
+
+
+def test_a_pose_model_that_keeps_a_part_of_its_graph_is_an_error(pose_model, poses):
+    class Cached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.cache = pose_model, None
+
+        def forward(self, pose):
+            if self.cache is None:
+                self.cache = self.inner[2].weight.square().sum()
+            return self.inner(pose) * self.cache
+
+    with pytest.raises(ChangedBeforeBackwardError, match=r"pose 0: .*saved tensors for"):
+        recomputed(Cached())(poses).prediction.backward()
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_parameters_are_those_of_a_functional_call(pose_model, poses, gradients):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    others = {
+        name: torch.randn_like(param).requires_grad_() for name, param in model.named_parameters()
+    }
+    out = torch.func.functional_call(model, others, (poses,))
+    found = torch.autograd.grad(out.prediction, list(others.values()))
+    own = {name.removeprefix("pose_model."): other for name, other in others.items()}
+    plain = torch.cat([torch.func.functional_call(pose_model, own, (pose,)) for pose in poses])
+    expected = torch.autograd.grad(-torch.logsumexp(-plain, 0), list(others.values()))
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+@pytest.mark.parametrize("scale", [1.0, 1e5])
+def test_poses_that_require_grad_get_their_gradient(pose_model, poses, gradients, scale):
+    apart = [pose.clone().requires_grad_() for pose in poses]
+    MultiPoseModel(pose_model, ClosedForm(scale), gradients=gradients)(apart).prediction.backward()
+    again = poses.clone().requires_grad_()
+    plain = torch.cat([pose_model(pose) for pose in again])
+    (-torch.logsumexp(-scale * plain, 0) / scale).backward()
+    torch.testing.assert_close(torch.stack([pose.grad for pose in apart]), again.grad, **EXACT)
+
+
+def test_a_second_backward_runs_the_poses_again(pose_model, poses):
+    model = recomputed(pose_model)
+    expected = gradients_of(model, poses)
+    model.zero_grad()
+    out = model(poses)
+    loss = out.prediction.sum() + out.pose_predictions.sin().sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_same({n: p.grad / 2 for n, p in model.named_parameters()}, expected)
+
+
+def test_a_penalty_on_gradients_is_right_without_a_closed_form_and_refused_with_it(
+    pose_model, poses
+):
+    params = list(pose_model.parameters())
+    found = []
+    for gradients in ("graph", "recomputed"):
+        model = MultiPoseModel(pose_model, SmoothMinimum(), gradients=gradients)
+        first = torch.autograd.grad(model(poses).prediction, params, create_graph=True)
+        found.append(torch.autograd.grad(sum(g.square().sum() for g in first), params[0])[0])
+    torch.testing.assert_close(*found, **EXACT)
+    with pytest.raises(DoubleBackwardError, match="gradients='graph'"):
+        torch.autograd.grad(recomputed(pose_model)(poses).prediction, params, create_graph=True)
+
+
+class Forces(torch.nn.Module):
+    """Its prediction has a gradient in it, taken in forward."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pose):
+        pose = pose.detach().requires_grad_()
+        energy = self.inner(pose)
+        (force,) = torch.autograd.grad(energy.sum(), pose, create_graph=True)
+        return energy + force.square().sum()
+
+
+class Checkpointed(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module, *, reentrant: bool) -> None:
+        super().__init__()
+        self.first, self.rest, self.reentrant = inner[0], inner[1:], reentrant
+
+    def forward(self, pose):
+        return checkpoint(self.rest, self.first(pose), use_reentrant=self.reentrant)
+
+
+class Square(torch.autograd.Function):
+    """Written in Python: it is handed zeros where it has no gradient, and computes with them."""
+
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x)
+        return x * x
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (x,) = ctx.saved_tensors
+        return 2 * x * grad_output
+
+
+class WithFunction(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pose):
+        return self.inner(Square.apply(pose @ self.inner[0].weight.t() @ self.inner[0].weight))
+
+
+class WithHooks(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+        inner.register_full_backward_hook(lambda module, grad_input, grad_output: None)
+
+    def forward(self, pose):
+        hidden = self.inner[0](pose)
+        hidden.register_hook(lambda grad: grad * 2)
+        return self.inner[1:](hidden)
+
+
+class InPlace(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pose):
+        hidden = self.inner[0](pose)
+        hidden[:2] *= 3
+        return self.inner[2](hidden.exp_())
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5], ids=["dense", "sharp"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        Forces,
+        WithFunction,
+        WithHooks,
+        InPlace,
+        lambda inner: Checkpointed(inner, reentrant=True),
+        lambda inner: Checkpointed(inner, reentrant=False),
+        lambda inner: torch.compile(inner, backend="aot_eager"),
+    ],
+    ids=["forces", "Function", "hooks", "in place", "reentrant", "checkpoint", "compile"],
+)
+def test_pose_models_of_every_kind_have_the_gradients_of_graph(pose_model, poses, wrap, scale):
+    found = [
+        gradients_of(MultiPoseModel(wrap(pose_model), SmoothMinimum(scale), gradients=g), poses)
+        for g in ("graph", "recomputed")
+    ]
+    assert_same(*found)
+
+
+def test_one_graph_at_most_is_alive_and_nothing_is_left(pose_model, poses):
+    alive, graphs = [], []
+
+    class Tracking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pose_model
+
+        def forward(self, pose):
+            alive.append(sum(graph() is not None for graph in graphs))
+            hidden = self.inner(pose)
+            graphs.append(weakref.ref(hidden.untyped_storage()))
+            return hidden * hidden
+
+    out = recomputed(Tracking())(poses)
+    assert sum(graph() is not None for graph in graphs) == 0
+    out.prediction.backward()
+    assert max(alive) <= 1
+    assert sum(graph() is not None for graph in graphs) == 0
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_a_step_leaves_nothing_behind(pose_model, poses, gradients):
+    """Not even for the collector of cycles: that is late, and does not count what tensors weigh."""
+    model = MultiPoseModel(pose_model, ClosedForm(1e5), gradients=gradients)
+    counts = []
+    gc.collect()
+    gc.disable()
+    try:
+        for _ in range(4):
+            gradients_of(model, poses)
+            counts.append(len(gc.get_objects()))
+    finally:
+        gc.enable()
+    assert counts[-1] <= counts[-2] + 1  # the entry in this list's own bookkeeping
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_a_pose_without_weight_does_no_harm_whatever_its_gradient(gradients):
+    """0 · inf would be NaN. The square root of 0 has an infinite derivative."""
+
+    class Root(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = torch.nn.Parameter(torch.tensor([2.0], dtype=torch.float64))
+
+        def forward(self, pose):
+            return (self.scale * pose).sqrt() - pose
+
+    poses = torch.tensor([[0.0], [1.0], [9.0]], dtype=torch.float64)
+    model = MultiPoseModel(Root(), ClosedForm(1e5), gradients=gradients)
+    model(poses).prediction.backward()
+    # The minimum is that of pose 2, √18 - 9, whose derivative is 9 / (2√18).
+    expected = torch.tensor([9 / (2 * 18**0.5)], dtype=torch.float64)
+    torch.testing.assert_close(model.pose_model.scale.grad, expected)
+
+
+def test_no_grad_runs_each_pose_once(pose_model, poses):
+    counting = Counting(pose_model)
+    with torch.no_grad():
+        recomputed(counting)(poses)
+    assert counting.n_runs == len(poses)
+
+
+def test_the_transforms_of_torch_func_are_right_in_graph_and_refused_elsewhere(pose_model, poses):
+    params = {n: p.detach() for n, p in pose_model.named_parameters()}
+
+    def predict(params, gradients):
+        model = MultiPoseModel(pose_model, SmoothMinimum(), gradients=gradients)
+        given = {f"pose_model.{name}": param for name, param in params.items()}
+        return torch.func.functional_call(model, given, (poses,)).prediction
+
+    found = torch.func.grad(predict)(params, "graph")
+    expected = gradients_of(
+        MultiPoseModel(pose_model, SmoothMinimum()), poses, loss=lambda out: out.prediction
+    )
+    assert_same({f"pose_model.{n}": g for n, g in found.items()}, expected)
+    hessian = torch.func.hessian(lambda b: predict(params | {"2.bias": b}, "graph"))
+    assert hessian(params["2.bias"]).abs().max() < 1e-12  # a shift of all poses shifts the value
+    with pytest.raises(RuntimeError, match="saved tensor hooks"):
+        torch.func.grad(predict)(params, "recomputed")
