@@ -15,8 +15,9 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from mtenn_core._estimate import Estimate
     from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
-    from mtenn_core.combination import Combination
+    from mtenn_core.combination import Combination, as_mtenn_combination
     from mtenn_core.gradients import attach_gradients
     from mtenn_core.hookspecs import hookimpl
     from mtenn_core.model import MultiPoseModel, MultiPoseOutput
@@ -24,12 +25,14 @@ if TYPE_CHECKING:
 # Lazy (PEP 562), because torch takes a second to import and listing plugins does not need it.
 _MODULE_OF = {
     "Combination": "mtenn_core.combination",
+    "Estimate": "mtenn_core._estimate",
     "MultiPoseModel": "mtenn_core.model",
     "MultiPoseOutput": "mtenn_core.model",
     "PluginRecord": "mtenn_core._registry",
     "Policy": "mtenn_core._registry",
     "Problem": "mtenn_core._registry",
     "Registry": "mtenn_core._registry",
+    "as_mtenn_combination": "mtenn_core.combination",
     "attach_gradients": "mtenn_core.gradients",
     "hookimpl": "mtenn_core.hookspecs",
     "registry": "mtenn_core._registry",
@@ -37,12 +40,14 @@ _MODULE_OF = {
 
 __all__ = [
     "Combination",
+    "Estimate",
     "MultiPoseModel",
     "MultiPoseOutput",
     "PluginRecord",
     "Policy",
     "Problem",
     "Registry",
+    "as_mtenn_combination",
     "attach_gradients",
     "hookimpl",
     "registry",

@@ -156,6 +156,46 @@ class Combination(torch.nn.Module):
         return combined_prediction(self, predictions, pose_inputs)
 
 
+def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
+    """Return a combination as mtenn's ``GroupedModel`` takes it (mtenn 0.5 and later).
+
+    Its ``forward(pred_list, grad_dict, param_names, *model_params)`` returns the pair (combined,
+    pose predictions), shapes () and (n_poses,), both differentiable.
+
+    Raises
+    ------
+    ValueError : it needs pose inputs, or trains parameters of its own: ``GroupedModel`` has no
+        place for the former, and asks each parameter for a gradient per pose
+    """
+    trainable = [name for name, param in combination.named_parameters() if param.requires_grad]
+    if trainable or combination.pose_inputs:
+        what = f"pose_inputs {combination.pose_inputs}" if combination.pose_inputs else trainable
+        raise ValueError(
+            f"{type(combination).__name__} has {what}, and mtenn's GroupedModel has no place for"
+            " them: use mtenn_core.MultiPoseModel"
+        )
+    return _MtennCombination(combination)
+
+
+class _MtennCombination(torch.nn.Module):
+    def __init__(self, combination: Combination) -> None:
+        super().__init__()
+        self.combination = combination
+
+    def forward(
+        self,
+        pred_list: Sequence[Tensor],
+        grad_dict: GradDict,
+        param_names: Sequence[str],
+        *model_params: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
+        if overrides(type(self.combination), "forward"):
+            args = (pred_list, grad_dict, param_names, *model_params)
+            return full_depth_prediction(self.combination, *args), predictions
+        return combined_prediction(self.combination, predictions), predictions
+
+
 def constructor_arguments(combination: Combination, *, defaults: bool = False) -> dict[str, Any]:
     """Return the arguments that a combination was made with, by name.
 

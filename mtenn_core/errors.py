@@ -55,12 +55,16 @@ class ChangedBeforeBackwardError(MtennError, RuntimeError):
     """A pose cannot be run again as it was: call backward before you change what it depends on."""
 
 
+class CheckpointError(MtennError, RuntimeError):
+    """The checkpoint is of another combination: make the model with that one."""
+
+
 class CombinationContractError(MtennError, TypeError):
     """A combination returned what its contract does not allow: tell its author."""
 
 
 class PluginWarning(RuntimeWarning):
-    """A plugin has left traces, or a setting names no plugin; what was asked for was done."""
+    """A plugin left traces or has another version, or a setting names none; it was done anyway."""
 
 
 class TargetError(MtennError, LookupError):

@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from mtenn_core import _checkpoint
+from mtenn_core._estimate import Estimate, estimate, measured
 from mtenn_core._pose_graphs import join_chunks
 from mtenn_core._recomputed import RecomputedGraphs
 from mtenn_core._stored import StoredGradients
@@ -117,6 +119,14 @@ class MultiPoseModel(torch.nn.Module):
         """Return the options, for ``repr``."""
         return f"gradients={self.gradients!r}, chunk_size={self.chunk_size}"
 
+    def get_extra_state(self) -> Tensor:
+        """Return what a checkpoint says of the combination, as JSON in a tensor of bytes."""
+        return _checkpoint.written(self.combination)
+
+    def set_extra_state(self, state: Any) -> None:
+        """Raise a ``CheckpointError`` if a checkpoint is of another combination than this one."""
+        _checkpoint.check(state, self.combination)
+
     def forward(
         self,
         poses: Iterable[Any],
@@ -165,11 +175,42 @@ class MultiPoseModel(torch.nn.Module):
         if self.check_finite:
             _check_finite(predictions, inputs, n_poses)
         combined, start = [], 0
-        for size in n_poses:
-            combined.append(self._combine(predictions, inputs, slice(start, start + size), stored))
-            start += size
+        for part, own in zip(*self._by_compound(predictions, inputs, n_poses), strict=True):
+            combined.append(self._combine(part, own, start, stored))
+            start += len(part)
         prediction = combined[0] if sizes is None else torch.stack(combined)
         return MultiPoseOutput(prediction, predictions)
+
+    def estimate(
+        self,
+        poses: Iterable[Any],
+        sizes: Sequence[int] | None = None,
+        pose_inputs: Mapping[str, Any] | None = None,
+    ) -> Estimate:
+        """Return what a training step on these poses would cost in each mode.
+
+        Each pose is run once, and nothing is kept: buffers and random states stay as they are. The
+        backwards are those of a loss on the combined prediction alone.
+
+        Parameters
+        ----------
+        poses, sizes, pose_inputs : as for ``forward``
+        """
+        poses = _as_list(poses)
+        n_poses, _ = self._sizes(poses, sizes, False, None)
+        predictions, graphs = measured(self.pose_model, poses, self._predict_pose)
+        inputs = self._inputs(pose_inputs or {}, predictions)
+        weights = torch.cat(
+            [
+                self.combination.pose_weights(part, **own)
+                for part, own in zip(*self._by_compound(predictions, inputs, n_poses), strict=True)
+            ]
+        )
+        full_depth = not overrides(type(self.combination), "combine")
+        chunk_sizes = {mode: self._chunk_size(len(poses), mode) for mode in get_args(GradientMode)}
+        return estimate(
+            self.pose_model, graphs, weights, {"stored": 1} if full_depth else chunk_sizes
+        )
 
     def _sizes(
         self, poses: list[Any], sizes: Sequence[int] | None, collated: bool, group: Group | None
@@ -235,8 +276,7 @@ class MultiPoseModel(torch.nn.Module):
                 )
             stored = StoredGradients(self.pose_model, poses, self._predict_pose)
             return stored.attach(), stored
-        whole = self.collate is not None and self.gradients == "graph"
-        step = self.chunk_size or (len(poses) if whole else 1)
+        step = self._chunk_size(len(poses), self.gradients)
         parts = [(poses[first : first + step], first) for first in range(0, len(poses), step)]
         runs = [partial(self._predict_chunk, *part, in_batch) for part in parts]
         if self.gradients == "recomputed" and with_grad:
@@ -245,6 +285,10 @@ class MultiPoseModel(torch.nn.Module):
             predictions, chunks = zip(*made, strict=True)
             return join_chunks(predictions, chunks), None
         return join_chunks([run() for run in runs]), None
+
+    def _chunk_size(self, n_poses: int, gradients: str) -> int:
+        whole = self.collate is not None and gradients == "graph"
+        return 1 if gradients == "stored" else self.chunk_size or (n_poses if whole else 1)
 
     def _predict_pose(self, pose: Any, index: int) -> Tensor:
         return self._predict_chunk([pose], index).reshape(())
@@ -256,26 +300,34 @@ class MultiPoseModel(torch.nn.Module):
         _check_numbers(predictions, n_poses, first)
         return predictions.to(at_least_float32(predictions.dtype)).reshape(n_poses)
 
+    def _by_compound(
+        self, predictions: Tensor, inputs: PoseInputs, n_poses: list[int]
+    ) -> tuple[Sequence[Tensor], list[PoseInputs]]:
+        """Return the predictions of each compound, and its pose inputs."""
+        split = {name: values.split(n_poses) for name, values in inputs.items()}
+        own: list[PoseInputs] = [
+            {name: parts[i] for name, parts in split.items()} for i in range(len(n_poses))
+        ]
+        return predictions.split(n_poses), own
+
     def _combine(
-        self, predictions: Tensor, inputs: PoseInputs, poses: slice, stored: StoredGradients | None
+        self, predictions: Tensor, inputs: PoseInputs, first: int, stored: StoredGradients | None
     ) -> Tensor:
-        """Return the prediction of one compound, shape ()."""
-        own = {name: values[poses] for name, values in inputs.items()}
+        """Return the prediction of one compound, shape (); ``first`` is the index of its pose."""
         if self.gradients == "stored" and overrides(type(self.combination), "forward"):
             params = stored.params if stored else {}
+            poses = slice(first, first + len(predictions))
             return full_depth_prediction(
                 self.combination,
-                list(predictions[poses].detach()),
+                list(predictions.detach()),
                 stored.grad_dict(poses) if stored else {},
                 list(params),
                 *params.values(),
-                **own,
+                **inputs,
             )
         # "graph" is the reference for the closed form, and does not use it.
         closed_form = self.gradients != "graph"
-        return combined_prediction(
-            self.combination, predictions[poses], own, closed_form=closed_form
-        )
+        return combined_prediction(self.combination, predictions, inputs, closed_form=closed_form)
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:

@@ -132,6 +132,20 @@ class Registry:
             raise known.error(name, self.group)
         return found[0]
 
+    def record_of(self, combination: type[Combination]) -> PluginRecord | None:
+        """Return the plugin that a class is of, None for a class that is not registered.
+
+        Nothing is imported: a class that did not come from here is found by its module and name.
+        """
+        with self._lock:
+            loaded = [
+                record for (record, _), known in self._classes.items() if known is combination
+            ]
+        target = f"{combination.__module__}:{combination.__qualname__}"
+        records = self._look(strict=False).available.values()
+        named = [r for r in itertools.chain(*records) if r.target == target and r.plugin is None]
+        return next(iter(loaded + named), None)
+
     def problems(self) -> list[Problem]:
         """Return what is wrong with installed plugins and settings, as far as no import is needed.
 
