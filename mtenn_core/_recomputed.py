@@ -8,9 +8,11 @@ a second run of the chunk as soon as backward wants a part of it.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +40,7 @@ class RecomputedGraphs:
         self._parameters = Places(pose_model, "parameters")
         self._buffers = Places(pose_model, "buffers")
         self._held = self._parameters.tensors()
-        self._versions = [_version(tensor) for tensor in self._held]
+        self._versions_then = _versions(self._held)
         self._training = [(module, module.training) for module in pose_model.modules()]
         self._devices = _accelerators([*self._held, *self._buffers.tensors()])
         self._autocast = _autocast_state(self._devices)
@@ -55,17 +57,17 @@ class RecomputedGraphs:
         """
         chunk = _Chunk(self, run, poses, first_pose)
         buffers = self._buffers.tensors()
-        versions = list(map(_version, buffers))
+        versions = _versions(buffers)
         chunk.random_states, chunk.buffers = self._random_states, self._copied(buffers, versions)
         with saved_tensors_hooks(chunk.leave_out, chunk.saved_again):
             predictions = run()
-        chunk.predictions = predictions.detach().clone()
+        chunk.done(predictions.detach().clone())
         random_states, after = _random_states(self._devices), self._buffers.tensors()
         if all(map(torch.equal, random_states, chunk.random_states)):
             chunk.random_states = ()
         else:
             self._random_states = random_states
-        if _same(after, buffers) and list(map(_version, after)) == versions:
+        if _same(after, buffers) and _versions(after) == versions:
             chunk.buffers = ()
         return predictions, chunk
 
@@ -90,41 +92,54 @@ class RecomputedGraphs:
             saved.append(tensor.detach())
             return saved[-1]
 
-        with self._as_it_was(chunk), torch.enable_grad(), saved_tensors_hooks(keep, _itself):
-            predictions = chunk.run()
+        with contextlib.ExitStack() as stack:
+            for context in self._as_it_was(chunk):
+                stack.enter_context(context)
+            with torch.enable_grad(), saved_tensors_hooks(keep, _itself):
+                predictions = chunk.run()
         chunk.check(predictions, len(saved), self._rounding(predictions))
         return saved
 
-    @contextmanager
-    def _as_it_was(self, chunk: _Chunk) -> Iterator[None]:
+    def _as_it_was(self, chunk: _Chunk) -> list[AbstractContextManager[object]]:
+        """Return contexts in which all that a run depends on is as it was, none where it is.
+
+        Raises
+        ------
+        ChangedBeforeBackwardError : a parameter or a pose was changed in place
+        """
         self._check_parameters()
         chunk.check_poses()
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(_modes(self._training))
-            for device, enabled, dtype in self._autocast:
-                if enabled or torch.is_autocast_enabled(device):
-                    # No cache: it would keep the graph of a weight's cast alive.
-                    cast = torch.autocast(device, dtype, enabled, cache_enabled=False)
-                    stack.enter_context(cast)
-            if chunk.random_states:
-                stack.enter_context(_random(chunk.random_states, self._devices))
-            if chunk.buffers:
-                copies = [buffer.clone() for buffer in chunk.buffers]
-                stack.enter_context(self._buffers.holding(copies))
-            if self._were_others():
-                stack.enter_context(self._parameters.holding(self._held))
-            yield
+        contexts: list[AbstractContextManager[object]] = []
+        if any(module.training != then for module, then in self._training):
+            contexts.append(_modes(self._training))
+        for device, enabled, dtype in self._autocast:
+            if enabled or torch.is_autocast_enabled(device):
+                # No cache: it would keep the graph of a weight's cast alive.
+                contexts.append(torch.autocast(device, dtype, enabled, cache_enabled=False))
+        if chunk.random_states:
+            contexts.append(_random(chunk.random_states, self._devices))
+        if chunk.buffers:
+            contexts.append(self._buffers.holding([buffer.clone() for buffer in chunk.buffers]))
+        if self._were_others():
+            contexts.append(self._parameters.holding(self._held))
+        return contexts
 
     def _check_parameters(self) -> None:
-        for held, version in zip(self._held, self._versions, strict=True):
-            if _version(held) != version:
-                names = (n for n, p in self._pose_model.named_parameters() if p is held)
-                raise ChangedBeforeBackwardError(
-                    f"parameter {next(names, '?')!r} was changed in place between forward and"
-                    " backward, and gradients='recomputed' runs the poses again with the parameters"
-                    " as they were: call backward before the optimizer's step, or use"
-                    " gradients='stored', which does not need them any more"
-                )
+        now = _versions(self._held)
+        if now == self._versions_then:
+            return
+        changed = [
+            held
+            for held, *versions in zip(self._held, now, self._versions_then, strict=True)
+            if versions[0] != versions[1]
+        ]
+        names = [n for n, p in self._pose_model.named_parameters() if p is changed[0]]
+        raise ChangedBeforeBackwardError(
+            f"parameter {(names or ['?'])[0]!r} was changed in place between forward and backward,"
+            " and gradients='recomputed' runs the poses again with the parameters as they were:"
+            " call backward before the optimizer's step, or use gradients='stored', which does not"
+            " need them any more"
+        )
 
     def _were_others(self) -> bool:
         """Whether the parameters were others in forward: those of a ``functional_call``."""
@@ -146,13 +161,11 @@ class _Chunk:
     Attributes
     ----------
     random_states, buffers : those before the run; none if it did not change them
-    predictions : of the first run, shape (n_poses,); None while it lasts
     left_out : whether backward has no gradient for these poses
     """
 
     random_states: Sequence[Tensor]
     buffers: Sequence[Tensor]
-    predictions: Tensor | None = None
     left_out = False
 
     def __init__(
@@ -162,16 +175,16 @@ class _Chunk:
         self._graphs = graphs
         self._first_pose = first_pose
         self._read = [
-            (pose, tensor, _version(tensor))
+            (pose, tensor, _versions([tensor]))
             for pose, each in enumerate(poses, first_pose)
             for tensor in _tensors_of(each)
         ]
+        self._count = itertools.count()
+        # Returns what a saved tensor is called: partial and count since it is called for each.
+        self.leave_out = partial(next, self._count)
         self._n_saved = 0
+        self._predictions: Tensor | None = None  # while the first run lasts
         self._saved: dict[int, Tensor] = {}
-
-    def leave_out(self, tensor: Tensor) -> int:
-        self._n_saved += 1
-        return self._n_saved - 1
 
     def saved_again(self, index: int) -> Tensor:
         if self.left_out:  # nodes ask for what they saved before they see that there is no gradient
@@ -182,13 +195,17 @@ class _Chunk:
             # Handed out once, so that memory shrinks while backward goes on.
             return self._saved.pop(index)
 
+    def done(self, predictions: Tensor) -> None:
+        """Note what the first run gave."""
+        self._predictions, self._n_saved = predictions, next(self._count)
+
     def forget(self) -> None:
         self._saved = {}
 
     def check_poses(self) -> None:
         """Raise if a tensor of a pose has changed."""
         for pose, tensor, version in self._read:
-            if _version(tensor) != version:
+            if _versions([tensor]) != version:
                 raise ChangedBeforeBackwardError(
                     f"pose {pose}: a tensor of it, shape {tuple(tensor.shape)}, was changed in"
                     " place between forward and backward, and gradients='recomputed' runs poses"
@@ -197,17 +214,18 @@ class _Chunk:
 
     def check(self, predictions: Tensor, n_saved: int, rounding: float) -> None:
         """Raise unless the second run has done what the first did."""
-        if self.predictions is None:  # a pose model that takes gradients in its own forward
+        if self._predictions is None:  # a pose model that takes gradients in its own forward
             return
-        same = torch.isclose(
-            predictions.detach(), self.predictions, rounding, rounding, equal_nan=True
-        )
-        if same.all() and n_saved == self._n_saved:
+        if n_saved == self._n_saved and torch.equal(predictions, self._predictions):
+            return
+        first = self._predictions
+        same = torch.isclose(predictions.detach(), first, rounding, rounding, equal_nan=True)
+        if n_saved == self._n_saved and same.all():
             return
         pose = int((~same).int().argmax())
         found = f"{n_saved} saved tensors for {self._n_saved}"
         if not same.all():
-            found = f"prediction {predictions[pose].item()!r} for {self.predictions[pose].item()!r}"
+            found = f"prediction {predictions[pose].item()!r} for {first[pose].item()!r}"
         raise ChangedBeforeBackwardError(
             f"pose {self._first_pose + pose}: run again in backward, the pose model did something"
             f" else than in forward ({found}). Has something that it reads changed in between? Does"
@@ -241,8 +259,9 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
     return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
 
 
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version
+def _versions(tensors: Sequence[Tensor]) -> list[int]:
+    """Return how often each tensor was changed in place; those of ``inference_mode`` do not say."""
+    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def is_sharded(tensor: Tensor) -> bool:
