@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -20,6 +21,13 @@ Params = Mapping[str, Tensor]
 # Gradients of one prediction, before any loss is known, may be too small for float16 (below 6e-8).
 # A power of two, so that it changes no digit.
 FLOAT16_SCALE = 2.0**16
+
+
+Key = tuple[torch.device, torch.dtype]
+Spare = dict[Key, torch.UntypedStorage]
+# Memory that no graph needs any more. To fill fresh memory takes five times as long: the operating
+# system finds each page of it when the page is first written to.
+_SPARE: WeakKeyDictionary[torch.nn.Module, Spare] = WeakKeyDictionary()
 
 
 class StoredGradients:
@@ -42,11 +50,10 @@ class StoredGradients:
             trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
             self._blocks = _blocks(trainable)
             # One row a pose: the sum over poses is one product of a vector and this matrix.
+            self._spare = _SPARE.setdefault(pose_model, {})
             self._buffers = [
-                torch.empty(
-                    len(poses), sum(p.numel() for p in block.values()), dtype=dtype, device=device
-                )
-                for (device, dtype), block in self._blocks.items()
+                _buffer(self._spare, key, len(poses), sum(p.numel() for p in block.values()))
+                for key, block in self._blocks.items()
             ]
             # Gradients are taken of aliases, so that hooks on the parameters (and whatever stands
             # on such hooks: DistributedDataParallel, FSDP) see one backward, not one per pose more.
@@ -54,14 +61,22 @@ class StoredGradients:
             self.predictions, used = self._run(pose_model, aliases, poses, predict)
         self.params = {name: param for name, param in trainable.items() if name in used}
 
-    def attach(self) -> Tensor:
-        """Return the predictions as one differentiable vector, shape (n_poses,)."""
+    def attach(self, *, reuse: bool = True) -> Tensor:
+        """Return the predictions as one differentiable vector, shape (n_poses,).
+
+        Parameters
+        ----------
+        reuse : whether the next call may fill the same memory once backward has read it; not where
+            somebody was given the ``grad_dict``
+        """
         # Shapes, not this object: backward could not free the buffers otherwise.
         layout = [
             {name: (param.shape, param.dtype) for name, param in block.items()}
             for block in self._blocks.values()
         ]
-        weighted_sum = partial(_weighted_sum, layout=layout, names=list(self.params))
+        spare = self._spare if reuse else {}
+        names = list(self.params)
+        weighted_sum = partial(_weighted_sum, layout=layout, names=names, spare=spare)
         return attach(self.predictions, self._buffers, weighted_sum, list(self.params.values()))
 
     def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
@@ -95,16 +110,27 @@ class StoredGradients:
             _refuse_other_leaves(prediction, aliases, pose)
             found, scale = _gradients(prediction, aliases)
         for block, buffer in zip(self._blocks.values(), self._buffers, strict=True):
-            row = [_dense(name, found.get(name), param) for name, param in block.items()]
+            # Into the dtype of the sums, too.
+            row = [_flat(name, found.get(name), param) for name, param in block.items()]
             torch.cat(row, out=buffer[pose])
             if scale != 1:
                 buffer[pose] /= scale
         return set(found)
 
 
-def _blocks(params: Params) -> dict[tuple[Any, torch.dtype], dict[str, Tensor]]:
+def _buffer(spare: Spare, key: Key, n_poses: int, n_numbers: int) -> Tensor:
+    """Return memory for a matrix of gradients, not set to anything."""
+    device, dtype = key
+    fresh = torch.empty(0, dtype=dtype, device=device)
+    storage = spare.pop(key, None)
+    if storage is None or storage.nbytes() < n_poses * n_numbers * dtype.itemsize:
+        return fresh.resize_(n_poses, n_numbers)
+    return fresh.set_(storage, 0, (n_poses, n_numbers))
+
+
+def _blocks(params: Params) -> dict[Key, dict[str, Tensor]]:
     """Group parameters by device and by the dtype of their sums, each group to share a buffer."""
-    blocks: dict[tuple[Any, torch.dtype], dict[str, Tensor]] = {}
+    blocks: dict[Key, dict[str, Tensor]] = {}
     for name, param in params.items():
         key = param.device, at_least_float32(param.dtype)
         blocks.setdefault(key, {})[name] = param
@@ -136,18 +162,17 @@ def _computes_in_float16(prediction: Tensor, aliases: Params) -> bool:
     return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
 
 
-def _dense(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
-    """Return a gradient as one row, in the dtype of the sums."""
-    dtype = at_least_float32(param.dtype)
+def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
+    """Return a gradient as a part of a row."""
     if gradient is None:
-        return param.new_zeros(param.numel(), dtype=dtype)
+        return param.new_zeros(param.numel())
     if gradient.layout is not torch.strided:
         raise GradientError(
             f"parameter {name!r}: gradients='stored' keeps dense gradients; found a sparse one"
             " (use sparse=False, or gradients='graph')",
             parameter=name,
         )
-    return gradient.reshape(-1).to(dtype)
+    return gradient.reshape(-1)
 
 
 def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None:
@@ -168,12 +193,24 @@ Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 
 
 def _weighted_sum(
-    weights: Tensor, buffers: Sequence[Tensor], *, layout: Sequence[Layout], names: Sequence[str]
+    weights: Tensor,
+    buffers: Sequence[Tensor],
+    *,
+    layout: Sequence[Layout],
+    names: Sequence[str],
+    spare: Spare,
 ) -> list[Tensor]:
     sums: dict[str, Tensor] = {}
     for buffer, block in zip(buffers, layout, strict=True):
         sums |= _split(_product(weights.to(buffer.device, buffer.dtype), buffer), block)
+        # An accelerator's allocator keeps memory itself.
+        if buffer.device.type == "cpu" and not _graph_is_retained():
+            spare[buffer.device, buffer.dtype] = buffer.untyped_storage()
     return [sums[name] for name in names]
+
+
+def _graph_is_retained() -> bool:
+    return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _product(weights: Tensor, buffer: Tensor) -> Tensor:

@@ -275,7 +275,7 @@ class MultiPoseModel(torch.nn.Module):
                     " them, or use gradients='recomputed'"
                 )
             stored = StoredGradients(self.pose_model, poses, self._predict_pose)
-            return stored.attach(), stored
+            return stored.attach(reuse=not overrides(type(self.combination), "forward")), stored
         step = self._chunk_size(len(poses), self.gradients)
         parts = [(poses[first : first + step], first) for first in range(0, len(poses), step)]
         runs = [partial(self._predict_chunk, *part, in_batch) for part in parts]

@@ -323,10 +323,52 @@ def test_stored_frees_every_graph_and_then_the_gradients(pose_model, poses):
 
     model = MultiPoseModel(Tracking(), ClosedForm(), gradients="stored")
     out = model(poses)
-    buffer = weakref.ref(out.pose_predictions.grad_fn.saved_tensors[0])
     assert max(alive) <= 1  # the pose before, until its variable is bound anew
     out.prediction.backward()
-    assert buffer() is None
+    with pytest.raises(RuntimeError, match="already been freed"):
+        _ = out.pose_predictions.grad_fn.saved_tensors
+
+
+def _memory(out):
+    return out.pose_predictions.grad_fn.saved_tensors[0].data_ptr()
+
+
+def test_stored_fills_the_memory_of_the_step_before(pose_model, poses):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
+    out = model(poses)
+    first = _memory(out)
+    out.prediction.backward()
+    expected = copy.deepcopy(grads(model))
+    for n_poses in (3, 7):  # fewer, and as many again
+        model.zero_grad()
+        out = model(poses[:n_poses])
+        assert _memory(out) == first
+        out.prediction.backward()
+    assert_same_gradients(grads(model), expected)
+
+
+def test_stored_leaves_gradients_alone_that_a_graph_still_needs(pose_model, poses):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
+    model(poses).prediction.backward()
+    expected = copy.deepcopy(grads(model))
+    model.zero_grad()
+    out = model(poses)
+    out.prediction.backward(retain_graph=True)
+    others = model(2 * poses), model(3 * poses)
+    assert len({_memory(out), *map(_memory, others)}) == 3
+    model.zero_grad()
+    out.prediction.backward()
+    assert_same_gradients(grads(model), expected)
+
+
+def test_stored_leaves_gradients_alone_that_a_combination_was_given(pose_model, poses):
+    combination = FullDepth()
+    model = MultiPoseModel(pose_model, combination, gradients="stored")
+    model(poses).pose_predictions.sum().backward()
+    _, given, _, _ = combination.calls[0]
+    before = copy.deepcopy(given)
+    model(2 * poses)
+    assert all(torch.equal(x, y) for n in before for x, y in zip(before[n], given[n], strict=True))
 
 
 def test_a_penalty_on_gradients_is_right_in_graph(pose_model, poses):
