@@ -125,7 +125,7 @@ def _buffer(spare: Spare, key: Key, n_poses: int, n_numbers: int) -> Tensor:
     storage = spare.pop(key, None)
     if storage is None or storage.nbytes() < n_poses * n_numbers * dtype.itemsize:
         return fresh.resize_(n_poses, n_numbers)
-    return fresh.set_(storage, 0, (n_poses, n_numbers))
+    return fresh.set_(storage, 0, (n_poses, n_numbers), (n_numbers, 1))
 
 
 def _blocks(params: Params) -> dict[Key, dict[str, Tensor]]:

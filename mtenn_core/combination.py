@@ -311,17 +311,19 @@ def combined_prediction(
 def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: Any) -> Tensor:
     """Return what the ``forward`` of a combination gives, shape ().
 
-    Of the pair (combined, pose predictions), which combinations of mtenn 0.5 and later return, the
-    first: a :class:`~mtenn_core.MultiPoseModel` has differentiable pose predictions of its own.
-
     Parameters
     ----------
     *args : ``pred_list, grad_dict, param_names, *model_params``
     """
-    value: Any = combination(*args, **pose_inputs)
-    if isinstance(value, tuple) and len(value) == 2:
-        value, _ = value
-    return check_scalar(combination, value)
+    return check_scalar(combination, first_of_pair(combination(*args, **pose_inputs)))
+
+
+def first_of_pair(value: Any) -> Any:
+    """Return the first of (combined, pose predictions), which combinations of mtenn return.
+
+    The second is not needed: a :class:`~mtenn_core.MultiPoseModel` has its own.
+    """
+    return value[0] if isinstance(value, tuple) and len(value) == 2 else value
 
 
 def check_facts(combination: Combination) -> None:

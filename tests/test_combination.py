@@ -5,7 +5,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtenn_core import Combination
+from mtenn_core import Combination, as_mtenn_combination
 from mtenn_core.combination import combined_prediction
 from mtenn_core.errors import CombinationContractError, DoubleBackwardError, PredictionError
 
@@ -204,3 +204,55 @@ def test_copies_and_pickles_keep_their_parameters():
     for twin in (copy.deepcopy(combination), pickle.loads(pickle.dumps(combination))):
         assert twin.power.item() == 2.0
         assert twin.combine(torch.tensor([3.0])).item() == 9.0
+
+
+class GroupedModel(torch.nn.Module):
+    """What mtenn's model of this name does with a combination, and no more."""
+
+    def __init__(self, pose_model: torch.nn.Module, combination: torch.nn.Module) -> None:
+        super().__init__()
+        self.pose_model, self.combination = pose_model, combination
+
+    def forward(self, poses):
+        pred_list, grad_dict = [], {}
+        for pose in poses:
+            prediction = self.pose_model(pose)
+            pred_list.append(prediction.detach())
+            self.zero_grad()
+            prediction.backward()
+            for name, param in self.named_parameters():
+                grad_dict.setdefault(name, []).append(param.grad.detach())
+        self.zero_grad()
+        names, params = zip(*self.named_parameters(), strict=True)
+        return self.combination(pred_list, grad_dict, names, *params)
+
+
+@DEPTHS
+def test_a_combination_trains_in_the_model_of_mtenn(depth, pose_model, poses):
+    plain = torch.cat([pose_model(pose) for pose in poses])
+    (plain.square().sum().sin() + plain.cos().sum()).backward()
+    expected = [param.grad.clone() for param in pose_model.parameters()]
+    model = GroupedModel(pose_model, as_mtenn_combination(depth()))
+    combined, predictions = model(poses)
+    assert combined.shape == ()
+    assert predictions.shape == (len(poses),)
+    (combined.sin() + predictions.cos().sum()).backward()
+    for param, gradient in zip(pose_model.parameters(), expected, strict=True):
+        # Sums of seven float64 products, in another order.
+        torch.testing.assert_close(param.grad, gradient, rtol=1e-12, atol=1e-13)
+
+
+class NeedsScores(SumOfSquares):
+    pose_inputs = ("score",)
+
+
+@pytest.mark.parametrize(
+    ("combination", "message"),
+    [
+        (Picklable(2.0), r"Picklable has \['power'\], and mtenn's GroupedModel has no place"),
+        (NeedsScores(), r"NeedsScores has pose_inputs \('score',\).*use mtenn_core.MultiPoseModel"),
+    ],
+)
+def test_what_the_model_of_mtenn_cannot_train_is_refused(combination, message):
+    with pytest.raises(ValueError, match=message):
+        as_mtenn_combination(combination)

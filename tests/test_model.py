@@ -682,3 +682,193 @@ def test_sizes_may_be_a_tensor(pose_model, poses):
 def test_a_pose_model_is_a_module():
     with pytest.raises(TypeError, match=r"pose_model must be a torch\.nn\.Module; found <function"):
         MultiPoseModel(lambda pose: pose, LogSumExp())
+
+
+def test_a_batch_is_handed_on_as_it_is(pose_model, poses):
+    found = []
+    for given, options in [(list(poses), {}), (poses, {"collated": True})]:
+        model = MultiPoseModel(pose_model, ClosedForm(), collate=torch.stack)
+        model.zero_grad()
+        losses(model(given, sizes=SIZES, **options))["both"].backward()
+        found.append(copy.deepcopy(grads(model)))
+    assert_same_gradients(*found)
+
+
+@pytest.mark.parametrize(
+    ("gradients", "sizes", "error", "message"),
+    [
+        ("graph", None, PredictionError, "one batch of poses needs sizes"),
+        ("graph", [3, 3], PredictionError, r"poses 0 to 5: .* 6 numbers, .*shape \(7, 1\)"),
+        ("graph", [8, -1], PredictionError, "compound 1: .*must not be negative; found -1"),
+        ("stored", [7], ValueError, "'stored' runs pose by pose: .*gradients='recomputed'"),
+    ],
+)
+def test_a_batch_that_does_not_fit_is_refused(pose_model, poses, gradients, sizes, error, message):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    with pytest.raises(error, match=message):
+        model(poses, sizes=sizes, collated=True)
+
+
+class Weighted(Combination):
+    """Mean with weights from docking scores: ŷ = Σ softmax(-score)_i ŷ_i."""
+
+    pose_inputs = ("score", "prior")
+
+    def combine(self, predictions: Tensor, score: Tensor, prior: Tensor) -> Tensor:
+        return (torch.softmax(-score, dim=0) * (predictions + prior)).sum()
+
+
+class WeightedClosedForm(Weighted):
+    def pose_weights(self, predictions: Tensor, score: Tensor, prior: Tensor) -> Tensor:
+        return torch.softmax(-score, dim=0)
+
+
+class WeightedFullDepth(Weighted):
+    def forward(self, pred_list, grad_dict, param_names, *model_params, score, prior):
+        assert score.shape == prior.shape == (len(pred_list),)
+        return super().forward(
+            pred_list, grad_dict, param_names, *model_params, score=score, prior=prior
+        )
+
+
+@MODES
+@pytest.mark.parametrize("combination", [Weighted, WeightedClosedForm, WeightedFullDepth])
+def test_pose_inputs_reach_the_combination_of_their_compound(
+    pose_model, poses, gradients, combination
+):
+    score, prior = torch.randn(2, 7, dtype=torch.float64)
+    model = MultiPoseModel(pose_model, combination(), gradients=gradients)
+    predictions = torch.cat([pose_model(pose) for pose in poses])
+    weights = torch.cat([torch.softmax(-part, 0) for part in score.split(SIZES)])
+    parts = (weights * (predictions + prior)).split(SIZES)
+    expected = torch.stack([part.sum() for part in parts])
+    (expected.square().sum() + predictions.sin().sum()).backward()
+    by_hand = copy.deepcopy(grads(model))
+    model.zero_grad()
+    out = model(poses, sizes=SIZES, pose_inputs={"score": score, "prior": prior.tolist()})
+    torch.testing.assert_close(out.prediction, expected, **EXACT)
+    losses(out)["both"].backward()
+    assert_same_gradients(grads(model), by_hand)
+
+
+@MODES
+def test_pose_inputs_that_require_grad_get_it(pose_model, poses, gradients):
+    score = torch.randn(7, dtype=torch.float64, requires_grad=True)
+    model = MultiPoseModel(pose_model, WeightedClosedForm(), gradients=gradients)
+    out = model(poses, pose_inputs={"score": score, "prior": torch.zeros(7)})
+    (found,) = torch.autograd.grad(out.prediction, score)
+    own = WeightedClosedForm().combine(out.pose_predictions.detach(), score, torch.zeros(7))
+    torch.testing.assert_close(found, torch.autograd.grad(own, score)[0], **EXACT)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({}, r"Weighted needs pose_inputs=\{'score': …\}, one number for each pose; found \[\]"),
+        ({"score": [0.0] * 7}, r"needs pose_inputs=\{'prior': …\}.*found \['score'\]"),
+        ({"scores": [0.0] * 7}, r"pose_inputs\['scores'\]: Weighted takes none of this name"),
+        (
+            {"score": [0.0] * 6, "prior": [0.0] * 7},
+            r"pose_inputs\['score'\] must be .*shape \(7,\); found shape \(6,\)",
+        ),
+        ({"score": ["a"] * 7, "prior": [0.0] * 7}, r"pose_inputs\['score'\]: "),
+        (
+            {"score": [0.0] * 7, "prior": [0.0] * 4 + [float("nan")] + [0.0] * 2},
+            r"pose 4 \(pose 3 of compound 1\): pose_inputs\['prior'\] is nan",
+        ),
+    ],
+    ids=["none", "one missing", "unknown", "too few", "no numbers", "NaN"],
+)
+def test_pose_inputs_that_do_not_fit_are_named(pose_model, poses, given, message):
+    with pytest.raises(PredictionError, match=message):
+        MultiPoseModel(pose_model, Weighted())(poses, sizes=SIZES, pose_inputs=given)
+
+
+def test_a_combination_without_pose_inputs_takes_none(pose_model, poses):
+    with pytest.raises(PredictionError, match=r"LogSumExp takes none of this name.*are \(\)"):
+        MultiPoseModel(pose_model, LogSumExp())(poses, pose_inputs={"score": torch.zeros(7)})
+
+
+@MODES
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_with_a_gradient_scaler_trains_as_float32_does(gradients, dtype):
+    """Two steps; half precision has 8 or 11 bits."""
+    poses, found = torch.randn(6, 8), []
+    start = torch.nn.Sequential(torch.nn.Linear(8, 16), torch.nn.Tanh(), torch.nn.Linear(16, 1))
+    for enabled in (False, True):
+        model = MultiPoseModel(copy.deepcopy(start), ClosedForm(), gradients=gradients)
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+        # Of a scale that fits: a step whose gradients overflow would be left out.
+        half = enabled and dtype == torch.float16
+        scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=half)
+        for _ in range(2):
+            with torch.autocast("cpu", dtype=dtype, enabled=enabled):
+                out = model(poses, sizes=[4, 2])
+            loss = out.prediction.square().sum() + out.pose_predictions.sin().sum()
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+        found.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    moved = (found[0] - torch.cat([p.detach().flatten() for p in start.parameters()])).norm()
+    # A few roundings in a row, in each of some ten products.
+    assert (found[1] - found[0]).norm() / moved < 8 * torch.finfo(dtype).eps
+
+
+@MODES
+def test_a_compiled_pose_model_has_the_same_gradients(pose_model, poses, gradients):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    losses(model(poses, sizes=SIZES))["both"].backward()
+    expected = copy.deepcopy(grads(model))
+    model.zero_grad()
+    model.pose_model = torch.compile(pose_model, backend="aot_eager")
+    for _ in range(2):
+        model.zero_grad()
+        losses(model(poses, sizes=SIZES))["both"].backward()
+    assert_same_gradients(
+        {name.replace("_orig_mod.", ""): grad for name, grad in grads(model).items()}, expected
+    )
+
+
+class AsMtennReturns(FullDepth):
+    """Returns the pair of mtenn 0.5 and later, through a Function with two outputs."""
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        return TwoOutputs.apply(pred_list, grad_dict, param_names, *model_params)
+
+
+class TwoOutputs(torch.autograd.Function):
+    @staticmethod
+    def forward(pred_list, grad_dict, param_names, *model_params):
+        predictions = torch.stack(pred_list).flatten()
+        return torch.logsumexp(predictions, dim=0), predictions
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, grad_dict, ctx.names, *_ = inputs
+        ctx.keys, tensors = Combination.split_grad_dict(grad_dict)
+        ctx.save_for_backward(output[1], *tensors)
+
+    @staticmethod
+    def backward(ctx, go_combined, go_poses):
+        predictions, *tensors = ctx.saved_tensors
+        grad_dict = Combination.join_grad_dict(ctx.keys, tensors)
+        weights = go_combined * torch.softmax(predictions, dim=0) + go_poses
+        sums = [sum(w * g for w, g in zip(weights, grad_dict[n], strict=True)) for n in ctx.names]
+        return None, None, None, *sums
+
+
+@pytest.mark.parametrize("loss", ["combined", "poses", "both"])
+def test_a_combination_that_returns_the_pair_of_mtenn_is_accepted(pose_model, poses, loss):
+    found = []
+    for combination in (ClosedForm(), AsMtennReturns()):
+        model = MultiPoseModel(pose_model, combination, gradients="stored")
+        model.zero_grad()
+        losses(model(poses, sizes=SIZES))[loss].backward()
+        found.append(copy.deepcopy(grads(model)))
+    assert_same_gradients(*found)
+
+
+def test_a_combination_that_returns_the_pair_of_mtenn_passes_the_gate():
+    with registry.temporary({"pair": AsMtennReturns}):
+        assert registry.get("pair") is AsMtennReturns

@@ -1,4 +1,4 @@
-"""Every shipped combination, in both modes, on an MLP and on SchNet, against plain autograd."""
+"""Every shipped combination, in every mode, on an MLP and on SchNet, against plain autograd."""
 
 import pytest
 import torch
@@ -63,20 +63,41 @@ def losses(prediction, pose_predictions):
 
 
 @pytest.mark.parametrize("loss", ["combined", "poses", "sum"])
-@pytest.mark.parametrize("gradients", ["graph", "stored"])
+@pytest.mark.parametrize(
+    ("gradients", "chunk_size"),
+    [("graph", None), ("graph", 4), ("stored", None), ("recomputed", None), ("recomputed", 4)],
+)
 @pytest.mark.parametrize("combination", COMBINATIONS)
 @pytest.mark.parametrize("name", MODELS)
-def test_gradients_equal_plain_autograd(name, combination, gradients, loss):
+def test_gradients_equal_plain_autograd(name, combination, gradients, chunk_size, loss):
     pose_model, poses, collate = MODELS[name]()
     rule = registry.create(combination.split(",")[0], **COMBINATIONS[combination]).double()
-    model = MultiPoseModel(pose_model, rule, gradients=gradients, collate=collate)
-    params = dict(model.named_parameters())
+    model = MultiPoseModel(
+        pose_model, rule, gradients=gradients, collate=collate, chunk_size=chunk_size
+    )
+    assert_gradients_equal_plain_autograd(model, poses, collate, loss)
 
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_gradients_equal_plain_autograd_under_dropout(combination, gradients):
+    pose_model, poses, _ = MODELS["MLP"]()
+    pose_model.insert(2, torch.nn.Dropout(0.5))
+    rule = registry.create(combination.split(",")[0], **COMBINATIONS[combination]).double()
+    model = MultiPoseModel(pose_model, rule, gradients=gradients)
+    assert_gradients_equal_plain_autograd(model, poses, lambda batch: batch[0], "sum")
+
+
+def assert_gradients_equal_plain_autograd(model, poses, collate, loss):
+    pose_model, rule = model.pose_model, model.combination
+    params = dict(model.named_parameters())
+    torch.manual_seed(3)
     predictions = torch.cat([pose_model(collate([pose])).reshape(1) for pose in poses])
     combined = torch.stack([rule.combine(part) for part in predictions.split(SIZES)])
     reference = torch.autograd.grad(
         losses(combined, predictions)[loss], list(params.values()), allow_unused=True
     )
+    torch.manual_seed(3)
     found = torch.autograd.grad(
         losses(*model(poses, sizes=SIZES))[loss], list(params.values()), allow_unused=True
     )
@@ -101,3 +122,18 @@ def test_the_shipped_plugins_are_what_the_registry_lists():
         ("mean", "mtenn-mean"),
         ("min", "mtenn-max"),
     ]
+
+
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_a_batch_that_a_loader_has_made_gives_what_its_poses_give(gradients):
+    pose_model, poses, collate = MODELS["SchNet"]()
+    rule = registry.create("boltzmann", kT=0.593)
+    found = []
+    for given, options in [(poses, {}), (collate(poses), {"collated": True})]:
+        model = MultiPoseModel(pose_model, rule, gradients=gradients, collate=collate)
+        model.zero_grad()
+        out = model(given, sizes=SIZES, **options)
+        losses(*out)["sum"].backward()
+        found.append([out.prediction, *(param.grad.clone() for param in model.parameters())])
+    for one, other in zip(*found, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)

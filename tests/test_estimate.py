@@ -1,0 +1,112 @@
+import pytest
+import torch
+from torch import Tensor
+
+from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._estimate import ModeCost, choose
+
+
+class SmoothMinimum(Combination):
+    def __init__(self, scale: float = 1.0) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return -torch.logsumexp(-self.scale * predictions, dim=0) / self.scale
+
+
+class FullDepth(Combination):
+    def forward(self, *args):
+        return SmoothMinimum()(*args)
+
+
+def costs(estimate):
+    return {cost.gradients: cost[1:3] for cost in estimate.modes}
+
+
+def test_passes_are_those_that_a_step_makes(pose_model, poses):
+    for gradients in ("graph", "stored", "recomputed"):
+        model = MultiPoseModel(pose_model, SmoothMinimum(1e5), gradients=gradients)
+        estimate = model.estimate(poses)
+        assert estimate.n_with_weight == 1
+        assert costs(estimate) == {"graph": (7, 1), "stored": (7, 7), "recomputed": (8, 1)}
+        runs = []
+        hook = pose_model.register_forward_pre_hook(lambda *args, runs=runs: runs.append(1))
+        model(poses).prediction.backward()
+        hook.remove()
+        assert len(runs) == costs(estimate)[gradients][0]
+
+
+def test_chunks_are_counted_where_poses_run_together(pose_model, poses):
+    model = MultiPoseModel(pose_model, SmoothMinimum(), collate=torch.stack, chunk_size=3)
+    found = costs(model.estimate(poses, sizes=[3, 4]))
+    assert found == {"graph": (3, 3), "stored": (7, 7), "recomputed": (6, 3)}
+
+
+def test_memory_is_that_of_graphs_and_gradients():
+    """One layer saves its input, 8 bytes a number, and autograd asks for no more."""
+    pose_model = torch.nn.Linear(100, 1).double()
+    poses = [torch.randn(100).double() for _ in range(5)]
+    estimate = MultiPoseModel(pose_model, SmoothMinimum()).estimate(poses)
+    assert estimate.graph == 800
+    assert estimate.parameters == (gradient := 808)
+    assert {cost.gradients: cost.memory for cost in estimate.modes} == {
+        "graph": 5 * 800 + 2 * gradient,
+        "stored": 800 + 7 * gradient,
+        "recomputed": 800 + 2 * gradient,
+    }
+
+
+def test_an_estimate_leaves_no_trace(pose_model, poses):
+    pose_model.insert(1, torch.nn.BatchNorm1d(8).double())
+    pose_model.insert(2, torch.nn.Dropout(0.5))
+    model = MultiPoseModel(pose_model, SmoothMinimum(), collate=torch.stack, chunk_size=7)
+    model.pose_model[1].eval()  # a batch of one has no variance
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    torch.manual_seed(0)
+    drawn = torch.rand(1)
+    torch.manual_seed(0)
+    model.estimate(poses)
+    assert torch.equal(torch.rand(1), drawn)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert all(param.grad is None for param in model.parameters())
+
+
+def test_full_depth_has_one_mode(pose_model, poses):
+    model = MultiPoseModel(pose_model, FullDepth(), gradients="stored")
+    assert [cost.gradients for cost in model.estimate(poses).modes] == ["stored"]
+
+
+@pytest.mark.parametrize(
+    ("free", "best"),
+    [(None, "graph"), (2000, "graph"), (1999, "recomputed"), (1, "recomputed")],
+)
+def test_the_fastest_that_fits_into_half_of_the_memory_is_best(free, best):
+    modes = (
+        ModeCost("graph", 10, 1, 1000),
+        ModeCost("stored", 10, 10, 500),
+        ModeCost("recomputed", 11, 1, 100),
+    )
+    assert choose(modes, free) == best
+
+
+def test_dense_weights_are_stored_where_that_fits_and_the_graphs_do_not():
+    modes = (
+        ModeCost("graph", 10, 10, 1000),
+        ModeCost("stored", 10, 10, 500),
+        ModeCost("recomputed", 20, 10, 100),
+    )
+    assert choose(modes, 1500) == "stored"
+    assert choose(modes, 500) == "recomputed"
+
+
+def test_it_prints_as_a_table(pose_model, poses):
+    lines = str(MultiPoseModel(pose_model, SmoothMinimum(1e5)).estimate(poses)).splitlines()
+    assert lines[0].startswith("7 poses, 1 with a weight that is not zero; the graph of one: ")
+    assert [line.split()[:3] for line in lines[1:]] == [
+        ["gradients", "forwards", "backwards"],
+        ["graph", "7", "1"],
+        ["stored", "7", "7"],
+        ["recomputed", "8", "1"],
+    ]
+    assert lines[2].endswith("<- take this")
