@@ -127,6 +127,9 @@ class MultiPoseModel(torch.nn.Module):
         """Raise a ``CheckpointError`` if a checkpoint is of another combination than this one."""
         _checkpoint.check(state, self.combination)
 
+    # Where the whole model is compiled, this would be traced in pieces, other ones for each run.
+    # A pose model that is compiled itself stays so.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         poses: Iterable[Any],
