@@ -293,6 +293,7 @@ def combined_prediction(
     """
     check_n_poses(combination, len(predictions))
     wide = predictions.to(at_least_float32(predictions.dtype))
+    pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
     # A stochastic value would draw other numbers for its weights than it drew for itself.
     closed_form &= overrides(type(combination), "pose_weights") and not combination.stochastic
     if closed_form and wide.requires_grad and torch.is_grad_enabled():

@@ -177,6 +177,27 @@ def test_weights_of_another_shape_are_refused():
         combined_prediction(Wrong(), torch.ones(3, requires_grad=True))
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_pose_inputs_come_in_the_dtype_that_is_combined_in(dtype):
+    class Scored(Combination):
+        pose_inputs = ("score",)
+
+        def combine(self, predictions, score):
+            assert score.dtype == predictions.dtype
+            return (predictions * score).sum()
+
+        def pose_weights(self, predictions, score):
+            assert score.dtype == predictions.dtype
+            return score
+
+    y, score = (torch.ones(3, dtype=dtype, requires_grad=r) for r in (True, False))
+    for closed_form in (True, False):
+        value = combined_prediction(Scored(), y, {"score": score}, closed_form=closed_form)
+        value.backward()
+        assert value.dtype == dtype
+    assert y.grad.tolist() == [2, 2, 2]
+
+
 def test_weights_are_those_of_the_forward_pass():
     """An optimizer step on the combination between forward and backward changes nothing."""
 

@@ -80,7 +80,7 @@ def many_poses(subject: Subject) -> Metrics:
     """Derivative and chain rule for many poses, and work that grows with their number."""
     step = subject.step({"w": (3,), "b": ()}, 1000)
     worst = hold_to_chain_rule(subject, step, (1.0,))
-    comparisons, cause = compare_weights(subject, [subject.predictions(subject.n_poses(300))])
+    comparisons, cause = compare_weights(subject, [subject.poses(subject.n_poses(300))])
     if any(comparison.wrong for comparison in comparisons):
         judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
     growth = _work(subject, 128) / max(_work(subject, 32), 1)
@@ -158,10 +158,9 @@ def hold_to_chain_rule(
     ------
     Verdict : they differ
     """
-    predictions = step.predictions
-    weights = subject.weights(predictions)
+    weights = subject.weights(step.poses)
     # Of values, not of the weights: those of a mean of four are the same number in every dtype.
-    probes = [subject.predictions(len(predictions)) for _ in range(8)]
+    probes = [subject.poses(len(weights)).row() for _ in range(8)]
     eps = resolution(subject.values(torch.stack(probes)))
     worst = 0.0
     for go in grad_outputs:
@@ -194,7 +193,8 @@ def _hold(
     tolerance = 64 * len(weights) * eps * terms.abs().sum(0)
     error = (found - expected).abs()
     if not (error <= tolerance).all():
-        slack = sensitivity(subject.weights, step.predictions, weights).abs().amax(0)
+        weights_at = step.poses.fixed(subject.weights)
+        slack = sensitivity(weights_at, step.poses.predictions, weights).abs().amax(0)
         tolerance += 8 * abs(go) * torch.tensordot(slack, gradients.abs(), dims=1)
     if not (error <= tolerance).all():
         at = int((error - tolerance).nan_to_num(torch.inf).argmax())

@@ -9,8 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtenn_core.combination import NO_INPUTS, PoseInputs
 from mtenn_core.testing._check import Metrics, Verdict
 from mtenn_core.testing._finite_differences import Estimate
+from mtenn_core.testing._poses import Poses, listed
 
 # A closed form may hold a constant in float32, which is no mistake.
 FLOAT32 = 8 * torch.finfo(torch.float32).eps
@@ -28,8 +30,14 @@ class Comparison:
     error: float
     slack: float  # what two units in the last place of the predictions change
     scale: float  # the size of the whole gradient
+    inputs: PoseInputs
     of_predictions: bool = True
     against: str = "finite difference"
+
+    @property
+    def poses(self) -> Poses:
+        """The predictions, with the pose inputs that were handed along."""
+        return Poses(self.predictions, self.inputs)
 
     @property
     def tolerance(self) -> float:
@@ -54,7 +62,7 @@ class Comparison:
 
     def __str__(self) -> str:
         relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
-        where = f" {self._where()}, predictions [{_join(self.predictions)}]"
+        where = f" {self._where()}, {self.poses}"
         return (
             f"{self.unit}{where if self.of_predictions else ''}\n"
             f"    your backward      {self.analytic:.10g}\n"
@@ -65,12 +73,7 @@ class Comparison:
     def _where(self) -> str:
         if self.direction.count_nonzero() == 1:
             return f"{int(self.direction.argmax())} of {len(self.direction)}"
-        return f"direction [{_join(self.direction)}]"
-
-
-def _join(numbers: Tensor) -> str:
-    more = ", …" if len(numbers) > 8 else ""
-    return ", ".join(f"{number:.9g}" for number in numbers.tolist()[:8]) + more
+        return f"direction [{listed(self.direction)}]"
 
 
 def compare(
@@ -79,14 +82,16 @@ def compare(
     directions: Tensor,
     predictions: Tensor,
     unit: str,
+    inputs: PoseInputs = NO_INPUTS,
 ) -> list[Comparison]:
     """Compare a gradient, shape (n,), with finite differences along ``directions``."""
     gradient = gradient_at(predictions)
-    comparisons = _comparisons(gradient, torch.zeros(1, 1), fd, directions, predictions, unit)
+    no_slack = torch.zeros(1, 1)
+    comparisons = _comparisons(gradient, no_slack, fd, directions, predictions, unit, inputs)
     if any(comparison.off_by > 1 for comparison in comparisons):
         # It takes two more gradients, and only what differs needs the excuse.
         slack = sensitivity(gradient_at, predictions, gradient) @ directions.T
-        comparisons = _comparisons(gradient, slack, fd, directions, predictions, unit)
+        comparisons = _comparisons(gradient, slack, fd, directions, predictions, unit, inputs)
     return comparisons
 
 
@@ -97,6 +102,7 @@ def _comparisons(
     directions: Tensor,
     predictions: Tensor,
     unit: str,
+    inputs: PoseInputs,
 ) -> list[Comparison]:
     columns = zip(
         directions,
@@ -108,7 +114,7 @@ def _comparisons(
     )
     scale = max(float(gradient.abs().max()), float(fd.derivative.abs().max()))
     return [
-        Comparison(unit, direction, predictions, analytic, derivative, error, change, scale)
+        Comparison(unit, direction, predictions, analytic, derivative, error, change, scale, inputs)
         for direction, analytic, change, derivative, error in columns
     ]
 

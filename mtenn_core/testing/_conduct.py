@@ -28,23 +28,28 @@ N_THREADS = 8
 
 @check("A4", "it leaves alone what it is given, and the process")
 def purity(subject: Subject) -> Metrics:
-    """Predictions, gradients, parameters, ``.grad``, random states, settings; no aliases."""
+    """Predictions, inputs, gradients, parameters, ``.grad``, random states, settings; no alias."""
     step = subject.step(n_poses=5)  # few enough would be in order by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
-    pred_list, grad_dict, names = step.pred_list(), step.grad_dict(), list(step.params)
+    given: dict[str, Any] = {
+        "pred_list": step.pred_list(),
+        "grad_dict": step.grad_dict(),
+        "param_names": list(step.params),
+        "pose_inputs": step.poses.handed(),
+    }
     for name in ("w1", "scalar", "rows"):  # the others have no .grad yet
         step.params[name].grad = torch.ones_like(step.params[name])
     torch.rand(())  # away from where manual_seed leaves the random state
-    before, state = _contents(subject, step, pred_list, grad_dict, names), process_state()
-    value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict, param_names=names)
-    after = _contents(subject, step, pred_list, grad_dict, names)
+    before, state = _contents(subject, step, **given), process_state()
+    value = subject.call(step, **given)
+    after = _contents(subject, step, **given)
     _nothing_changed("forward", before, after, subject, state)
     _no_alias("the value", value, before["tensors"])
     gradients = gradients_of(value, step.params)
     for name, gradient in gradients.items():
         _no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
-    after = _contents(subject, step, pred_list, grad_dict, names)
+    after = _contents(subject, step, **given)
     _nothing_changed("backward", before, after, subject, state)
     subject.call(step).backward()
     for name in gradients:
@@ -58,24 +63,23 @@ def purity(subject: Subject) -> Metrics:
                 cause=".grad is written or zeroed by the combination: return gradients instead, so"
                 " that they accumulate",
             )
-    _keeps_predictions(subject)
+    _keeps_poses(subject)
     if subject.combination.stochastic:
         _not_reseeded(subject, step)
     return {}
 
 
-def _keeps_predictions(subject: Subject) -> None:
-    """Hold ``combine`` and ``pose_weights`` to leave the vector of predictions alone."""
+def _keeps_poses(subject: Subject) -> None:
+    """Hold ``combine`` and ``pose_weights`` to leave predictions and pose inputs alone."""
     for method in ("combine", "pose_weights"):
         if overrides(type(subject.combination), method):
-            y = subject.predictions(subject.n_poses(3))
-            before = y.clone()
+            poses = subject.poses(subject.n_poses(3))
+            before = poses.map(torch.clone)
             with subject.forgetting():
-                getattr(subject.combination, method)(y)
-            if not _equal(before, y):
-                raise Verdict(
-                    "fail", f"{method} changed the predictions", cause=_change_cause("predictions")
-                )
+                getattr(subject.combination, method)(poses.predictions, **poses.inputs)
+            for name, numbers in poses.named().items():
+                if not _equal(before.named()[name], numbers):
+                    raise Verdict("fail", f"{method} changed the {name}", cause=_change_cause(name))
 
 
 def _contents(
@@ -84,8 +88,10 @@ def _contents(
     pred_list: list[Tensor],
     grad_dict: Mapping[str, list[Tensor]],
     param_names: list[str],
+    pose_inputs: Mapping[str, Tensor],
 ) -> dict[str, Any]:
-    tensors = {f"prediction {i}": prediction for i, prediction in enumerate(pred_list)}
+    tensors = {f"pose input {name!r}": numbers for name, numbers in pose_inputs.items()}
+    tensors |= {f"prediction {i}": prediction for i, prediction in enumerate(pred_list)}
     for name, gradients in grad_dict.items():
         tensors |= {f"gradient {i} of {name!r}": gradient for i, gradient in enumerate(gradients)}
     tensors |= {f"parameter {name!r}": param for name, param in step.params.items()}
@@ -161,9 +167,7 @@ def _not_reseeded(subject: Subject, step: Step) -> None:
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        subject.combination(
-            step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
-        )
+        _call_unguarded(subject.combination, step)
         states.append(torch.get_rng_state())
     if torch.equal(*states):
         raise Verdict(
@@ -171,6 +175,12 @@ def _not_reseeded(subject: Subject, step: Step) -> None:
             "after two different seeds the random state is the same",
             cause="it seeds the generator itself (manual_seed): draw from the state that there is",
         )
+
+
+def _call_unguarded(combination: Combination, step: Step) -> None:
+    """Call ``forward`` without forgetting what it leaves behind."""
+    given = step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
+    combination(*given, **step.poses.handed())
 
 
 @check("A5", "the same call gives the same numbers")
@@ -218,6 +228,7 @@ def isolated(subject: Subject) -> Metrics:
     others += [
         (f"an instance with another {n!r}", Subject(c, subject.seed).combination)
         for n, c in itertools.islice(alternatives(subject), 1)
+        if c.pose_inputs == subject.combination.pose_inputs
     ]
     for what, combination in (("a second call", subject.combination), *others):
         for n_poses, spread in ((5, 1.0), (3, 1e-3)):
@@ -225,6 +236,7 @@ def isolated(subject: Subject) -> Metrics:
         if not all(map(_equal, before, _value_and_gradients(subject, step))):
             raise Verdict("fail", f"other numbers once there is {what}", cause=_SHARED)
     _weights_of_their_own(subject)
+    _inputs_of_this_call(subject)
     buffers = dict(subject.combination.named_buffers())
     if not (subject.combination.stochastic or buffers):
         _in_threads(subject)
@@ -236,18 +248,36 @@ def _weights_of_their_own(subject: Subject) -> None:
     if not overrides(type(subject.combination), "pose_weights"):
         return
     n_poses = subject.n_poses(3)
-    one, two = subject.predictions(n_poses), subject.predictions(n_poses)
+    one, two = subject.poses(n_poses), subject.poses(n_poses)
     expected = subject.weights(one)
     with subject.forgetting(), torch.no_grad():
         if overrides(type(subject.combination), "combine"):
-            subject.combination.combine(two)
-        found = subject.combination.pose_weights(one)
+            subject.combination.combine(two.predictions, **two.inputs)
+        found = subject.combination.pose_weights(one.predictions, **one.inputs)
     if not _equal(expected, found):
         raise Verdict(
             "fail",
             "pose_weights(y) gave other weights after combine of other predictions",
             cause="state that combine leaves on self: compute it from the argument",
         )
+
+
+def _inputs_of_this_call(subject: Subject) -> None:
+    """Hold the value to its pose inputs, whatever those of an earlier call were."""
+    step = subject.step(spread=1e-3)
+    for name in step.poses.inputs:
+        numbers = subject.poses(len(step.poses)).inputs[name]
+        other = replace(step, poses=step.poses.with_input(name, numbers))
+        expected = subject.call(other, combination=subject.copy(torch.float64))
+        subject.call(step)
+        found = subject.call(other)
+        if not _equal(expected, found):
+            raise Verdict(
+                "fail",
+                f"{other.poses}: expected the value {expected.item():.17g}; found"
+                f" {found.item():.17g} after a call with another {name!r}",
+                cause=_SHARED,
+            )
 
 
 def _equal(one: Tensor, other: Tensor) -> bool:
@@ -318,7 +348,7 @@ def modes(subject: Subject) -> Metrics:
     """Under no_grad and inference_mode; parameters that are frozen, unused, or not there."""
     step = subject.step()
     value = subject.call(step)
-    nothing = Step(step.predictions, {}, {})
+    nothing = Step(step.poses, {}, {})
     with torch.no_grad():
         found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
         if found["under no_grad"].requires_grad:
@@ -351,7 +381,7 @@ def _without_elements(subject: Subject) -> None:
 def _frozen(subject: Subject, step: Step) -> None:
     expected = subject.gradients(step)
     params = {n: p.detach().requires_grad_(n != "w2") for n, p in step.params.items()}
-    found = subject.gradients(Step(step.predictions, step.gradients, params))
+    found = subject.gradients(Step(step.poses, step.gradients, params))
     for name, gradient in found.items():
         if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
             raise Verdict(
@@ -380,20 +410,21 @@ def _unused(subject: Subject, step: Step) -> None:
 def memory(subject: Subject) -> Metrics:
     """Predictions and gradients of the poses die once the value is gone."""
     step = subject.step()
-    pred_list, grad_dict = step.pred_list(), step.grad_dict()
+    pred_list, grad_dict, pose_inputs = step.pred_list(), step.grad_dict(), step.poses.handed()
     tensors = pred_list + [gradient for each in grad_dict.values() for gradient in each]
+    tensors += pose_inputs.values()
     inputs = [weakref.ref(tensor) for tensor in tensors]
-    value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)
+    value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict, pose_inputs=pose_inputs)
     value.backward()
-    del value, pred_list, grad_dict, tensors
+    del value, pred_list, grad_dict, pose_inputs, tensors
     if not any(ref() is not None for ref in inputs):
         return {}
     gc.collect()
     alive = sum(ref() is not None for ref in inputs)
     raise Verdict(
         "fail",
-        f"after backward, {alive or 'all'} of {len(inputs)} predictions and gradients are still"
-        f" alive{'' if alive else ' until the garbage collector runs'}",
+        f"after backward, {alive or 'all'} of {len(inputs)} predictions, pose inputs and gradients"
+        f" are still alive{'' if alive else ' until the garbage collector runs'}",
         cause="kept on self, the class or in a cache"
         if alive
         else "a cycle of references: save tensors with ctx.save_for_backward, not on ctx",
@@ -425,7 +456,7 @@ def copies(subject: Subject) -> Metrics:
     original = subject.copy(torch.float64)
     step = subject.step()
     for _ in range(2):  # what it learns or counts by being called must be kept, too
-        original(step.pred_list(), step.grad_dict(), list(step.params), *step.params.values())
+        _call_unguarded(original, step)
     made = {"deepcopy": copy.deepcopy(original)}
     if _importable(type(original)):
         made["pickle"] = pickle.loads(pickle.dumps(original))
@@ -435,15 +466,15 @@ def copies(subject: Subject) -> Metrics:
         made["state_dict"] = anew
     for how, other in made.items():
         for spread in (1.0, 0.1):
-            y = subject.predictions(subject.n_poses(3), 0.0, spread)
+            poses = subject.poses(subject.n_poses(3), 0.0, spread)
             # Not of copies: what a copy loses, two copies lose.
             ours, theirs = (Subject(c, subject.seed, copied=False) for c in (original, other))
-            same = _equal(ours.value(y), theirs.value(y))
-            if not (same and _equal(ours.weights(y), theirs.weights(y))):
+            same = _equal(ours.value(poses), theirs.value(poses))
+            if not (same and _equal(ours.weights(poses), theirs.weights(poses))):
                 raise Verdict(
                     "fail",
-                    f"after {how}: expected the value {ours.value(y).item():.17g}; found"
-                    f" {theirs.value(y).item():.17g}",
+                    f"after {how}: expected the value {ours.value(poses).item():.17g}; found"
+                    f" {theirs.value(poses).item():.17g}",
                     cause="an argument is lost on the way: keep what the value depends on in"
                     " attributes set by __init__, and what is learned in parameters and buffers",
                 )

@@ -6,9 +6,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mtenn_core.testing._finite_differences import central_differences, directional_derivatives
+from mtenn_core.testing._poses import Poses
 from mtenn_core.testing._subject import Subject
 
 SPREADS = (1.0, 0.01)
@@ -31,9 +31,9 @@ def curves(make: Callable[[], Subject]) -> dict[str, Any]:
     """
     try:
         subject = make()
-        points = [subject.predictions(subject.n_poses(3), 0.0, spread) for spread in SPREADS]
+        points = [subject.poses(subject.n_poses(3), 0.0, spread) for spread in SPREADS]
         return {
-            "weights": [_weights(subject, y) for y in points],
+            "weights": [_weights(subject, poses) for poses in points],
             # At a sharp scale, the weights at large spreads are all 0 or 1: no step changes them.
             "steps": _steps(subject, points[-1]),
             "scan": _scan(subject, points[0]),
@@ -42,23 +42,25 @@ def curves(make: Callable[[], Subject]) -> dict[str, Any]:
         return {}
 
 
-def _weights(subject: Subject, y: Tensor) -> dict[str, Any]:
+def _weights(subject: Subject, poses: Poses) -> dict[str, Any]:
+    y = poses.predictions
     axes = torch.eye(len(y), dtype=y.dtype)
     steps = torch.full((len(y),), subject.first_step(y))
-    fd = directional_derivatives(subject.values, y.expand(len(y), -1), axes, steps)
+    fd = directional_derivatives(subject.values, poses.row().expand(len(y), -1), axes, steps)
     return {
         "predictions": y.tolist(),
-        "backward": subject.weights(y).tolist(),
+        "backward": subject.weights(poses).tolist(),
         "finite_difference": fd.derivative.tolist(),
         "error": fd.error.tolist(),
     }
 
 
-def _steps(subject: Subject, y: Tensor) -> dict[str, Any]:
-    weights = subject.weights(y)
+def _steps(subject: Subject, poses: Poses) -> dict[str, Any]:
+    y, weights = poses.predictions, subject.weights(poses)
     pose = int(weights.abs().argmax())
     axis = torch.eye(len(y), dtype=y.dtype)[pose]
-    steps, differences = central_differences(subject.values, y, axis, subject.first_step(y))
+    first_step = subject.first_step(y)
+    steps, differences = central_differences(subject.values, poses.row(), axis, first_step)
     return {
         "predictions": y.tolist(),
         "pose": pose,
@@ -67,19 +69,19 @@ def _steps(subject: Subject, y: Tensor) -> dict[str, Any]:
     }
 
 
-def _scan(subject: Subject, y: Tensor) -> dict[str, Any]:
+def _scan(subject: Subject, poses: Poses) -> dict[str, Any]:
+    y = poses.predictions
     low, high = subject.combination.domain
     margin = 1.5 * float(y.max() - y.min() + 1)
     low, high = max(low, float(y.min()) - margin), min(high, float(y.max()) + margin)
     # Not the ends themselves, which the domain leaves out.
     along = torch.linspace(low, high, N_SCANNED + 2, dtype=y.dtype)[1:-1]
-    points = y.repeat(len(along), 1)
-    points[:, 0] = along
+    points = [poses.at(torch.cat([moved[None], y[1:]])) for moved in along]
     return {
         "predictions": y.tolist(),
         "pose": 0,
         "prediction": along.tolist(),
-        "value": subject.values(points).tolist(),
+        "value": subject.values(torch.stack([point.row() for point in points])).tolist(),
         "backward": [float(subject.weights(point)[0]) for point in points[::SCANNED_PER_WEIGHT]],
         "backward_at": along[::SCANNED_PER_WEIGHT].tolist(),
     }

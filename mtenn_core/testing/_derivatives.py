@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 
@@ -20,6 +20,7 @@ from mtenn_core.testing._finite_differences import (
     central_differences,
     directional_derivatives,
 )
+from mtenn_core.testing._poses import Poses
 from mtenn_core.testing._subject import LARGEST_STEP, Subject
 
 # (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
@@ -66,30 +67,31 @@ def pose_weights(subject: Subject) -> Metrics:
     return judge(*compare_weights(subject, _probes(subject)), partial(step_table, subject))
 
 
-def _probes(subject: Subject) -> list[Tensor]:
+def _probes(subject: Subject) -> list[Poses]:
     probes = PROBES + MORE_PROBES if subject.thorough else PROBES
-    points = [subject.predictions(subject.n_poses(n), base, spread) for n, base, spread in probes]
+    points = [subject.poses(subject.n_poses(n), base, spread) for n, base, spread in probes]
     if subject.thorough:
-        y = subject.predictions(subject.n_poses(4))
-        points += [y.sort().values, y.sort(descending=True).values]
+        poses = subject.poses(subject.n_poses(4))
+        ascending = poses.predictions.argsort().tolist()
+        points += [poses[ascending], poses[ascending[::-1]]]
         if subject.combination.smooth:
-            points += [torch.cat([y[:1], y[:-1]]), y[:1].expand(len(y)).clone()]  # ties
+            points += [poses[[0, *range(len(poses) - 1)]], poses.tied()]
     return points
 
 
-def compare_weights(subject: Subject, points: list[Tensor]) -> tuple[list[Comparison], str]:
-    """Return the comparisons at some predictions, and the likely cause if some are wrong."""
-    groups: dict[int, list[Tensor]] = {}
-    for y in points:
-        groups.setdefault(len(y), []).append(y)
+def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Comparison], str]:
+    """Return the comparisons for some poses, and the likely cause if some are wrong."""
+    groups: dict[int, list[Poses]] = {}
+    for poses in points:
+        groups.setdefault(len(poses), []).append(poses)
     comparisons, known = [], []
-    for n_poses, ys in groups.items():
+    for n_poses, group in groups.items():
         directions = directions_for(subject, n_poses)
-        for y, numerical in _derivatives(subject, ys, directions):
-            found = compare(subject.weights, numerical, directions, y, "pose")
+        for poses, numerical in _derivatives(subject, group, directions):
+            found = _compare(subject.weights, numerical, directions, poses, "pose")
             if subject.two_derivatives:
                 unit = "autograd of combine, pose"
-                found += compare(subject.autograd_weights, numerical, directions, y, unit)
+                found += _compare(subject.autograd_weights, numerical, directions, poses, unit)
             comparisons += found
             known.append((found, numerical))
     if not any(comparison.wrong for comparison in comparisons):
@@ -97,19 +99,30 @@ def compare_weights(subject: Subject, points: list[Tensor]) -> tuple[list[Compar
     return comparisons, _cause(subject, known)
 
 
+def _compare(
+    weights_of: Callable[[Poses], Tensor],
+    fd: Estimate,
+    directions: Tensor,
+    poses: Poses,
+    unit: str,
+) -> list[Comparison]:
+    weights_at = poses.fixed(weights_of)
+    return compare(weights_at, fd, directions, poses.predictions, unit, poses.inputs)
+
+
 def _derivatives(
-    subject: Subject, points: list[Tensor], directions: Tensor
-) -> Iterator[tuple[Tensor, Estimate]]:
-    steps = torch.tensor([subject.first_step(y) for y in points])
+    subject: Subject, points: list[Poses], directions: Tensor
+) -> Iterator[tuple[Poses, Estimate]]:
+    steps = torch.tensor([subject.first_step(poses.predictions) for poses in points])
     fd = directional_derivatives(
         subject.values,
-        torch.stack(points).repeat_interleave(len(directions), dim=0),
+        torch.stack([poses.row() for poses in points]).repeat_interleave(len(directions), dim=0),
         directions.repeat(len(points), 1),
         steps.repeat_interleave(len(directions)),
     )
     by_point = (column.view(len(points), -1) for column in fd)
-    for y, derivatives, errors in zip(points, *by_point, strict=True):
-        yield y, Estimate(derivatives, errors)
+    for poses, derivatives, errors in zip(points, *by_point, strict=True):
+        yield poses, Estimate(derivatives, errors)
 
 
 def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:
@@ -118,8 +131,8 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
         return NOT_FINITE
     points = []
     for comparisons, numerical in known:
-        y = comparisons[0].predictions
-        if len(numerical.derivative) != len(y):
+        poses = comparisons[0].poses
+        if len(numerical.derivative) != len(poses):
             continue
         ours = [c for c in comparisons if c.unit == "pose"]
         if not any(c.wrong for c in comparisons if c.unit == "pose") and any(
@@ -129,11 +142,11 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
                 "combine is not differentiable by autograd as it stands (detached in part, or made"
                 " of other numbers), and gradients='graph' takes its gradient from there"
             )
-        found = torch.tensor([c.analytic for c in ours], dtype=y.dtype)
+        found = torch.tensor([c.analytic for c in ours], dtype=torch.float64)
         tolerance = max(c.tolerance for c in ours)
         if math.isfinite(tolerance):
             wrong = any(c.wrong for c in ours)
-            points.append(Point(y, found, numerical.derivative, tolerance, wrong))
+            points.append(Point(poses, found, numerical.derivative, tolerance, wrong))
     return cause_in_weights(points, subject.weights, scales_of(subject.combination))
 
 
@@ -158,13 +171,13 @@ def scales_of(combination: Combination) -> dict[str, float]:
 @check("C2", "a whole model trains with it")
 def end_to_end(subject: Subject) -> Metrics:
     """A small network and a nonlinear loss, in each gradient mode, all parameters."""
-    means = subject.predictions(subject.n_poses(4), 0.0, 0.5)
-    poses = torch.cat([subject.randn(len(means), 2), means[:, None]], dim=1)
-    network = _Network(subject, means)
+    poses = subject.poses(subject.n_poses(4), 0.0, 0.5)
+    features = torch.cat([subject.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
+    network = _Network(subject, poses.predictions)
     theta = torch.cat([p.detach().flatten() for p in network.parameters()])
     directions = _by_parameter(subject, network)
     fd = directional_derivatives(
-        partial(_losses, subject, network, poses),
+        partial(_losses, subject, network, poses, features),
         theta.repeat(len(directions), 1),
         directions,
         torch.full((len(directions),), LARGEST_STEP),
@@ -173,7 +186,7 @@ def end_to_end(subject: Subject) -> Metrics:
     names = [name for name, _ in network.named_parameters()]
     comparisons, wrong = [], []
     for mode in modes:
-        gradient_at = partial(_gradient, subject, network, poses, mode)
+        gradient_at = partial(_gradient, subject, network, poses, features, mode)
         found = compare(gradient_at, fd, directions, theta, "")
         units = [f"gradients={mode!r}, a random direction of parameter {name!r}" for name in names]
         comparisons += [
@@ -206,15 +219,18 @@ class _Network(torch.nn.Module):
         return pose[..., -1] + self.size * self.net(pose[..., :-1])[..., 0]
 
 
-def _losses(subject: Subject, network: _Network, poses: Tensor, thetas: Tensor) -> Tensor:
+def _losses(
+    subject: Subject, network: _Network, poses: Poses, features: Tensor, thetas: Tensor
+) -> Tensor:
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    values = []
+    rows = []
     for theta in thetas:
         parts = theta.split([shape.numel() for shape in shapes.values()])
         params = {n: part.view(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
         with torch.no_grad():
-            values.append(torch.func.functional_call(network, params, (poses,)))
-    return _loss(subject.values(torch.stack(values)))
+            predictions = torch.func.functional_call(network, params, (features,))
+        rows.append(poses.at(predictions).row())
+    return _loss(subject.values(torch.stack(rows)))
 
 
 def _loss(value: Tensor) -> Tensor:
@@ -222,13 +238,13 @@ def _loss(value: Tensor) -> Tensor:
 
 
 def _gradient(
-    subject: Subject, network: _Network, poses: Tensor, mode: str, theta: Tensor
+    subject: Subject, network: _Network, poses: Poses, features: Tensor, mode: str, theta: Tensor
 ) -> Tensor:
     params = list(network.parameters())
     torch.nn.utils.vector_to_parameters(theta, params)
     model = MultiPoseModel(network, subject.combination, gradients=mode)  # type: ignore[arg-type]
     with subject.forgetting():
-        prediction = model(list(poses)).prediction
+        prediction = model(list(features), pose_inputs=poses.handed()).prediction
     return torch.cat([g.flatten() for g in torch.autograd.grad(_loss(prediction), params)])
 
 
@@ -253,8 +269,7 @@ def own_parameters(subject: Subject) -> Metrics:
                 factor = 1 + 0.3 * subject.randn(*param.shape).tanh()
                 param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
         comparisons += _of_own_parameters(subject, list(own))
-        y = _probes(subject)[:6]
-        more, cause = compare_weights(subject, y)
+        more, cause = compare_weights(subject, _probes(subject)[:6])
         if any(comparison.wrong for comparison in more):
             judge(more, f"right at the initial parameters, wrong at others; {cause}".rstrip("; "))
     wrong = {c.unit.split(",")[0] for c in comparisons if c.wrong}
@@ -268,18 +283,18 @@ def own_parameters(subject: Subject) -> Metrics:
 def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     comparisons = []
     for spread in (1.0, 0.1, 1e-3):
-        y = subject.predictions(subject.n_poses(3), 0.0, spread)
+        poses = subject.poses(subject.n_poses(3), 0.0, spread)
         for name in names:
             param = subject.combination.get_parameter(name)
             directions = directions_for(subject, param.numel())
             fd = directional_derivatives(
-                partial(subject.values_of_parameter, name, y),
+                partial(subject.values_of_parameter, name, poses),
                 param.detach().reshape(1, -1).repeat(len(directions), 1),
                 directions,
                 torch.full((len(directions),), LARGEST_STEP),
             )
             gradient_at = partial(subject.gradient_of_parameter, name)
-            comparisons += compare(gradient_at, fd, directions, y, f"{name!r}, entry")
+            comparisons += _compare(gradient_at, fd, directions, poses, f"{name!r}, entry")
     return comparisons
 
 
@@ -316,9 +331,9 @@ def directions_for(subject: Subject, n: int) -> Tensor:
 
 def step_table(subject: Subject, comparison: Comparison) -> str:
     """Return |central difference - weight| against step size, as text."""
-    y = comparison.predictions
+    first_step = subject.first_step(comparison.predictions)
     steps, differences = central_differences(
-        subject.values, y, comparison.direction, subject.first_step(y)
+        subject.values, comparison.poses.row(), comparison.direction, first_step
     )
     errors = (differences - comparison.analytic).abs()
     columns = [(f"{steps[k]:.0e}", f"{errors[k]:.0e}") for k in range(0, len(steps), 4)]

@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mtenn_core.testing._poses import Poses
 from mtenn_core.testing._subject import Step
 
 NOT_FINITE = (
@@ -25,26 +26,36 @@ NOT_FINITE = (
 
 @dataclass(frozen=True)
 class Point:
-    """Pose weights at some predictions.
+    """The weights of some poses.
 
     Attributes
     ----------
-    predictions, found, expected : shape (n_poses,); ``expected`` by finite differences
+    poses : what they were probed with
+    found, expected : shape (n_poses,); ``expected`` by finite differences
     tolerance : within which a weight is right
     wrong : whether one is not
     """
 
-    predictions: Tensor
+    poses: Poses
     found: Tensor
     expected: Tensor
     tolerance: float
     wrong: bool
+
+    @property
+    def predictions(self) -> Tensor:
+        return self.poses.predictions
 
     def fits(self, weights: Tensor | float) -> bool:
         """Whether the weights found are these instead."""
         weights = torch.as_tensor(weights, dtype=self.found.dtype)
         slack = self.tolerance + 1e-5 * weights.abs().amax()
         return bool(((self.found - weights).abs() <= slack).all())
+
+    def expects(self, weights: Tensor) -> bool:
+        """Whether these weights would be right."""
+        slack = self.tolerance + 1e-5 * self.expected.abs().amax()
+        return bool(((weights - self.expected).abs() <= slack).all())
 
     @property
     def telling(self) -> bool:
@@ -53,14 +64,14 @@ class Point:
 
 
 def cause_in_weights(
-    points: Sequence[Point], weights_at: Callable[[Tensor], Tensor], scales: Mapping[str, float]
+    points: Sequence[Point], weights_at: Callable[[Poses], Tensor], scales: Mapping[str, float]
 ) -> str:
     """Return the likely mistake behind wrong pose weights, or "".
 
     Parameters
     ----------
     points : probes at which every weight is known, right ones too
-    weights_at : the combination's weights at any predictions
+    weights_at : the combination's weights of any poses
     scales : numbers that may have been forgotten or doubled, by name
     """
     wrong = [point for point in points if point.wrong]
@@ -71,6 +82,7 @@ def cause_in_weights(
         _first_fit(telling, _whole(scales))
         or _constant_factor(wrong, scales)
         or _elsewhere(telling, weights_at, scales)
+        or _of_inputs(telling, weights_at)
         or _first_fit(telling, _distorted())
         or _structure(telling)
         or _of_another_point(wrong, points)
@@ -147,7 +159,7 @@ def _constant_factor(points: Sequence[Point], scales: Mapping[str, float]) -> st
 
 
 def _elsewhere(
-    points: Sequence[Point], weights_at: Callable[[Tensor], Tensor], scales: Mapping[str, float]
+    points: Sequence[Point], weights_at: Callable[[Poses], Tensor], scales: Mapping[str, float]
 ) -> str:
     """Return whether the weights are right at other predictions."""
     factors = {"-1": -1.0, "2": 2.0, "1/2": 0.5}
@@ -155,21 +167,39 @@ def _elsewhere(
         factors |= {name: scale, f"1/{name}": 1 / scale}
     for name, factor in factors.items():
         try:
-            moved = [weights_at(factor * point.predictions) for point in points]
+            moved = [weights_at(p.poses.at(factor * p.predictions)) for p in points]
         except Exception:  # outside of what it can combine
             continue
-        matches = [
-            bool(((w - p.expected).abs() <= p.tolerance + 1e-5 * p.expected.abs().amax()).all())
-            for w, p in zip(moved, points, strict=True)
-        ]
-        if all(matches) and name == "-1":
+        matches = all(p.expects(w) for p, w in zip(points, moved, strict=True))
+        if matches and name == "-1":
             return "the sign inside the exponential: the weights are right at -predictions"
-        if all(matches):
+        if matches:
             return (
                 f"another scale (temperature) in the weights than in the value: they are right at"
                 f" {name} · predictions"
             )
     return ""
+
+
+def _of_inputs(points: Sequence[Point], weights_at: Callable[[Poses], Tensor]) -> str:
+    """Return what the weights make of a pose input instead."""
+    for name in points[0].poses.inputs:
+        for how, change in _IN_AN_INPUT.items():
+            others = [p.poses.with_input(name, change(p.poses.inputs[name])) for p in points]
+            weights = [weights_at(poses) for poses in others]
+            if all(p.expects(w) for p, w in zip(points, weights, strict=True)):
+                return f"the weights are right with {name!r} {how}"
+            if all(p.fits(w) for p, w in zip(points, weights, strict=True)):
+                return f"the weights do not depend on {name!r}, and the value does"
+    return ""
+
+
+_IN_AN_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
+    "in reverse order": lambda numbers: numbers.flip(0),
+    "shifted by one pose": lambda numbers: numbers.roll(1),
+    "shifted back by one pose": lambda numbers: numbers.roll(-1),
+    "of the opposite sign": lambda numbers: -numbers,
+}
 
 
 def _distorted() -> dict[str, Callable[[Point], Tensor]]:

@@ -39,8 +39,9 @@ def directional_derivatives(
     Parameters
     ----------
     function : maps points of shape (batch, n_inputs) to values of shape (batch,)
-    points, directions : shape (n, n_inputs), float64. Numbers with few binary digits make
-        ``point ± h · direction`` exact.
+    points : shape (n, n_inputs), float64
+    directions : shape (n, n_moved): as many inputs move, the first, and the others stay. Numbers
+        with few binary digits make ``point ± h · direction`` exact.
     first_steps : shape (n,), powers of two; the function is called no further away than that
 
     Returns
@@ -88,7 +89,8 @@ def _ladder(
 ) -> tuple[Tensor, Tensor]:
     """Return steps, shape (n, n_steps), and the values ahead and behind, (2, n, n_steps)."""
     steps = first_steps[:, None] * 0.5 ** torch.arange(N_STEPS, dtype=points.dtype)
-    moves = steps[..., None] * directions[:, None]
+    n_fixed = points.shape[1] - directions.shape[1]
+    moves = torch.nn.functional.pad(steps[..., None] * directions[:, None], (0, n_fixed))
     ladder = torch.stack([points[:, None] + moves, points[:, None] - moves])
     return steps, function(ladder.flatten(0, 2)).view(ladder.shape[:-1])
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from inspect import signature
 
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import overrides
+from mtenn_core.combination import Combination, overrides
 from mtenn_core.testing._chain_rule import hold_to_chain_rule
 from mtenn_core.testing._check import Metrics, Verdict, check
 from mtenn_core.testing._subject import Step, Subject, gradients_of
@@ -44,7 +45,7 @@ def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
             raise Verdict(
                 "fail",
                 f"parameter {name!r}: backward must return {expected}; found {found}",
-                cause=_wrong_form(gradient, param, len(step.predictions)),
+                cause=_wrong_form(gradient, param, len(step.poses)),
             )
 
 
@@ -63,6 +64,7 @@ def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
 @check("A2", "the output is a scalar with a gradient", "gate")
 def output(subject: Subject) -> Metrics:
     """Shape (), dtype of the predictions, attached to the parameters."""
+    _takes_its_inputs(subject.combination)
     _keeps_dtype(subject)
     for n_poses in sorted({subject.n_poses(n) for n in (1, 2, 3)}):
         for shape in ((), (1,)):
@@ -95,10 +97,36 @@ def output(subject: Subject) -> Metrics:
     return {}
 
 
+def _takes_its_inputs(combination: Combination) -> None:
+    """Hold what its methods take, beside the predictions, to what it declares."""
+    handed: dict[str, tuple[str, ...]] = {
+        "combine": ("predictions",),
+        "pose_weights": ("predictions",),
+        "reference": ("predictions",),
+        "forward": ("pred_list", "grad_dict", "param_names", "*model_params"),
+    }
+    names = combination.pose_inputs
+    for method, first in handed.items():
+        if not overrides(type(combination), method):
+            continue
+        try:
+            signature(getattr(combination, method)).bind(*first, **dict.fromkeys(names))
+        except ValueError:  # a builtin has none
+            continue
+        except TypeError as error:
+            raise Verdict(
+                "fail",
+                f"pose_inputs = {names}: {method} must take ({', '.join([*first, *names])}); found"
+                f" {method}{signature(getattr(combination, method))}: {error}",
+                cause="pose_inputs must name every argument that combine, pose_weights, reference"
+                " and forward need beside the usual ones, and each of them must take all of it",
+            ) from None
+
+
 def _keeps_dtype(subject: Subject) -> None:
     step = subject.step()
     try:
-        value = subject.call(replace(step.to(torch.float32), predictions=step.predictions))
+        value = subject.call(replace(step.to(torch.float32), poses=step.poses))
     except Exception:  # float32 parameters beside float64 predictions may be refused
         return
     if isinstance(value, Tensor) and value.dtype != torch.float64:
@@ -116,9 +144,7 @@ def order_of_names(subject: Subject) -> Metrics:
     names = ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight")
     step = subject.step(dict.fromkeys(names, (3,)))
     order = subject.permutation(len(names))
-    shuffled = Step(
-        step.predictions, step.gradients, {names[i]: step.params[names[i]] for i in order}
-    )
+    shuffled = Step(step.poses, step.gradients, {names[i]: step.params[names[i]] for i in order})
     return {"largest error in tolerances": hold_to_chain_rule(subject, shuffled, (1.0,))}
 
 
@@ -133,7 +159,7 @@ def bad_input(subject: Subject) -> Metrics:
     """No number comes out of what does not fit together."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):
         try:
-            value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)
+            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
             if value.requires_grad:
                 gradients_of(value, step.params)
         except Exception:
@@ -151,7 +177,7 @@ def errors_that_name(subject: Subject) -> Metrics:
     """The message names the parameter, where one is at fault."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):
         try:
-            value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)
+            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
             torch.autograd.grad(value, list(step.params.values()))
         except Exception as error:
             if "'w10'" in what and "w10" not in str(error):
@@ -194,21 +220,26 @@ def _bad_inputs(
     ]
 
 
+def _for(step: Step, pred_list: list[Tensor]) -> Step:
+    """Return the step with inputs for as many poses: their number alone would be an error."""
+    return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
+
+
 def _number(value: object) -> object:
     return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
 
 
 @check("A12", "the value depends on the predictions alone")
 def value_of_predictions(subject: Subject) -> Metrics:
-    """Neither gradients, nor parameters, nor the shape of a prediction change it."""
+    """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
     step = subject.step()
     params = {name: subject.randn(*p.shape).requires_grad_() for name, p in step.params.items()}
     gradients = {name: 100 * subject.randn(*g.shape) for name, g in step.gradients.items()}
     others = {
-        "other gradients": Step(step.predictions, gradients, step.params),
-        "other parameters": Step(step.predictions, step.gradients, params),
+        "other gradients": Step(step.poses, gradients, step.params),
+        "other parameters": Step(step.poses, step.gradients, params),
         "fewer parameters": Step(
-            step.predictions, {"w1": step.gradients["w1"]}, {"w1": step.params["w1"]}
+            step.poses, {"w1": step.gradients["w1"]}, {"w1": step.params["w1"]}
         ),
     }
     value = subject.call(step)
@@ -252,16 +283,18 @@ def _on_meta(subject: Subject) -> list[Tensor]:
     """Return what a copy on the meta device makes of predictions there."""
     combination = subject.copy(torch.float64).to("meta")
     step = subject.step()
-    predictions = step.predictions.to("meta").requires_grad_()
+    poses = step.poses.map(lambda numbers: numbers.to("meta"))
+    predictions, inputs = poses.predictions.requires_grad_(), poses.inputs
     made = []
     if overrides(type(combination), "combine"):
-        value = combination.combine(predictions)
+        value = combination.combine(predictions, **inputs)
         made += [value, *torch.autograd.grad(value, predictions)]
     if overrides(type(combination), "pose_weights"):
-        made.append(combination.pose_weights(predictions.detach()))
+        made.append(combination.pose_weights(predictions.detach(), **inputs))
     if subject.full_depth:
         params = [param.detach().to("meta").requires_grad_() for param in step.params.values()]
         grad_dict = {name: list(each.to("meta")) for name, each in step.gradients.items()}
-        value = combination(list(predictions.detach()), grad_dict, list(step.params), *params)
+        given = list(predictions.detach()), grad_dict, list(step.params), *params
+        value = combination(*given, **inputs)
         made += [value, *torch.autograd.grad(value, params)]
     return made

@@ -24,7 +24,7 @@ from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._subject import Subject
 from mtenn_core.testing._target import Target, target_of
 
-FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties")
+FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties", "pose_inputs")
 
 
 def check_combination(

@@ -18,6 +18,7 @@ from mtenn_core.combination import (
     backward_weights,
     overrides,
 )
+from mtenn_core.testing._poses import Poses
 
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
 GRID = 2.0**33
@@ -32,26 +33,26 @@ class Step:
 
     Attributes
     ----------
-    predictions : shape (n_poses,)
+    poses : the predictions, and the pose inputs
     gradients : by parameter, those of all poses, shape (n_poses, *shape of the parameter)
     params : the parameters; their order is that of ``param_names``
     """
 
-    predictions: Tensor
+    poses: Poses
     gradients: Mapping[str, Tensor]
     params: Mapping[str, Tensor]
 
     def to(self, dtype: torch.dtype) -> Step:
         """Return the step in another dtype."""
         return Step(
-            self.predictions.to(dtype),
+            self.poses.map(lambda numbers: numbers.to(dtype)),
             {name: gradients.to(dtype) for name, gradients in self.gradients.items()},
             {n: param.detach().to(dtype).requires_grad_() for n, param in self.params.items()},
         )
 
     def pred_list(self) -> list[Tensor]:
         """Return the predictions as ``forward`` takes them, each a tensor of its own."""
-        return [prediction.clone() for prediction in self.predictions]
+        return [prediction.clone() for prediction in self.poses.predictions]
 
     def grad_dict(self) -> dict[str, list[Tensor]]:
         """Return the gradients as ``forward`` takes them, each a tensor of its own."""
@@ -118,6 +119,11 @@ class Subject:
         """Return ``n_poses``, or the fewest that the combination takes."""
         return max(n_poses, self.combination.min_poses)
 
+    def takes(self, poses: Poses) -> bool:
+        """Whether it combines poses that were made for another combination."""
+        names = self.combination.pose_inputs
+        return len(poses) >= self.combination.min_poses and [*poses.inputs] == [*names]
+
     def randn(self, *shape: int) -> Tensor:
         """Return normal random numbers, float64."""
         return torch.randn(shape, dtype=torch.float64, generator=self._generator)
@@ -125,6 +131,15 @@ class Subject:
     def permutation(self, n: int) -> list[int]:
         """Return 0 … n - 1 in random order."""
         return torch.randperm(n, generator=self._generator).tolist()
+
+    def poses(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Poses:
+        """Return poses to probe with: :meth:`predictions`, and pose inputs of the same spread.
+
+        At a sharp scale, inputs that are far apart would make all weights 0 or 1.
+        """
+        predictions = self.predictions(n_poses, base, spread)
+        names = self.combination.pose_inputs
+        return Poses(predictions, {name: (spread or 1.0) * self.randn(n_poses) for name in names})
 
     def predictions(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Tensor:
         """Return probe predictions within ``spread`` of ``base``, moved into the declared domain.
@@ -153,34 +168,47 @@ class Subject:
             room = min(room, float(predictions.sort().values.diff().min()) / 8)
         return min(LARGEST_STEP, 2.0 ** math.floor(math.log2(room)) if room < 1 else 1.0)
 
-    def values(self, points: Tensor) -> Tensor:
-        """Return the value at each of many points: shape (batch, n_poses) to (batch,)."""
+    def values(self, rows: Tensor) -> Tensor:
+        """Return the value for many poses: shape (batch, :meth:`Poses.row`) to (batch,)."""
         if not (self.full_depth or self.combination.stochastic or self._buffers):
             try:
                 with torch.no_grad():
-                    return torch.func.vmap(self.combination.combine)(points.clone())
+                    return torch.func.vmap(self._combined)(rows.clone())
             except Exception:  # control flow that depends on the data, say: one by one, then
                 pass
-        return torch.stack([self.value(point) for point in points])
+        return torch.stack([self.value(self._poses_of(row)) for row in rows])
 
-    def value(self, predictions: Tensor) -> Tensor:
+    def _combined(self, row: Tensor) -> Tensor:
+        poses = self._poses_of(row)
+        return self.combination.combine(poses.predictions, **poses.inputs)
+
+    def _poses_of(self, row: Tensor) -> Poses:
+        names = self.combination.pose_inputs
+        if not names:
+            return Poses(row)
+        predictions, *inputs = row.chunk(1 + len(names))
+        return Poses(predictions, dict(zip(names, inputs, strict=True)))
+
+    def value(self, poses: Poses) -> Tensor:
         """Return the combined prediction, shape (), without a graph."""
+        predictions, inputs = poses.predictions.clone(), poses.handed()
         with self.forgetting(), torch.no_grad():
             if not self.full_depth:
-                return self.combination.combine(predictions.clone())
+                return self.combination.combine(predictions, **inputs)
             zeros = [torch.zeros(1, dtype=predictions.dtype) for _ in predictions]
             param = torch.zeros(1, dtype=predictions.dtype, requires_grad=True)
-            return self.combination(list(predictions.clone()), {"probe": zeros}, ["probe"], param)
+            step = list(predictions), {"probe": zeros}, ["probe"], param
+            return self.combination(*step, **inputs)
 
-    def weights(self, predictions: Tensor) -> Tensor:
+    def weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
         with self.forgetting():
-            return backward_weights(self.combination, predictions)
+            return backward_weights(self.combination, poses.predictions, poses.handed())
 
-    def autograd_weights(self, predictions: Tensor) -> Tensor:
+    def autograd_weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
         with self.forgetting():
-            return autograd_weights(self.combination, predictions)
+            return autograd_weights(self.combination, poses.predictions, poses.handed())
 
     def step(
         self,
@@ -201,7 +229,7 @@ class Subject:
         for i, gradient in enumerate(gradients.values()):
             gradient *= (1, 1e-3, 1e2)[i % 3]  # a clamp or a threshold shows at some sizes alone
         params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}
-        return Step(self.predictions(n_poses, 0.0, spread), gradients, params)
+        return Step(self.poses(n_poses, 0.0, spread), gradients, params)
 
     def call(
         self,
@@ -210,35 +238,37 @@ class Subject:
         pred_list: list[Tensor] | None = None,
         grad_dict: Mapping[str, list[Tensor]] | None = None,
         param_names: list[str] | None = None,
+        pose_inputs: Mapping[str, Tensor] | None = None,
         combination: Combination | None = None,
     ) -> Tensor:
         """Call ``forward`` as a training step does, with something else than ``step`` if given."""
         pred_list = step.pred_list() if pred_list is None else pred_list
         grad_dict = step.grad_dict() if grad_dict is None else grad_dict
         param_names = list(step.params) if param_names is None else param_names
+        pose_inputs = step.poses.handed() if pose_inputs is None else pose_inputs
         with self.forgetting():
             forward = combination or self.combination
-            return forward(pred_list, grad_dict, param_names, *step.params.values())
+            return forward(pred_list, grad_dict, param_names, *step.params.values(), **pose_inputs)
 
     def gradients(self, step: Step, **instead: Any) -> dict[str, Tensor]:
         """Return the gradient of the combined prediction for each parameter of a step."""
         return gradients_of(self.call(step, **instead), step.params)
 
-    def values_of_parameter(self, name: str, predictions: Tensor, settings: Tensor) -> Tensor:
+    def values_of_parameter(self, name: str, poses: Poses, settings: Tensor) -> Tensor:
         """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
         param = self.combination.get_parameter(name)
         before, values = param.detach().clone(), []
         with torch.no_grad():
             for setting in settings:
                 param.copy_(setting.view_as(param))
-                values.append(self.value(predictions))
+                values.append(self.value(poses))
             param.copy_(before)
         return torch.stack(values)
 
-    def gradient_of_parameter(self, name: str, predictions: Tensor) -> Tensor:
+    def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
         """Return the gradient of an own parameter that training would use, flat."""
         param = self.combination.get_parameter(name)
-        value = self.call(Step(predictions, {}, {}))
+        value = self.call(Step(poses, {}, {}))
         gradient = None
         if value.requires_grad:
             go = -3.7  # of the loss: a backward that ignores it is right for 1 alone

@@ -8,6 +8,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any, Literal, get_args, get_origin
 
 import torch
@@ -23,6 +24,7 @@ from mtenn_core.testing._check import Metrics, Verdict, check
 from mtenn_core.testing._comparison import FLOAT32, compare, judge, ratio
 from mtenn_core.testing._derivatives import compare_weights
 from mtenn_core.testing._finite_differences import Estimate, resolution
+from mtenn_core.testing._poses import Poses, listed
 from mtenn_core.testing._subject import Step, Subject, gradients_of
 
 # Two statements of one value round differently, the more so where one is scaled up.
@@ -36,53 +38,62 @@ LOW_PRECISION_PROBES = (
     (4, -300.0, 4.0),
 )
 SPREADS = ((0.0, 1.0), (0.0, 0.01), (-8.0, 2.0), (7.0, 1.5), (100.0, 10.0))
+# (poses, base, spread): where an argument or a pose input that does anything shows
+EFFECTS = (
+    (3, 0.0, 1.0),
+    (3, 0.0, 0.05),
+    (5, -8.0, 3.0),
+    (9, 0.0, 30.0),
+    (64, 0.0, 1.0),
+    (3, 1e3, 10.0),
+)
+
+Statement = Callable[[Poses], Tensor]
 
 
 @check("D1", "the value is that of its reference")
 def reference(subject: Subject) -> Metrics:
     """The declared reference, and ``combine`` beside a ``forward``: the values and derivatives."""
     combination = subject.combination
-    statements: dict[str, Callable[[Tensor], Tensor]] = {}
+    statements: dict[str, Statement] = {}
     if overrides(type(combination), "reference"):
-        statements["reference"] = combination.reference
+        statements["reference"] = lambda p: combination.reference(p.predictions, **p.handed())
     if subject.full_depth and overrides(type(combination), "combine"):
-        statements["combine"] = combination.combine
+        statements["combine"] = lambda p: combination.combine(p.predictions, **p.handed())
     if not statements:
         raise Verdict("skip", "it declares no reference")
     worst = 0.0
     for n in (1, 2, 3, 4, 9):
         for base, spread in SPREADS:
-            y = subject.predictions(subject.n_poses(n), base, spread)
+            poses = subject.poses(subject.n_poses(n), base, spread)
             for what, statement in statements.items():
-                worst = max(worst, _hold_to(subject, what, statement, y))
+                worst = max(worst, _hold_to(subject, what, statement, poses))
     return {"largest error in tolerances": worst}
 
 
-def _hold_to(
-    subject: Subject, what: str, statement: Callable[[Tensor], Tensor], y: Tensor
-) -> float:
+def _hold_to(subject: Subject, what: str, statement: Statement, poses: Poses) -> float:
     with subject.forgetting(), torch.enable_grad():
-        leaf = y.clone().requires_grad_()
-        expected = statement(leaf)
-        found = subject.value(y)
-        off = _off(subject, found, expected.detach(), y, statement)
+        leaf = poses.predictions.clone().requires_grad_()
+        expected = statement(poses.at(leaf))
+        found = subject.value(poses)
+        off = _off(subject, found, expected.detach(), poses, statement)
         if off > 1:
             raise Verdict(
                 "fail",
-                f"predictions {_listed(y)}\n"
+                f"{poses}\n"
                 f"    your value         {found.item():.12g}\n"
                 f"    {what:<18} {expected.item():.12g}",
-                cause=_value_cause(found, expected.detach(), y),
+                cause=_value_cause(found, expected.detach(), poses.predictions),
             )
         if not expected.requires_grad:
             return off
         (gradient,) = torch.autograd.grad(expected, leaf, materialize_grads=True)
     if gradient.isfinite().all():
         # Its own rounding is that of the value it was compared with.
-        error = 1e-9 * gradient.abs().amax().expand(len(y))
-        comparisons = compare(
-            subject.weights, Estimate(gradient, error), torch.eye(len(y), dtype=y.dtype), y, "pose"
-        )
+        exact = Estimate(gradient, 1e-9 * gradient.abs().amax().expand(len(poses)))
+        axes = torch.eye(len(poses), dtype=gradient.dtype)
+        weights_at = poses.fixed(subject.weights)
+        comparisons = compare(weights_at, exact, axes, poses.predictions, "pose", poses.inputs)
         comparisons = [replace(each, against=f"that of {what}") for each in comparisons]
         judge(comparisons, f"the weights are not those of the {what}")
     return off
@@ -92,18 +103,20 @@ def _off(
     subject: Subject,
     found: Tensor,
     expected: Tensor,
-    y: Tensor,
-    statement: Callable[[Tensor], Tensor] | None = None,
+    poses: Poses,
+    statement: Statement | None = None,
 ) -> float:
     """Return the difference of two values in tolerances; 0 if both are no number."""
     if found.isnan() and expected.isnan():
         return 0.0
-    eps = resolution(torch.stack([subject.value(y + k) for k in (0.0, 0.125, 0.25)]))
+    y, value_at = poses.predictions, poses.fixed(subject.value)
+    eps = resolution(torch.stack([value_at(y + k) for k in (0.0, 0.125, 0.25)]))
     size = max(float(y.abs().amax()), abs(float(expected)))
     tolerance = max(VALUE_DIGITS, 64 * len(y) * eps) * size
     difference = abs(float(found) - float(expected))
     if not difference <= tolerance:  # what cancels inside of either shows around y
-        tolerance += 8 * sum(_scatter(each, y) for each in (subject.value, statement) if each)
+        each = [value_at, *([poses.fixed(statement)] if statement else [])]
+        tolerance += 8 * sum(_scatter(function, y) for function in each)
     return ratio(difference, tolerance)
 
 
@@ -132,38 +145,41 @@ def _value_cause(found: Tensor, expected: Tensor, y: Tensor) -> str:
 
 
 # What a combination may claim in `properties`, and what is wrong if it does not hold.
-Property = Callable[[Subject, Tensor], tuple[Tensor, Tensor]]
+Property = Callable[[Subject, Poses], tuple[Tensor, Tensor]]
 
 
-def _permuted(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
-    return subject.value(y[subject.permutation(len(y))]), subject.value(y)
+def _permuted(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    return subject.value(poses[subject.permutation(len(poses))]), subject.value(poses)
 
 
-def _translated(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
+def _translated(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    y = poses.predictions
     by = min(2.0, subject.first_step(y)) if subject.bounded else 2.5
-    return subject.value(y + by), subject.value(y) + by
+    return subject.value(poses.at(y + by)), subject.value(poses) + by
 
 
-def _within(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
-    value = subject.value(y)
-    return value, value.clamp(y.amin(), y.amax())
+def _within(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    value = subject.value(poses)
+    return value, value.clamp(poses.predictions.amin(), poses.predictions.amax())
 
 
-def _increasing(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
-    weights = subject.weights(y)
+def _increasing(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    weights = subject.weights(poses)
     return weights.amin(), weights.amin().clamp(min=0)
 
 
-def _of_equal_poses(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
-    return subject.value(y[:1].expand(len(y)).clone()), y[0]
+def _of_equal_poses(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    return subject.value(poses.tied()), poses.predictions[0]
 
 
-def _replicated(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
-    return subject.value(y.repeat(2)), subject.value(y)
+def _replicated(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    return subject.value(poses[2 * [*range(len(poses))]]), subject.value(poses)
 
 
-def _without_nan(subject: Subject, y: Tensor) -> tuple[Tensor, Tensor]:
-    return subject.value(torch.cat([y, y.new_tensor([math.nan])])), subject.value(y)
+def _without_nan(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
+    more = poses[[*range(len(poses)), 0]]
+    more.predictions[-1] = math.nan
+    return subject.value(more), subject.value(poses)
 
 
 PROPERTIES: dict[str, tuple[Property, str]] = {
@@ -200,18 +216,18 @@ def properties(subject: Subject) -> Metrics:
         sides, cause = PROPERTIES[name]
         for n in (2, 3, 7, 20):
             for base, spread in SPREADS:
-                y = subject.predictions(subject.n_poses(n), base, spread)
-                worst = max(worst, _hold_property(subject, name, sides, cause, y))
+                poses = subject.poses(subject.n_poses(n), base, spread)
+                worst = max(worst, _hold_property(subject, name, sides, cause, poses))
     return {"largest error in tolerances": worst}
 
 
-def _hold_property(subject: Subject, name: str, sides: Property, cause: str, y: Tensor) -> float:
-    pair = sides(subject, y)
-    off = _off(subject, pair[0], pair[1], y)
+def _hold_property(subject: Subject, name: str, sides: Property, cause: str, poses: Poses) -> float:
+    pair = sides(subject, poses)
+    off = _off(subject, pair[0], pair[1], poses)
     if off > 1:
         raise Verdict(
             "fail",
-            f"{name}: predictions {_listed(y)}\n"
+            f"{name}: {poses}\n"
             f"    found              {pair[0].item():.12g}\n"
             f"    expected           {pair[1].item():.12g}",
             cause=cause,
@@ -224,26 +240,26 @@ def extremes(subject: Subject) -> Metrics:
     """Finite at 1e4 and for ties; NaN for NaN."""
     n = subject.n_poses(3)
     cases = {
-        "predictions near 1e4": subject.predictions(n, 1e4, 1.0),
-        "predictions near -1e4": subject.predictions(n, -1e4, 1.0),
-        "predictions from -1e4 to 1e4": subject.predictions(n, 0.0, 1e4),
+        "predictions near 1e4": subject.poses(n, 1e4, 1.0),
+        "predictions near -1e4": subject.poses(n, -1e4, 1.0),
+        "predictions from -1e4 to 1e4": subject.poses(n, 0.0, 1e4),
     }
     if subject.combination.smooth:
-        y = subject.predictions(n)
-        cases["equal predictions"] = y[:1].expand(n).clone()
-        cases["the same pose twice"] = torch.cat([y[:1], y[:-1]])
-    for what, y in cases.items():
-        value, weights = subject.value(y), subject.weights(y)
+        poses = subject.poses(n)
+        cases["equal predictions"] = poses.tied()
+        cases["the same pose twice"] = poses[[0, *range(n - 1)]]
+    for what, poses in cases.items():
+        value, weights = subject.value(poses), subject.weights(poses)
         if not (value.isfinite() and weights.isfinite().all()):
             raise Verdict(
                 "fail",
-                f"{what}, {_listed(y)}: expected finite numbers; found the value {value.item():g}"
-                f" and the weights {_listed(weights)}",
+                f"{what}, {poses}: expected finite numbers; found the value {value.item():g}"
+                f" and the weights [{listed(weights)}]",
                 cause=_infinite_cause(what, value),
             )
-    y = subject.predictions(n)
+    poses = subject.poses(n)
     for turn in range(n):  # so that the best pose stands in each place
-        _nan_shows(subject, y.roll(turn))
+        _nan_shows(subject, poses.map(partial(torch.roll, shifts=turn)))
     return {}
 
 
@@ -258,17 +274,17 @@ def _infinite_cause(what: str, value: Tensor) -> str:
     return "a division by the spread of the predictions, which is 0 for ties"
 
 
-def _nan_shows(subject: Subject, y: Tensor) -> None:
+def _nan_shows(subject: Subject, poses: Poses) -> None:
     """NaN among the predictions must be NaN in the value, or else selected away as any other."""
     if "ignores_nan" in subject.combination.properties:
         return
     values = []
-    for pose in range(len(y)):
-        broken = y.clone()
-        broken[pose] = math.nan
+    for pose in range(len(poses)):
+        broken = poses.at(poses.predictions.clone())
+        broken.predictions[pose] = math.nan
         values.append((pose, broken, subject.value(broken)))
     # Where the value does not depend on a pose, NaN cannot show.
-    counts = subject.weights(y) != 0
+    counts = subject.weights(poses) != 0
     unseen = [each for each in values if not each[2].isnan() and counts[each[0]]]
     # The best k may leave a pose out, as long as NaN is the worst in whatever place it stands.
     selects = not (subject.combination.smooth or any(value.isnan() for *_, value in values))
@@ -277,17 +293,18 @@ def _nan_shows(subject: Subject, y: Tensor) -> None:
             continue
         raise Verdict(
             "fail",
-            f"pose {pose} of {len(y)} is NaN: expected the value NaN; found {value.item():g}",
+            f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
             cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison): a broken pose"
             " would go unseen; where that is meant, declare properties = {'ignores_nan'}",
         )
 
 
-def _passed_over(subject: Subject, broken: Tensor, value: Tensor) -> bool:
+def _passed_over(subject: Subject, broken: Poses, value: Tensor) -> bool:
     """Whether the value is that with the lowest or the highest number in the place of NaN."""
     low, high = subject.combination.domain
     ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)
-    return any(torch.equal(value, subject.value(broken.nan_to_num(end))) for end in ends)
+    instead = [broken.at(broken.predictions.nan_to_num(end)) for end in ends]
+    return any(torch.equal(value, subject.value(poses)) for poses in instead)
 
 
 @check("D4", "low precision keeps its dtype, and float32 inside")
@@ -298,30 +315,33 @@ def low_precision(subject: Subject) -> Metrics:
         for n, base, spread in LOW_PRECISION_PROBES:
             if base < -256 and dtype != torch.float16:
                 continue  # where float16 overflows in a square
-            y = _in_domain(subject, subject.predictions(subject.n_poses(n), base, spread).to(dtype))
+            poses = _in_domain(subject, subject.poses(subject.n_poses(n), base, spread), dtype)
             # Rounding makes ties, at which a value with kinks has several derivatives.
-            if subject.combination.smooth or len(y.unique()) == len(y):
-                worst = max(worst, _hold_precision(subject, subject.step(n_poses=len(y)), y))
+            if subject.combination.smooth or len(poses.predictions.unique()) == len(poses):
+                step = subject.step(n_poses=len(poses))
+                worst = max(worst, _hold_precision(subject, step, poses))
         if dtype == torch.float32 or not subject.combination.smooth:
             continue
         # Many small terms of one sign: a sum in half precision stops growing.
         step = subject.step({"w": (4,)}, 1000)
         step.gradients["w"].abs_()
-        y = _in_domain(subject, subject.predictions(len(step.predictions), -9.0, 0.0).to(dtype))
-        worst = max(worst, _hold_precision(subject, step, y))
+        poses = _in_domain(subject, subject.poses(len(step.poses), -9.0, 0.0), dtype)
+        worst = max(worst, _hold_precision(subject, step, poses))
     return {"largest error in tolerances": worst}
 
 
-def _in_domain(subject: Subject, y: Tensor) -> Tensor:
-    """Return predictions without those that rounding has moved out of the domain."""
+def _in_domain(subject: Subject, poses: Poses, dtype: torch.dtype) -> Poses:
+    """Return poses in another dtype, without predictions that rounding moves out of the domain."""
     low, high = subject.combination.domain
+    poses = poses.map(lambda numbers: numbers.to(dtype))
+    y = poses.predictions
     inside = (y > low) & (y < high) & y.isfinite()
-    return torch.where(inside, y, subject.predictions(1).to(y.dtype))
+    return poses.at(torch.where(inside, y, subject.predictions(1).to(dtype)))
 
 
-def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
-    dtype = y.dtype
-    narrow = replace(step.to(dtype), predictions=y)
+def _hold_precision(subject: Subject, step: Step, poses: Poses) -> float:
+    dtype = poses.predictions.dtype
+    narrow = replace(step.to(dtype), poses=poses)
     wide = narrow.to(torch.float64)
     value = subject.call(narrow, combination=subject.copy())
     if value.dtype != dtype:
@@ -332,12 +352,12 @@ def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
         )
     if subject.combination.stochastic:  # the random numbers are others in another dtype
         return 0.0
-    off = _hold_value(subject, value, wide.predictions)
+    off = _hold_value(subject, value, wide.poses)
     expected = subject.gradients(wide)
-    weights = subject.weights(wide.predictions)
-    moved = _moved(subject.weights, wide.predictions, weights)
+    weights = subject.weights(wide.poses)
+    moved = _moved(subject.weights, wide.poses, weights)
     # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
-    usual = float(subject.weights(subject.predictions(subject.n_poses(4))).abs().amax())
+    usual = float(subject.weights(subject.poses(subject.n_poses(4))).abs().amax())
     digits = 2048 if dtype == torch.float32 else 16
     slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * moved + 8 * FLOAT32 * usual
     limits = torch.finfo(dtype)
@@ -350,7 +370,7 @@ def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
             at = int((error - tolerance).nan_to_num(math.inf).argmax())
             raise Verdict(
                 "fail",
-                f"predictions {_listed(y)} in {dtype}, parameter {name!r}, entry {at}\n"
+                f"{poses} in {dtype}, parameter {name!r}, entry {at}\n"
                 f"    your backward      {gradient.flatten()[at].item():.8g}\n"
                 f"    in float64         {expected[name].flatten()[at].item():.8g}"
                 f" ± {tolerance.flatten()[at].item():.1e}",
@@ -359,11 +379,11 @@ def _hold_precision(subject: Subject, step: Step, y: Tensor) -> float:
     return off
 
 
-def _hold_value(subject: Subject, value: Tensor, y: Tensor) -> float:
+def _hold_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     """Return the error of a value in low precision, in tolerances."""
-    expected = subject.value(y)
-    size = max(float(y.abs().amax()), abs(float(expected)))
-    moved = float(_moved(subject.value, y, expected))
+    expected = subject.value(poses)
+    size = max(float(poses.predictions.abs().amax()), abs(float(expected)))
+    moved = float(_moved(subject.value, poses, expected))
     limits = torch.finfo(value.dtype)
     if abs(float(expected)) > limits.max / 2:
         return 0.0
@@ -374,7 +394,7 @@ def _hold_value(subject: Subject, value: Tensor, y: Tensor) -> float:
     if not off <= 1:
         raise Verdict(
             "fail",
-            f"predictions {_listed(y)} in {value.dtype}\n"
+            f"{poses} in {value.dtype}\n"
             f"    your value         {value.item():.8g}\n"
             f"    in float64         {expected.item():.8g} ± {tolerance:.1e}",
             cause=_LOW_PRECISION,
@@ -382,13 +402,16 @@ def _hold_value(subject: Subject, value: Tensor, y: Tensor) -> float:
     return off
 
 
-def _moved(function: Callable[[Tensor], Tensor], y: Tensor, at: Tensor) -> Tensor:
-    """Return how much a result changes where predictions move by a last digit of float32."""
-    by = torch.finfo(torch.float32).eps * y.abs()
-    odd = torch.arange(len(y)) % 2 == 1
-    return torch.stack(
-        [(function(y + sign * torch.where(odd, by, -by)) - at).abs() for sign in (-1, 1)]
-    ).amax(0)
+def _moved(function: Callable[[Poses], Tensor], poses: Poses, at: Tensor) -> Tensor:
+    """Return how much a result changes where its numbers move by a last digit of float32."""
+
+    def nearby(numbers: Tensor, sign: int) -> Tensor:
+        by = sign * torch.finfo(torch.float32).eps * numbers.abs()
+        odd = torch.arange(len(numbers)) % 2 == 1
+        return numbers + torch.where(odd, by, -by)
+
+    near = [poses.map(partial(nearby, sign=sign)) for sign in (-1, 1)]
+    return torch.stack([(function(each) - at).abs() for each in near]).amax(0)
 
 
 _LOW_PRECISION = (
@@ -399,7 +422,7 @@ _LOW_PRECISION = (
 
 @check("D5", "every argument does something, and right")
 def arguments(subject: Subject) -> Metrics:
-    """Each argument changes the output somewhere; the derivative is right away from defaults."""
+    """Each argument and pose input changes the output; the derivative is right off defaults."""
     tried: dict[str, bool] = {}
     for name, other in alternatives(subject):
         with_other = Subject(other, subject.seed, thorough=True)
@@ -407,16 +430,28 @@ def arguments(subject: Subject) -> Metrics:
         tried[name] = tried.get(name, False) or effect
         if effect:
             _hold_derivative(with_other, subject)
-    unused = [name for name, effect in tried.items() if not effect]
+    inputs = subject.combination.pose_inputs
+    unused = [f"argument {name!r}" for name, effect in tried.items() if not effect]
+    unused += [f"pose input {name!r}" for name in inputs if not _input_shows(subject, name)]
     if unused:
         raise Verdict(
             "fail",
-            f"argument {unused[0]!r} changes neither value nor weights at any probe",
+            f"{unused[0]} changes neither value nor weights at any probe",
             cause="it is ignored, or overwritten by a constant",
         )
-    if not tried:
+    if not (tried or inputs):
         raise Verdict("skip", "it takes no arguments of which others can be guessed")
-    return {"arguments": sorted(tried)}
+    return {"arguments": sorted([*tried, *inputs])}
+
+
+def _input_shows(subject: Subject, name: str) -> bool:
+    """Whether other numbers for a pose input change the value, or the weights."""
+    for n, base, spread in EFFECTS:
+        poses, other = (subject.poses(subject.n_poses(n), base, spread) for _ in range(2))
+        changed = poses.with_input(name, other.inputs[name])
+        if not all(torch.equal(f(poses), f(changed)) for f in (subject.value, subject.weights)):
+            return True
+    return False
 
 
 @check("D5q", "arguments that are no number are refused", "quality")
@@ -429,7 +464,7 @@ def refused_arguments(subject: Subject) -> Metrics:
     for name, bad in itertools.product(numbers, (math.nan, 0.0)):
         try:
             made = Subject(type(subject.original)(**{**given, name: bad}), subject.seed)
-            value = made.value(made.predictions(made.n_poses(3)))
+            value = made.value(made.poses(made.n_poses(3)))
         except Exception:
             continue
         if not value.isfinite():
@@ -444,12 +479,12 @@ def refused_arguments(subject: Subject) -> Metrics:
 def _hold_derivative(subject: Subject, before: Subject) -> None:
     """Hold a combination to its derivative where another instance was called before it."""
     points = [
-        subject.predictions(subject.n_poses(n), base, spread)
+        subject.poses(subject.n_poses(n), base, spread)
         for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.1), (3, 0.0, 1e-3), (5, 7.0, 0.01))
     ]
-    for y in points:
-        if len(y) >= before.combination.min_poses:
-            before.weights(y)
+    for poses in points:
+        if before.takes(poses):
+            before.weights(poses)
     comparisons, cause = compare_weights(subject, points)
     if any(comparison.wrong for comparison in comparisons):
         where = f"at other arguments ({subject.original!r})"
@@ -491,8 +526,8 @@ def _made(
     try:
         made = cls(**arguments)
         probe = Subject(made, subject.seed)
-        value = probe.value(probe.predictions(probe.n_poses(3)))
-        weights = probe.weights(probe.predictions(probe.n_poses(3)))
+        value = probe.value(probe.poses(probe.n_poses(3)))
+        weights = probe.weights(probe.poses(probe.n_poses(3)))
     except Exception:  # a guess need not be allowed
         return
     if value.isfinite() and weights.isfinite().all():
@@ -522,15 +557,14 @@ def _differs(subject: Subject, other: Subject) -> bool:
         (n, p.requires_grad) for n, p in theirs.named_parameters()
     ] or ours.state_dict().keys() != theirs.state_dict().keys():
         return True
-    facts = ("min_poses", "domain", "smooth", "stochastic")
+    facts = ("min_poses", "domain", "smooth", "stochastic", "pose_inputs")
     if any(getattr(ours, fact) != getattr(theirs, fact) for fact in facts):
         return True
-    probes = ((3, 0.0, 1.0), (3, 0.0, 0.05), (5, -8.0, 3.0), (9, 0.0, 30.0), (64, 0.0, 1.0))
-    for n, base, spread in (*probes, (3, 1e3, 10.0)):
-        y = subject.predictions(max(subject.n_poses(n), other.n_poses(n)), base, spread)
+    for n, base, spread in EFFECTS:
+        poses = subject.poses(max(subject.n_poses(n), other.n_poses(n)), base, spread)
         try:
-            same = torch.equal(subject.value(y), other.value(y)) and torch.equal(
-                subject.weights(y), other.weights(y)
+            same = torch.equal(subject.value(poses), other.value(poses)) and torch.equal(
+                subject.weights(poses), other.weights(poses)
             )
         except Exception:
             return True
@@ -548,7 +582,3 @@ def _same_after_calls(subject: Subject, other: Subject) -> bool:
         subject.call(step, combination=two)
     buffers = zip(one.buffers(), two.buffers(), strict=True)
     return all(torch.equal(ours, theirs) for ours, theirs in buffers)
-
-
-def _listed(numbers: Tensor) -> str:
-    return "[" + ", ".join(f"{number:.9g}" for number in numbers.tolist()[:8]) + "]"

@@ -697,4 +697,130 @@ class Concentration(Combination):
         return predictions.log().mean().exp()
 
 
+# Further numbers for each pose.
+
+
+class WithPrior(Combination):
+    """Boltzmann mean of the predictions, with a prior energy for each pose beside them."""
+
+    pose_inputs = ("prior",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+    examples = ({}, {"kT": 0.3})
+
+    def __init__(self, kT=0.593):
+        super().__init__()
+        self.kT = positive("kT", kT)
+
+    def combine(self, predictions, prior):
+        lowest = predictions.amin().detach()
+        populations = torch.softmax(-(predictions - lowest + prior) / self.kT, dim=0)
+        return lowest + (populations * (predictions - lowest)).sum()
+
+    def reference(self, predictions, prior):
+        energies = predictions + prior
+        factors = ((energies.amin() - energies) / self.kT).exp()
+        return (factors * predictions).sum() / factors.sum()
+
+
+right("pose input: Boltzmann mean with a prior")(WithPrior)
+
+
+@right("pose input: Boltzmann mean with a prior, closed form", kT=2.0)
+class WithPriorClosedForm(WithPrior):
+    def pose_weights(self, predictions, prior):
+        above = predictions - predictions.amin()
+        populations = torch.softmax(-(above + prior) / self.kT, dim=0)
+        return populations * (1 + ((populations * above).sum() - above) / self.kT)
+
+
+class ScoreWeighted(Combination):
+    """Mean of the predictions, weighted by docking scores."""
+
+    pose_inputs = ("docking_score",)
+    properties = frozenset(
+        {"permutation_invariant", "translation_equivariant", "monotone", "replication_invariant"}
+    )
+
+    def combine(self, predictions, docking_score):
+        return (torch.softmax(-docking_score, dim=0) * predictions).sum()
+
+
+right("pose input: mean weighted by docking scores")(ScoreWeighted)
+
+
+@right("pose input: mean weighted by docking scores, closed form")
+class ScoreWeightedClosedForm(ScoreWeighted):
+    def pose_weights(self, predictions, docking_score):
+        return torch.softmax(-docking_score, dim=0)
+
+
+@right("pose input: mean weighted by docking scores, full depth")
+class ScoreWeightedFullDepth(Combination):
+    pose_inputs = ("docking_score",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params, docking_score):
+        check_gradients(len(stack_predictions(pred_list)), grad_dict, param_names, model_params)
+        return ScoreFunction.apply(pred_list, docking_score, grad_dict, param_names, *model_params)
+
+
+class ScoreFunction(torch.autograd.Function):
+    """Σ w_i ŷ_i, and the same sum of the gradients."""
+
+    @staticmethod
+    def forward(pred_list, score, grad_dict, param_names, *model_params):
+        y = stack_predictions(pred_list)
+        return (torch.softmax(-widened(score), dim=0) * widened(y)).sum().to(y.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        _, score, grad_dict, ctx.param_names, *_ = inputs
+        ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
+        ctx.save_for_backward(score, *gradients)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        score, *gradients = ctx.saved_tensors
+        weights = widened(grad_output) * torch.softmax(-widened(score), dim=0)
+        sums = {}
+        for name, of_poses in Combination.join_grad_dict(ctx.keys, gradients).items():
+            stacked = torch.stack(list(of_poses))
+            sums[name] = torch.tensordot(weights, widened(stacked), 1).to(stacked.dtype)
+        return None, None, None, None, *(sums[name] for name in ctx.param_names)
+
+
+@right("two pose inputs: penalties, and a learnable trust in docking scores")
+class PenaltyAndScore(Combination):
+    pose_inputs = ("penalty", "docking_score")
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def __init__(self):
+        super().__init__()
+        self.trust = torch.nn.Parameter(torch.tensor(0.7))
+
+    def combine(self, predictions, penalty, docking_score):
+        weights = torch.softmax(-self.trust * docking_score, dim=0)
+        return (weights * (predictions + penalty.square())).sum()
+
+
+@right("pose input and kinks: the lowest prediction after a correction")
+class LowestCorrected(Combination):
+    smooth = False
+    pose_inputs = ("correction",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+
+    def combine(self, predictions, correction):
+        return (predictions + correction).amin()
+
+
+@right("pose input: the prediction of the pose that docks best")
+class BestDocked(Combination):
+    pose_inputs = ("docking_score",)
+    properties = frozenset({"permutation_invariant", "bounded", "monotone", "idempotent"})
+
+    def combine(self, predictions, docking_score):
+        return predictions[docking_score.argmin()]
+
+
 RIGHT: tuple[Right, ...] = tuple(_zoo)

@@ -1750,4 +1750,107 @@ class OtherFlag(ClosedForm):
         )
 
 
+# Pose inputs: what becomes of a score that is added to each prediction.
+
+
+class Scored(Plain):
+    pose_inputs = ("score",)
+    properties = frozenset({"permutation_invariant"})
+
+    def combine(self, predictions, score):
+        return smooth_max(predictions + score, self.t)
+
+
+class ScoredClosedForm(Scored):
+    def pose_weights(self, predictions, score):
+        return soft_weights(predictions + score, self.t)
+
+
+@wrong("weights that leave a pose input out", "C1", "do not depend on 'score'")
+class WeightsWithoutInput(Scored):
+    def pose_weights(self, predictions, score):
+        return soft_weights(predictions, self.t)
+
+
+@wrong("weights with a pose input in reverse order", "C1", "reverse order")
+class InputReversed(ScoredClosedForm):
+    def pose_weights(self, predictions, score):
+        return super().pose_weights(predictions, score.flip(0))
+
+
+@wrong("weights with a pose input of the opposite sign", "C1", "opposite sign")
+class InputNegated(ScoredClosedForm):
+    def pose_weights(self, predictions, score):
+        return super().pose_weights(predictions, -score)
+
+
+@wrong("weights with the pose input that combine was called with last", "A6", "state")
+class InputOfCombine(ScoredClosedForm):
+    def combine(self, predictions, score):
+        self.score = score.detach().clone()
+        return super().combine(predictions, score)
+
+    def pose_weights(self, predictions, score):
+        return super().pose_weights(predictions, self.score)
+
+
+@wrong("a pose input is sorted, the predictions are not", "D2", "order of the poses")
+class InputSorted(ScoredClosedForm):
+    def combine(self, predictions, score):
+        return super().combine(predictions, score.sort().values)
+
+    def pose_weights(self, predictions, score):
+        return super().pose_weights(predictions, score.sort().values)
+
+
+@wrong("a pose input shifted in place", "A4", "in place")
+class InputShifted(Scored):
+    def combine(self, predictions, score):
+        score -= score.mean()
+        return super().combine(predictions, score)
+
+
+@wrong("a pose input that is handed over and ignored", "D5", "ignored")
+class InputIgnored(Scored):
+    def combine(self, predictions, score):
+        return smooth_max(predictions, self.t)
+
+
+@wrong("the first pose input for a number of poses is kept for good", "A6", "cache")
+class FirstInputKept(Scored):
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.kept = {}
+
+    def combine(self, predictions, score):
+        kept = self.kept.setdefault(len(predictions), score.detach().clone())
+        return super().combine(predictions, kept)
+
+
+@wrong("pose input kept on the instance until backward", "A6")
+class InputUntilBackward(FullDepth):
+    pose_inputs = ("score",)
+
+    def forward(self, *args, score):
+        self.score = score
+        return super().forward(*args)
+
+    def value(self, y):
+        return super().value(y + self.score)
+
+    def weights(self, y):
+        return super().weights(y + self.score)
+
+
+@wrong("takes an argument that no pose_inputs declare", "A2", "pose_inputs")
+class InputNotDeclared(Scored):
+    pose_inputs = ()
+
+
+@wrong("declares pose_inputs that only combine takes", "A2", "pose_inputs")
+class InputNotTaken(Scored):
+    def pose_weights(self, predictions):
+        return soft_weights(predictions, self.t)
+
+
 WRONG: tuple[Wrong, ...] = tuple(_bank)
