@@ -127,9 +127,6 @@ class MultiPoseModel(torch.nn.Module):
         """Raise a ``CheckpointError`` if a checkpoint is of another combination than this one."""
         _checkpoint.check(state, self.combination)
 
-    # Where the whole model is compiled, this would be traced in pieces, other ones for each run.
-    # A pose model that is compiled itself stays so.
-    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def forward(
         self,
         poses: Iterable[Any],
@@ -166,10 +163,25 @@ class MultiPoseModel(torch.nn.Module):
         ChangedBeforeBackwardError : in backward of ``"recomputed"``, where poses cannot be run
             again as they were
         """
+        run = self._run
+        if torch.compiler.is_compiling():
+            # It would be traced in pieces, other ones for each run of a pose. A pose model that is
+            # compiled itself stays so.
+            run = torch.compiler.disable(run)
+        return run(poses, sizes, pose_inputs or {}, collated, group)
+
+    def _run(
+        self,
+        poses: Iterable[Any],
+        sizes: Sequence[int] | None,
+        pose_inputs: Mapping[str, Any],
+        collated: bool,
+        group: Group | None,
+    ) -> MultiPoseOutput:
         poses = [poses] if collated else _as_list(poses)
         n_poses, shares = self._sizes(poses, sizes, collated, group)
         predictions, stored = self._predict(poses, sum(shares[0]) if collated else None)
-        inputs = self._inputs(pose_inputs or {}, predictions)
+        inputs = self._inputs(pose_inputs, predictions)
         if group is not None:
             from mtenn_core._shared_poses import gather_poses
 
