@@ -170,7 +170,7 @@ def scales_of(combination: Combination) -> dict[str, float]:
 
 @check("C2", "a whole model trains with it")
 def end_to_end(subject: Subject) -> Metrics:
-    """A small network and a nonlinear loss, in each gradient mode, all parameters."""
+    """A small network, a nonlinear loss, by stored gradients and by autograd, all parameters."""
     poses = subject.poses(subject.n_poses(4), 0.0, 0.5)
     features = torch.cat([subject.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
     network = _Network(subject, poses.predictions)

@@ -28,8 +28,10 @@ def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     value = subject.call(step, combination=subject.copy(dtype))
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
         raise Verdict("skip", "the output is not that of an autograd.Function")
+    # Of a pair (combined, pose predictions), no loss is on the second.
+    others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
     with torch.no_grad():  # as in an ordinary backward
-        returned = value.grad_fn.apply(torch.ones((), dtype=dtype))
+        returned = value.grad_fn.apply(torch.ones((), dtype=dtype), *others)
     returned = returned if isinstance(returned, tuple) else (returned,)
     n_params = len(step.params)
     if len(returned) < n_params:

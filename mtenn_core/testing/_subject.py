@@ -16,6 +16,7 @@ from mtenn_core.combination import (
     Combination,
     autograd_weights,
     backward_weights,
+    first_of_pair,
     overrides,
 )
 from mtenn_core.testing._poses import Poses
@@ -198,7 +199,7 @@ class Subject:
             zeros = [torch.zeros(1, dtype=predictions.dtype) for _ in predictions]
             param = torch.zeros(1, dtype=predictions.dtype, requires_grad=True)
             step = list(predictions), {"probe": zeros}, ["probe"], param
-            return self.combination(*step, **inputs)
+            return first_of_pair(self.combination(*step, **inputs))
 
     def weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
@@ -248,7 +249,8 @@ class Subject:
         pose_inputs = step.poses.handed() if pose_inputs is None else pose_inputs
         with self.forgetting():
             forward = combination or self.combination
-            return forward(pred_list, grad_dict, param_names, *step.params.values(), **pose_inputs)
+            args = (pred_list, grad_dict, param_names, *step.params.values())
+            return first_of_pair(forward(*args, **pose_inputs))
 
     def gradients(self, step: Step, **instead: Any) -> dict[str, Tensor]:
         """Return the gradient of the combined prediction for each parameter of a step."""
