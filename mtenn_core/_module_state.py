@@ -28,7 +28,7 @@ class Places:
         self._places = [
             (held, name)
             for child in module.modules()
-            for held in [vars(child)[f"_{kind}"]]
+            for held in [getattr(child, f"_{kind}")]
             for name, tensor in held.items()
             if tensor is not None
         ]

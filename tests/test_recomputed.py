@@ -1,10 +1,10 @@
 """What running a pose again must get right: each is a way in which the obvious one is wrong."""
 
-import contextlib
 import copy
 import gc
 import random
 import weakref
+from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
 
@@ -15,7 +15,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
-from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError
+from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError, GradientError
 
 # Gradients are sums of a few hundred float64 products, in another order in each mode.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
@@ -86,7 +86,7 @@ def assert_like_graph(pose_model, *args, combination=None, loss=None, prepare=No
             gradients=gradients,
             **options,
         )
-        with (prepare or contextlib.nullcontext)():
+        with (prepare or nullcontext)():
             found.append((gradients_of(model, *args, loss=loss), dict(model.named_buffers())))
             found[-1] += (torch.rand(1),)
     (graph, buffers, drawn), (again, buffers_again, drawn_again) = found
@@ -439,6 +439,7 @@ class InPlace(torch.nn.Module):
         return self.inner[2](hidden.exp_())
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.parametrize("scale", [1.0, 1e5], ids=["dense", "sharp"])
 @pytest.mark.parametrize(
     "wrap",
@@ -450,8 +451,9 @@ class InPlace(torch.nn.Module):
         lambda inner: Checkpointed(inner, reentrant=True),
         lambda inner: Checkpointed(inner, reentrant=False),
         lambda inner: torch.compile(inner, backend="aot_eager"),
+        lambda inner: torch.jit.trace(inner, torch.zeros(4, dtype=torch.float64)),
     ],
-    ids=["forces", "Function", "hooks", "in place", "reentrant", "checkpoint", "compile"],
+    ids=["forces", "Function", "hooks", "in place", "reentrant", "checkpoint", "compile", "traced"],
 )
 def test_pose_models_of_every_kind_have_the_gradients_of_graph(pose_model, poses, wrap, scale):
     found = [
@@ -459,6 +461,12 @@ def test_pose_models_of_every_kind_have_the_gradients_of_graph(pose_model, poses
         for g in ("graph", "recomputed")
     ]
     assert_same(*found)
+    model = wrap(pose_model)
+    refused = isinstance(model, Forces) or getattr(model, "reentrant", False)
+    words = "requires grad and is no parameter of the pose model|use_reentrant=False"
+    with pytest.raises((GradientError, RuntimeError), match=words) if refused else nullcontext():
+        stored = MultiPoseModel(model, SmoothMinimum(scale), gradients="stored")
+        assert_same(gradients_of(stored, poses), found[0])
 
 
 def test_one_graph_at_most_is_alive_and_nothing_is_left(pose_model, poses):
