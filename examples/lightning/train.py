@@ -19,8 +19,14 @@ from typing import Any
 
 import lightning
 import torch
-from docking import Compound, CompoundBatch, PocketModel, collate_compounds, collate_poses
-from docking import make_compounds as made_up_compounds
+from docking import (
+    Compound,
+    CompoundBatch,
+    PocketModel,
+    collate_compounds,
+    collate_poses,
+    make_compounds,
+)
 from lightning.pytorch.callbacks import ModelCheckpoint, RichProgressBar
 from torch import Tensor
 from torch.nn.functional import cross_entropy, mse_loss
@@ -150,7 +156,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(options: argparse.Namespace) -> dict[str, Any]:
     """Do everything in order, print it, and return the figures."""
-    compounds = made_up_compounds(options.compounds, seed=options.seed)
+    compounds = make_compounds(options.compounds, seed=options.seed)
     n_test = round(TEST_FRACTION * len(compounds))
     train, test = compounds[n_test:], compounds[:n_test]
     n_poses = sum(len(compound.poses) for compound in compounds)
