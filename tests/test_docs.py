@@ -293,6 +293,7 @@ FAKES = {
     "second output": ("```python\nprint(1)\n```\n```text\n1\n```\n```text\n2\n```\n", "follows no"),
     "command": ("```console\n$ pip install .\nall went well\n```\n", "nothing checks this output"),
     "list": ("```console\n$ mtenn list\n nothing nowhere 1.0 no:Where\n```\n", "page shows"),
+    "torchrun": ("```console\n$ torchrun --standalone absent.py\n```\n", "absent.py"),
     "exit": ("```console\n$ mtenn check nothing\n```\n", "unknown combination"),
     "language": ("```\n2\n```\n", "what is a block of"),
     "indented": ("- item\n\n  ```text\n  2\n  ```\n", "a fence is indented"),
