@@ -7,9 +7,9 @@ A page runs from top to bottom in one namespace. What its fenced blocks mean:
 ``text``
     is what the ``python`` block before it prints.
 ``console``
-    ``$ mtenn …`` is run and prints the lines below it; ``$ pytest`` must pass, ``$ pip install .``
-    installs the page's own package (without an index), and other commands are not run. Only
-    ``mtenn`` may show output.
+    ``$ mtenn …`` is run and prints the lines below it; so is ``$ torchrun``, which must pass. ``$
+    pytest`` must pass, ``$ pip install .`` installs the page's own package (without an index), and
+    other commands are not run. Only ``mtenn`` and ``torchrun`` may show output.
 ``sh``, ``bash``
     are not run: the README's set-up is what runs the tests.
 
@@ -48,6 +48,7 @@ README = ROOT / "README.md"
 PAGES_WITH_PLUGINS = [
     README,
     ROOT / "docs/explanation/combinations.md",
+    ROOT / "docs/how-to/train.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
 # Written by `tox run -e bank`, which measures what it says.
@@ -63,6 +64,8 @@ FENCE = re.compile(r"^```(?P<language>[^\s`]*)\n(?P<body>.*?)^```$", re.MULTILIN
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
 ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
+# Of `MultiPoseModel.estimate`: what the machine has, where it can be asked.
+FREE_MEMORY = re.compile(r"; [\d.]+ [kMGT]?B free")
 # An error bar, say. It is made of roundoff, which differs from one processor to the next.
 MAGNITUDE = re.compile(r"\d(?:\.\d)?e[+-]\d\d")
 
@@ -138,6 +141,10 @@ def run_console(block: Block, folder: Path, where: str) -> None:
         where_it_is = f"{where}: {command}"
         if program == "mtenn":
             check_mtenn(arguments, shown, folder, where_it_is)
+        elif program == "torchrun":
+            given = run_module("torch.distributed.run", arguments, folder, where_it_is)
+            if shown.strip():
+                assert_same_output(shown, given, where_it_is)
         elif shown.strip():
             raise AssertionError(f"{where_it_is}: nothing checks this output")
         elif program == "pytest":
@@ -202,6 +209,7 @@ def assert_same_output(shown: str, given: str, where: str) -> None:
 
 
 def words(text: str) -> list[str]:
+    text = FREE_MEMORY.sub("", text)
     return [word for line in text.splitlines() for word in [*line.split(), "\n"] if line.strip()]
 
 
@@ -285,6 +293,7 @@ FAKES = {
     "second output": ("```python\nprint(1)\n```\n```text\n1\n```\n```text\n2\n```\n", "follows no"),
     "command": ("```console\n$ pip install .\nall went well\n```\n", "nothing checks this output"),
     "list": ("```console\n$ mtenn list\n nothing nowhere 1.0 no:Where\n```\n", "page shows"),
+    "torchrun": ("```console\n$ torchrun --standalone absent.py\n```\n", "absent.py"),
     "exit": ("```console\n$ mtenn check nothing\n```\n", "unknown combination"),
     "language": ("```\n2\n```\n", "what is a block of"),
     "indented": ("- item\n\n  ```text\n  2\n  ```\n", "a fence is indented"),
