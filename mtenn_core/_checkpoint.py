@@ -14,8 +14,8 @@ from mtenn_core.combination import Combination, constructor_arguments
 from mtenn_core.errors import CheckpointError, PluginWarning
 
 REMEDY = (
-    "; make the model with what the checkpoint was made with, or delete the key '_extra_state' from"
-    " the state dict to load it anyway"
+    "; make the model with what the checkpoint was made with, or, to load it anyway, delete the key"
+    " that ends in '_extra_state' from the state dict and load with strict=False"
 )
 
 

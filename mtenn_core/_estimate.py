@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtenn_core._module_state import Places, lock_of
 
@@ -69,37 +70,52 @@ class Estimate:
 
 
 def measured(
-    pose_model: torch.nn.Module, poses: Sequence[Any], predict: Callable[[Any, int], Tensor]
-) -> tuple[Tensor, list[int]]:
+    pose_model: torch.nn.Module, runs: Sequence[Callable[[], Tensor]]
+) -> tuple[Tensor, list[float]]:
     """Return the predictions of all poses, shape (n_poses,), and the bytes of each one's graph.
 
-    Each pose is run once; buffers and random states stay as they are.
+    Nothing is saved, and buffers and random states stay as they are.
 
     Parameters
     ----------
-    predict : ``predict(pose, index)`` returns the prediction of one pose, shape ()
+    runs : each returns the predictions of some poses, which share the bytes of their graph
     """
     buffers = Places(pose_model, "buffers")
     copies = [buffer.clone() for buffer in buffers.tensors()]
-    own = {_storage(tensor) for tensor in (*pose_model.parameters(), *copies)}
-    predictions, graphs = [], []
+    own = {_address(tensor) for tensor in (*pose_model.parameters(), *copies)}
+    predictions: list[Tensor] = []
+    graphs: list[float] = []
     with lock_of(pose_model), buffers.holding(copies), torch.random.fork_rng(), torch.enable_grad():
-        for index, pose in enumerate(poses):
-            saved: dict[int, int] = {}
+        for run in runs:
+            sizes = _Sizes(own)
+            with saved_tensors_hooks(sizes.add, lambda size: size):
+                predictions.append(run().detach())
+            n_poses = len(predictions[-1])
+            graphs += [sizes.total / n_poses] * n_poses
+    return torch.cat(predictions), graphs
 
-            def add(tensor: Tensor, saved: dict[int, int] = saved) -> Tensor:
-                saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
-                return tensor
 
-            with saved_tensors_hooks(add, lambda tensor: tensor):
-                predictions.append(predict(pose, index).detach())
-            graphs.append(sum(nbytes for storage, nbytes in saved.items() if storage not in own))
-    return torch.stack(predictions), graphs
+class _Sizes:
+    """Adds up what a graph would save, and lets go of it."""
+
+    def __init__(self, without: Container[int]) -> None:
+        self.total = 0
+        self._without = without
+        self._seen: dict[int, StorageWeakRef] = {}
+
+    def add(self, tensor: Tensor) -> int:
+        storage, address = tensor.untyped_storage(), _address(tensor)
+        known = self._seen.get(address)
+        # Memory that was given back may be that of another tensor now.
+        if address not in self._without and (known is None or known.expired()):
+            self._seen[address] = StorageWeakRef(storage)
+            self.total += storage.nbytes()
+        return 0
 
 
 def estimate(
     pose_model: torch.nn.Module,
-    graphs: Sequence[int],
+    graphs: Sequence[float],
     weights: Tensor,
     chunk_sizes: Mapping[str, int],
 ) -> Estimate:
@@ -120,7 +136,7 @@ def estimate(
     return Estimate(
         n_poses=len(graphs),
         n_with_weight=int((weights != 0).sum()),
-        graph=max(graphs),
+        graph=round(max(graphs)),
         parameters=gradient,
         free=free,
         modes=modes,
@@ -129,18 +145,18 @@ def estimate(
 
 
 def _cost(
-    mode: str, graphs: Sequence[int], weights: Tensor, chunk_size: int, gradient: int
+    mode: str, graphs: Sequence[float], weights: Tensor, chunk_size: int, gradient: int
 ) -> ModeCost:
     chunks = [sum(graphs[i : i + chunk_size]) for i in range(0, len(graphs), chunk_size)]
     with_weight = sum(bool((part != 0).any()) for part in weights.split(chunk_size))
     # The gradient, and the part of it that is added next.
     memory = 2 * gradient
     if mode == "graph":
-        return ModeCost(mode, len(chunks), with_weight, memory + sum(chunks))
+        return ModeCost(mode, len(chunks), with_weight, memory + round(sum(chunks)))
     if mode == "stored":
         stored = len(graphs) * gradient
-        return ModeCost(mode, len(chunks), len(chunks), memory + max(chunks) + stored)
-    return ModeCost(mode, len(chunks) + with_weight, with_weight, memory + max(chunks))
+        return ModeCost(mode, len(chunks), len(chunks), memory + round(max(chunks)) + stored)
+    return ModeCost(mode, len(chunks) + with_weight, with_weight, memory + round(max(chunks)))
 
 
 def choose(modes: tuple[ModeCost, ...], free: int | None) -> str:
@@ -168,7 +184,7 @@ def free_memory(device: torch.device) -> int | None:
             return None
 
 
-def _storage(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 

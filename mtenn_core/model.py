@@ -213,7 +213,7 @@ class MultiPoseModel(torch.nn.Module):
         """
         poses = _as_list(poses)
         n_poses, _ = self._sizes(poses, sizes, False, None)
-        predictions, graphs = measured(self.pose_model, poses, self._predict_pose)
+        predictions, graphs = measured(self.pose_model, self._runs(poses))
         inputs = self._inputs(pose_inputs or {}, predictions)
         weights = torch.cat(
             [
@@ -291,15 +291,20 @@ class MultiPoseModel(torch.nn.Module):
                 )
             stored = StoredGradients(self.pose_model, poses, self._predict_pose)
             return stored.attach(reuse=not overrides(type(self.combination), "forward")), stored
-        step = self._chunk_size(len(poses), self.gradients)
-        parts = [(poses[first : first + step], first) for first in range(0, len(poses), step)]
-        runs = [partial(self._predict_chunk, *part, in_batch) for part in parts]
+        runs = self._runs(poses, in_batch)
         if self.gradients == "recomputed" and with_grad:
             graphs = RecomputedGraphs(self.pose_model)
-            made = (graphs.predict(run, *part) for run, part in zip(runs, parts, strict=True))
-            predictions, chunks = zip(*made, strict=True)
+            predictions, chunks = zip(*(graphs.predict(r, *r.args[:2]) for r in runs), strict=True)
             return join_chunks(predictions, chunks), None
         return join_chunks([run() for run in runs]), None
+
+    def _runs(self, poses: list[Any], in_batch: int | None = None) -> list[partial[Tensor]]:
+        """Return calls that predict a chunk of poses each; their arguments begin with the poses."""
+        step = self._chunk_size(len(poses), self.gradients)
+        return [
+            partial(self._predict_chunk, poses[first : first + step], first, in_batch)
+            for first in range(0, len(poses), step)
+        ]
 
     def _chunk_size(self, n_poses: int, gradients: str) -> int:
         whole = self.collate is not None and gradients == "graph"

@@ -104,7 +104,7 @@ def test_another_version_of_the_plugin_is_a_warning(install_plugin, tmp_path):
 )
 def test_what_cannot_be_read_is_told(state):
     model = model_of(SmoothMinimum())
-    with pytest.raises(CheckpointError, match=r"cannot be read .*delete the key '_extra_state'"):
+    with pytest.raises(CheckpointError, match=r"cannot be read .*ends in '_extra_state'"):
         model.load_state_dict(model.state_dict() | {"_extra_state": state})
 
 

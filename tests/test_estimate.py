@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from torch import Tensor
@@ -44,10 +46,18 @@ def test_chunks_are_counted_where_poses_run_together(pose_model, poses):
 
 
 def test_memory_is_that_of_graphs_and_gradients():
-    """One layer saves its input, 8 bytes a number, and autograd asks for no more."""
-    pose_model = torch.nn.Linear(100, 1).double()
+    """One layer saves its input, 8 bytes a number, and the other nothing more: it is the same."""
+
+    class Twice(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = torch.nn.Linear(100, 1).double()
+
+        def forward(self, pose):
+            return self.layer(pose) + self.layer(pose)
+
     poses = [torch.randn(100).double() for _ in range(5)]
-    estimate = MultiPoseModel(pose_model, SmoothMinimum()).estimate(poses)
+    estimate = MultiPoseModel(Twice(), SmoothMinimum()).estimate(poses)
     assert estimate.graph == 800
     assert estimate.parameters == (gradient := 808)
     assert {cost.gradients: cost.memory for cost in estimate.modes} == {
@@ -57,11 +67,25 @@ def test_memory_is_that_of_graphs_and_gradients():
     }
 
 
+def test_an_estimate_keeps_no_graph(pose_model, poses):
+    storages = []
+
+    class Tracking(torch.nn.Module):
+        def forward(self, pose):
+            hidden = pose_model(pose)
+            assert not any(storage() is not None for storage in storages[:-1])
+            storages.append(weakref.ref(hidden.untyped_storage()))
+            return hidden * hidden
+
+    MultiPoseModel(Tracking(), SmoothMinimum()).estimate(poses)
+    assert len(storages) == len(poses)
+
+
 def test_an_estimate_leaves_no_trace(pose_model, poses):
     pose_model.insert(1, torch.nn.BatchNorm1d(8).double())
     pose_model.insert(2, torch.nn.Dropout(0.5))
+    # A batch of one has no variance: they must be measured in the chunks of the mode.
     model = MultiPoseModel(pose_model, SmoothMinimum(), collate=torch.stack, chunk_size=7)
-    model.pose_model[1].eval()  # a batch of one has no variance
     before = {name: value.clone() for name, value in model.state_dict().items()}
     torch.manual_seed(0)
     drawn = torch.rand(1)
