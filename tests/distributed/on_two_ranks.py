@@ -11,7 +11,6 @@ import itertools
 import json
 import os
 import sys
-import tempfile
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
@@ -43,6 +42,9 @@ SIZES = [[4, 1], [1, 1, 3]]
 # Above what a case takes, and soon enough that one that hangs does not hold up the others.
 TIMEOUT = timedelta(seconds=10)
 
+# Where to write: see test_distributed.py.
+REPORT = Path(sys.argv[1]) if __name__ == "__main__" else Path()
+COUNTER = itertools.count()
 CASES: dict[str, Callable[[], None]] = {}
 
 
@@ -568,41 +570,62 @@ def minimum():
 
 
 def other_temperature():
-    return Learnable(0.8)
+    return Learnable(0.875)
+
+
+def save(model) -> str:
+    """Return the folder that all ranks have written their part to."""
+    folder = str(REPORT / f"checkpoint{next(COUNTER)}")
+    dcp.save(get_model_state_dict(model), checkpoint_id=folder)
+    return folder
+
+
+def load(model, folder: str) -> None:
+    state = get_model_state_dict(model)
+    dcp.load(state, checkpoint_id=folder)
+    set_model_state_dict(model, state)
 
 
 @case(wrap=[plain_ddp, root, nested])
 def a_distributed_checkpoint_knows_its_combination(wrap):
-    original = wrap(MultiPoseModel(new_pose_model(), Learnable(0.7)))
-    state = get_model_state_dict(original)
-    assert state["_extra_state"].dtype == torch.uint8
-    folder = [tempfile.mkdtemp() if dist.get_rank() == 0 else None]
-    dist.broadcast_object_list(folder)
-    dcp.save(state, checkpoint_id=folder[0])
+    model = wrap(MultiPoseModel(new_pose_model(), Learnable(0.7)))
+    assert get_model_state_dict(model)["_extra_state"].dtype == torch.uint8
     other = MultiPoseModel(new_pose_model(), Learnable(0.7))
     for param in other.parameters():
         torch.nn.init.zeros_(param)
     other = wrap(other)
-    read = get_model_state_dict(other)
-    dcp.load(read, checkpoint_id=folder[0])
-    set_model_state_dict(other, read)
-    check_same(parameters(other), parameters(original))
+    load(other, save(model))
+    check_same(parameters(other), parameters(model))
 
 
 @case(wrap=[plain_ddp, root, nested], other=[minimum, other_temperature])
 def a_distributed_checkpoint_of_another_combination_is_refused(wrap, other):
-    state = get_model_state_dict(wrap(MultiPoseModel(new_pose_model(), Learnable(0.7))))
+    """Its name and arguments take other numbers of bytes."""
+    folder = save(wrap(MultiPoseModel(new_pose_model(), Learnable(0.7))))
     model = wrap(MultiPoseModel(new_pose_model(), other()))
-    options = StateDictOptions(strict=other is not minimum)  # which has no parameter
-    load = partial(set_model_state_dict, model, state, options=options)
-    check_raises(CheckpointError, "the checkpoint is of", load)
+    check_raises(CheckpointError, "the checkpoint is of", partial(load, model, folder))
 
 
-def main(report: Path, wanted: Sequence[str]) -> None:
+@case(shard=[root, nested])
+def a_whole_checkpoint_is_read_by_rank_0_alone(shard):
+    model = shard(MultiPoseModel(new_pose_model(), Learnable(0.7)))
+    whole_state = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
+    for kT, match in ((0.7, None), (0.875, "the checkpoint is of")):
+        state = get_model_state_dict(model, options=whole_state)
+        other = shard(MultiPoseModel(new_pose_model(), Learnable(kT)))
+        read = partial(set_model_state_dict, other, state, options=from_rank_0)
+        if match is None:
+            read()
+        else:
+            check_raises(CheckpointError, match, read)
+
+
+def main(wanted: Sequence[str]) -> None:
     """Run all cases, or those that are named, and write down what failed, case by case."""
     warnings.simplefilter("error")
     rank = int(os.environ["RANK"])
-    store = dist.TCPStore(
+    store = dist.TCPStore(  # which torchrun itself holds
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=False,
@@ -623,10 +646,10 @@ def main(report: Path, wanted: Sequence[str]) -> None:
             failures[name] = ""
         except Exception:
             failures[name] = traceback.format_exc()
-        dist.destroy_process_group()
+        dist.destroy_process_group()  # and whoever waits for this rank has an error
         # After each, so that a crash leaves the rest to be read.
-        (report / f"rank{rank}.json").write_text(json.dumps(failures))
+        (REPORT / f"rank{rank}.json").write_text(json.dumps(failures))
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), sys.argv[2:])
+    main(sys.argv[2:])
