@@ -78,7 +78,9 @@ class MultiPoseModel(torch.nn.Module):
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
     chunk_size : poses in a batch, with ``collate``; by default all poses of a call in ``"graph"``,
-        and one in the other modes
+        and one in the other modes. Where parts of the pose model have been through ``fully_shard``,
+        every rank must run as many batches as the others: give each rank as many poses, or a
+        ``chunk_size`` above that.
     check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
         combination, and spares a GPU the wait.
 
