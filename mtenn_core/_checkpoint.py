@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import warnings
 from typing import Any
 
@@ -17,6 +18,8 @@ REMEDY = (
     "; make the model with what the checkpoint was made with, or, to load it anyway, delete the key"
     " that ends in '_extra_state' from the state dict and load with strict=False"
 )
+
+BLOCK = 1024
 
 
 def identity(combination: Combination) -> dict[str, Any]:
@@ -35,9 +38,12 @@ def written(combination: Combination) -> Tensor:
     """Return its identity as JSON in a tensor of bytes.
 
     As a tensor, since some formats of checkpoints (safetensors, distributed ones) hold no others.
+    Blanks fill it up to a round length: torch.distributed.checkpoint reads into the tensor of the
+    model that it loads into, whose version, say, may take another number of bytes.
     """
-    text = json.dumps(identity(combination), default=repr, ensure_ascii=False)
-    return torch.tensor(list(text.encode()), dtype=torch.uint8)
+    text = json.dumps(identity(combination), default=repr, ensure_ascii=False).encode()
+    n_bytes = BLOCK * math.ceil(len(text) / BLOCK)
+    return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.uint8)
 
 
 def check(state: object, combination: Combination) -> None:

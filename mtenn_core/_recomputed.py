@@ -143,7 +143,10 @@ class RecomputedGraphs:
 
     def _were_others(self) -> bool:
         """Whether the parameters were others in forward: those of a ``functional_call``."""
-        now = self._parameters.tensors()
+        try:
+            now = self._parameters.tensors()
+        except KeyError:  # FullyShardedDataParallel has taken them out, and puts them in itself
+            return False
         # Sharded ones are put in and taken out by fully_shard itself.
         return not _same(now, self._held) and not any(map(is_sharded, self._held))
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any, Protocol, TypeVar
 
+import torch
 import torch.distributed as dist
-import torch.distributed.nn.functional as differentiable
 from torch import Tensor
 from torch.nn.functional import pad
 
@@ -14,24 +15,41 @@ from mtenn_core.errors import PredictionError
 Group = dist.ProcessGroup
 
 
-def exchange_sizes(own_sizes: Callable[[], list[int]], group: Group) -> list[list[int]]:
-    """Return for each rank the number of poses that it has of each compound.
+class Call(Protocol):
+    """What one process was called with."""
+
+    @property
+    def sizes(self) -> list[int]: ...
+
+
+AnyCall = TypeVar("AnyCall", bound=Call)
+
+
+def exchange_sizes(checked: Callable[[], AnyCall], group: Group) -> tuple[AnyCall, list[list[int]]]:
+    """Return this process's call, and for each rank the number of its poses of each compound.
 
     Parameters
     ----------
-    own_sizes : returns those of this process, or raises; all have to know, since they would wait
+    checked : returns the call of this process, or raises; all have to know, since they would wait
 
     Raises
     ------
     PredictionError : on all ranks the same
     """
-    own: list[int] | PredictionError
+    own: AnyCall | PredictionError
     try:
-        own = own_sizes()
+        own = checked()
     except PredictionError as error:
         own = error
+    share = own if isinstance(own, PredictionError) else own.sizes
     shares: list[list[int] | PredictionError] = [[]] * dist.get_world_size(group)
-    dist.all_gather_object(shares, own, group)
+    dist.all_gather_object(shares, share, group)
+    sizes = _checked_shares(shares)
+    assert not isinstance(own, PredictionError)
+    return own, sizes
+
+
+def _checked_shares(shares: list[list[int] | PredictionError]) -> list[list[int]]:
     sizes = []
     for rank, share in enumerate(shares):
         if isinstance(share, PredictionError):
@@ -62,9 +80,41 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
     """
     longest = max(map(sum, shares))
     # gloo and nccl exchange tensors of one shape.
-    gathered = differentiable.all_gather(pad(own, (0, longest - len(own))), group)
+    gathered = _OfAllRanks.apply(pad(own, (0, longest - len(own))), group)
     parts = [
         of_rank[: sum(share)].split(list(share))
         for of_rank, share in zip(gathered, shares, strict=True)
     ]
     return [part[compound] for compound in range(len(shares[0])) for part in parts]
+
+
+# torch.distributed.nn.functional has both, and warns of its end from torch 2.13 on.
+class _OfAllRanks(torch.autograd.Function):
+    """The tensors of all ranks, shape (n_ranks, …)."""
+
+    @staticmethod
+    def forward(ctx: Any, own: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(gathered, own.contiguous(), group)
+        return torch.stack(gathered)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return _SumOverRanks.apply(grad_output, ctx.group), None
+
+
+class _SumOverRanks(torch.autograd.Function):
+    """The sum over ranks of their tensors, shape (n_ranks, …), of it the row of this rank."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
+        ctx.group = group
+        # Rows are a few numbers each: not worth a reduce_scatter, which gloo may lack.
+        total = rows.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=group)
+        return total[dist.get_rank(group)].clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
+        return _OfAllRanks.apply(grad_output, ctx.group), None

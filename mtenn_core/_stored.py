@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mtenn_core._module_state import Places, lock_of
 from mtenn_core._pose_graphs import leaves
+from mtenn_core._recomputed import is_sharded
 from mtenn_core.errors import GradientError
 from mtenn_core.gradients import at_least_float32, attach
 
@@ -43,9 +44,14 @@ class StoredGradients:
     ----------
     predictions : shape (n_poses,), detached
     params : the parameters by name
+
+    Raises
+    ------
+    GradientError : the pose model is sharded, or has a gradient that would be lost
     """
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any], predict: Predict) -> None:
+        _refuse_sharded(pose_model)
         with lock_of(pose_model):
             trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
             self._blocks = _blocks(trainable)
@@ -173,6 +179,33 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
             parameter=name,
         )
     return gradient.reshape(-1)
+
+
+def _refuse_sharded(pose_model: torch.nn.Module) -> None:
+    """Raise if the pose model, or a part of it, is spread over processes.
+
+    Their hooks put parameters in and take them out in each run, and would not see the gradients.
+    """
+    for name, module in pose_model.named_modules():
+        if _shards(module) or any(map(is_sharded, module.parameters(recurse=False))):
+            raise GradientError(
+                f"module {name or type(pose_model).__name__!r} of the pose model is sharded over"
+                " processes, and gradients='stored' takes the gradients of whole parameters: use"
+                " gradients='recomputed' or 'graph', or shard the MultiPoseModel as one"
+            )
+
+
+def _shards(module: torch.nn.Module) -> bool:
+    """Whether a module has been through ``fully_shard``, or is a ``FullyShardedDataParallel``.
+
+    Between forward and backward its parameters may look like any others. By name, since the
+    classes moved from one module of torch to another, whose import takes time.
+    """
+    return any(
+        parent.__name__ in ("FSDPModule", "FullyShardedDataParallel")
+        and parent.__module__.startswith("torch.distributed.")
+        for parent in type(module).__mro__
+    )
 
 
 def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None:

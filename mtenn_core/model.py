@@ -46,6 +46,21 @@ class MultiPoseOutput(NamedTuple):
     pose_predictions: Tensor
 
 
+class _Call(NamedTuple):
+    """What one process was called with, checked.
+
+    Attributes
+    ----------
+    poses : the poses, or one batch of them
+    sizes : the number of poses of each compound
+    inputs : of each pose, by name, shape (n_poses,)
+    """
+
+    poses: list[Any]
+    sizes: list[int]
+    inputs: dict[str, Tensor]
+
+
 class MultiPoseModel(torch.nn.Module):
     """Predicts one number for a compound from many poses of it.
 
@@ -63,7 +78,9 @@ class MultiPoseModel(torch.nn.Module):
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
     chunk_size : poses in a batch, with ``collate``; by default all poses of a call in ``"graph"``,
-        and one in the other modes
+        and one in the other modes. Where parts of the pose model have been through ``fully_shard``,
+        every rank must run as many batches as the others: give each rank as many poses, or a
+        ``chunk_size`` above that.
     check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
         combination, and spares a GPU the wait.
 
@@ -178,10 +195,18 @@ class MultiPoseModel(torch.nn.Module):
         collated: bool,
         group: Group | None,
     ) -> MultiPoseOutput:
-        poses = [poses] if collated else _as_list(poses)
-        n_poses, shares = self._sizes(poses, sizes, collated, group)
-        predictions, stored = self._predict(poses, sum(shares[0]) if collated else None)
-        inputs = self._inputs(pose_inputs, predictions)
+        self._check_depth(group)
+        checked = partial(self._checked, poses, sizes, pose_inputs, collated)
+        if group is None:
+            call = checked()
+            shares = [call.sizes]
+        else:
+            from mtenn_core._shared_poses import exchange_sizes
+
+            call, shares = exchange_sizes(checked, group)
+        n_poses = self._n_poses(shares, sizes)
+        predictions, stored = self._predict(call.poses, sum(call.sizes) if collated else None)
+        inputs = _like(predictions, call.inputs)
         if group is not None:
             from mtenn_core._shared_poses import gather_poses
 
@@ -211,10 +236,10 @@ class MultiPoseModel(torch.nn.Module):
         ----------
         poses, sizes, pose_inputs : as for ``forward``
         """
-        poses = _as_list(poses)
-        n_poses, _ = self._sizes(poses, sizes, False, None)
+        poses, own_sizes, given = self._checked(poses, sizes, pose_inputs or {}, False)
+        n_poses = self._n_poses([own_sizes], sizes)
         predictions, graphs = measured(self.pose_model, self._runs(poses))
-        inputs = self._inputs(pose_inputs or {}, predictions)
+        inputs = _like(predictions, given)
         weights = torch.cat(
             [
                 self.combination.pose_weights(part, **own)
@@ -227,23 +252,36 @@ class MultiPoseModel(torch.nn.Module):
             self.pose_model, graphs, weights, {"stored": 1} if full_depth else chunk_sizes
         )
 
-    def _sizes(
-        self, poses: list[Any], sizes: Sequence[int] | None, collated: bool, group: Group | None
-    ) -> tuple[list[int], list[list[int]]]:
-        """Return the number of poses of each compound, and that of each rank's part of them."""
-        own_sizes = partial(_own_sizes, poses, sizes, collated)
-        if group is None:
-            shares = [own_sizes()]
-        else:
-            from mtenn_core._shared_poses import exchange_sizes
+    def _check_depth(self, group: Group | None) -> None:
+        """Raise if a combination needs gradients that are in other processes."""
+        full_depth = self.gradients == "stored" and overrides(type(self.combination), "forward")
+        if full_depth and group is not None and torch.is_grad_enabled():
+            raise ValueError(
+                f"{type(self.combination).__name__} overrides forward, which works on all gradients"
+                " in one process, and group= leaves those of a compound on several: give it the"
+                " whole compound, or write combine(predictions) and use gradients='recomputed'"
+            )
 
-            shares = exchange_sizes(own_sizes, group)
+    def _checked(
+        self,
+        poses: Iterable[Any],
+        sizes: Sequence[int] | None,
+        pose_inputs: Mapping[str, Any],
+        collated: bool,
+    ) -> _Call:
+        """Return what this process was called with, or raise if it does not fit together."""
+        poses = [poses] if collated else _as_list(poses)
+        own_sizes = _own_sizes(poses, sizes, collated)
+        return _Call(poses, own_sizes, self._inputs(pose_inputs, sum(own_sizes)))
+
+    def _n_poses(self, shares: list[list[int]], sizes: Sequence[int] | None) -> list[int]:
+        """Return the number of poses of each compound, of that of each rank's part of them."""
         n_poses = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
         for compound, size in enumerate(n_poses):
             check_n_poses(self.combination, size, None if sizes is None else compound)
-        return n_poses, shares
+        return n_poses
 
-    def _inputs(self, given: Mapping[str, Any], predictions: Tensor) -> dict[str, Tensor]:
+    def _inputs(self, given: Mapping[str, Any], n_poses: int) -> dict[str, Tensor]:
         """Return what the combination needs, beside predictions, for each pose."""
         who, names = type(self.combination).__name__, self.combination.pose_inputs
         for name in given:
@@ -259,18 +297,12 @@ class MultiPoseModel(torch.nn.Module):
                     f"{who} needs pose_inputs={{{name!r}: …}}, one number for each pose; found"
                     f" {sorted(given)}"
                 )
-            try:
-                values = torch.as_tensor(
-                    given[name], dtype=predictions.dtype, device=predictions.device
-                )
-            except (TypeError, ValueError, RuntimeError) as error:
-                raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
-            if values.shape != predictions.shape:
+            inputs[name] = _numbers(name, given[name])
+            if inputs[name].shape != (n_poses,):
                 raise PredictionError(
                     f"pose_inputs[{name!r}] must be one number for each pose, shape"
-                    f" {tuple(predictions.shape)}; found shape {tuple(values.shape)}"
+                    f" {(n_poses,)}; found shape {tuple(inputs[name].shape)}"
                 )
-            inputs[name] = values
         return inputs
 
     def _predict(
@@ -357,6 +389,19 @@ def _as_list(poses: Iterable[Any]) -> list[Any]:
         raise PredictionError(
             f"poses must be a sequence, one entry per pose; found {type(poses).__name__}"
         ) from None
+
+
+def _like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
+    return {n: i.to(predictions.device, predictions.dtype) for n, i in inputs.items()}
+
+
+def _numbers(name: str, values: Any) -> Tensor:
+    if isinstance(values, Tensor):
+        return values
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
 
 
 def _own_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) -> list[int]:
