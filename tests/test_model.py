@@ -293,18 +293,33 @@ def test_dropout_is_the_same_in_both_modes(pose_model, poses):
     assert_same_gradients(*found)
 
 
-def test_stored_gradients_survive_an_optimizer_step(pose_model, poses):
-    """They were taken at the parameters of the forward pass, and need no parameter any more."""
+CHANGES = {
+    "an optimizer step": lambda model, poses: torch.optim.SGD(model.parameters(), lr=1.0).step(),
+    "an edit of a pose": lambda model, poses: poses.mul_(2),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_stored_gradients_survive_what_changes_before_backward(pose_model, poses, change):
+    """They were taken in forward, and need neither parameters nor poses any more."""
     model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
     model(poses).prediction.backward()
     expected = copy.deepcopy(grads(model))
-    model.zero_grad()
     out = model(poses)
-    with torch.no_grad():
-        for param in pose_model.parameters():
-            param.add_(1.0)
+    CHANGES[change](model, poses)
+    model.zero_grad()
     out.prediction.backward()
     assert_same_gradients(grads(model), expected)
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_graph_leaves_what_changes_before_backward_to_torch(pose_model, poses, change):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="graph")
+    model(poses).prediction.backward()
+    out = model(poses)
+    CHANGES[change](model, poses)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.prediction.backward()
 
 
 def test_stored_frees_every_graph_and_then_the_gradients(pose_model, poses):
