@@ -116,7 +116,7 @@ class _Sizes:
 def estimate(
     pose_model: torch.nn.Module,
     graphs: Sequence[float],
-    weights: Tensor,
+    counts: Tensor,
     chunk_sizes: Mapping[str, int],
 ) -> Estimate:
     """Return the bill of each mode.
@@ -124,18 +124,16 @@ def estimate(
     Parameters
     ----------
     graphs : bytes of the graph of each pose
-    weights : of the poses, shape (n_poses,)
+    counts : which poses have a weight, shape (n_poses,), bool
     chunk_sizes : by mode, how many poses run together
     """
     params = [param for param in pose_model.parameters() if param.requires_grad]
     gradient = sum(param.nbytes for param in params)
-    modes = tuple(
-        _cost(mode, graphs, weights, size, gradient) for mode, size in chunk_sizes.items()
-    )
-    free = free_memory(weights.device)
+    modes = tuple(_cost(mode, graphs, counts, size, gradient) for mode, size in chunk_sizes.items())
+    free = free_memory(counts.device)
     return Estimate(
         n_poses=len(graphs),
-        n_with_weight=int((weights != 0).sum()),
+        n_with_weight=int(counts.sum()),
         graph=round(max(graphs)),
         parameters=gradient,
         free=free,
@@ -145,10 +143,10 @@ def estimate(
 
 
 def _cost(
-    mode: str, graphs: Sequence[float], weights: Tensor, chunk_size: int, gradient: int
+    mode: str, graphs: Sequence[float], counts: Tensor, chunk_size: int, gradient: int
 ) -> ModeCost:
     chunks = [sum(graphs[i : i + chunk_size]) for i in range(0, len(graphs), chunk_size)]
-    with_weight = sum(bool((part != 0).any()) for part in weights.split(chunk_size))
+    with_weight = sum(bool(part.any()) for part in counts.split(chunk_size))
     # The gradient, and the part of it that is added next.
     memory = 2 * gradient
     if mode == "graph":

@@ -20,16 +20,28 @@ class Chunk(Protocol):
     left_out: bool
 
 
-def join_chunks(predictions: Sequence[Tensor], chunks: Sequence[Chunk] = ()) -> Tensor:
+def join_chunks(
+    predictions: Sequence[Tensor], chunks: Sequence[Chunk] = (), skip_below: float = 0.0
+) -> Tensor:
     """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
 
     Its backward leaves out a chunk whose weights are all zero, so that it costs nothing and that
     an infinite gradient of a pose without weight does no harm (0 · inf is NaN).
+
+    Parameters
+    ----------
+    skip_below : leave out weights up to this fraction of the largest, too
     """
     if len(predictions) == 1 or not any(chunk.requires_grad for chunk in predictions):
         return torch.cat(list(predictions))
-    joined: Tensor = _Join.apply(chunks, *predictions)
+    joined: Tensor = _Join.apply(chunks, skip_below, *predictions)
     return joined
+
+
+def with_weight(weights: Tensor, skip_below: float) -> Tensor:
+    """Return which poses count, shape (n_poses,); a weight that is NaN does."""
+    sizes = weights.abs()
+    return ~(sizes <= skip_below * sizes.max())
 
 
 class _Join(torch.autograd.Function):
@@ -38,12 +50,12 @@ class _Join(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(chunks: Sequence[Chunk], *predictions: Tensor) -> Tensor:
+    def forward(chunks: Sequence[Chunk], skip_below: float, *predictions: Tensor) -> Tensor:
         return torch.cat(predictions)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.chunks, *predictions = inputs
+        ctx.chunks, ctx.skip_below, *predictions = inputs
         ctx.sizes = [len(chunk) for chunk in predictions]
 
     @staticmethod
@@ -52,14 +64,15 @@ class _Join(torch.autograd.Function):
         if torch.is_grad_enabled():  # a weight of zero may have a derivative that is not
             runs = [True] * len(parts)
         else:
-            has_weight = [any(w) for w in _split((weights != 0).tolist(), ctx.sizes)]
+            counts = with_weight(weights, ctx.skip_below).tolist()
+            has_weight = [any(of_chunk) for of_chunk in _split(counts, ctx.sizes)]
             runs = _runs([node for node, _ in ctx.next_functions], has_weight)
         for chunk, run in zip(ctx.chunks, runs, strict=False):
             chunk.left_out = not run
-        return None, *(part if run else None for part, run in zip(parts, runs, strict=True))
+        return None, None, *(part if run else None for part, run in zip(parts, runs, strict=True))
 
     @staticmethod
-    def jvp(ctx: Any, _: None, *tangents: Tensor) -> Tensor:
+    def jvp(ctx: Any, _chunks: None, _skip_below: None, *tangents: Tensor) -> Tensor:
         return torch.cat(tangents)
 
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtenn_core import _checkpoint
 from mtenn_core._estimate import Estimate, estimate, measured
-from mtenn_core._pose_graphs import join_chunks
+from mtenn_core._pose_graphs import join_chunks, with_weight
 from mtenn_core._recomputed import RecomputedGraphs
 from mtenn_core._stored import StoredGradients
 from mtenn_core.combination import (
@@ -81,6 +81,9 @@ class MultiPoseModel(torch.nn.Module):
         and one in the other modes. Where parts of the pose model have been through ``fully_shard``,
         every rank must run as many batches as the others: give each rank as many poses, or a
         ``chunk_size`` above that.
+    skip_below : leave poses out of backward whose weight in the loss is at most this fraction of
+        the largest. The gradient is then off by at most Σ |v_i| ‖∂ŷ_i/∂θ‖ over those left out, with
+        v_i the derivative of the loss with respect to ŷ_i; 0 leaves out those that are exactly zero
     check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
         combination, and spares a GPU the wait.
 
@@ -98,6 +101,7 @@ class MultiPoseModel(torch.nn.Module):
         gradients: GradientMode = "graph",
         collate: Collate | None = None,
         chunk_size: int | None = None,
+        skip_below: float = 0.0,
         check_finite: bool = True,
     ) -> None:
         super().__init__()
@@ -108,6 +112,7 @@ class MultiPoseModel(torch.nn.Module):
         self.gradients = gradients
         self.collate = collate
         self.chunk_size = chunk_size
+        self.skip_below = skip_below
         self.check_finite = check_finite
         self._check_options()
 
@@ -119,6 +124,13 @@ class MultiPoseModel(torch.nn.Module):
             raise ValueError(
                 f"{type(self.combination).__name__} defines forward alone, which works on stored"
                 " gradients: use gradients='stored', or give it a combine(predictions)"
+            )
+        if not 0 <= self.skip_below < 1:
+            raise ValueError(f"skip_below must be at least 0 and below 1; found {self.skip_below}")
+        if self.skip_below and self.gradients == "stored":
+            raise ValueError(
+                "gradients='stored' takes the gradient of a pose before its weight is known:"
+                " skip_below is for 'recomputed' and 'graph'"
             )
         if self.chunk_size is None:
             return
@@ -246,10 +258,11 @@ class MultiPoseModel(torch.nn.Module):
                 for part, own in zip(*self._by_compound(predictions, inputs, n_poses), strict=True)
             ]
         )
+        counts = with_weight(weights, self.skip_below)
         full_depth = not overrides(type(self.combination), "combine")
         chunk_sizes = {mode: self._chunk_size(len(poses), mode) for mode in get_args(GradientMode)}
         return estimate(
-            self.pose_model, graphs, weights, {"stored": 1} if full_depth else chunk_sizes
+            self.pose_model, graphs, counts, {"stored": 1} if full_depth else chunk_sizes
         )
 
     def _check_depth(self, group: Group | None) -> None:
@@ -327,8 +340,8 @@ class MultiPoseModel(torch.nn.Module):
         if self.gradients == "recomputed" and with_grad:
             graphs = RecomputedGraphs(self.pose_model)
             predictions, chunks = zip(*(graphs.predict(r, *r.args[:2]) for r in runs), strict=True)
-            return join_chunks(predictions, chunks), None
-        return join_chunks([run() for run in runs]), None
+            return join_chunks(predictions, chunks, self.skip_below), None
+        return join_chunks([run() for run in runs], skip_below=self.skip_below), None
 
     def _runs(self, poses: list[Any], in_batch: int | None = None) -> list[partial[Tensor]]:
         """Return calls that predict a chunk of poses each; their arguments begin with the poses."""

@@ -561,6 +561,8 @@ def test_a_compound_with_too_few_poses_is_named(pose_model, poses):
         ({"gradients": "grpah"}, r"one of \('graph', 'stored', 'recomputed'\); found 'grpah'"),
         ({"chunk_size": 2}, "needs collate"),
         ({"chunk_size": 0}, "at least 1; found 0"),
+        ({"skip_below": -1.0}, r"skip_below must be at least 0 and below 1; found -1\.0"),
+        ({"skip_below": 1e-3, "gradients": "stored"}, "for 'recomputed' and 'graph'"),
         (
             {"chunk_size": 2, "collate": torch.stack, "gradients": "stored"},
             "pose by pose.*chunk_size must be 1 or None; found 2",

@@ -124,6 +124,31 @@ def test_a_weight_that_is_nan_is_never_left_out(pose_model, poses):
     assert all(p.grad.isnan().any() for p in pose_model.parameters())
 
 
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_small_weights_are_left_out_on_request_within_the_bound(pose_model, poses, gradients):
+    counting = Counting(pose_model)
+    model = MultiPoseModel(counting, ClosedForm(20.0), gradients=gradients, skip_below=1e-2)
+    exact = gradients_of(model_of_all := MultiPoseModel(counting, ClosedForm(20.0)), poses, loss=_y)
+    predictions = model_of_all(poses).pose_predictions
+    weights = torch.softmax(-20.0 * predictions.detach(), dim=0)
+    small = weights <= 1e-2 * weights.max()
+    assert 0 < small.sum() < 7
+    bound = 0.0
+    for weight, prediction in zip(weights[small], predictions[small], strict=True):
+        own = torch.autograd.grad(prediction, list(pose_model.parameters()), retain_graph=True)
+        bound += weight * torch.cat([g.flatten() for g in own]).norm()
+    counting.n_runs = 0
+    found = gradients_of(model, poses, loss=_y)
+    assert counting.n_runs == 7 + (gradients == "recomputed") * (~small).sum()
+    assert model.estimate(poses).n_with_weight == (~small).sum()
+    error = torch.cat([(found[name] - exact[name]).flatten() for name in exact]).norm()
+    assert 0 < error <= bound * (1 + 1e-12)  # the bound itself is a sum that is rounded
+
+
+def _y(out):
+    return out.prediction
+
+
 def test_chunks_are_left_out_as_a_whole(pose_model, poses):
     counting = Counting(pose_model)
     out = recomputed(counting, collate=torch.stack, chunk_size=3)(poses)
