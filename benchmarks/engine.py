@@ -103,7 +103,8 @@ class Ratio:
     fastest: float
 
     def __str__(self) -> str:
-        return f"{self.median:.2f} ({self.fastest:.2f})"
+        digits = 2 if abs(self.median) < 20 else 0
+        return f"{self.median:.{digits}f} ({self.fastest:.{digits}f})"
 
 
 def main() -> None:
@@ -128,7 +129,7 @@ def main() -> None:
     if options.plots:
         from engine_plots import save_plots
 
-        save_plots(results, jobs, options.plots)
+        save_plots(results, families(jobs), options.plots)
 
 
 def parse() -> argparse.Namespace:
@@ -215,6 +216,19 @@ def growth_in_parameters() -> list[Case]:
 
 def growth_in_compounds() -> list[Case]:
     return [Case(4 * n, n_compounds=n) for n in (1, 8, 64, 250)]
+
+
+def families(jobs: list[Job]) -> dict[str, list[Case]]:
+    """Return the cases to be drawn together."""
+    timed = set(of(jobs, MODES))
+    grown = {
+        "poses": growth_in_poses((1, 3, 10, 32, 100, 320, 1000)),
+        "parameters": growth_in_parameters(),
+        "compounds": growth_in_compounds(),
+    }
+    big = (Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense"))
+    grown["trade-off"] = [*big, Case(128, SMALL, 3_000_000, "sharp")]
+    return {what: [case for case in cases if case in timed] for what, cases in grown.items()}
 
 
 def jobs_of(case: Case, ways: tuple[str, ...] = TIMED) -> Iterator[Job]:
@@ -313,9 +327,9 @@ def time_cell(results: Results, case: Case, way: str, gigabytes: float) -> str:
 
 
 def left_out(case: Case, way: str, gigabytes: float) -> str:
-    """Say why there is no figure."""
+    """Say why there is no figure, if it is the memory."""
     needs = needed(case, way) / 1e9
-    return f"–, needs about {needs:.0f} GB" if needs > gigabytes else "–, failed"
+    return f"–, needs about {needs:.0f} GB" if needs > gigabytes else "–"
 
 
 def over(one: float, other: float) -> float:
@@ -396,14 +410,18 @@ def overhead_table(results: Results, cases: list[Case]) -> Table:
 def overhead(results: Results, case: Case, mode: str) -> Ratio:
     """Return µs per pose beyond the pose model's own forwards and backwards.
 
-    Those of ``recomputed`` are a forward of all poses and both of those whose weight is not zero.
+    A pose whose weight is zero needs no backward, except in ``stored``; in ``recomputed`` the
+    others need a second forward.
     """
-    n_weights = results.get("times", case, "n_weights")
-    share = n_weights / case.n_poses if mode == RECOMPUTED else 1.0
-    forwards = 1.0 if mode == RECOMPUTED else 0.0
+    share = results.get("times", case, "n_weights") / case.n_poses
 
     def beyond(taken: float, both: float, forward: float) -> float:
-        return 1e6 * (taken - share * both - forwards * forward) / case.n_poses
+        own = {
+            GRAPH: forward + share * (both - forward),
+            STORED: both,
+            RECOMPUTED: forward + share * both,
+        }
+        return 1e6 * (taken - own[mode]) / case.n_poses
 
     return results.ratio(case, beyond, mode, BARE, FORWARD)
 

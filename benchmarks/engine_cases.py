@@ -161,11 +161,17 @@ def vector(case: Case) -> Model:
     n_hidden = case.n_tensors // 2 - 2
     between = math.isqrt(max(1, case.n_parameters // max(1, n_hidden)))
     width = max(4, between) if n_hidden else max(4, case.n_parameters // 10)
-    layers: list[torch.nn.Module] = [torch.nn.Linear(8, width)]
-    for _ in range(n_hidden):
-        layers += [torch.nn.SiLU(), torch.nn.Linear(width, width)]
-    layers += [torch.nn.SiLU(), torch.nn.Linear(width, 1)]
+    hidden = [Residual(width, width) for _ in range(n_hidden)]
+    layers = [torch.nn.Linear(8, width), torch.nn.SiLU(), *hidden, torch.nn.Linear(width, 1)]
     return torch.nn.Sequential(*layers), list(torch.randn(case.n_poses, 8)), None
+
+
+class Residual(torch.nn.Linear):
+    """A layer that adds to its input, so that twenty of them still tell poses apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + silu(W x + b)."""
+        return x + torch.nn.functional.silu(super().forward(x))
 
 
 def molecules(case: Case) -> Model:
@@ -308,10 +314,11 @@ class Setup:
             self._predict(pose)
 
     def _copy(self) -> None:
+        # As one tensor: what a call takes for each parameter tensor is not what a copy is.
         if not hasattr(self, "_copies"):
-            self._copies = [p.detach().clone() for p in self.params]
-        for copy, param in zip(self._copies, self.params, strict=True):
-            copy.copy_(param.detach())
+            flat = torch.cat([p.detach().flatten() for p in self.params])
+            self._copies = flat, flat.clone()
+        self._copies[1].copy_(self._copies[0])
 
     def graph_bytes(self) -> int:
         """Return what the graph of one pose keeps alive, parameters and the pose left out."""
