@@ -10,7 +10,8 @@ Times: the ways take turns in one fresh process for each case. A ratio is the me
 rounds and, in brackets, that of the fastest steps: where the two differ, the machine was noisy.
 With ``--threads 1`` they are CPU times, which what else runs there hardly changes.
 Memory: the highest resident size in a step less that before it, in a fresh process for each way,
-after a small step that loads what there is to load, the allocator pinned; median of three steps.
+after a small step that loads what there is to load, the allocator pinned; median of three steps,
+with ``--quick`` the first of them, which is up to 3 % higher.
 G, the graph of a pose, is the sum of the storages that its graph saves, parameters not counted.
 """
 
@@ -45,6 +46,7 @@ from rich.table import Table
 
 GRAPH, STORED, RECOMPUTED = MODES
 SMALL, BIG = 20, 150  # atoms
+SHOWN = "trade-off"
 TIMED = (*BASELINES, *MODES, BARE, FORWARD)
 MOLECULES = Case(320, n_compounds=64, pose_model="molecules")
 MOLECULE_WAYS = (PLAIN, ONE_BATCH, GRAPH)
@@ -116,7 +118,10 @@ def main() -> None:
     jobs = list(dict.fromkeys(quick_jobs() if options.quick else full_jobs()))
     jobs = [job for job in (fitting(job, options.memory) for job in jobs) if job.ways]
     for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
-        more = {"seconds": options.seconds} if job.what == "times" else {}
+        more = {
+            "times": {"seconds": options.seconds},
+            "peak": {"repeats": 1 if options.quick else 3},
+        }.get(job.what, {})
         results.add(job, measure(job.what, job.case, job.ways, threads=options.threads, **more))
         if options.json:
             options.json.write_text(json.dumps(results.raw, indent=1) + "\n", encoding="utf-8")
@@ -138,13 +143,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--quick", action="store_true", help="the cases of the targets alone")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, metavar="GB", help="default: half of what is free")
-    parser.add_argument("--seconds", type=float, help="to take times of a case; default 4 or 15")
+    parser.add_argument("--seconds", type=float, help="to take times of a case; default 15, or 2")
     parser.add_argument("--plots", type=Path, metavar="FOLDER", help="needs matplotlib")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the raw figures")
     options = parser.parse_args()
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     options.memory = options.memory or free / 2e9
-    options.seconds = options.seconds or (4.0 if options.quick else 15.0)
+    options.seconds = options.seconds or (2.0 if options.quick else 15.0)
     return options
 
 
@@ -153,9 +158,11 @@ def parse() -> argparse.Namespace:
 
 def quick_jobs() -> Iterator[Job]:
     """Yield the cases of the targets."""
-    big = Case(32, BIG, 3_000_000)
-    for weights in ("sharp", "dense"):
-        yield from jobs_of(Case(**asdict(big) | {"weights": weights}))
+    yield from jobs_of(Case(32, BIG, 3_000_000, "sharp"))
+    dense = Case(32, BIG, 3_000_000, "dense")
+    yield Job("times", dense, (PLAIN, STORED, RECOMPUTED, BARE, FORWARD))
+    for mode in (STORED, RECOMPUTED):
+        yield Job("peak", dense, (mode,))
     yield from jobs_of(Case(128, SMALL, 3_000_000, "sharp"))
     yield Job("times", MOLECULES, MOLECULE_WAYS)
     for case in overheads(((4, 1000), (40, 10_000), (40, 1_000_000))):
@@ -181,7 +188,7 @@ def full_jobs() -> Iterator[Job]:
         *growth_in_parameters(),
         *growth_in_compounds(),
     ):
-        yield from jobs_of(case, (PLAIN, *MODES))
+        yield from jobs_of(case)
 
 
 def matrix() -> Iterator[Case]:
@@ -227,7 +234,7 @@ def families(jobs: list[Job]) -> dict[str, list[Case]]:
         "compounds": growth_in_compounds(),
     }
     big = (Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense"))
-    grown["trade-off"] = [*big, Case(128, SMALL, 3_000_000, "sharp")]
+    grown[SHOWN] = [*big, Case(128, SMALL, 3_000_000, "sharp")]
     return {what: [case for case in cases if case in timed] for what, cases in grown.items()}
 
 
@@ -270,7 +277,7 @@ def _graph_bytes(n_atoms: int, n_parameters: int) -> int:
 
 def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
     """Print all tables."""
-    cases = list(dict.fromkeys(job.case for job in jobs if GUIDE in job.ways))
+    cases = [case for case in dict.fromkeys(of(jobs, (PLAIN,))) if case in set(matrix())]
     console.print("\n[bold]A training step[/]: time, as a multiple of plain autograd's")
     console.print(times_table(results, cases, gigabytes))
     console.print("\n[bold]A training step[/]: peak memory, MB (as a multiple of G + 2 P)")
@@ -284,8 +291,8 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
     console.print("\n[bold]1,000 steps[/]: resident size, MB")
     console.print(thousand_table(results, jobs))
     console.print("\n[bold]Growth[/]: ms of a step per pose, and peak memory in MB")
-    grown = [case for case in of(jobs, MODES) if case not in cases and case.pose_model == "pairs"]
-    console.print(growth_table(results, grown, gigabytes))
+    grown = [case for what, of_one in families(jobs).items() if what != SHOWN for case in of_one]
+    console.print(growth_table(results, list(dict.fromkeys(grown)), gigabytes))
     console.print("\n[bold]Targets[/]")
     console.print(targets_table(results))
 

@@ -60,7 +60,7 @@ def save(figure: plt.Figure, path: Path) -> Path:
 def growth(results: Results, what: str, cases: Sequence[Case]) -> plt.Figure:
     """Time and memory of a step, on two axes side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
-    for way in (PLAIN, *MODES):
+    for way in STYLES:
         seconds = {case: results.seconds(case, way) for case in cases}
         sizes = {case: results.get("peak", case, way) for case in cases}
         line(left, what, way, seconds)
@@ -70,7 +70,7 @@ def growth(results: Results, what: str, cases: Sequence[Case]) -> plt.Figure:
         axes.set(xscale="log", yscale="log", xlabel=f"number of {what}", ylabel=label)
         axes.grid(which="major", alpha=0.3)
     left.legend(frameon=False)
-    figure.suptitle(f"growth with the number of {what}; the others as in: {cases[0]}", fontsize=10)
+    figure.suptitle(f"from {cases[0]} to {cases[-1]}", fontsize=10)
     return figure
 
 

@@ -26,7 +26,6 @@ PINNED = {
     "MALLOC_ARENA_MAX": "1",
 }
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-MEMORY_STEPS = 3
 
 
 def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
@@ -35,7 +34,7 @@ def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
     Parameters
     ----------
     what : ``"times"``, ``"peak"`` or ``"thousand_steps"``, functions of this file
-    options : ``threads`` for all; ``seconds``, how long to take times
+    options : ``threads`` for all; ``seconds``, how long to take times, and ``repeats`` of a peak
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
     environment = {**os.environ, **(PINNED if what != "times" else {})}
@@ -89,7 +88,7 @@ def check(setup: Setup, steps: dict[str, Step]) -> None:
                 raise SystemExit(f"{setup.case}: {way} is off by {error:.1e}")
 
 
-def peak(setup: Setup, ways: Sequence[str]) -> int | None:
+def peak(setup: Setup, ways: Sequence[str], repeats: int) -> int | None:
     """Return the most bytes that one step takes, beyond what the process had before."""
     (way,) = ways
     if not (PROCESS / "clear_refs").exists():
@@ -97,7 +96,7 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
     setup.steps(warm_up)[way]()
     step, found = setup.steps()[way], []
-    for _ in range(MEMORY_STEPS):
+    for _ in range(repeats):
         setup.clear()
         (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
         before = resident("VmRSS")
