@@ -1,0 +1,522 @@
+"""What a training step of a multi-pose model takes, in time and memory, and what others take.
+
+    python benchmarks/engine.py [--quick] [--memory GB] [--plots FOLDER] [--json FILE]
+
+Every way takes the same gradients, which is checked: each mode of ``MultiPoseModel``; plain
+autograd over all poses; ``torch.utils.checkpoint`` for each pose; and the guide's class with a loop
+that stores a gradient for each pose. A step is forward and backward, without an optimizer.
+
+Times: the ways take turns in one fresh process for each case. A ratio is the median of those of the
+rounds and, in brackets, that of the fastest steps: where the two differ, the machine was noisy.
+With ``--threads 1`` they are CPU times, which what else runs there hardly changes.
+Memory: the highest resident size in a step less that before it, in a fresh process for each way,
+after a small step that loads what there is to load, the allocator pinned; median of three steps,
+with ``--quick`` the first of them, which is up to 3 % higher.
+G, the graph of a pose, is the sum of the storages that its graph saves, parameters not counted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import asdict, dataclass
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from engine_cases import (
+    BARE,
+    BASELINES,
+    COPY,
+    FORWARD,
+    GUIDE,
+    MODES,
+    ONE_BATCH,
+    PLAIN,
+    Case,
+    Setup,
+)
+from engine_process import measure
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+GRAPH, STORED, RECOMPUTED = MODES
+SMALL, BIG = 20, 150  # atoms
+SHOWN = "trade-off"
+TIMED = (*BASELINES, *MODES, BARE, FORWARD)
+MOLECULES = Case(320, n_compounds=64, pose_model="molecules")
+MOLECULE_WAYS = (PLAIN, ONE_BATCH, GRAPH)
+OVERHEAD_WAYS = (*MODES, BARE, FORWARD, COPY)
+console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 130)))
+
+
+@dataclass(frozen=True)
+class Job:
+    """What one fresh process measures."""
+
+    what: str
+    case: Case
+    ways: tuple[str, ...]
+
+
+class Results:
+    """All that was measured, by job."""
+
+    def __init__(self) -> None:
+        self.raw: list[dict[str, object]] = []
+        self._found: dict[tuple[str, Case, str], object] = {}
+
+    def add(self, job: Job, found: object) -> None:
+        """Keep what a job has found; nothing, where its process was killed."""
+        self.raw.append({**asdict(job), "found": found})
+        if found is None:
+            return
+        if not isinstance(found, dict):
+            found = {job.ways[0]: found}
+        for way, figure in found.items():
+            self._found[job.what, job.case, way] = figure
+
+    def get(self, what: str, case: Case, way: str) -> object:
+        """Return a figure, None if there is none."""
+        return self._found.get((what, case, way))
+
+    def seconds(self, case: Case, way: str) -> float | None:
+        """Return the median time of a step."""
+        taken = self.get("times", case, way)
+        return median(taken) if taken else None
+
+    def ratio(self, case: Case, formula: Callable[..., float], *ways: str) -> Ratio | None:
+        """Return a formula of the times of some ways."""
+        times = [self.get("times", case, way) for way in ways]
+        if not all(times):
+            return None
+        return Ratio(median(map(formula, *times)), formula(*map(min, times)))
+
+
+@dataclass(frozen=True)
+class Ratio:
+    """The median over the rounds, and that of the fastest steps."""
+
+    median: float
+    fastest: float
+
+    def __str__(self) -> str:
+        digits = 2 if abs(self.median) < 20 else 0
+        return f"{self.median:.{digits}f} ({self.fastest:.{digits}f})"
+
+
+def main() -> None:
+    """Measure and print."""
+    options = parse()
+    torch.set_num_threads(options.threads)
+    results = Results()
+    before = os.getloadavg()[0]
+    jobs = list(dict.fromkeys(quick_jobs() if options.quick else full_jobs()))
+    jobs = [job for job in (fitting(job, options.memory) for job in jobs) if job.ways]
+    for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
+        more = {
+            "times": {"seconds": options.seconds},
+            "peak": {"repeats": 1 if options.quick else 3},
+        }.get(job.what, {})
+        results.add(job, measure(job.what, job.case, job.ways, threads=options.threads, **more))
+        if options.json:
+            options.json.write_text(json.dumps(results.raw, indent=1) + "\n", encoding="utf-8")
+    console.print(
+        f"{options.threads} threads, torch {torch.__version__}; load of the machine"
+        f" {before:.1f} before, {os.getloadavg()[0]:.1f} after; cases above"
+        f" {options.memory:.0f} GB are left out"
+    )
+    report(results, jobs, options.memory)
+    if options.plots:
+        from engine_plots import save_plots
+
+        save_plots(results, families(jobs), options.plots)
+
+
+def parse() -> argparse.Namespace:
+    """Return the options."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="the cases of the targets alone")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--memory", type=float, metavar="GB", help="default: half of what is free")
+    parser.add_argument("--seconds", type=float, help="to take times of a case; default 15, or 2")
+    parser.add_argument("--plots", type=Path, metavar="FOLDER", help="needs matplotlib")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the raw figures")
+    options = parser.parse_args()
+    free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    options.memory = options.memory or free / 2e9
+    options.seconds = options.seconds or (2.0 if options.quick else 15.0)
+    return options
+
+
+# What is measured
+
+
+def quick_jobs() -> Iterator[Job]:
+    """Yield the cases of the targets."""
+    yield from jobs_of(Case(32, BIG, 3_000_000, "sharp"))
+    dense = Case(32, BIG, 3_000_000, "dense")
+    yield Job("times", dense, (PLAIN, STORED, RECOMPUTED, BARE, FORWARD))
+    for mode in (STORED, RECOMPUTED):
+        yield Job("peak", dense, (mode,))
+    yield from jobs_of(Case(128, SMALL, 3_000_000, "sharp"))
+    yield Job("times", MOLECULES, MOLECULE_WAYS)
+    for case in overheads(((4, 1000), (40, 10_000), (40, 1_000_000))):
+        yield Job("times", case, OVERHEAD_WAYS)
+    for mode in MODES:
+        yield Job("thousand_steps", Case(8, pose_model="vector"), (mode,))
+    for case in growth_in_poses((1, 10, 100)):
+        yield from jobs_of(case, MODES)
+
+
+def full_jobs() -> Iterator[Job]:
+    """Yield the whole matrix."""
+    for case in matrix():
+        yield from jobs_of(case)
+    yield Job("times", MOLECULES, MOLECULE_WAYS)
+    for case in overheads(((4, 1000), (10, 3000), (40, 10_000), (100, 30_000), (40, 1_000_000))):
+        yield Job("times", case, OVERHEAD_WAYS)
+    for mode in MODES:
+        yield Job("thousand_steps", Case(8, pose_model="vector"), (mode,))
+        yield Job("thousand_steps", Case(4, SMALL, 100_000), (mode,))
+    for case in (
+        *growth_in_poses((1, 3, 10, 32, 100, 320, 1000)),
+        *growth_in_parameters(),
+        *growth_in_compounds(),
+    ):
+        yield from jobs_of(case)
+
+
+def matrix() -> Iterator[Case]:
+    """Yield poses × atoms × parameters × weights."""
+    for n_atoms in (SMALL, BIG):
+        for n_parameters in (100_000, 3_000_000, 30_000_000):
+            for n_poses in (1, 8, 32, 128):
+                for weights in ("sharp", "dense"):
+                    yield Case(n_poses, n_atoms, n_parameters, weights)
+
+
+def overheads(sizes: Iterable[tuple[int, int]]) -> Iterator[Case]:
+    """Yield tiny pose models of some numbers of tensors and of parameters."""
+    for n_tensors, n_parameters in sizes:
+        for weights in ("dense", "sharp"):
+            yield Case(
+                100,
+                n_parameters=n_parameters,
+                weights=weights,
+                pose_model="vector",
+                n_tensors=n_tensors,
+            )
+
+
+def growth_in_poses(numbers: Iterable[int]) -> list[Case]:
+    return [Case(n) for n in numbers]
+
+
+def growth_in_parameters() -> list[Case]:
+    return [Case(8, n_parameters=n) for n in (100_000, 1_000_000, 10_000_000, 30_000_000)]
+
+
+def growth_in_compounds() -> list[Case]:
+    return [Case(4 * n, n_compounds=n) for n in (1, 8, 64, 250)]
+
+
+def families(jobs: list[Job]) -> dict[str, list[Case]]:
+    """Return the cases to be drawn together."""
+    timed = set(of(jobs, MODES))
+    grown = {
+        "poses": growth_in_poses((1, 3, 10, 32, 100, 320, 1000)),
+        "parameters": growth_in_parameters(),
+        "compounds": growth_in_compounds(),
+    }
+    big = (Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense"))
+    grown[SHOWN] = [*big, Case(128, SMALL, 3_000_000, "sharp")]
+    return {what: [case for case in cases if case in timed] for what, cases in grown.items()}
+
+
+def jobs_of(case: Case, ways: tuple[str, ...] = TIMED) -> Iterator[Job]:
+    """Yield the jobs that measure time and memory of a case."""
+    yield Job("times", case, (*ways, *(w for w in (BARE, FORWARD) if w not in ways)))
+    for way in ways:
+        if way in (*BASELINES, *MODES):
+            yield Job("peak", case, (way,))
+
+
+def fitting(job: Job, gigabytes: float) -> Job:
+    """Return the job without the ways that would not fit."""
+    ways = tuple(way for way in job.ways if needed(job.case, way) <= 1e9 * gigabytes)
+    return Job(job.what, job.case, ways)
+
+
+def needed(case: Case, way: str) -> float:
+    """Return about how many bytes a way will take."""
+    per_graph = graph_bytes(case) if case.pose_model == "pairs" else 0
+    graphs = case.n_poses if way in (PLAIN, GRAPH) else 1
+    # The guide's way holds all gradients of the biggest parameter three times: stored, weighted,
+    # stacked.
+    gradients = {GUIDE: 3 * case.n_poses, STORED: case.n_poses + 2}.get(way, 2)
+    return graphs * per_graph + gradients * case.n_bytes
+
+
+def graph_bytes(case: Case) -> int:
+    """Return G, what the graph of one pose keeps alive."""
+    return _graph_bytes(case.n_atoms, case.n_parameters)
+
+
+@cache
+def _graph_bytes(n_atoms: int, n_parameters: int) -> int:
+    return Setup(Case(1, n_atoms, n_parameters)).graph_bytes()
+
+
+# What is printed
+
+
+def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
+    """Print all tables."""
+    cases = [case for case in dict.fromkeys(of(jobs, (PLAIN,))) if case in set(matrix())]
+    console.print("\n[bold]A training step[/]: time, as a multiple of plain autograd's")
+    console.print(times_table(results, cases, gigabytes))
+    console.print("\n[bold]A training step[/]: peak memory, MB (as a multiple of G + 2 P)")
+    console.print(memory_table(results, cases, gigabytes))
+    console.print("\n[bold]What the modes add[/]: times; F and B of the pose model alone")
+    console.print(additions_table(results, cases))
+    console.print(f"\n[bold]Small molecules[/] with PyG's SchNet: {MOLECULES}")
+    console.print(molecules_table(results))
+    console.print("\n[bold]Beyond the pose model's own forwards and backwards[/]: µs per pose")
+    console.print(overhead_table(results, list(of(jobs, (COPY,)))))
+    console.print("\n[bold]1,000 steps[/]: resident size, MB")
+    console.print(thousand_table(results, jobs))
+    console.print("\n[bold]Growth[/]: ms of a step per pose, and peak memory in MB")
+    grown = [case for what, of_one in families(jobs).items() if what != SHOWN for case in of_one]
+    console.print(growth_table(results, list(dict.fromkeys(grown)), gigabytes))
+    console.print("\n[bold]Targets[/]")
+    console.print(targets_table(results))
+
+
+def of(jobs: list[Job], ways: Iterable[str]) -> Iterator[Case]:
+    """Yield the cases whose times were taken of at least these ways."""
+    for job in jobs:
+        timed = job.what == "times" and job.case.pose_model != "molecules"
+        if timed and set(ways) & set(job.ways):
+            yield job.case
+
+
+def new_table(*columns: str) -> Table:
+    table = Table(*columns, box=None, header_style="bold", pad_edge=False)
+    for column in table.columns[1:]:
+        column.justify = "right"
+    return table
+
+
+def times_table(results: Results, cases: list[Case], gigabytes: float) -> Table:
+    """Seconds of plain autograd, and the others as multiples of it, or seconds too."""
+    table = new_table("", "weights ≠ 0", "plain, s", *(way for way in TIMED if way != PLAIN))
+    for case in cases:
+        cells = [results.get("times", case, "n_weights"), results.seconds(case, PLAIN)]
+        row = ["–" if cells[0] is None else f"{cells[0]}"]
+        row.append(left_out(case, PLAIN, gigabytes) if cells[1] is None else f"{cells[1]:.3f}")
+        for way in TIMED:
+            if way != PLAIN:
+                row.append(time_cell(results, case, way, gigabytes))
+        table.add_row(str(case), *row)
+    return table
+
+
+def time_cell(results: Results, case: Case, way: str, gigabytes: float) -> str:
+    ratio, seconds = results.ratio(case, over, way, PLAIN), results.seconds(case, way)
+    if ratio:
+        return str(ratio)
+    return left_out(case, way, gigabytes) if seconds is None else f"{seconds:.2f} s"
+
+
+def left_out(case: Case, way: str, gigabytes: float) -> str:
+    """Say why there is no figure, if it is the memory."""
+    needs = needed(case, way) / 1e9
+    return f"–, needs about {needs:.0f} GB" if needs > gigabytes else "–"
+
+
+def over(one: float, other: float) -> float:
+    return one / other
+
+
+def memory_table(results: Results, cases: list[Case], gigabytes: float) -> Table:
+    table = new_table("", "G", "P", *BASELINES, *MODES)
+    for case in cases:
+        sizes = graph_bytes(case), case.n_bytes
+        cells = [memory_cell(results, case, way, gigabytes) for way in (*BASELINES, *MODES)]
+        table.add_row(str(case), *(f"{size / 1e6:.1f}" for size in sizes), *cells)
+    return table
+
+
+def memory_cell(results: Results, case: Case, way: str, gigabytes: float) -> str:
+    found = results.get("peak", case, way)
+    if found is None:
+        return left_out(case, way, gigabytes)
+    return f"{found / 1e6:.0f} ({found / least_bytes(case):.2f})"
+
+
+def least_bytes(case: Case) -> float:
+    """Return G + 2 P: one graph, a sum of gradients, and the gradient to be added."""
+    return graph_bytes(case) + 2 * case.n_bytes
+
+
+def additions_table(results: Results, cases: list[Case]) -> Table:
+    """What recomputation costs beside what it must cost, and storing beside no storing."""
+    columns = ("F, ms", "F + B, ms", "recomputed / plain", "1 + F/(F+B)", "stored / thrown away")
+    table = new_table("", *columns)
+    for case in cases:
+        cells = [results.seconds(case, FORWARD), results.seconds(case, BARE)]
+        row = ["–" if taken is None else f"{1e3 * taken / case.n_poses:.2f}" for taken in cells]
+        ratios = (
+            results.ratio(case, over, RECOMPUTED, PLAIN),
+            expected(results, case) if case.weights == "dense" else "",
+            results.ratio(case, over, STORED, BARE),
+        )
+        table.add_row(str(case), *row, *("–" if r is None else str(r) for r in ratios))
+    return table
+
+
+def expected(results: Results, case: Case) -> Ratio | None:
+    """Return 1 + F/(F + B), what running all poses again must cost."""
+    return results.ratio(case, lambda forward, both: 1 + forward / both, FORWARD, BARE)
+
+
+def molecules_table(results: Results) -> Table:
+    table = new_table("", "ms", "loop over poses / this", "this / plain, one batch")
+    for way in MOLECULE_WAYS:
+        seconds = results.seconds(MOLECULES, way)
+        ratios = (
+            results.ratio(MOLECULES, over, PLAIN, way),
+            results.ratio(MOLECULES, over, way, ONE_BATCH),
+        )
+        name = {PLAIN: "loop over poses", GRAPH: "graph, collate=Batch.from_data_list"}.get(
+            way, way
+        )
+        table.add_row(name, "–" if seconds is None else f"{1e3 * seconds:.0f}", *map(str, ratios))
+    return table
+
+
+def overhead_table(results: Results, cases: list[Case]) -> Table:
+    table = new_table(
+        "", "tensors", "F + B", "one copy of P", *MODES, "50 + 2 per tensor + 3 copies"
+    )
+    for case in cases:
+        own, copy = (results.seconds(case, way) for way in (BARE, COPY))
+        if own is None or copy is None:
+            continue
+        row = [f"{case.n_tensors}", f"{1e6 * own / case.n_poses:.0f}", f"{1e6 * copy:.1f}"]
+        row += [str(overhead(results, case, mode)) for mode in MODES]
+        table.add_row(str(case), *row, f"{allowed(results, case):.0f}")
+    return table
+
+
+def overhead(results: Results, case: Case, mode: str) -> Ratio:
+    """Return µs per pose beyond the pose model's own forwards and backwards.
+
+    A pose whose weight is zero needs no backward, except in ``stored``; in ``recomputed`` the
+    others need a second forward.
+    """
+    share = results.get("times", case, "n_weights") / case.n_poses
+
+    def beyond(taken: float, both: float, forward: float) -> float:
+        own = {
+            GRAPH: forward + share * (both - forward),
+            STORED: both,
+            RECOMPUTED: forward + share * both,
+        }
+        return 1e6 * (taken - own[mode]) / case.n_poses
+
+    return results.ratio(case, beyond, mode, BARE, FORWARD)
+
+
+def allowed(results: Results, case: Case) -> float:
+    """Return the µs per pose that a mode may take for itself."""
+    return 50 + 2 * case.n_tensors + 3e6 * results.seconds(case, COPY)
+
+
+def thousand_table(results: Results, jobs: list[Job]) -> Table:
+    table = new_table("", "mode", "after 100 steps", "after 1,000", "more")
+    for job in jobs:
+        found = results.get(job.what, job.case, job.ways[0])
+        if job.what == "thousand_steps" and found:
+            early, late = (size / 1e6 for size in found)
+            cells = (f"{early:.1f}", f"{late:.1f}", f"{late - early:+.1f}")
+            table.add_row(str(job.case), job.ways[0], *cells)
+    return table
+
+
+def growth_table(results: Results, cases: list[Case], gigabytes: float) -> Table:
+    ways = (PLAIN, *MODES)
+    table = new_table("", *(f"{way}, {unit}" for way in ways for unit in ("ms", "MB")))
+    for case in cases:
+        row = []
+        for way in ways:
+            seconds, size = results.seconds(case, way), results.get("peak", case, way)
+            nothing = left_out(case, way, gigabytes)
+            row.append(nothing if seconds is None else f"{1e3 * seconds / case.n_poses:.2f}")
+            row.append("" if size is None else f"{size / 1e6:.1f}")
+        table.add_row(str(case), *row)
+    return table
+
+
+def targets_table(results: Results) -> Table:
+    table = new_table("figure", "measured", "aim")
+    for figure, found, aim in targets(results):
+        table.add_row(figure, "–" if found is None else str(found), aim)
+    return table
+
+
+def targets(results: Results) -> Iterator[tuple[str, object, str]]:
+    """Yield each figure, what was measured, and the aim."""
+    sharp, dense = (Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense"))
+    many = Case(128, SMALL, 3_000_000, "sharp")
+    time = results.ratio(sharp, over, RECOMPUTED, PLAIN)
+    yield f"recomputed, time / plain's: {sharp}", time, "≤ 0.55"
+    for case in (sharp, dense):
+        size = results.get("peak", case, RECOMPUTED)
+        multiple = None if size is None else f"{size / least_bytes(case):.2f}"
+        yield f"recomputed, memory / (G + 2 P): {case}", multiple, "≤ 1.25"
+    aim = expected(results, dense)
+    time = results.ratio(dense, over, RECOMPUTED, PLAIN)
+    upper = (
+        "1 + F/(F+B) + 0.1"
+        if aim is None
+        else f"≤ {aim.median + 0.1:.2f} ({aim.fastest + 0.1:.2f})"
+    )
+    yield f"recomputed, time / plain's: {dense}", time, upper
+    sizes = [results.get("peak", many, way) for way in (GUIDE, RECOMPUTED)]
+    times = f"{sizes[0] / sizes[1]:.0f} ×" if all(sizes) else None
+    yield f"recomputed, memory below the guide's: {many}", times, "≥ 40 ×"
+    for case in (sharp, dense, many):
+        yield (
+            f"stored, time / gradients thrown away: {case}",
+            results.ratio(case, over, STORED, BARE),
+            "≤ 1.15",
+        )
+    yield (
+        "small molecules: loop over poses / graph",
+        results.ratio(MOLECULES, over, PLAIN, GRAPH),
+        "≥ 5",
+    )
+    yield (
+        "small molecules: graph / plain, one batch",
+        results.ratio(MOLECULES, over, GRAPH, ONE_BATCH),
+        "≤ 1.15",
+    )
+    for case in overheads(((4, 1000), (40, 10_000), (40, 1_000_000))):
+        for mode in MODES if results.seconds(case, BARE) else ():
+            what = f"{case.n_tensors} tensors, {case.millions}, {case.weights}"
+            found = overhead(results, case, mode)
+            yield (
+                f"{mode}, µs per pose of its own: {what}",
+                found,
+                f"≤ {allowed(results, case):.0f}",
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,346 @@
+"""What the benchmark of the engine runs: poses, pose models, and ways to take a training step."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from guide import GuideCombination
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from mtenn_core import Combination, MultiPoseModel, registry
+
+PLAIN, CHECKPOINT, GUIDE = "plain autograd", "checkpoint", "guide's loop"
+ONE_BATCH = "plain, one batch"
+# Not training steps: what one would have to do anyway.
+BARE, FORWARD, COPY = "gradients thrown away", "forward only", "one copy of P"
+MODES = ("graph", "stored", "recomputed")
+BASELINES = (PLAIN, CHECKPOINT, GUIDE)
+SPREAD = 5.0  # of the predictions, standard deviation; in kT, about 3 kcal/mol
+SHARPNESS = 1000.0
+SEED = 0
+
+Step = Callable[[], object]
+# The pose model, the poses, and what makes a batch of them, if the model wants one.
+Model = tuple[torch.nn.Module, list[Any], Callable[[list[Any]], Any] | None]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One training step.
+
+    Attributes
+    ----------
+    n_poses : of all compounds together
+    n_parameters : of the pose model, about
+    weights : ``"dense"`` (the mean) or ``"sharp"`` (the minimum, t = 1000)
+    pose_model : a key of :data:`POSE_MODELS`; ``"molecules"`` has its own numbers of atoms, and
+        parameters
+    n_tensors : that the parameters of ``"vector"`` are in
+    """
+
+    n_poses: int
+    n_atoms: int = 20
+    n_parameters: int = 100_000
+    weights: str = "dense"
+    n_compounds: int = 1
+    pose_model: str = "pairs"
+    n_tensors: int = 4
+
+    def __str__(self) -> str:
+        compounds = f"{self.n_compounds} × " if self.n_compounds > 1 else ""
+        poses = f"{compounds}{self.n_poses // self.n_compounds} poses"
+        if self.pose_model == "molecules":
+            return f"{poses} × 10 to 15 atoms, {self.weights}"
+        of_atoms = f" × {self.n_atoms} atoms" if self.pose_model == "pairs" else ""
+        return f"{poses}{of_atoms}, {self.millions}, {self.weights}"
+
+    @property
+    def millions(self) -> str:
+        """The number of parameters, for people."""
+        return f"P = {self.n_parameters / 1e6:g} M"
+
+    @property
+    def n_bytes(self) -> int:
+        """Bytes of the parameters."""
+        return 4 * self.n_parameters
+
+    @property
+    def sizes(self) -> list[int]:
+        """Poses of each compound."""
+        return [self.n_poses // self.n_compounds] * self.n_compounds
+
+
+class PairNetwork(torch.nn.Module):
+    """A small SchNet over all pairs of atoms, and a readout whose width sets the parameters.
+
+    The pairs fill the graph and the readout, on one vector for each pose, the parameters.
+    """
+
+    width, n_gaussians, n_interactions = 64, 50, 3
+
+    def __init__(self, n_parameters: int) -> None:
+        super().__init__()
+        self.embedding = torch.nn.Embedding(20, self.width)
+        self.interactions = torch.nn.ModuleList(
+            Interaction(self.width, self.n_gaussians) for _ in range(self.n_interactions)
+        )
+        self.register_buffer("centres", torch.linspace(0.0, 12.0, self.n_gaussians))
+        left = n_parameters - sum(p.numel() for p in self.parameters())
+        self.readout = readout(self.width, left)
+
+    def forward(self, pose: tuple[Tensor, Tensor]) -> Tensor:
+        """Return the prediction of one pose, shape (1,)."""
+        types, positions = pose
+        source, target = torch.ones(len(types), len(types)).fill_diagonal_(0).nonzero().t()
+        distances = (positions[source] - positions[target]).norm(dim=-1)
+        distances = distances.clamp(max=12.0)
+        # Wide, for none to be denormal: arithmetic on such numbers takes several times as long, and
+        # would be most of what is measured.
+        gaussians = torch.exp(-0.2 * (distances[:, None] - self.centres).square())
+        cutoff = 0.5 * (torch.cos(distances * math.pi / 12.0) + 1.0)
+        atoms = self.embedding(types)
+        for interaction in self.interactions:
+            atoms = atoms + interaction(atoms, source, target, gaussians, cutoff)
+        return self.readout(atoms.mean(dim=0))
+
+
+class Interaction(torch.nn.Module):
+    """Continuous-filter convolution: messages over all pairs, weighted by filters of distance."""
+
+    def __init__(self, width: int, n_gaussians: int) -> None:
+        super().__init__()
+        self.filters = torch.nn.Sequential(
+            torch.nn.Linear(n_gaussians, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+            torch.nn.SiLU(),
+            torch.nn.Linear(width, width),
+        )
+        self.before = torch.nn.Linear(width, width, bias=False)
+        self.after = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.SiLU())
+
+    def forward(
+        self, atoms: Tensor, source: Tensor, target: Tensor, gaussians: Tensor, cutoff: Tensor
+    ) -> Tensor:
+        """Return the change of each atom's vector."""
+        filters = self.filters(gaussians) * cutoff[:, None]
+        messages = torch.nn.functional.silu(self.before(atoms)[source] * filters)
+        return self.after(torch.zeros_like(atoms).index_add(0, target, messages))
+
+
+def readout(width: int, n_parameters: int) -> torch.nn.Sequential:
+    """Return an MLP from ``width`` numbers to one with about ``n_parameters`` parameters."""
+    hidden = max(1, round((math.sqrt((width + 3) ** 2 + 4 * n_parameters) - width - 3) / 2))
+    return torch.nn.Sequential(
+        torch.nn.Linear(width, hidden),
+        torch.nn.SiLU(),
+        torch.nn.Linear(hidden, hidden),
+        torch.nn.SiLU(),
+        torch.nn.Linear(hidden, 1),
+    )
+
+
+def pairs(case: Case) -> Model:
+    """Return a network over pairs and random poses at about the density of a molecule."""
+    edge = 2.5 * case.n_atoms ** (1 / 3)
+    poses = [
+        (torch.randint(20, (case.n_atoms,)), edge * torch.rand(case.n_atoms, 3))
+        for _ in range(case.n_poses)
+    ]
+    return PairNetwork(case.n_parameters), poses, None
+
+
+def vector(case: Case) -> Model:
+    """Return an MLP of ``n_tensors`` weights and biases, and poses that are 8 numbers each."""
+    n_hidden = case.n_tensors // 2 - 2
+    between = math.isqrt(max(1, case.n_parameters // max(1, n_hidden)))
+    width = max(4, between) if n_hidden else max(4, case.n_parameters // 10)
+    hidden = [Residual(width, width) for _ in range(n_hidden)]
+    layers = [torch.nn.Linear(8, width), torch.nn.SiLU(), *hidden, torch.nn.Linear(width, 1)]
+    return torch.nn.Sequential(*layers), list(torch.randn(case.n_poses, 8)), None
+
+
+class Residual(torch.nn.Linear):
+    """A layer that adds to its input, so that twenty of them still tell poses apart."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return x + silu(W x + b)."""
+        return x + torch.nn.functional.silu(super().forward(x))
+
+
+def molecules(case: Case) -> Model:
+    """Return PyG's SchNet, and conformers of small molecules: some 10, some 15 atoms."""
+    from torch_geometric.data import Batch, Data
+    from torch_geometric.nn import SchNet
+
+    poses = []
+    for size in case.sizes:
+        types = torch.randint(1, 9, (int(torch.randint(10, 16, ())),))
+        poses += [Data(z=types, pos=2 * torch.randn(len(types), 3)) for _ in range(size)]
+    # Few Gaussians, which are wide: see PairNetwork.
+    schnet = SchNet(64, 64, num_interactions=3, num_gaussians=10, interaction_graph=complete_graph)
+    return OfBatch(schnet), poses, Batch.from_data_list
+
+
+class OfBatch(torch.nn.Module):
+    """PyG's SchNet as a pose model: one number for each graph of a batch, shape (n_poses, 1)."""
+
+    def __init__(self, schnet: torch.nn.Module) -> None:
+        super().__init__()
+        self.schnet = schnet
+
+    def forward(self, batch: Any) -> Tensor:
+        """Return the predictions."""
+        return self.schnet(batch.z, batch.pos, batch.batch)
+
+
+def complete_graph(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
+    """Every pair of atoms of one pose. SchNet's own search for neighbours is a compiled package."""
+    edges = (batch[:, None] == batch).fill_diagonal_(False).nonzero().t()
+    return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1)
+
+
+POSE_MODELS = {"pairs": pairs, "vector": vector, "molecules": molecules}
+
+
+class Setup:
+    """The model and poses of a case, the same in every process.
+
+    Attributes
+    ----------
+    n_weights : how many weights are not zero
+    """
+
+    def __init__(self, case: Case) -> None:
+        torch.manual_seed(SEED)
+        self.case = case
+        self.pose_model, self.poses, self.collate = POSE_MODELS[case.pose_model](case)
+        self.rule = rule(case.weights)
+        predictions = self._widen()
+        weights = [self.rule.pose_weights(part) for part in predictions.split(case.sizes)]
+        self.n_weights = int((torch.cat(weights) != 0).sum())
+        self.params = [p for p in self.pose_model.parameters() if p.requires_grad]
+
+    @torch.no_grad()
+    def _widen(self) -> Tensor:
+        """Give the predictions their spread, by the last layer; a fresh network hardly has one."""
+        predictions = torch.cat([self._predict(pose) for pose in self.poses])
+        if len(predictions) == 1:
+            return predictions
+        *_, last = (m for m in self.pose_model.modules() if isinstance(m, torch.nn.Linear))
+        factor = SPREAD / predictions.std()
+        last.weight.mul_(factor)
+        last.bias.zero_()
+        return predictions * factor
+
+    def clear(self) -> None:
+        """Drop the gradients of the last step."""
+        self.pose_model.zero_grad(set_to_none=True)
+
+    def steps(self, poses: Sequence[Any] | None = None) -> dict[str, Step]:
+        """Return a step for every way; all but the last ones leave the same gradients.
+
+        Parameters
+        ----------
+        poses : others than those of the case, of one compound
+        """
+        sizes = self.case.sizes if poses is None else [len(poses)]
+        poses = self.poses if poses is None else list(poses)
+        steps: dict[str, Step] = {
+            PLAIN: lambda: self._plain(poses, sizes, self._predict),
+            ONE_BATCH: lambda: self._one_batch(poses, sizes),
+            CHECKPOINT: lambda: self._plain(poses, sizes, self._checkpointed),
+            GUIDE: lambda: self._guide(poses, sizes),
+        }
+        for mode in MODES:
+            model = MultiPoseModel(self.pose_model, self.rule, gradients=mode, collate=self.collate)
+            steps[mode] = lambda model=model: model(poses, sizes).prediction.sum().backward()
+        return steps | {
+            BARE: lambda: self._bare(poses),
+            FORWARD: lambda: self._forward(poses),
+            COPY: self._copy,
+        }
+
+    def _predict(self, pose: Any) -> Tensor:
+        """Return the prediction of one pose, shape (1,)."""
+        return self.pose_model(self.collate([pose]) if self.collate else pose).reshape(1)
+
+    def _checkpointed(self, pose: Any) -> Tensor:
+        return checkpoint(self._predict, pose, use_reentrant=False)
+
+    def _plain(self, poses: list[Any], sizes: list[int], predict: Callable[[Any], Tensor]) -> None:
+        self._combine(torch.cat([predict(pose) for pose in poses]), sizes)
+
+    def _one_batch(self, poses: list[Any], sizes: list[int]) -> None:
+        self._combine(self.pose_model(self.collate(poses)).reshape(-1), sizes)
+
+    def _combine(self, predictions: Tensor, sizes: list[int]) -> None:
+        sum(self.rule.combine(part) for part in predictions.split(sizes)).backward()
+
+    def _guide(self, poses: list[Any], sizes: list[int]) -> None:
+        """Store a gradient for each pose, and combine them as the guide does.
+
+        Its smooth maximum of n·t·ŷ, over n·t, is the minimum or, for a small t, the mean.
+        """
+        scale = -SHARPNESS if self.case.weights == "sharp" else 1e-6
+        names = [name for name, _ in self.pose_model.named_parameters()]
+        start = 0
+        for size in sizes:
+            grad_dict: dict[str, list[Tensor]] = {name: [] for name in names}
+            pred_list = []
+            for pose in poses[start : start + size]:
+                prediction = scale * self._predict(pose).reshape(())
+                for name, gradient in zip(
+                    names, torch.autograd.grad(prediction, self.params), strict=True
+                ):
+                    grad_dict[name].append(gradient)
+                pred_list.append(prediction.detach())
+            (GuideCombination()(pred_list, grad_dict, names, *self.params) / scale).backward()
+            start += size
+
+    def _bare(self, poses: list[Any]) -> None:
+        for pose in poses:
+            torch.autograd.grad(self._predict(pose), self.params)
+
+    @torch.no_grad()
+    def _forward(self, poses: list[Any]) -> None:
+        for pose in poses:
+            self._predict(pose)
+
+    def _copy(self) -> None:
+        # As one tensor: what a call takes for each parameter tensor is not what a copy is.
+        if not hasattr(self, "_copies"):
+            flat = torch.cat([p.detach().flatten() for p in self.params])
+            self._copies = flat, flat.clone()
+        self._copies[1].copy_(self._copies[0])
+
+    def graph_bytes(self) -> int:
+        """Return what the graph of one pose keeps alive, parameters and the pose left out."""
+        known = {t.untyped_storage().data_ptr() for t in self.params}
+        known |= {t.untyped_storage().data_ptr() for t in self.poses[0] if isinstance(t, Tensor)}
+        found: dict[int, int] = {}
+        kept = []
+
+        def note(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            if storage.data_ptr() not in known:
+                found[storage.data_ptr()] = storage.nbytes()
+                kept.append(tensor)  # so that no other takes its place
+            return tensor
+
+        with saved_tensors_hooks(note, lambda tensor: tensor):
+            self._predict(self.poses[0])
+        return sum(found.values())
+
+
+def rule(weights: str) -> Combination:
+    """Return the mean, or the minimum that is as good as hard."""
+    if weights == "dense":
+        return registry.create("mean")
+    return registry.create("min", pred_scale=SHARPNESS)

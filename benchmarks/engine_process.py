@@ -1,0 +1,144 @@
+"""Time or memory of the steps of a case, measured in a fresh process that runs this file."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from engine_cases import Case, Setup, Step
+
+PROCESS = Path("/proc/self")
+# glibc raises these thresholds as it goes, freed blocks then stay in the process, and the peak
+# depends on the order of the allocations.
+PINNED = {
+    "MALLOC_MMAP_THRESHOLD_": "65536",
+    "MALLOC_TRIM_THRESHOLD_": "65536",
+    "MALLOC_ARENA_MAX": "1",
+}
+MIN_ROUNDS, MAX_ROUNDS = 3, 25
+
+
+def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
+    """Return what a fresh process measures; None where it was killed or has failed.
+
+    Parameters
+    ----------
+    what : ``"times"``, ``"peak"`` or ``"thousand_steps"``, functions of this file
+    options : ``threads`` for all; ``seconds``, how long to take times, and ``repeats`` of a peak
+    """
+    asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
+    environment = {**os.environ, **(PINNED if what != "times" else {})}
+    command = [sys.executable, __file__, json.dumps(asked)]
+    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+    return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def times(setup: Setup, ways: Sequence[str], seconds: float) -> dict[str, Any]:
+    """Return the seconds of each way, round by round: they take turns, so that noise hits all.
+
+    And ``"n_weights"``, how many weights are not zero.
+    """
+    steps = {way: setup.steps()[way] for way in ways}
+    check(setup, steps)
+    taken: dict[str, list[float]] = {way: [] for way in ways}
+    # What others run does not count where one thread does all, and no thread waits for another.
+    clock = time.process_time if threads() == 1 else time.perf_counter
+    order, begin = list(ways), time.perf_counter()
+    for n in range(MAX_ROUNDS):
+        if n >= MIN_ROUNDS and time.perf_counter() - begin > seconds:
+            break
+        for way in order:
+            setup.clear()
+            start = clock()
+            steps[way]()
+            taken[way].append(clock() - start)
+        order = order[1:] + order[:1]
+    return {**taken, "n_weights": setup.n_weights}
+
+
+def threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def check(setup: Setup, steps: dict[str, Step]) -> None:
+    """Raise unless all ways leave the same gradients; it warms them up, too."""
+    expected = None
+    for way, step in steps.items():
+        setup.clear()
+        step()
+        found = [p.grad for p in setup.params]
+        if found[0] is None:
+            continue  # not a training step
+        expected = expected or found
+        for gradient, reference in zip(found, expected, strict=True):
+            error = (gradient - reference).abs().max() / reference.abs().max().clamp(min=1e-30)
+            if not error < 1e-3:
+                raise SystemExit(f"{setup.case}: {way} is off by {error:.1e}")
+
+
+def peak(setup: Setup, ways: Sequence[str], repeats: int) -> int | None:
+    """Return the most bytes that one step takes, beyond what the process had before."""
+    (way,) = ways
+    if not (PROCESS / "clear_refs").exists():
+        return None
+    warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
+    setup.steps(warm_up)[way]()
+    step, found = setup.steps()[way], []
+    for _ in range(repeats):
+        setup.clear()
+        (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
+        before = resident("VmRSS")
+        step()
+        found.append(resident("VmHWM") - before)
+    return int(median(found))
+
+
+def thousand_steps(setup: Setup, ways: Sequence[str]) -> list[int]:
+    """Return the bytes of the process after 100 steps and after 1,000."""
+    (way,) = ways
+    step, found = setup.steps()[way], []
+    for n in range(1, 1001):
+        setup.clear()
+        step()
+        if n in (100, 1000):
+            found.append(resident("VmRSS"))
+    return found
+
+
+def resident(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process, in bytes.
+
+    Not ``getrusage``: on Linux, the ru_maxrss of a child starts at the peak of its parent.
+    """
+    status = (PROCESS / "status").read_text()
+    (kibibytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, flags=re.MULTILINE)
+    return 1024 * int(kibibytes)
+
+
+def main(asked: dict[str, Any]) -> None:
+    """Measure what the parent asks for, and print it as JSON."""
+    import torch
+    from engine_cases import Case, Setup
+
+    torch.set_num_threads(asked.pop("threads"))
+    what, case = asked.pop("what"), Case(**asked.pop("case"))
+    print(json.dumps(globals()[what](Setup(case), **asked)))
+
+
+if __name__ == "__main__":
+    try:
+        main(json.loads(sys.argv[1]))
+    except KeyboardInterrupt:
+        sys.exit(130)  # the process that started this one says so
