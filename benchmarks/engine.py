@@ -10,8 +10,8 @@ Times: the ways take turns in one fresh process for each case. A ratio is the me
 rounds and, in brackets, that of the fastest steps: where the two differ, the machine was noisy.
 With ``--threads 1`` they are CPU times, which what else runs there hardly changes.
 Memory: the highest resident size in a step less that before it, in a fresh process for each way,
-after a small step that loads what there is to load, the allocator pinned; median of three steps,
-with ``--quick`` the first of them, which is up to 3 % higher.
+after a small step that loads what there is to load, the allocator pinned; median of three
+processes, with ``--quick`` one, since they differ by 0.1 MB or 1 %, whichever is more.
 G, the graph of a pose, is the sum of the storages that its graph saves, parameters not counted.
 """
 
@@ -22,7 +22,7 @@ import json
 import os
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -118,11 +118,7 @@ def main() -> None:
     jobs = list(dict.fromkeys(quick_jobs() if options.quick else full_jobs()))
     jobs = [job for job in (fitting(job, options.memory) for job in jobs) if job.ways]
     for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
-        more = {
-            "times": {"seconds": options.seconds},
-            "peak": {"repeats": 1 if options.quick else 3},
-        }.get(job.what, {})
-        results.add(job, measure(job.what, job.case, job.ways, threads=options.threads, **more))
+        results.add(job, found(job, options))
         if options.json:
             options.json.write_text(json.dumps(results.raw, indent=1) + "\n", encoding="utf-8")
     console.print(
@@ -135,6 +131,17 @@ def main() -> None:
         from engine_plots import save_plots
 
         save_plots(results, families(jobs), options.plots)
+
+
+def found(job: Job, options: argparse.Namespace) -> object:
+    """Return what a job finds; peaks are the median of three processes, with --quick one."""
+    ask = partial(measure, job.what, job.case, job.ways, threads=options.threads)
+    if job.what == "times":
+        return ask(seconds=options.seconds)
+    if job.what != "peak":
+        return ask()
+    sizes = [ask() for _ in range(1 if options.quick else 3)]
+    return None if None in sizes else int(median(sizes))
 
 
 def parse() -> argparse.Namespace:

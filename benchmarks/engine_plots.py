@@ -11,6 +11,7 @@ import matplotlib
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 from engine_cases import BASELINES, CHECKPOINT, GUIDE, MODES, PLAIN, Case
+from matplotlib.ticker import LogLocator, NullFormatter
 
 if TYPE_CHECKING:
     from engine import Results
@@ -77,6 +78,8 @@ def growth(results: Results, what: str, cases: Sequence[Case]) -> plt.Figure:
 def line(axes: Axes, what: str, way: str, values: dict[Case, float | None]) -> None:
     colour, marker = STYLES[way]
     known = {case: value for case, value in values.items() if value}
+    if not known:
+        return
     x = [AXES[what](case) for case in known]
     axes.plot(x, list(known.values()), color=colour, marker=marker, markersize=5, label=way)
 
@@ -104,7 +107,11 @@ def trade_off(results: Results, cases: Sequence[Case]) -> plt.Figure:
                 colour, marker = STYLES[way]
                 axes.plot(found / 1e6, seconds, marker, color=colour, markersize=8, label=way)
         axes.set(xscale="log", xlabel="peak memory of a step / MB", ylabel="time of a step / s")
-        axes.set_ylim(bottom=0)
+        axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        axes.xaxis.set_major_formatter("{x:g}")
+        axes.xaxis.set_minor_formatter(NullFormatter())
+        axes.margins(x=0.1)
+        axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_title(str(case), fontsize=9)
         axes.grid(alpha=0.3)
     all_axes[0][0].legend(frameon=False, fontsize=8)

@@ -11,7 +11,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from statistics import median
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
     Parameters
     ----------
     what : ``"times"``, ``"peak"`` or ``"thousand_steps"``, functions of this file
-    options : ``threads`` for all; ``seconds``, how long to take times, and ``repeats`` of a peak
+    options : ``threads`` for all; ``seconds``, how long to take times
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
     environment = {**os.environ, **(PINNED if what != "times" else {})}
@@ -88,21 +87,23 @@ def check(setup: Setup, steps: dict[str, Step]) -> None:
                 raise SystemExit(f"{setup.case}: {way} is off by {error:.1e}")
 
 
-def peak(setup: Setup, ways: Sequence[str], repeats: int) -> int | None:
-    """Return the most bytes that one step takes, beyond what the process had before."""
+def peak(setup: Setup, ways: Sequence[str]) -> int | None:
+    """Return the most bytes that one step takes, beyond what the process had before.
+
+    The first step after a small one: later ones find the small blocks of the one before, which
+    graphs are made of, and would not count them.
+    """
     (way,) = ways
     if not (PROCESS / "clear_refs").exists():
         return None
     warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
     setup.steps(warm_up)[way]()
-    step, found = setup.steps()[way], []
-    for _ in range(repeats):
-        setup.clear()
-        (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
-        before = resident("VmRSS")
-        step()
-        found.append(resident("VmHWM") - before)
-    return int(median(found))
+    setup.clear()
+    step = setup.steps()[way]
+    (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
+    before = resident("VmRSS")
+    step()
+    return resident("VmHWM") - before
 
 
 def thousand_steps(setup: Setup, ways: Sequence[str]) -> list[int]:
