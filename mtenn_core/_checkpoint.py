@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import warnings
 from typing import Any
 
@@ -41,7 +42,7 @@ def written(combination: Combination) -> Tensor:
     Blanks fill it up to a round length: torch.distributed.checkpoint reads into the tensor of the
     model that it loads into, whose version, say, may take another number of bytes.
     """
-    text = json.dumps(identity(combination), default=repr, ensure_ascii=False).encode()
+    text = json.dumps(identity(combination), default=_as_text, ensure_ascii=False).encode()
     n_bytes = BLOCK * math.ceil(len(text) / BLOCK)
     return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.uint8)
 
@@ -75,6 +76,15 @@ def check(state: object, combination: Combination) -> None:
             PluginWarning,
             stacklevel=2,
         )
+
+
+def _as_text(argument: Any) -> Any:
+    """Return what an argument is called in every process: without an address, sets in order."""
+    if isinstance(argument, set | frozenset):
+        return sorted(map(str, map(_as_text, argument)))
+    if hasattr(argument, "__qualname__"):
+        return f"{argument.__module__}:{argument.__qualname__}"
+    return re.sub(r" at 0x[0-9a-f]+", "", repr(argument))
 
 
 def _read(state: object) -> dict[str, Any]:

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
-from mtenn_core._module_state import Places, lock_of
+from mtenn_core._module_state import Places, accelerators, lock_of
 
 
 class ModeCost(NamedTuple):
@@ -82,17 +82,36 @@ def measured(
     """
     buffers = Places(pose_model, "buffers")
     copies = [buffer.clone() for buffer in buffers.tensors()]
+    devices = accelerators([*pose_model.parameters(), *copies])
     own = {_address(tensor) for tensor in (*pose_model.parameters(), *copies)}
     predictions: list[Tensor] = []
     graphs: list[float] = []
-    with lock_of(pose_model), buffers.holding(copies), torch.random.fork_rng(), torch.enable_grad():
+    with (
+        lock_of(pose_model),
+        buffers.holding(copies),
+        torch.random.fork_rng(devices),
+        torch.enable_grad(),
+    ):
         for run in runs:
             sizes = _Sizes(own)
-            with saved_tensors_hooks(sizes.add, lambda size: size):
-                predictions.append(run().detach())
+            try:
+                with saved_tensors_hooks(sizes.add, _wanted):
+                    predictions.append(run().detach())
+            except _Wanted:  # a pose model that takes gradients in its own forward
+                sizes = _Sizes(own)
+                with saved_tensors_hooks(sizes.add_and_keep, lambda tensor: tensor):
+                    predictions.append(run().detach())
             n_poses = len(predictions[-1])
             graphs += [sizes.total / n_poses] * n_poses
     return torch.cat(predictions), graphs
+
+
+class _Wanted(Exception):
+    """Backward runs, and what its graph has saved is gone."""
+
+
+def _wanted(_: int) -> Tensor:
+    raise _Wanted
 
 
 class _Sizes:
@@ -111,6 +130,10 @@ class _Sizes:
             self._seen[address] = StorageWeakRef(storage)
             self.total += storage.nbytes()
         return 0
+
+    def add_and_keep(self, tensor: Tensor) -> Tensor:
+        self.add(tensor)
+        return tensor
 
 
 def estimate(

@@ -11,6 +11,8 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mtenn_core.errors import GradientError
+
 
 class Places:
     """Where a module and its children hold tensors, each place once.
@@ -22,6 +24,10 @@ class Places:
     ----------
     module : the module
     kind : ``"parameters"`` or ``"buffers"``
+
+    Raises
+    ------
+    GradientError : a tensor has no shape before the first run (``LazyLinear``, say)
     """
 
     def __init__(self, module: torch.nn.Module, kind: str) -> None:
@@ -32,6 +38,11 @@ class Places:
             for name, tensor in held.items()
             if tensor is not None
         ]
+        if any(map(torch.nn.parameter.is_lazy, self.tensors())):
+            raise GradientError(
+                "a lazy module of the pose model has no parameters yet: run the pose model once on"
+                " a pose, or use gradients='graph'"
+            )
 
     def tensors(self) -> list[Tensor]:
         """Return what is there now; a tied parameter more than once."""
@@ -54,6 +65,19 @@ class Places:
 
 # While a module holds other tensors, another thread would take them for its own.
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
+
+
+def is_sharded(tensor: Tensor) -> bool:
+    """Whether this process has a part of it alone (``DTensor``, as ``fully_shard`` makes)."""
+    return hasattr(tensor, "device_mesh")
+
+
+def accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
+    """Return the devices beside the CPU that a run may draw random numbers on."""
+    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    if torch.cuda.is_initialized():
+        devices.add(torch.device("cuda", torch.cuda.current_device()))
+    return sorted(devices, key=str)
 
 
 def lock_of(module: torch.nn.Module) -> threading.RLock:

@@ -15,9 +15,9 @@ _AccumulateGrad = type(
 
 
 class Chunk(Protocol):
-    """What is told whether backward leaves the graph of some poses out."""
+    """What is told in which backward the graph of some poses is left out, if in one."""
 
-    left_out: bool
+    left_out_in: int | None
 
 
 def join_chunks(
@@ -61,14 +61,15 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         parts = weights.split(ctx.sizes)
-        if torch.is_grad_enabled():  # a weight of zero may have a derivative that is not
+        # A weight of zero may have a derivative that is not, and a batch of weights is many.
+        if torch.is_grad_enabled() or is_batched(weights):
             runs = [True] * len(parts)
         else:
             counts = with_weight(weights, ctx.skip_below).tolist()
             has_weight = [any(of_chunk) for of_chunk in _split(counts, ctx.sizes)]
             runs = _runs([node for node, _ in ctx.next_functions], has_weight)
         for chunk, run in zip(ctx.chunks, runs, strict=False):
-            chunk.left_out = not run
+            chunk.left_out_in = None if run else torch._C._current_graph_task_id()
         return None, None, *(part if run else None for part, run in zip(parts, runs, strict=True))
 
     @staticmethod
@@ -106,8 +107,16 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
 
 def _must_run(node: Any) -> bool:
     is_foreign = isinstance(node, torch.autograd.function.BackwardCFunction)  # in Python
-    is_foreign |= type(node).__name__ == "CppFunction"  # in C++
-    return is_foreign or isinstance(node, _AccumulateGrad)
+    name = type(node).__name__
+    is_foreign |= name == "CppFunction"  # in C++
+    # Those of attention look at what they saved even where they have no gradient.
+    return is_foreign or name.startswith("ScaledDotProduct") or isinstance(node, _AccumulateGrad)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether it stands for many, under vmap or ``is_grads_batched``."""
+    functorch = torch._C._functorch
+    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
 def leaves(root: Tensor) -> Iterator[Tensor]:
@@ -118,6 +127,12 @@ def leaves(root: Tensor) -> Iterator[Tensor]:
     for node in _nodes(root.grad_fn):
         if isinstance(node, _AccumulateGrad):
             yield node.variable  # type: ignore[attr-defined]
+
+
+def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
+    """Whether a graph has a result of some dtype."""
+    nodes = _nodes(root.grad_fn)
+    return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
 
 
 def _nodes(root: Any, without: Container[Any] = ()) -> Iterator[Any]:

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mtenn_core._module_state import Places, lock_of
+from mtenn_core._module_state import Places, accelerators, is_sharded, lock_of
 from mtenn_core._pose_graphs import Chunk
-from mtenn_core.errors import ChangedBeforeBackwardError
+from mtenn_core.errors import ChangedBeforeBackwardError, GradientError
 
 Run = Callable[[], Tensor]
 
@@ -42,9 +42,12 @@ class RecomputedGraphs:
         self._held = self._parameters.tensors()
         self._versions_then = _versions(self._held)
         self._training = [(module, module.training) for module in pose_model.modules()]
-        self._devices = _accelerators([*self._held, *self._buffers.tensors()])
+        self._trained = [(param, param.requires_grad) for param in self._held if param.is_leaf]
+        self._devices = accelerators([*self._held, *self._buffers.tensors()])
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
+        nothing: tuple[Any, int, Tensor] = None, 0, torch.empty(0)
+        self._copies = [nothing] * len(self._buffers.tensors())
         self._last: Callable[[], _Chunk | None] = lambda: None
 
     def predict(self, run: Run, poses: Sequence[Any], first_pose: int) -> tuple[Tensor, Chunk]:
@@ -59,8 +62,16 @@ class RecomputedGraphs:
         buffers = self._buffers.tensors()
         versions = _versions(buffers)
         chunk.random_states, chunk.buffers = self._random_states, self._copied(buffers, versions)
-        with saved_tensors_hooks(chunk.leave_out, chunk.saved_again):
-            predictions = run()
+        try:
+            with saved_tensors_hooks(chunk.leave_out, chunk.saved_again):
+                predictions = run()
+        except RuntimeError as error:
+            if "saved tensor hooks" not in str(error):
+                raise
+            raise GradientError(
+                "gradients='recomputed' does not work with grad, vjp and jacrev of torch.func,"
+                " around the model or inside the pose model: use gradients='graph'"
+            ) from error
         chunk.done(predictions.detach().clone())
         random_states, after = _random_states(self._devices), self._buffers.tensors()
         if all(map(torch.equal, random_states, chunk.random_states)):
@@ -71,26 +82,26 @@ class RecomputedGraphs:
             chunk.buffers = ()
         return predictions, chunk
 
-    _copies: tuple[list[Tensor], list[int], list[Tensor]] = [], [], []
-
     def _copied(self, buffers: list[Tensor], versions: list[int]) -> list[Tensor]:
-        """Return copies of buffers, the last ones where nothing has changed since."""
-        copied, then, copies = self._copies
-        if not _same(copied, buffers) or then != versions:
-            copies = [buffer.detach().clone() for buffer in buffers]
-            self._copies = buffers, versions, copies
-        return copies
+        """Return copies of buffers: those of the chunk before of what has not changed since."""
+        for index, (buffer, version) in enumerate(zip(buffers, versions, strict=True)):
+            copied, then, _ = self._copies[index]
+            if copied is not buffer or then != version:
+                self._copies[index] = buffer, version, buffer.detach().clone()
+        return [copy for _, _, copy in self._copies]
 
-    def run_again(self, chunk: _Chunk) -> list[Tensor]:
-        """Return what the graph of a chunk would have saved."""
+    def run_again(self, chunk: _Chunk) -> list[tuple[Tensor, int]]:
+        """Return what the graph of a chunk would have saved, and the version of each."""
         if (last := self._last()) is not None:
             last.forget()  # what backward had no use for
         self._last = weakref.ref(chunk)
-        saved: list[Tensor] = []
+        saved: list[tuple[Tensor, int]] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            saved.append(tensor.detach())
-            return saved[-1]
+            detached = tensor.detach()
+            # torch sees to versions only of what it saves itself.
+            saved.append((detached, detached._version))
+            return detached
 
         with contextlib.ExitStack() as stack:
             for context in self._as_it_was(chunk):
@@ -111,7 +122,9 @@ class RecomputedGraphs:
         chunk.check_poses()
         contexts: list[AbstractContextManager[object]] = []
         if any(module.training != then for module, then in self._training):
-            contexts.append(_modes(self._training))
+            contexts.append(_flags(self._training, "training"))
+        if any(param.requires_grad != then for param, then in self._trained):
+            contexts.append(_flags(self._trained, "requires_grad"))
         for device, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(device):
                 # No cache: it would keep the graph of a weight's cast alive.
@@ -153,8 +166,9 @@ class RecomputedGraphs:
     def _rounding(self, predictions: Tensor) -> float:
         """Return by how much a second run may differ, relative to 1 and to the prediction."""
         dtypes = [dtype for _, enabled, dtype in self._autocast if enabled]
+        dtypes += [tensor.dtype for tensor in self._held if tensor.is_floating_point()]
         eps = max(torch.finfo(dtype).eps for dtype in [predictions.dtype, *dtypes])
-        # Above what sums in another order differ by, and below what any true change does.
+        # Above what sums in another order differ by: accelerators add in any.
         return eps ** (2 / 3)
 
 
@@ -164,12 +178,12 @@ class _Chunk:
     Attributes
     ----------
     random_states, buffers : those before the run; none if it did not change them
-    left_out : whether backward has no gradient for these poses
+    left_out_in : the backward that has no gradient for these poses
     """
 
     random_states: Sequence[Tensor]
     buffers: Sequence[Tensor]
-    left_out = False
+    left_out_in: int | None = None
 
     def __init__(
         self, graphs: RecomputedGraphs, run: Run, poses: Sequence[Any], first_pose: int
@@ -187,16 +201,24 @@ class _Chunk:
         self.leave_out = partial(next, self._count)
         self._n_saved = 0
         self._predictions: Tensor | None = None  # while the first run lasts
-        self._saved: dict[int, Tensor] = {}
+        self._saved: dict[int, tuple[Tensor, int]] = {}
 
     def saved_again(self, index: int) -> Tensor:
-        if self.left_out:  # nodes ask for what they saved before they see that there is no gradient
+        # Nodes ask for what they saved before they see that there is no gradient.
+        if self.left_out_in == torch._C._current_graph_task_id():
             return _NOTHING
         with self._graphs.lock:
             if index not in self._saved:
                 self._saved = dict(enumerate(self._graphs.run_again(self)))
             # Handed out once, so that memory shrinks while backward goes on.
-            return self._saved.pop(index)
+            tensor, version = self._saved.pop(index)
+        if tensor._version != version:
+            raise ChangedBeforeBackwardError(
+                "one of the variables needed for gradient computation, shape"
+                f" {tuple(tensor.shape)}, was modified by an inplace operation of the pose model"
+                " itself: let it work on a copy"
+            )
+        return tensor
 
     def done(self, predictions: Tensor) -> None:
         """Note what the first run gave."""
@@ -243,10 +265,13 @@ def _tensors_of(pose: Any, depth: int = 4) -> Iterator[Tensor]:
         yield pose
         return
     if isinstance(pose, Mapping):
-        pose = pose.values()
+        pose = list(pose.values())
     elif not isinstance(pose, list | tuple):
-        pose = getattr(pose, "__dict__", {}).values()
-    for part in pose if depth else ():
+        slots = getattr(type(pose), "__slots__", ())
+        names = [*getattr(pose, "__dict__", ()), *([slots] if isinstance(slots, str) else slots)]
+        pose = [getattr(pose, name, None) for name in names]
+    # A long list of numbers has none.
+    for part in pose if depth and pose and not isinstance(pose[0], int | float) else ():
         yield from _tensors_of(part, depth - 1)
 
 
@@ -265,19 +290,6 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return how often each tensor was changed in place; those of ``inference_mode`` do not say."""
     return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
-
-
-def is_sharded(tensor: Tensor) -> bool:
-    """Whether this process has a part of it alone (``DTensor``, as ``fully_shard`` makes)."""
-    return hasattr(tensor, "device_mesh")
-
-
-def _accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
-    """Return the devices beside the CPU that a run may draw random numbers on."""
-    devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
-    if torch.cuda.is_initialized():
-        devices.add(torch.device("cuda", torch.cuda.current_device()))
-    return sorted(devices, key=str)
 
 
 def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, bool, torch.dtype]]:
@@ -310,12 +322,13 @@ def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterat
 
 
 @contextmanager
-def _modes(training: Sequence[tuple[torch.nn.Module, bool]]) -> Iterator[None]:
-    changed = [(module, now) for module, now in training if module.training != now]
+def _flags(then: Sequence[tuple[Any, bool]], name: str) -> Iterator[None]:
+    """Set attributes to what they were."""
+    now = [(each, getattr(each, name)) for each, _ in then]
     try:
-        for module, then in changed:
-            module.training = then
+        for each, flag in then:
+            setattr(each, name, flag)
         yield
     finally:
-        for module, then in changed:
-            module.training = not then
+        for each, flag in now:
+            setattr(each, name, flag)

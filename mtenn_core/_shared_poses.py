@@ -41,6 +41,8 @@ def exchange_sizes(checked: Callable[[], AnyCall], group: Group) -> tuple[AnyCal
         own = checked()
     except PredictionError as error:
         own = error
+    except Exception as error:  # of an iterator of poses, say
+        own = PredictionError(f"{type(error).__name__}: {error}")
     share = own if isinstance(own, PredictionError) else own.sizes
     shares: list[list[int] | PredictionError] = [[]] * dist.get_world_size(group)
     dist.all_gather_object(shares, share, group)
@@ -69,7 +71,7 @@ def _checked_shares(shares: list[list[int] | PredictionError]) -> list[list[int]
 
 
 def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> list[Tensor]:
-    """Return the numbers of all ranks, those of a compound together, one tensor per rank and it.
+    """Return the numbers of all ranks, a tensor for each part of a compound, in the order of both.
 
     Differentiable: a rank gets the gradient of the sum over all ranks' losses.
 

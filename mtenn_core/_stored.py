@@ -10,11 +10,10 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mtenn_core._module_state import Places, lock_of
-from mtenn_core._pose_graphs import leaves
-from mtenn_core._recomputed import is_sharded
+from mtenn_core._module_state import Places, is_sharded, lock_of
+from mtenn_core._pose_graphs import computes_in, is_batched, leaves
 from mtenn_core.errors import GradientError
-from mtenn_core.gradients import at_least_float32, attach
+from mtenn_core.gradients import at_least_float32, attach, no_autocast
 
 Predict = Callable[[Any, int], Tensor]
 Params = Mapping[str, Tensor]
@@ -64,6 +63,9 @@ class StoredGradients:
             # Gradients are taken of aliases, so that hooks on the parameters (and whatever stands
             # on such hooks: DistributedDataParallel, FSDP) see one backward, not one per pose more.
             aliases = {name: param.detach().requires_grad_() for name, param in trainable.items()}
+            for name, alias in aliases.items():
+                alias.register_post_accumulate_grad_hook(partial(_refuse_other_losses, name))
+            self._scale: float | None = None  # of the inner gradients, known at the first pose
             self.predictions, used = self._run(pose_model, aliases, poses, predict)
         self.params = {name: param for name, param in trainable.items() if name in used}
 
@@ -114,7 +116,12 @@ class StoredGradients:
         scale = 1.0
         if prediction.requires_grad:
             _refuse_other_leaves(prediction, aliases, pose)
-            found, scale = _gradients(prediction, aliases)
+            if self._scale is None:
+                half = computes_in(torch.float16, prediction)
+                self._scale = FLOAT16_SCALE if half else 1.0
+            gradients, scale = _gradients(prediction, aliases, self._scale)
+            named = zip(aliases, gradients, strict=False)
+            found = {name: gradient for name, gradient in named if gradient is not None}
         for block, buffer in zip(self._blocks.values(), self._buffers, strict=True):
             # Into the dtype of the sums, too.
             row = [_flat(name, found.get(name), param) for name, param in block.items()]
@@ -143,29 +150,22 @@ def _blocks(params: Params) -> dict[Key, dict[str, Tensor]]:
     return blocks
 
 
-def _gradients(prediction: Tensor, aliases: Params) -> tuple[dict[str, Tensor], float]:
-    """Return scale · ∂ŷ/∂θ of the parameters that ŷ depends on, and the scale."""
-    if not aliases:
-        return {}, 1.0
-    scale = FLOAT16_SCALE if _computes_in_float16(prediction, aliases) else 1.0
-    while True:
-        gradients = torch.autograd.grad(
-            prediction * scale if scale > 1 else prediction,
-            list(aliases.values()),
-            allow_unused=True,
-            retain_graph=scale > 1,
-        )
-        found = {n: g for n, g in zip(aliases, gradients, strict=True) if g is not None}
-        if scale == 1 or all(gradient.isfinite().all() for gradient in found.values()):
-            return found, scale
+def _gradients(prediction: Tensor, aliases: Params, scale: float) -> tuple[list[Any], float]:
+    """Return scale · ∂ŷ/∂θ, None for a parameter that ŷ does not depend on, and the scale."""
+    params = list(aliases.values())
+    while params:
+        # Backward runs outside of autocast, as that of a loss does.
+        with no_autocast(prediction.device.type):
+            gradients = torch.autograd.grad(
+                prediction * scale if scale > 1 else prediction,
+                params,
+                allow_unused=True,
+                retain_graph=scale > 1,
+            )
+        if scale == 1 or all(g.isfinite().all() for g in gradients if g is not None):
+            return list(gradients), scale
         scale /= 16
-
-
-def _computes_in_float16(prediction: Tensor, aliases: Params) -> bool:
-    if any(alias.dtype == torch.float16 for alias in aliases.values()):
-        return True
-    device = prediction.device.type
-    return torch.is_autocast_enabled(device) and torch.get_autocast_dtype(device) == torch.float16
+    return [], 1.0
 
 
 def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
@@ -208,6 +208,16 @@ def _shards(module: torch.nn.Module) -> bool:
     )
 
 
+def _refuse_other_losses(name: str, alias: Tensor) -> None:
+    """Raise where a loss reaches an alias: its gradient would not reach the parameter."""
+    raise GradientError(
+        f"parameter {name!r}: a loss uses something of the pose model beside its predictions (a"
+        " penalty that it keeps, an activation), and gradients='stored' would lose its gradient:"
+        " compute it outside of the pose model, or use gradients='graph'",
+        parameter=name,
+    )
+
+
 def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None:
     """Raise if something beside the parameters would get a gradient: its graph ends here."""
     known = {id(alias) for alias in aliases.values()}
@@ -242,14 +252,22 @@ def _weighted_sum(
     return [sums[name] for name in names]
 
 
+def forget_memory(pose_model: torch.nn.Module) -> None:
+    """Give back the memory that is kept for the next step."""
+    _SPARE.pop(pose_model, None)
+
+
 def _graph_is_retained() -> bool:
     return bool(torch._C._autograd._get_current_graph_task_keep_graph())
 
 
 def _product(weights: Tensor, buffer: Tensor) -> Tensor:
     """Return Σ_i w_i row_i without those whose weight is zero: 0 · inf would be NaN."""
-    product = weights @ buffer
+    with no_autocast(weights.device.type):
+        product = weights @ buffer
     with_weight = weights != 0
+    if is_batched(weights):
+        return product
     if not product.isfinite().all() and not with_weight.all():
         return weights[with_weight] @ buffer[with_weight]
     return product

@@ -17,6 +17,7 @@ from mtenn_core.gradients import (
     at_least_float32,
     attach_gradients,
     join_grad_dict,
+    no_autocast,
     refuse_double_backward,
     split_grad_dict,
 )
@@ -296,16 +297,17 @@ def combined_prediction(
     pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
     # A stochastic value would draw other numbers for its weights than it drew for itself.
     closed_form &= overrides(type(combination), "pose_weights") and not combination.stochastic
-    if closed_form and wide.requires_grad and torch.is_grad_enabled():
-        detached = wide.detach()
-        value = check_scalar(combination, combination.combine(detached, **pose_inputs))
-        # Now, and not a view: a parameter of the combination may have changed by backward.
-        with torch.no_grad():
-            weights = combination.pose_weights(detached, **pose_inputs)
-        _check_weights(combination, weights, detached)
-        value = _ClosedForm.apply(value, wide, weights.clone())
-    else:
-        value = check_scalar(combination, combination.combine(wide, **pose_inputs))
+    with no_autocast(predictions.device.type):  # it would compute in half precision
+        if closed_form and wide.requires_grad and torch.is_grad_enabled():
+            detached = wide.detach()
+            value = check_scalar(combination, combination.combine(detached, **pose_inputs))
+            # Now, and not a view: a parameter of the combination may have changed by backward.
+            with torch.no_grad():
+                weights = combination.pose_weights(detached, **pose_inputs)
+            _check_weights(combination, weights, detached)
+            value = _ClosedForm.apply(value, wide, weights.clone())
+        else:
+            value = check_scalar(combination, combination.combine(wide, **pose_inputs))
     return value.to(predictions.dtype)
 
 
@@ -316,7 +318,9 @@ def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: A
     ----------
     *args : ``pred_list, grad_dict, param_names, *model_params``
     """
-    return check_scalar(combination, first_of_pair(combination(*args, **pose_inputs)))
+    pred_list, *_ = args
+    with no_autocast(pred_list[0].device.type):
+        return check_scalar(combination, first_of_pair(combination(*args, **pose_inputs)))
 
 
 def first_of_pair(value: Any) -> Any:

@@ -31,7 +31,7 @@ class PredictionError(MtennError, ValueError):
 
 
 class GradientError(MtennError, ValueError):
-    """Pose gradients do not fit the predictions or the parameters: correct the ``grad_dict``.
+    """Gradients do not fit, or a mode would lose them: correct the ``grad_dict``, or the mode.
 
     Attributes
     ----------

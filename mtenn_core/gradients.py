@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -261,6 +262,13 @@ def sum_over_poses(
         of_pose = list(gradients[pose * n_params : (pose + 1) * n_params])
         torch._foreach_add_(sums, of_pose, alpha=weight)
     return [total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
+
+
+def no_autocast(device: str) -> AbstractContextManager[object]:
+    """Return a context without autocast on a type of device, which costs nothing where none is."""
+    if torch.is_autocast_enabled(device):
+        return torch.autocast(device, enabled=False)
+    return nullcontext()
 
 
 def at_least_float32(dtype: torch.dtype) -> torch.dtype:

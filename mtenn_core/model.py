@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -14,7 +14,7 @@ from mtenn_core import _checkpoint
 from mtenn_core._estimate import Estimate, estimate, measured
 from mtenn_core._pose_graphs import join_chunks, with_weight
 from mtenn_core._recomputed import RecomputedGraphs
-from mtenn_core._stored import StoredGradients
+from mtenn_core._stored import StoredGradients, forget_memory
 from mtenn_core.combination import (
     Combination,
     PoseInputs,
@@ -70,10 +70,14 @@ class MultiPoseModel(torch.nn.Module):
     combination : its name in the registry, or an instance
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
         ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph: the memory
-        is one graph and n_poses gradients. ``"recomputed"`` keeps no more than the predictions,
+        is one graph and n_poses gradients, and on a CPU is kept for the next step until
+        :meth:`eval`. ``"recomputed"`` keeps no more than the predictions,
         and runs poses again in backward, a chunk at a time and only those whose weight is not
-        zero: the memory is one chunk's graph. The numbers are the same, unless poses of one batch
-        influence each other (BatchNorm in training): ``"stored"`` never batches them. While
+        zero: the memory is one chunk's graph, and some 50 kB a pose for the bare graphs. The
+        numbers are the same, unless poses of one batch influence each other (BatchNorm in
+        training), since ``"stored"`` never batches them; or unless hooks of the pose model do to
+        gradients what is not linear (clip them), since in ``"stored"`` they come before the
+        weights. A hook on a tensor is handed None for a pose whose weight is zero. While
         ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose model.
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
@@ -85,7 +89,7 @@ class MultiPoseModel(torch.nn.Module):
         the largest. The gradient is then off by at most Σ |v_i| ‖∂ŷ_i/∂θ‖ over those left out, with
         v_i the derivative of the loss with respect to ŷ_i; 0 leaves out those that are exactly zero
     check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
-        combination, and spares a GPU the wait.
+        combination, and forward does not wait for a GPU.
 
     Raises
     ------
@@ -143,6 +147,12 @@ class MultiPoseModel(torch.nn.Module):
                 "gradients='stored' runs pose by pose, so that each pose has a gradient of its own:"
                 f" chunk_size must be 1 or None; found {self.chunk_size}"
             )
+
+    def train(self, mode: bool = True) -> Self:
+        """Set training mode, or end it and give back the memory that ``"stored"`` keeps."""
+        if not mode:
+            forget_memory(self.pose_model)
+        return super().train(mode)
 
     def extra_repr(self) -> str:
         """Return the options, for ``repr``."""
@@ -207,6 +217,7 @@ class MultiPoseModel(torch.nn.Module):
         collated: bool,
         group: Group | None,
     ) -> MultiPoseOutput:
+        self._check_options()  # again, since they can be set
         self._check_depth(group)
         checked = partial(self._checked, poses, sizes, pose_inputs, collated)
         if group is None:
@@ -250,7 +261,7 @@ class MultiPoseModel(torch.nn.Module):
         """
         poses, own_sizes, given = self._checked(poses, sizes, pose_inputs or {}, False)
         n_poses = self._n_poses([own_sizes], sizes)
-        predictions, graphs = measured(self.pose_model, self._runs(poses))
+        predictions, graphs = measured(self.pose_model, [run for run, *_ in self._runs(poses)])
         inputs = _like(predictions, given)
         weights = torch.cat(
             [
@@ -288,7 +299,7 @@ class MultiPoseModel(torch.nn.Module):
         return _Call(poses, own_sizes, self._inputs(pose_inputs, sum(own_sizes)))
 
     def _n_poses(self, shares: list[list[int]], sizes: Sequence[int] | None) -> list[int]:
-        """Return the number of poses of each compound, of that of each rank's part of them."""
+        """Return the number of poses of each compound, on all ranks together."""
         n_poses = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
         for compound, size in enumerate(n_poses):
             check_n_poses(self.combination, size, None if sizes is None else compound)
@@ -339,17 +350,17 @@ class MultiPoseModel(torch.nn.Module):
         runs = self._runs(poses, in_batch)
         if self.gradients == "recomputed" and with_grad:
             graphs = RecomputedGraphs(self.pose_model)
-            predictions, chunks = zip(*(graphs.predict(r, *r.args[:2]) for r in runs), strict=True)
+            predictions, chunks = zip(*(graphs.predict(*run) for run in runs), strict=True)
             return join_chunks(predictions, chunks, self.skip_below), None
-        return join_chunks([run() for run in runs], skip_below=self.skip_below), None
+        return join_chunks([run() for run, *_ in runs], skip_below=self.skip_below), None
 
-    def _runs(self, poses: list[Any], in_batch: int | None = None) -> list[partial[Tensor]]:
-        """Return calls that predict a chunk of poses each; their arguments begin with the poses."""
+    def _runs(
+        self, poses: list[Any], in_batch: int | None = None
+    ) -> list[tuple[Callable[[], Tensor], list[Any], int]]:
+        """Return for each chunk a call that predicts it, its poses, and the index of the first."""
         step = self._chunk_size(len(poses), self.gradients)
-        return [
-            partial(self._predict_chunk, poses[first : first + step], first, in_batch)
-            for first in range(0, len(poses), step)
-        ]
+        chunks = [(poses[first : first + step], first) for first in range(0, len(poses), step)]
+        return [(partial(self._predict_chunk, *chunk, in_batch), *chunk) for chunk in chunks]
 
     def _chunk_size(self, n_poses: int, gradients: str) -> int:
         whole = self.collate is not None and gradients == "graph"
@@ -437,6 +448,8 @@ def _own_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) ->
                 f"compound {compound}: a number of poses must not be negative; found {size}",
                 compound=compound,
             )
+    if not sizes:
+        raise PredictionError("sizes must name at least one compound; found none")
     if not collated and sum(sizes) != len(poses):
         raise PredictionError(
             f"sizes must add up to the number of poses: {len(sizes)} compounds with"

@@ -531,7 +531,7 @@ def test_several_tasks_are_not_taken_for_several_poses(poses):
         ([3, 3], "2 compounds with 6 poses in all; found 7 poses"),
         ([3, 0, 4], r"compound 1: .* needs at least 1 pose\(s\); found 0"),
         ([8, -1], "compound 1: .*found -1"),
-        ([], "0 compounds with 0 poses in all; found 7"),
+        ([], "sizes must name at least one compound; found none"),
     ],
 )
 def test_sizes_that_do_not_fit_are_refused(pose_model, poses, sizes, message):

@@ -568,6 +568,14 @@ class AtFullDepth(FullDepth):
     properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
 
 
+@right("full depth that returns a pair")
+class AsMtennReturns(FullDepth):
+    """Of mtenn 0.5 and later; the first of the pair counts."""
+
+    def forward(self, pred_list, *rest):
+        return super().forward(pred_list, *rest), self.stacked(pred_list)
+
+
 @right("full depth with combine beside it")
 class WithCombine(FullDepth):
     def combine(self, predictions):

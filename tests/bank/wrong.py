@@ -574,10 +574,10 @@ class Float(Plain):
         return super().combine(predictions).item()
 
 
-@wrong("output is a pair, as in mtenn 0.5", "A2", "tuple")
-class Pair(FullDepth):
+@wrong("output is a tuple of three", "A2", "tuple")
+class Triple(FullDepth):
     def forward(self, pred_list, *rest):
-        return super().forward(pred_list, *rest), self.stacked(pred_list)
+        return super().forward(pred_list, *rest), self.stacked(pred_list), None
 
 
 @wrong("output in float32", "A2", "float32")
