@@ -182,9 +182,12 @@ def molecules(case: Case) -> Model:
     poses = []
     for size in case.sizes:
         types = torch.randint(1, 9, (int(torch.randint(10, 16, ())),))
-        poses += [Data(z=types, pos=2 * torch.randn(len(types), 3)) for _ in range(size)]
+        pairs = (~torch.eye(len(types), dtype=torch.bool)).nonzero().t().contiguous()
+        poses += [
+            Data(z=types, pos=2 * torch.randn(len(types), 3), edge_index=pairs) for _ in range(size)
+        ]
     # Few Gaussians, which are wide: see PairNetwork.
-    schnet = SchNet(64, 64, num_interactions=3, num_gaussians=10, interaction_graph=complete_graph)
+    schnet = SchNet(64, 64, num_interactions=3, num_gaussians=10)
     return OfBatch(schnet), poses, Batch.from_data_list
 
 
@@ -194,16 +197,17 @@ class OfBatch(torch.nn.Module):
     def __init__(self, schnet: torch.nn.Module) -> None:
         super().__init__()
         self.schnet = schnet
+        schnet.interaction_graph = self.pairs
 
     def forward(self, batch: Any) -> Tensor:
         """Return the predictions."""
+        self.edges = batch.edge_index
         return self.schnet(batch.z, batch.pos, batch.batch)
 
-
-def complete_graph(pos: Tensor, batch: Tensor) -> tuple[Tensor, Tensor]:
-    """Every pair of atoms of one pose. SchNet's own search for neighbours is a compiled package."""
-    edges = (batch[:, None] == batch).fill_diagonal_(False).nonzero().t()
-    return edges, (pos[edges[0]] - pos[edges[1]]).norm(dim=-1)
+    def pairs(self, pos: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pairs that came with the molecules, as a data set of such has them."""
+        first, second = self.edges
+        return self.edges, (pos[first] - pos[second]).norm(dim=-1)
 
 
 POSE_MODELS = {"pairs": pairs, "vector": vector, "molecules": molecules}

@@ -51,6 +51,7 @@ class StoredGradients:
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any], predict: Predict) -> None:
         _refuse_sharded(pose_model)
+        places = Places(pose_model, "parameters")
         with lock_of(pose_model):
             trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
             self._blocks = _blocks(trainable)
@@ -66,7 +67,9 @@ class StoredGradients:
             for name, alias in aliases.items():
                 alias.register_post_accumulate_grad_hook(partial(_refuse_other_losses, name))
             self._scale: float | None = None  # of the inner gradients, known at the first pose
-            self.predictions, used = self._run(pose_model, aliases, poses, predict)
+            alias_of = {id(param): aliases[name] for name, param in trainable.items()}
+            with places.holding([alias_of.get(id(param), param) for param in places.tensors()]):
+                self.predictions, used = self._run(aliases, poses, predict)
         self.params = {name: param for name, param in trainable.items() if name in used}
 
     def attach(self, *, reuse: bool = True) -> Tensor:
@@ -95,19 +98,16 @@ class StoredGradients:
         return {name: list(views[name]) for name in self.params}
 
     def _run(
-        self, pose_model: torch.nn.Module, aliases: Params, poses: Sequence[Any], predict: Predict
+        self, aliases: Params, poses: Sequence[Any], predict: Predict
     ) -> tuple[Tensor, set[str]]:
         """Fill the buffers; return the predictions and the names of the parameters used."""
         used: set[str] = set()
         predictions = []
-        places = Places(pose_model, "parameters")
-        alias_of = {id(p): aliases[n] for n, p in pose_model.named_parameters() if n in aliases}
-        with places.holding([alias_of.get(id(param), param) for param in places.tensors()]):
-            for index, pose in enumerate(poses):
-                prediction = predict(pose, index)
-                used.update(self._store(prediction, aliases, index))
-                # A clone: a view would keep the whole tensor that it is a view of.
-                predictions.append(prediction.detach().clone())
+        for index, pose in enumerate(poses):
+            prediction = predict(pose, index)
+            used.update(self._store(prediction, aliases, index))
+            # A clone: a view would keep the whole tensor that it is a view of.
+            predictions.append(prediction.detach().clone())
         return torch.stack(predictions), used
 
     def _store(self, prediction: Tensor, aliases: Params, pose: int) -> set[str]:

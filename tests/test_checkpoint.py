@@ -108,6 +108,26 @@ def test_what_cannot_be_read_is_told(state):
         model.load_state_dict(model.state_dict() | {"_extra_state": state})
 
 
+class Plain:
+    """Its repr has an address."""
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (model_of, model_of),
+        (frozenset({"alpha", "beta", "gamma"}), frozenset({"gamma", "beta", "alpha"})),
+        (Plain(), Plain()),
+    ],
+    ids=["function", "set", "object"],
+)
+def test_arguments_are_called_the_same_in_every_process(tmp_path, then, now):
+    model = model_of(SmoothMinimum(shift=then))
+    text = bytes(model.state_dict()["_extra_state"].tolist()).decode()
+    assert " at 0x" not in text
+    model_of(SmoothMinimum(shift=now)).load_state_dict(through_a_file(model, tmp_path))
+
+
 def test_arguments_that_json_does_not_know_are_compared_by_their_repr(tmp_path):
     state = through_a_file(model_of(SmoothMinimum(shift={1j})), tmp_path)
     model_of(SmoothMinimum(shift={1j})).load_state_dict(state)

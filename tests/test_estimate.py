@@ -134,3 +134,14 @@ def test_it_prints_as_a_table(pose_model, poses):
         ["recomputed", "8", "1"],
     ]
     assert lines[2].endswith("<- take this")
+
+
+def test_a_pose_model_that_takes_gradients_is_measured(pose_model, poses):
+    class Forces(torch.nn.Module):
+        def forward(self, pose):
+            pose = pose.detach().requires_grad_()
+            energy = pose_model(pose)
+            (force,) = torch.autograd.grad(energy.sum(), pose, create_graph=True)
+            return energy + force.square().sum()
+
+    assert MultiPoseModel(Forces(), SmoothMinimum()).estimate(poses).graph > 0

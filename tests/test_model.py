@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtenn_core import Combination, MultiPoseModel, registry
+from mtenn_core import Combination, MultiPoseModel, _stored, registry
 from mtenn_core.errors import (
     CombinationContractError,
     CombinationNotFoundError,
@@ -889,3 +889,78 @@ def test_a_combination_that_returns_the_pair_of_mtenn_is_accepted(pose_model, po
 def test_a_combination_that_returns_the_pair_of_mtenn_passes_the_gate():
     with registry.temporary({"pair": AsMtennReturns}):
         assert registry.get("pair") is AsMtennReturns
+
+
+@MODES
+def test_combining_is_in_float32_under_autocast(gradients):
+    class Products(Combination):
+        def combine(self, predictions):
+            return torch.softmax(predictions, dim=0) @ predictions
+
+        def pose_weights(self, predictions):
+            p = torch.softmax(predictions, dim=0)
+            return p * (1 + predictions - p @ predictions)
+
+    pose_model, poses = torch.nn.Linear(4, 1), torch.randn(5, 4)
+    model = MultiPoseModel(pose_model, Products(), gradients=gradients)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(poses)
+    assert out.prediction == Products().combine(out.pose_predictions)
+
+
+def test_stored_gradients_are_taken_outside_of_autocast():
+    """As backward of a loss is: what a pose model does in float32 has a gradient in float32."""
+
+    class Island(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = torch.nn.Linear(64, 1)
+
+        def forward(self, pose):
+            with torch.autocast("cpu", enabled=False):
+                return self.inner(torch.tanh(pose @ self.inner.weight.t() * pose))
+
+    pose_model, poses = Island(), torch.randn(3, 64)
+    found = []
+    for gradients in ("graph", "stored"):
+        model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            out = model(poses)
+        out.prediction.backward()
+        found.append(pose_model.inner.weight.grad.clone())
+    # Float32 has 24 bits; bfloat16, with 8, would be off by 4e-3.
+    assert _relative_error([found[1]], [found[0]]) < 1e-6
+
+
+def test_gradients_do_not_underflow_where_the_pose_model_has_autocast_of_its_own():
+    class Inner(TinyGradients):
+        def forward(self, pose):
+            with torch.autocast("cpu", dtype=torch.float16):
+                return super().forward(pose)
+
+    pose_model, poses = Inner(), torch.randn(6, 64)
+    reference = TinyGradients()
+    reference.load_state_dict(pose_model.state_dict())
+    plain = MultiPoseModel(reference.double(), ClosedForm())(poses.double()).prediction
+    expected = torch.autograd.grad(plain, list(reference.parameters()))
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
+    found = torch.autograd.grad(model(poses).prediction, list(pose_model.parameters()))
+    assert _relative_error(found, expected) < 5e-3  # 11 bits, and a few roundings in a row
+
+
+def test_the_end_of_training_gives_memory_back(pose_model, poses):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
+    model(poses).prediction.backward()
+    assert pose_model in _stored._SPARE
+    model.eval()
+    assert pose_model not in _stored._SPARE
+    model.train()
+    model(poses).prediction.backward()
+
+
+def test_options_that_are_set_later_are_checked(pose_model, poses):
+    model = MultiPoseModel(pose_model, ClosedForm())
+    model.gradients = "recompute"
+    with pytest.raises(ValueError, match="found 'recompute'"):
+        model(poses)

@@ -4,6 +4,7 @@ import copy
 import gc
 import random
 import weakref
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from types import SimpleNamespace
@@ -575,3 +576,201 @@ def test_the_transforms_of_torch_func_are_right_in_graph_and_refused_elsewhere(p
     assert hessian(params["2.bias"]).abs().max() < 1e-12  # a shift of all poses shifts the value
     with pytest.raises(GradientError, match=r"grad, vjp and jacrev .* use gradients='graph'"):
         torch.func.grad(predict)(params, "recomputed")
+
+
+class EditsWhatItSaved(torch.nn.Module):
+    """``exp`` saves its result, which is then changed."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pose):
+        hidden = self.inner[0](pose).exp()
+        hidden.add_(1.0)
+        return self.inner[2](hidden)
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_a_pose_model_that_edits_what_it_saved_is_an_error(pose_model, poses, gradients):
+    model = MultiPoseModel(EditsWhatItSaved(pose_model), ClosedForm(), gradients=gradients)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        model(poses).prediction.backward()
+
+
+class Attention(torch.nn.Module):
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.project = inner, torch.nn.Linear(1, 12).double()
+
+    def forward(self, pose):
+        query, key, value = self.project(pose[:, None]).view(4, 3, 2, 2).permute(1, 2, 0, 3)
+        mixed = torch.nn.functional.scaled_dot_product_attention(query, key, value)
+        return self.inner(mixed.sum((0, 2)))
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e5], ids=["dense", "sharp"])
+def test_attention_is_left_out_and_run_again_rightly(pose_model, poses, scale):
+    attention = Attention(pose_model)
+    found = [
+        gradients_of(MultiPoseModel(attention, ClosedForm(scale), gradients=g), poses, loss=_y)
+        for g in ("graph", "stored", "recomputed")
+    ]
+    assert_same(found[1], found[0])
+    assert_same(found[2], found[0])
+
+
+class Penalised(torch.nn.Module):
+    """Keeps a penalty on its weights, and an activation, for a loss beside the predictions."""
+
+    def __init__(self, inner: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner, self.activations = inner, []
+
+    def forward(self, pose):
+        self.penalty = self.inner[0].weight.square().sum()
+        self.activations.append(self.inner[0](pose))
+        return self.inner(pose)
+
+
+@pytest.mark.parametrize("beside", ["penalty", "activations"])
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_a_loss_beside_the_predictions_is_right_or_an_error(pose_model, poses, gradients, beside):
+    found = []
+    for mode in ("graph", gradients):
+        penalised = Penalised(pose_model)
+        model = MultiPoseModel(penalised, ClosedForm(1e5), gradients=mode)
+        model.zero_grad()
+        out = model(poses)
+        # Before backward: a second run of a pose would keep its own.
+        loss = penalised.penalty if beside == "penalty" else sum(penalised.activations).sin().sum()
+        out.prediction.backward(retain_graph=True)
+        if mode == "stored":
+            words = r"parameter 'inner\.0\.\w+': a loss uses .*'graph'"
+            with pytest.raises(GradientError, match=words):
+                loss.backward()
+            return
+        loss.backward()
+        found.append({n: p.grad.clone() for n, p in model.named_parameters()})
+    assert_same(found[1], found[0])
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_many_backwards_at_once_give_the_jacobian(pose_model, poses, gradients):
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    out = model(poses)
+    weight = pose_model[0].weight
+    eye = torch.eye(7, dtype=torch.float64)
+    (jacobian,) = torch.autograd.grad(out.pose_predictions, weight, eye, is_grads_batched=True)
+    for pose, row in zip(poses, jacobian, strict=True):
+        (expected,) = torch.autograd.grad(pose_model(pose), weight)
+        torch.testing.assert_close(row, expected, **EXACT)
+
+
+@pytest.mark.parametrize("gradients", ["stored", "recomputed"])
+def test_a_lazy_module_asks_for_a_first_run(poses, gradients):
+    pose_model = torch.nn.Sequential(torch.nn.LazyLinear(8), torch.nn.Linear(8, 1)).double()
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
+    with pytest.raises(GradientError, match="run the pose model once"):
+        model(poses)
+    pose_model(poses[0])
+    model(poses).prediction.backward()
+
+
+def test_what_is_frozen_or_thawed_before_backward_counts_as_it_was(pose_model, poses):
+    found = []
+    for gradients in ("graph", "recomputed"):
+        model = MultiPoseModel(copy.deepcopy(pose_model), SmoothMinimum(), gradients=gradients)
+        first, _, last = model.pose_model
+        first.requires_grad_(False)
+        out = model(poses)
+        first.requires_grad_(True)
+        last.bias.requires_grad_(False)
+        out.prediction.backward()
+        assert first.weight.requires_grad
+        assert not last.bias.requires_grad
+        found.append({n: p.grad for n, p in model.named_parameters()})
+    assert found[0]["pose_model.2.weight"] is not None
+    assert_same(*found)
+
+
+def test_buffers_that_do_not_change_are_copied_once(poses):
+    class Tables(Reassigning):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("table", torch.zeros(1000))
+
+    model = recomputed(Tables())
+    out = model(poses)
+    chunks = out.pose_predictions.grad_fn.chunks
+    assert len({chunk.buffers[1].data_ptr() for chunk in chunks}) == 1
+    assert len({chunk.buffers[0].data_ptr() for chunk in chunks}) == len(poses)
+
+
+def test_what_backward_has_no_use_for_is_let_go(pose_model, poses):
+    """A gradient for the last layer alone leaves what the first has saved."""
+    storages = []
+
+    class Tracking(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pose_model
+
+        def forward(self, pose):
+            hidden = self.inner[:2](pose)
+            storages.append(weakref.ref(hidden.untyped_storage()))
+            return self.inner[2](hidden * hidden)
+
+    out = recomputed(Tracking())(poses)
+    torch.autograd.grad(out.prediction, pose_model[2].weight, retain_graph=True)
+    assert sum(storage() is not None for storage in storages) <= 1
+
+
+def test_threads_may_run_backward_at_once(pose_model, poses):
+    """Each puts buffers and modes in their places while it runs poses again."""
+    spectral_norm(pose_model[0])
+    model = recomputed(pose_model)
+    outs = [model(poses[i : i + 3]) for i in range(4)]
+    expected = [
+        torch.autograd.grad(out.prediction, pose_model[2].weight, retain_graph=True)[0]
+        for out in outs
+    ]
+    with ThreadPoolExecutor(4) as pool:
+        found = list(
+            pool.map(lambda o: torch.autograd.grad(o.prediction, pose_model[2].weight)[0], outs)
+        )
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **EXACT)
+
+
+def test_a_pose_with_many_numbers_is_not_searched(pose_model, monkeypatch):
+    from mtenn_core import _recomputed
+
+    seen = []
+    search = _recomputed._tensors_of
+    monkeypatch.setattr(_recomputed, "_tensors_of", lambda *a: seen.append(1) or search(*a))
+
+    class Reading(torch.nn.Module):
+        def forward(self, pose):
+            return pose_model(torch.tensor(pose[:4], dtype=torch.float64))
+
+    recomputed(Reading())([[0.5] * 1000]).prediction.backward()
+    assert len(seen) == 1
+
+
+def test_torch_func_inside_a_pose_model_is_refused_and_right_elsewhere(pose_model, poses):
+    class Forces(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pose_model
+
+        def forward(self, pose):
+            return torch.func.grad(lambda x: self.inner(x).sum())(pose).square().sum()
+
+    with pytest.raises(GradientError, match="inside the pose model"):
+        recomputed(Forces())(poses)
+    found = [
+        gradients_of(MultiPoseModel(Forces(), SmoothMinimum(), gradients=g), poses)
+        for g in ("graph", "stored")
+    ]
+    assert_same(*found)
