@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+import functools
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -90,27 +91,27 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     One without weight must if it alone holds a leaf, whose gradient is then zero and not None; or a
     node that is not torch's own, which may compute something where it is handed no gradient.
     """
-    if all(has_weight):
-        return list(has_weight)
-    runs, covered = list(has_weight), set[Any]()
+    runs = list(has_weight)
+    if all(runs):
+        return runs
+    seen: set[Any] = set()
     for root, weight in zip(roots, has_weight, strict=True):
         if weight:
-            covered.update(_nodes(root, covered))
+            _nodes(root, seen)
     for index, root in enumerate(roots):
         if not runs[index]:
-            nodes = set(_nodes(root, covered))
-            runs[index] = any(map(_must_run, nodes))
-            if runs[index]:
-                covered |= nodes
+            # A node seen already runs anyway, or need not for another chunk either.
+            runs[index] = any(map(_must_run, map(type, _nodes(root, seen))))
     return runs
 
 
-def _must_run(node: Any) -> bool:
-    is_foreign = isinstance(node, torch.autograd.function.BackwardCFunction)  # in Python
-    name = type(node).__name__
+@functools.lru_cache
+def _must_run(node_class: type) -> bool:
+    is_foreign = issubclass(node_class, torch.autograd.function.BackwardCFunction)  # in Python
+    name = node_class.__name__
     is_foreign |= name == "CppFunction"  # in C++
     # Those of attention look at what they saved even where they have no gradient.
-    return is_foreign or name.startswith("ScaledDotProduct") or isinstance(node, _AccumulateGrad)
+    return is_foreign or name.startswith("ScaledDotProduct") or node_class is _AccumulateGrad
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -135,15 +136,16 @@ def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
     return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
 
 
-def _nodes(root: Any, without: Container[Any] = ()) -> Iterator[Any]:
-    """Yield the nodes of a graph, each once; not those behind ``without``."""
-    if root is None or root in without:
-        return
-    seen, stack = {root}, [root]
-    while stack:
-        node = stack.pop()
-        yield node
+def _nodes(root: Any, seen: set[Any] | None = None) -> list[Any]:
+    """Return the nodes of a graph that are not in ``seen``, and note them there."""
+    seen = set() if seen is None else seen
+    if root is None or root in seen:
+        return []
+    seen.add(root)
+    found = [root]
+    for node in found:  # grows meanwhile
         for parent, _ in node.next_functions:
-            if parent is not None and parent not in seen and parent not in without:
+            if parent not in seen and parent is not None:
                 seen.add(parent)
-                stack.append(parent)
+                found.append(parent)
+    return found
