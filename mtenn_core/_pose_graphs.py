@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
@@ -22,7 +23,9 @@ class Chunk(Protocol):
 
 
 def join_chunks(
-    predictions: Sequence[Tensor], chunks: Sequence[Chunk] = (), skip_below: float = 0.0
+    predictions: Sequence[Tensor],
+    chunks: Sequence[Chunk] = (),
+    skip_below: float | None = 0.0,
 ) -> Tensor:
     """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
 
@@ -31,18 +34,21 @@ def join_chunks(
 
     Parameters
     ----------
-    skip_below : leave out weights up to this fraction of the largest, too
+    skip_below : leave out weights up to this fraction of the largest, too; None leaves out none
     """
-    if len(predictions) == 1 or not any(chunk.requires_grad for chunk in predictions):
+    no_graph = not any(chunk.requires_grad for chunk in predictions)
+    if len(predictions) == 1 or no_graph or skip_below is None:
         return torch.cat(list(predictions))
     joined: Tensor = _Join.apply(chunks, skip_below, *predictions)
     return joined
 
 
-def with_weight(weights: Tensor, skip_below: float) -> Tensor:
-    """Return which poses count, shape (n_poses,); a weight that is NaN does."""
+def with_weight(weights: Tensor, skip_below: float | None) -> Tensor:
+    """Return which poses count, shape (n_poses,); those whose weight is NaN or infinite do."""
     sizes = weights.abs()
-    return ~(sizes <= skip_below * sizes.max())
+    if skip_below is None:
+        return torch.ones_like(sizes, dtype=torch.bool)
+    return ~(sizes <= skip_below * sizes.max()) | sizes.isinf()
 
 
 class _Join(torch.autograd.Function):
@@ -89,7 +95,7 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     """Return for each graph whether backward must run it.
 
     One without weight must if it alone holds a leaf, whose gradient is then zero and not None; or a
-    node that is not torch's own, which may compute something where it is handed no gradient.
+    node that computes something where it is handed no gradient.
     """
     runs = list(has_weight)
     if all(runs):
@@ -105,13 +111,22 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     return runs
 
 
+# Nodes of torch that look at what they saved where they have no gradient, too: fused attention, and
+# recurrent layers. Found with every formula of derivatives.yaml that has several results.
+_LOOK_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
+
+
 @functools.lru_cache
 def _must_run(node_class: type) -> bool:
-    is_foreign = issubclass(node_class, torch.autograd.function.BackwardCFunction)  # in Python
+    return node_class is _AccumulateGrad or _computes_anyway(node_class)
+
+
+def _computes_anyway(node_class: type) -> bool:
+    """Whether a node may compute something where it is handed no gradient."""
     name = node_class.__name__
-    is_foreign |= name == "CppFunction"  # in C++
-    # Those of attention look at what they saved even where they have no gradient.
-    return is_foreign or name.startswith("ScaledDotProduct") or node_class is _AccumulateGrad
+    in_python = issubclass(node_class, torch.autograd.function.BackwardCFunction)
+    in_cpp = name == "CppFunction"
+    return in_python or in_cpp or _LOOK_ANYWAY.search(name) is not None
 
 
 def is_batched(tensor: Tensor) -> bool:
@@ -128,6 +143,11 @@ def leaves(root: Tensor) -> Iterator[Tensor]:
     for node in _nodes(root.grad_fn):
         if isinstance(node, _AccumulateGrad):
             yield node.variable  # type: ignore[attr-defined]
+
+
+def never_left_out(root: Tensor) -> bool:
+    """Whether a graph has a node that computes something where it is handed no gradient."""
+    return any(_computes_anyway(type(node)) for node in _nodes(root.grad_fn))
 
 
 def computes_in(dtype: torch.dtype, root: Tensor) -> bool:

@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import sys
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from functools import partial
-from typing import Any
+from types import FunctionType, ModuleType
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,9 +23,17 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mtenn_core._module_state import Places, accelerators, is_sharded, lock_of
 from mtenn_core._pose_graphs import Chunk
-from mtenn_core.errors import ChangedBeforeBackwardError, GradientError
+from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
 Run = Callable[[], Tensor]
+
+
+class _Buffers(NamedTuple):
+    """The buffers before a run."""
+
+    tensors: list[Tensor]
+    versions: list[int]
+    copies: list[Tensor]
 
 
 class RecomputedGraphs:
@@ -32,9 +42,10 @@ class RecomputedGraphs:
     Parameters
     ----------
     pose_model : the module that a chunk runs, with its parameters, buffers and modes
+    poses : what the chunks read, to see whether it is the same in backward
     """
 
-    def __init__(self, pose_model: torch.nn.Module) -> None:
+    def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
         self._pose_model = pose_model
         self.lock = lock_of(pose_model)
         self._parameters = Places(pose_model, "parameters")
@@ -46,22 +57,20 @@ class RecomputedGraphs:
         self._devices = accelerators([*self._held, *self._buffers.tensors()])
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
-        nothing: tuple[Any, int, Tensor] = None, 0, torch.empty(0)
-        self._copies = [nothing] * len(self._buffers.tensors())
+        self._noted = _Buffers([], [], [])
+        self._read = [(pose, tensor, _versions([tensor])) for pose, tensor in _tensors_of(poses)]
+        self._checked_in: int | None = None  # the backward that has seen to the poses
         self._last: Callable[[], _Chunk | None] = lambda: None
 
-    def predict(self, run: Run, poses: Sequence[Any], first_pose: int) -> tuple[Tensor, Chunk]:
+    def predict(self, run: Run, first_pose: int) -> tuple[Tensor, Chunk]:
         """Return ``run()``, whose graph has saved nothing, and what runs it again.
 
         Parameters
         ----------
-        poses : what ``run`` reads, to see whether it is the same in backward
         first_pose : index of the first, for errors
         """
-        chunk = _Chunk(self, run, poses, first_pose)
-        buffers = self._buffers.tensors()
-        versions = _versions(buffers)
-        chunk.random_states, chunk.buffers = self._random_states, self._copied(buffers, versions)
+        chunk = _Chunk(self, run, first_pose)
+        chunk.random_states, chunk.buffers = self._random_states, self._buffers_now()
         try:
             with saved_tensors_hooks(chunk.leave_out, chunk.saved_again):
                 predictions = run()
@@ -73,22 +82,32 @@ class RecomputedGraphs:
                 " around the model or inside the pose model: use gradients='graph'"
             ) from error
         chunk.done(predictions.detach().clone())
-        random_states, after = _random_states(self._devices), self._buffers.tensors()
+        random_states = _random_states(self._devices)
         if all(map(torch.equal, random_states, chunk.random_states)):
             chunk.random_states = ()
         else:
             self._random_states = random_states
-        if _same(after, buffers) and _versions(after) == versions:
-            chunk.buffers = ()
+        chunk.changes_buffers = self._are_not(chunk.buffers)
         return predictions, chunk
 
-    def _copied(self, buffers: list[Tensor], versions: list[int]) -> list[Tensor]:
-        """Return copies of buffers: those of the chunk before of what has not changed since."""
-        for index, (buffer, version) in enumerate(zip(buffers, versions, strict=True)):
-            copied, then, _ = self._copies[index]
-            if copied is not buffer or then != version:
-                self._copies[index] = buffer, version, buffer.detach().clone()
-        return [copy for _, _, copy in self._copies]
+    def _buffers_now(self) -> _Buffers:
+        """Return the buffers, with the copies of the chunk before of what is still the same."""
+        if self._are_not(self._noted):
+            known = {(id(t), version): copy for t, version, copy in zip(*self._noted, strict=True)}
+            tensors = self._buffers.tensors()
+            versions = _versions(tensors)
+            keys = [(id(t), version) for t, version in zip(tensors, versions, strict=True)]
+            copies = [
+                known[key] if key in known else tensor.detach().clone()
+                for key, tensor in zip(keys, tensors, strict=True)
+            ]
+            self._noted = _Buffers(tensors, versions, copies)
+        return self._noted
+
+    def _are_not(self, buffers: _Buffers) -> bool:
+        """Whether a buffer is another now, or has another value."""
+        now = self._buffers.tensors()
+        return not _same(now, buffers.tensors) or _versions(now) != buffers.versions
 
     def run_again(self, chunk: _Chunk) -> list[tuple[Tensor, int]]:
         """Return what the graph of a chunk would have saved, and the version of each."""
@@ -107,7 +126,7 @@ class RecomputedGraphs:
             for context in self._as_it_was(chunk):
                 stack.enter_context(context)
             with torch.enable_grad(), saved_tensors_hooks(keep, _itself):
-                predictions = chunk.run()
+                predictions = chunk.run_again()
         chunk.check(predictions, len(saved), self._rounding(predictions))
         return saved
 
@@ -119,7 +138,7 @@ class RecomputedGraphs:
         ChangedBeforeBackwardError : a parameter or a pose was changed in place
         """
         self._check_parameters()
-        chunk.check_poses()
+        self._check_poses()
         contexts: list[AbstractContextManager[object]] = []
         if any(module.training != then for module, then in self._training):
             contexts.append(_flags(self._training, "training"))
@@ -131,8 +150,8 @@ class RecomputedGraphs:
                 contexts.append(torch.autocast(device, dtype, enabled, cache_enabled=False))
         if chunk.random_states:
             contexts.append(_random(chunk.random_states, self._devices))
-        if chunk.buffers:
-            contexts.append(self._buffers.holding([buffer.clone() for buffer in chunk.buffers]))
+        if chunk.changes_buffers or self._are_not(chunk.buffers):
+            contexts.append(self._buffers.holding(_copied(chunk.buffers)))
         if self._were_others():
             contexts.append(self._parameters.holding(self._held))
         return contexts
@@ -153,6 +172,20 @@ class RecomputedGraphs:
             " call backward before the optimizer's step, or use gradients='stored', which does not"
             " need them any more"
         )
+
+    def _check_poses(self) -> None:
+        """Raise if a tensor of a pose has changed; once in a backward, since poses may be many."""
+        backward = torch._C._current_graph_task_id()
+        if backward == self._checked_in != -1:
+            return
+        for pose, tensor, version in self._read:
+            if _versions([tensor]) != version:
+                raise ChangedBeforeBackwardError(
+                    f"pose {pose}: a tensor of it, shape {tuple(tensor.shape)}, was changed in"
+                    " place between forward and backward, and gradients='recomputed' runs poses"
+                    " again: hand a copy to the model, or use gradients='stored'"
+                )
+        self._checked_in = backward
 
     def _were_others(self) -> bool:
         """Whether the parameters were others in forward: those of a ``functional_call``."""
@@ -177,25 +210,20 @@ class _Chunk:
 
     Attributes
     ----------
-    random_states, buffers : those before the run; none if it did not change them
+    random_states : those before the run; none if it did not change them
+    buffers, changes_buffers : those before the run, and whether it changed them
     left_out_in : the backward that has no gradient for these poses
     """
 
     random_states: Sequence[Tensor]
-    buffers: Sequence[Tensor]
+    buffers: _Buffers
+    changes_buffers = True
     left_out_in: int | None = None
 
-    def __init__(
-        self, graphs: RecomputedGraphs, run: Run, poses: Sequence[Any], first_pose: int
-    ) -> None:
-        self.run = run
+    def __init__(self, graphs: RecomputedGraphs, run: Run, first_pose: int) -> None:
+        self._run = run
         self._graphs = graphs
         self._first_pose = first_pose
-        self._read = [
-            (pose, tensor, _versions([tensor]))
-            for pose, each in enumerate(poses, first_pose)
-            for tensor in _tensors_of(each)
-        ]
         self._count = itertools.count()
         # Returns what a saved tensor is called: partial and count since it is called for each.
         self.leave_out = partial(next, self._count)
@@ -205,7 +233,7 @@ class _Chunk:
 
     def saved_again(self, index: int) -> Tensor:
         # Nodes ask for what they saved before they see that there is no gradient.
-        if self.left_out_in == torch._C._current_graph_task_id():
+        if self.left_out_in == torch._C._current_graph_task_id() and _asked_by_a_node():
             return _NOTHING
         with self._graphs.lock:
             if index not in self._saved:
@@ -224,18 +252,20 @@ class _Chunk:
         """Note what the first run gave."""
         self._predictions, self._n_saved = predictions, next(self._count)
 
+    def run_again(self) -> Tensor:
+        """Return the predictions of a second run."""
+        try:
+            return self._run()
+        except (MtennError, MemoryError, torch.cuda.OutOfMemoryError):
+            raise
+        except Exception as error:
+            raise ChangedBeforeBackwardError(
+                f"pose {self._first_pose}: run again in backward, the pose model raised"
+                f" {type(error).__name__}: {error}. {_QUESTIONS}"
+            ) from error
+
     def forget(self) -> None:
         self._saved = {}
-
-    def check_poses(self) -> None:
-        """Raise if a tensor of a pose has changed."""
-        for pose, tensor, version in self._read:
-            if _versions([tensor]) != version:
-                raise ChangedBeforeBackwardError(
-                    f"pose {pose}: a tensor of it, shape {tuple(tensor.shape)}, was changed in"
-                    " place between forward and backward, and gradients='recomputed' runs poses"
-                    " again: hand a copy to the model, or use gradients='stored'"
-                )
 
     def check(self, predictions: Tensor, n_saved: int, rounding: float) -> None:
         """Raise unless the second run has done what the first did."""
@@ -253,26 +283,60 @@ class _Chunk:
             found = f"prediction {predictions[pose].item()!r} for {first[pose].item()!r}"
         raise ChangedBeforeBackwardError(
             f"pose {self._first_pose + pose}: run again in backward, the pose model did something"
-            f" else than in forward ({found}). Has something that it reads changed in between? Does"
-            " it draw random numbers outside of torch, keep count, or keep a part of its graph? If"
-            " it must, use gradients='stored' or 'graph', which run each pose once"
+            f" else than in forward ({found}). {_QUESTIONS}"
         )
 
 
-def _tensors_of(pose: Any, depth: int = 4) -> Iterator[Tensor]:
-    """Yield the tensors in a pose: itself, or of a dict, a list, a dataclass, PyG's ``Data``."""
-    if isinstance(pose, Tensor):
-        yield pose
-        return
-    if isinstance(pose, Mapping):
-        pose = list(pose.values())
-    elif not isinstance(pose, list | tuple):
-        slots = getattr(type(pose), "__slots__", ())
-        names = [*getattr(pose, "__dict__", ()), *([slots] if isinstance(slots, str) else slots)]
-        pose = [getattr(pose, name, None) for name in names]
-    # A long list of numbers has none.
-    for part in pose if depth and pose and not isinstance(pose[0], int | float) else ():
-        yield from _tensors_of(part, depth - 1)
+_QUESTIONS = (
+    "Has something that it reads changed in between? Does it draw random numbers outside of torch,"
+    " keep count, or keep something for the next pose (a cache that grows, a part of its graph)? If"
+    " it must, use gradients='stored' or 'graph', which run each pose once"
+)
+
+
+def _asked_by_a_node() -> bool:
+    """Whether the engine asks, and not code that wants to compute with it (torch.utils.checkpoint).
+
+    On the threads of accelerators, nothing in Python has called the engine.
+    """
+    unpack = sys._getframe().f_back
+    asks = unpack and unpack.f_back
+    return asks is None or asks.f_code is torch.autograd.graph._engine_run_backward.__code__
+
+
+_NO_TENSORS = (int, float, complex, str, bytes, type(None), type, FunctionType, ModuleType)
+_LONG, _DEPTH = 100, 5
+
+
+def _tensors_of(poses: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
+    """Yield the tensors in poses, with the index of one that has it, each once.
+
+    A pose may be a tensor, a dict, a list, a dataclass, PyG's ``Data``; and may know all others.
+    """
+    seen: dict[int, object] = {}
+    level: list[tuple[int, Any]] = list(enumerate(poses))
+    for _ in range(_DEPTH):
+        below = []
+        for pose, part in level:
+            if isinstance(part, (*_NO_TENSORS, torch.nn.Module)) or id(part) in seen:
+                continue
+            seen[id(part)] = part
+            if isinstance(part, Tensor):
+                yield pose, part
+            else:
+                below += [(pose, inner) for inner in _parts(part)]
+        level = below
+
+
+def _parts(whole: Any) -> Iterable[Any]:
+    if isinstance(whole, Mapping):
+        return whole.values()
+    if isinstance(whole, list | tuple):
+        # A long list of names or numbers has no tensors.
+        return () if len(whole) > _LONG and isinstance(whole[0], _NO_TENSORS) else whole
+    slots = getattr(type(whole), "__slots__", ())
+    names = [*getattr(whole, "__dict__", ()), *([slots] if isinstance(slots, str) else slots)]
+    return [getattr(whole, name, None) for name in names]
 
 
 # On another device, so that whoever computes with it after all has an error.
@@ -281,6 +345,13 @@ _NOTHING = torch.empty(1, device="meta")
 
 def _itself(tensor: Tensor) -> Tensor:
     return tensor
+
+
+def _copied(buffers: _Buffers) -> list[Tensor]:
+    return [
+        copy.clone().requires_grad_(tensor.requires_grad)
+        for tensor, copy in zip(buffers.tensors, buffers.copies, strict=True)
+    ]
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:

@@ -277,6 +277,6 @@ def _split(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
     """Cut the last dimension into parameters: (..., P) to {name: (..., *shape)}."""
     parts = rows.split([shape.numel() for shape, _ in layout.values()], dim=-1)
     return {
-        name: part.view(*rows.shape[:-1], *shape).to(dtype)
+        name: part.view((*rows.shape[:-1], *shape)).to(dtype)
         for (name, (shape, dtype)), part in zip(layout.items(), parts, strict=True)
     }

@@ -261,7 +261,7 @@ class MultiPoseModel(torch.nn.Module):
         """
         poses, own_sizes, given = self._checked(poses, sizes, pose_inputs or {}, False)
         n_poses = self._n_poses([own_sizes], sizes)
-        predictions, graphs = measured(self.pose_model, [run for run, *_ in self._runs(poses)])
+        predictions, graphs = measured(self.pose_model, [run for run, _ in self._runs(poses)])
         inputs = _like(predictions, given)
         weights = torch.cat(
             [
@@ -349,18 +349,20 @@ class MultiPoseModel(torch.nn.Module):
             return stored.attach(reuse=not overrides(type(self.combination), "forward")), stored
         runs = self._runs(poses, in_batch)
         if self.gradients == "recomputed" and with_grad:
-            graphs = RecomputedGraphs(self.pose_model)
+            graphs = RecomputedGraphs(self.pose_model, poses)
             predictions, chunks = zip(*(graphs.predict(*run) for run in runs), strict=True)
             return join_chunks(predictions, chunks, self.skip_below), None
-        return join_chunks([run() for run, *_ in runs], skip_below=self.skip_below), None
+        return join_chunks([run() for run, _ in runs], skip_below=self.skip_below), None
 
     def _runs(
         self, poses: list[Any], in_batch: int | None = None
-    ) -> list[tuple[Callable[[], Tensor], list[Any], int]]:
-        """Return for each chunk a call that predicts it, its poses, and the index of the first."""
+    ) -> list[tuple[Callable[[], Tensor], int]]:
+        """Return for each chunk a call that predicts it, and the index of its first pose."""
         step = self._chunk_size(len(poses), self.gradients)
-        chunks = [(poses[first : first + step], first) for first in range(0, len(poses), step)]
-        return [(partial(self._predict_chunk, *chunk, in_batch), *chunk) for chunk in chunks]
+        return [
+            (partial(self._predict_chunk, poses[first : first + step], first, in_batch), first)
+            for first in range(0, len(poses), step)
+        ]
 
     def _chunk_size(self, n_poses: int, gradients: str) -> int:
         whole = self.collate is not None and gradients == "graph"
