@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import hashlib
 import json
 import math
 import re
 import warnings
+from collections.abc import Container, Mapping
 from typing import Any
 
 import torch
@@ -31,7 +34,7 @@ def identity(combination: Combination) -> dict[str, Any]:
         "distribution": record and record.distribution,
         "version": record and record.version,
         "class": f"{type(combination).__module__}:{type(combination).__qualname__}",
-        "arguments": constructor_arguments(combination, defaults=True),
+        "arguments": _plain(constructor_arguments(combination, defaults=True), _held(combination)),
     }
 
 
@@ -42,7 +45,7 @@ def written(combination: Combination) -> Tensor:
     Blanks fill it up to a round length: torch.distributed.checkpoint reads into the tensor of the
     model that it loads into, whose version, say, may take another number of bytes.
     """
-    text = json.dumps(identity(combination), default=_as_text, ensure_ascii=False).encode()
+    text = json.dumps(identity(combination), ensure_ascii=False).encode()
     n_bytes = BLOCK * math.ceil(len(text) / BLOCK)
     return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.uint8)
 
@@ -78,13 +81,37 @@ def check(state: object, combination: Combination) -> None:
         )
 
 
-def _as_text(argument: Any) -> Any:
-    """Return what an argument is called in every process: without an address, sets in order."""
+def _held(combination: Combination) -> set[int]:
+    """Return where the parameters and buffers are, whose values a checkpoint has anyway."""
+    return {t.untyped_storage().data_ptr() for t in combination.state_dict().values()}
+
+
+def _plain(argument: Any, held: Container[int]) -> Any:
+    """Return an argument as JSON has it: the same in every process, and for equal values."""
+    if argument is None or isinstance(argument, str | int | float):
+        return argument if argument == argument else "nan"  # which is equal to itself
+    if isinstance(argument, Mapping):
+        return {str(key): _plain(value, held) for key, value in argument.items()}
+    if isinstance(argument, list | tuple):
+        return [_plain(value, held) for value in argument]
     if isinstance(argument, set | frozenset):
-        return sorted(map(str, map(_as_text, argument)))
+        return sorted(str(_plain(value, held)) for value in argument)
+    if isinstance(argument, Tensor):
+        return _tensor_as_text(argument, held)
     if hasattr(argument, "__qualname__"):
         return f"{argument.__module__}:{argument.__qualname__}"
     return re.sub(r" at 0x[0-9a-f]+", "", repr(argument))
+
+
+def _tensor_as_text(tensor: Tensor, held: Container[int]) -> str:
+    kind = f"{tensor.dtype}, shape {tuple(tensor.shape)}"
+    if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() in held:
+        return kind
+    values = tensor.detach().cpu().contiguous()
+    if values.numel() <= 16:
+        return f"{kind}, {values.tolist()}"
+    data = ctypes.string_at(values.data_ptr(), values.nbytes)  # works without numpy
+    return f"{kind}, SHA-256 {hashlib.sha256(data).hexdigest()}"
 
 
 def _read(state: object) -> dict[str, Any]:

@@ -118,10 +118,10 @@ _LOOK_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
 
 @functools.lru_cache
 def _must_run(node_class: type) -> bool:
-    return node_class is _AccumulateGrad or _computes_anyway(node_class)
+    return node_class is _AccumulateGrad or computes_anyway(node_class)
 
 
-def _computes_anyway(node_class: type) -> bool:
+def computes_anyway(node_class: type) -> bool:
     """Whether a node may compute something where it is handed no gradient."""
     name = node_class.__name__
     in_python = issubclass(node_class, torch.autograd.function.BackwardCFunction)
@@ -145,9 +145,9 @@ def leaves(root: Tensor) -> Iterator[Tensor]:
             yield node.variable  # type: ignore[attr-defined]
 
 
-def never_left_out(root: Tensor) -> bool:
-    """Whether a graph has a node that computes something where it is handed no gradient."""
-    return any(_computes_anyway(type(node)) for node in _nodes(root.grad_fn))
+def operations(root: Tensor) -> list[type]:
+    """Return the class of each node of a graph that is no leaf."""
+    return [type(node) for node in _nodes(root.grad_fn) if type(node) is not _AccumulateGrad]
 
 
 def computes_in(dtype: torch.dtype, root: Tensor) -> bool:

@@ -225,9 +225,10 @@ def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None
         if id(leaf) not in known:
             raise GradientError(
                 f"pose {pose}: its prediction depends on a tensor of shape {tuple(leaf.shape)} that"
-                " requires grad and is no parameter of the pose model (an input, a parameter"
-                " that was not registered, or reentrant checkpointing); gradients='stored' would"
-                " lose its gradient: detach it, register it, or use gradients='graph'",
+                " requires grad and is no parameter of the pose model (an input, a parameter that"
+                " was not registered or is reached other than through its module, or reentrant"
+                " checkpointing); gradients='stored' would lose its gradient: detach it, register"
+                " it, or use gradients='graph'",
                 pose=pose,
             )
 

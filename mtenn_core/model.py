@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, get_args
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex, get_args
 
 import torch
 from torch import Tensor
@@ -71,13 +71,12 @@ class MultiPoseModel(torch.nn.Module):
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
         ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph: the memory
         is one graph and n_poses gradients, and on a CPU is kept for the next step until
-        :meth:`eval`. ``"recomputed"`` keeps no more than the predictions,
-        and runs poses again in backward, a chunk at a time and only those whose weight is not
-        zero: the memory is one chunk's graph, and some 50 kB a pose for the bare graphs. The
-        numbers are the same, unless poses of one batch influence each other (BatchNorm in
-        training), since ``"stored"`` never batches them; or unless hooks of the pose model do to
-        gradients what is not linear (clip them), since in ``"stored"`` they come before the
-        weights. A hook on a tensor is handed None for a pose whose weight is zero. While
+        :meth:`eval`. ``"recomputed"`` keeps no more than the predictions, and runs poses again in
+        backward, a chunk at a time and only those whose weight is not zero: the memory is one
+        chunk's graph, and of each pose the bare graph, about 1 kB for each operation. The numbers
+        are the same, unless poses of one batch influence each other (BatchNorm in training), since
+        ``"stored"`` never batches them; or unless hooks of the pose model do to gradients what is
+        not linear (clip them), since in ``"stored"`` they come before the weights. While
         ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose model.
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
@@ -87,7 +86,9 @@ class MultiPoseModel(torch.nn.Module):
         ``chunk_size`` above that.
     skip_below : leave poses out of backward whose weight in the loss is at most this fraction of
         the largest. The gradient is then off by at most Σ |v_i| ‖∂ŷ_i/∂θ‖ over those left out, with
-        v_i the derivative of the loss with respect to ŷ_i; 0 leaves out those that are exactly zero
+        v_i the derivative of the loss with respect to ŷ_i. 0 leaves out those whose weight is
+        exactly zero. None leaves out none: a hook on a tensor of the pose model is otherwise handed
+        None instead of a gradient of zeros
     check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
         combination, and forward does not wait for a GPU.
 
@@ -105,7 +106,7 @@ class MultiPoseModel(torch.nn.Module):
         gradients: GradientMode = "graph",
         collate: Collate | None = None,
         chunk_size: int | None = None,
-        skip_below: float = 0.0,
+        skip_below: float | None = 0.0,
         check_finite: bool = True,
     ) -> None:
         super().__init__()
@@ -129,8 +130,17 @@ class MultiPoseModel(torch.nn.Module):
                 f"{type(self.combination).__name__} defines forward alone, which works on stored"
                 " gradients: use gradients='stored', or give it a combine(predictions)"
             )
-        if not 0 <= self.skip_below < 1:
-            raise ValueError(f"skip_below must be at least 0 and below 1; found {self.skip_below}")
+        skip = 0 if self.skip_below is None else self.skip_below
+        if not (isinstance(skip, int | float) and 0 <= skip < 1):
+            raise ValueError(
+                "skip_below must be a number that is at least 0 and below 1, or None; found"
+                f" {self.skip_below!r}"
+            )
+        if not (self.collate is None or callable(self.collate)):
+            raise TypeError(
+                "collate must be a function that makes a batch of a list of poses (torch.stack,"
+                f" say); found {self.collate!r}"
+            )
         if self.skip_below and self.gradients == "stored":
             raise ValueError(
                 "gradients='stored' takes the gradient of a pose before its weight is known:"
@@ -138,8 +148,11 @@ class MultiPoseModel(torch.nn.Module):
             )
         if self.chunk_size is None:
             return
-        if self.chunk_size < 1:
-            raise ValueError(f"chunk_size must be at least 1; found {self.chunk_size}")
+        if not isinstance(self.chunk_size, SupportsIndex) or self.chunk_size < 1:
+            raise ValueError(
+                "chunk_size must be a whole number of poses, at least 1, or None; found"
+                f" {self.chunk_size!r}"
+            )
         if self.chunk_size > 1 and self.collate is None:
             raise ValueError("chunk_size > 1 needs collate, which makes one batch of several poses")
         if self.chunk_size > 1 and self.gradients == "stored":
@@ -207,13 +220,13 @@ class MultiPoseModel(torch.nn.Module):
             # It would be traced in pieces, other ones for each run of a pose. A pose model that is
             # compiled itself stays so.
             run = torch.compiler.disable(run)
-        return run(poses, sizes, pose_inputs or {}, collated, group)
+        return run(poses, sizes, pose_inputs, collated, group)
 
     def _run(
         self,
         poses: Iterable[Any],
         sizes: Sequence[int] | None,
-        pose_inputs: Mapping[str, Any],
+        pose_inputs: Mapping[str, Any] | None,
         collated: bool,
         group: Group | None,
     ) -> MultiPoseOutput:
@@ -249,6 +262,8 @@ class MultiPoseModel(torch.nn.Module):
         poses: Iterable[Any],
         sizes: Sequence[int] | None = None,
         pose_inputs: Mapping[str, Any] | None = None,
+        *,
+        collated: bool = False,
     ) -> Estimate:
         """Return what a training step on these poses would cost in each mode.
 
@@ -257,11 +272,13 @@ class MultiPoseModel(torch.nn.Module):
 
         Parameters
         ----------
-        poses, sizes, pose_inputs : as for ``forward``
+        poses, sizes, pose_inputs, collated : as for ``forward``
         """
-        poses, own_sizes, given = self._checked(poses, sizes, pose_inputs or {}, False)
+        poses, own_sizes, given = self._checked(poses, sizes, pose_inputs, collated)
         n_poses = self._n_poses([own_sizes], sizes)
-        predictions, graphs = measured(self.pose_model, [run for run, _ in self._runs(poses)])
+        in_batch = sum(n_poses) if collated else None
+        runs = [run for run, _ in self._runs(poses, in_batch)]
+        predictions, graphs = measured(self.pose_model, runs)
         inputs = _like(predictions, given)
         weights = torch.cat(
             [
@@ -270,16 +287,30 @@ class MultiPoseModel(torch.nn.Module):
             ]
         )
         counts = with_weight(weights, self.skip_below)
-        full_depth = not overrides(type(self.combination), "combine")
-        chunk_sizes = {mode: self._chunk_size(len(poses), mode) for mode in get_args(GradientMode)}
-        return estimate(
-            self.pose_model, graphs, counts, {"stored": 1} if full_depth else chunk_sizes
-        )
+        chunk_sizes = {
+            mode: in_batch or self._chunk_size(len(poses), mode) for mode in self._modes(collated)
+        }
+        return estimate(self.pose_model, graphs, counts, chunk_sizes)
+
+    def _modes(self, collated: bool) -> list[str]:
+        """Return the modes that there are for a combination, and for poses in one batch."""
+        modes = list(get_args(GradientMode))
+        if not overrides(type(self.combination), "combine"):
+            modes = ["stored"]
+        if collated:
+            modes = [mode for mode in modes if mode != "stored"]
+        if not modes:
+            raise ValueError(_NOT_IN_A_BATCH)
+        return modes
+
+    @property
+    def _needs_gradients(self) -> bool:
+        """Whether the combination is handed stored gradients, and not predictions alone."""
+        return self.gradients == "stored" and overrides(type(self.combination), "forward")
 
     def _check_depth(self, group: Group | None) -> None:
         """Raise if a combination needs gradients that are in other processes."""
-        full_depth = self.gradients == "stored" and overrides(type(self.combination), "forward")
-        if full_depth and group is not None and torch.is_grad_enabled():
+        if self._needs_gradients and group is not None and torch.is_grad_enabled():
             raise ValueError(
                 f"{type(self.combination).__name__} overrides forward, which works on all gradients"
                 " in one process, and group= leaves those of a compound on several: give it the"
@@ -290,13 +321,19 @@ class MultiPoseModel(torch.nn.Module):
         self,
         poses: Iterable[Any],
         sizes: Sequence[int] | None,
-        pose_inputs: Mapping[str, Any],
+        pose_inputs: Mapping[str, Any] | None,
         collated: bool,
     ) -> _Call:
         """Return what this process was called with, or raise if it does not fit together."""
         poses = [poses] if collated else _as_list(poses)
         own_sizes = _own_sizes(poses, sizes, collated)
-        return _Call(poses, own_sizes, self._inputs(pose_inputs, sum(own_sizes)))
+        given = {} if pose_inputs is None else pose_inputs
+        if not isinstance(given, Mapping):
+            raise PredictionError(
+                "pose_inputs must be a dict, for each name one number per pose; found"
+                f" {type(given).__name__}"
+            )
+        return _Call(poses, own_sizes, self._inputs(given, sum(own_sizes)))
 
     def _n_poses(self, shares: list[list[int]], sizes: Sequence[int] | None) -> list[int]:
         """Return the number of poses of each compound, on all ranks together."""
@@ -341,12 +378,9 @@ class MultiPoseModel(torch.nn.Module):
         with_grad = torch.is_grad_enabled()
         if self.gradients == "stored" and with_grad:
             if in_batch is not None:
-                raise ValueError(
-                    "gradients='stored' runs pose by pose: give it the poses, not one batch of"
-                    " them, or use gradients='recomputed'"
-                )
+                raise ValueError(_NOT_IN_A_BATCH)
             stored = StoredGradients(self.pose_model, poses, self._predict_pose)
-            return stored.attach(reuse=not overrides(type(self.combination), "forward")), stored
+            return stored.attach(reuse=not self._needs_gradients), stored
         runs = self._runs(poses, in_batch)
         if self.gradients == "recomputed" and with_grad:
             graphs = RecomputedGraphs(self.pose_model, poses)
@@ -392,7 +426,7 @@ class MultiPoseModel(torch.nn.Module):
         self, predictions: Tensor, inputs: PoseInputs, first: int, stored: StoredGradients | None
     ) -> Tensor:
         """Return the prediction of one compound, shape (); ``first`` is the index of its pose."""
-        if self.gradients == "stored" and overrides(type(self.combination), "forward"):
+        if self._needs_gradients:
             params = stored.params if stored else {}
             poses = slice(first, first + len(predictions))
             return full_depth_prediction(
@@ -406,6 +440,12 @@ class MultiPoseModel(torch.nn.Module):
         # "graph" is the reference for the closed form, and does not use it.
         closed_form = self.gradients != "graph"
         return combined_prediction(self.combination, predictions, inputs, closed_form=closed_form)
+
+
+_NOT_IN_A_BATCH = (
+    "gradients='stored' runs pose by pose: give it the poses, not one batch of them, or use"
+    " gradients='recomputed'"
+)
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:
@@ -422,12 +462,16 @@ def _like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
 
 
 def _numbers(name: str, values: Any) -> Tensor:
-    if isinstance(values, Tensor):
-        return values
     try:
-        return torch.as_tensor(values, dtype=torch.float64)
+        if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
+            values = torch.stack([torch.as_tensor(value).reshape(()) for value in values])
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError) as error:
         raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
+    if values.is_complex():
+        raise PredictionError(f"pose_inputs[{name!r}] must be real numbers; found {values.dtype}")
+    return values
 
 
 def _own_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) -> list[int]:

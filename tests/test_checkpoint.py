@@ -118,8 +118,9 @@ class Plain:
         (model_of, model_of),
         (frozenset({"alpha", "beta", "gamma"}), frozenset({"gamma", "beta", "alpha"})),
         (Plain(), Plain()),
+        (float("nan"), float("nan")),
     ],
-    ids=["function", "set", "object"],
+    ids=["function", "set", "object", "nan"],
 )
 def test_arguments_are_called_the_same_in_every_process(tmp_path, then, now):
     model = model_of(SmoothMinimum(shift=then))
@@ -133,3 +134,35 @@ def test_arguments_that_json_does_not_know_are_compared_by_their_repr(tmp_path):
     model_of(SmoothMinimum(shift={1j})).load_state_dict(state)
     with pytest.raises(CheckpointError, match="other arguments"):
         model_of(SmoothMinimum(shift={2j})).load_state_dict(state)
+
+
+@pytest.mark.parametrize(
+    ("then", "now"),
+    [
+        (torch.tensor(0.59301), torch.tensor(0.59302)),
+        (torch.zeros(5000), torch.zeros(5000).index_fill(0, torch.tensor([2500]), 1e-3)),
+        ({(1, 2): 0.5}, {(1, 2): 0.25}),
+        (torch.zeros(3), torch.zeros(3).double()),
+    ],
+    ids=["close", "long", "keys", "dtype"],
+)
+def test_arguments_are_compared_by_their_values(tmp_path, then, now):
+    state = through_a_file(model_of(SmoothMinimum(shift=then)), tmp_path)
+    equal = then.clone().requires_grad_() if isinstance(then, Tensor) else dict(then)
+    model_of(SmoothMinimum(shift=equal)).load_state_dict(state)
+    with pytest.raises(CheckpointError, match="other arguments"):
+        model_of(SmoothMinimum(shift=now)).load_state_dict(state)
+
+
+def test_an_argument_that_is_trained_is_not_held_against_its_first_value(tmp_path):
+    class Learnable(SmoothMinimum):
+        def __init__(self, shift):
+            super().__init__()
+            self.shift = torch.nn.Parameter(shift)
+
+    model = model_of(Learnable(torch.zeros(2)))
+    with torch.no_grad():
+        model.combination.shift.fill_(3.0)
+    again = model_of(Learnable(torch.zeros(2)))
+    again.load_state_dict(through_a_file(model, tmp_path))
+    assert torch.equal(again.combination.shift, torch.full((2,), 3.0))

@@ -5,7 +5,9 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel
-from mtenn_core._estimate import ModeCost, choose
+from mtenn_core._estimate import NODE, ModeCost, choose
+from mtenn_core._pose_graphs import operations
+from mtenn_core.errors import GradientError
 
 
 class SmoothMinimum(Combination):
@@ -60,11 +62,52 @@ def test_memory_is_that_of_graphs_and_gradients():
     estimate = MultiPoseModel(Twice(), SmoothMinimum()).estimate(poses)
     assert estimate.graph == 800
     assert estimate.parameters == (gradient := 808)
+    bare = NODE * len(operations(Twice()(poses[0]).reshape(1)))
     assert {cost.gradients: cost.memory for cost in estimate.modes} == {
-        "graph": 5 * 800 + 2 * gradient,
-        "stored": 800 + 7 * gradient,
-        "recomputed": 800 + 2 * gradient,
+        "graph": 5 * (800 + bare) + 2 * gradient,
+        "stored": 800 + bare + 7 * gradient,
+        "recomputed": 800 + 5 * bare + 2 * gradient,
     }
+
+
+def test_stored_gradients_of_half_precision_are_counted_as_float32(poses):
+    def stored(n_poses):
+        pose_model = torch.nn.Linear(4, 1).bfloat16()
+        own = [pose.bfloat16() for pose in poses[:n_poses]]
+        estimate = MultiPoseModel(pose_model, SmoothMinimum()).estimate(own)
+        return next(cost.memory for cost in estimate.modes if cost.gradients == "stored")
+
+    assert stored(7) - stored(6) == 5 * 4  # weights and bias, 4 bytes each
+
+
+def test_one_batch_is_one_chunk_and_cannot_be_stored(pose_model, poses):
+    model = MultiPoseModel(pose_model, SmoothMinimum(1e6))
+    estimate = model.estimate(poses, sizes=[3, 4], collated=True)
+    assert costs(estimate) == {"graph": (1, 1), "recomputed": (2, 1)}
+
+
+def test_poses_that_are_never_left_out_are_counted(pose_model, poses):
+    """Attention looks at what it saved even where it has no gradient."""
+
+    class Attention(torch.nn.Module):
+        def forward(self, pose):
+            hidden = pose_model[:2](pose)[None, None, None]
+            attended = torch.nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
+            return pose_model[2](attended).sum()
+
+    estimate = MultiPoseModel(Attention(), SmoothMinimum(1e6)).estimate(poses)
+    assert estimate.n_with_weight == 1
+    assert costs(estimate)["recomputed"] == (2 * len(poses), len(poses))
+
+
+def test_a_lazy_module_asks_for_a_first_run(poses):
+    with pytest.raises(GradientError, match="run the pose model once"):
+        MultiPoseModel(torch.nn.LazyLinear(1), SmoothMinimum()).estimate(poses)
+
+
+def test_without_skipping_all_poses_are_counted(pose_model, poses):
+    estimate = MultiPoseModel(pose_model, SmoothMinimum(1e6), skip_below=None).estimate(poses)
+    assert estimate.n_with_weight == len(poses)
 
 
 def test_an_estimate_keeps_no_graph(pose_model, poses):

@@ -560,8 +560,11 @@ def test_a_compound_with_too_few_poses_is_named(pose_model, poses):
     [
         ({"gradients": "grpah"}, r"one of \('graph', 'stored', 'recomputed'\); found 'grpah'"),
         ({"chunk_size": 2}, "needs collate"),
-        ({"chunk_size": 0}, "at least 1; found 0"),
-        ({"skip_below": -1.0}, r"skip_below must be at least 0 and below 1; found -1\.0"),
+        ({"chunk_size": 0}, "at least 1, or None; found 0"),
+        ({"chunk_size": "8"}, "chunk_size must be a whole number .* found '8'"),
+        ({"chunk_size": 2.0}, r"chunk_size must be a whole number .* found 2\.0"),
+        ({"skip_below": -1.0}, r"skip_below .* at least 0 and below 1, or None; found -1\.0"),
+        ({"skip_below": "a"}, "skip_below must be a number .* found 'a'"),
         ({"skip_below": 1e-3, "gradients": "stored"}, "for 'recomputed' and 'graph'"),
         (
             {"chunk_size": 2, "collate": torch.stack, "gradients": "stored"},
@@ -569,9 +572,14 @@ def test_a_compound_with_too_few_poses_is_named(pose_model, poses):
         ),
     ],
 )
-def test_options_that_exclude_each_other_are_refused(pose_model, options, message):
+def test_options_that_do_not_exist_or_exclude_each_other_are_refused(pose_model, options, message):
     with pytest.raises(ValueError, match=message):
         MultiPoseModel(pose_model, LogSumExp(), **options)
+
+
+def test_collate_must_be_a_function(pose_model):
+    with pytest.raises(TypeError, match=r"collate must be a function .* found 'stack'"):
+        MultiPoseModel(pose_model, LogSumExp(), collate="stack")
 
 
 def test_full_depth_needs_stored_gradients(pose_model):
@@ -790,15 +798,35 @@ def test_pose_inputs_that_require_grad_get_it(pose_model, poses, gradients):
         ),
         ({"score": ["a"] * 7, "prior": [0.0] * 7}, r"pose_inputs\['score'\]: "),
         (
+            {"score": torch.zeros(7, dtype=torch.complex64), "prior": [0.0] * 7},
+            r"pose_inputs\['score'\] must be real numbers; found torch\.complex64",
+        ),
+        (
             {"score": [0.0] * 7, "prior": [0.0] * 4 + [float("nan")] + [0.0] * 2},
             r"pose 4 \(pose 3 of compound 1\): pose_inputs\['prior'\] is nan",
         ),
     ],
-    ids=["none", "one missing", "unknown", "too few", "no numbers", "NaN"],
+    ids=["none", "one missing", "unknown", "too few", "no numbers", "complex", "NaN"],
 )
 def test_pose_inputs_that_do_not_fit_are_named(pose_model, poses, given, message):
     with pytest.raises(PredictionError, match=message):
         MultiPoseModel(pose_model, Weighted())(poses, sizes=SIZES, pose_inputs=given)
+
+
+def test_pose_inputs_in_a_list_of_tensors_get_their_gradient(pose_model, poses):
+    scores = [torch.tensor(float(i), dtype=torch.float64, requires_grad=True) for i in range(7)]
+    model = MultiPoseModel(pose_model, Weighted())
+    model(poses, pose_inputs={"score": scores, "prior": torch.zeros(7)}).prediction.backward()
+    stacked = torch.arange(7.0, dtype=torch.float64, requires_grad=True)
+    model(poses, pose_inputs={"score": stacked, "prior": torch.zeros(7)}).prediction.backward()
+    assert torch.equal(torch.stack([score.grad for score in scores]), stacked.grad)
+    assert stacked.grad.any()
+
+
+@pytest.mark.parametrize("scores", [[1.0] * 7, torch.zeros(7)], ids=["list", "tensor"])
+def test_pose_inputs_must_be_a_dict(pose_model, poses, scores):
+    with pytest.raises(PredictionError, match=r"pose_inputs must be a dict, .* (list|Tensor)$"):
+        MultiPoseModel(pose_model, Weighted())(poses, pose_inputs=scores)
 
 
 def test_a_combination_without_pose_inputs_takes_none(pose_model, poses):

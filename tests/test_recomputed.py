@@ -16,6 +16,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._recomputed import _tensors_of
 from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError, GradientError
 
 # Gradients are sums of a few hundred float64 products, in another order in each mode.
@@ -224,6 +225,56 @@ def test_a_buffer_that_is_replaced_is_put_back(poses):
     assert_like_graph(Reassigning(), poses)
 
 
+class LargestSoFar(torch.nn.Module):
+    """Changes its buffer for some poses, which shows in no prediction: the readout is zero."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.readout = torch.nn.Linear(4, 1).double()
+        torch.nn.init.zeros_(self.readout.weight)
+        self.register_buffer("largest", torch.ones((), dtype=torch.float64))
+
+    def forward(self, pose):
+        if pose.abs().max() > self.largest:
+            self.largest = pose.abs().max()
+        return self.readout(pose / self.largest)
+
+
+def test_a_pose_that_left_the_buffers_alone_runs_again_with_those_that_it_saw(poses):
+    growing = poses * torch.tensor([3.0, 1.0, 5.0, 2.0, 9.0, 1.0, 4.0])[:, None]
+    assert_like_graph(LargestSoFar(), growing)
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_a_buffer_that_changes_before_backward_is_as_it_was(poses, replaced):
+    found = []
+    for gradients in ("graph", "recomputed"):
+        model = MultiPoseModel(LargestSoFar(), SmoothMinimum(), gradients=gradients)
+        prediction = model(poses).prediction
+        if replaced:
+            model.pose_model.largest = torch.tensor(100.0, dtype=torch.float64)
+        else:
+            model.pose_model.largest.fill_(100.0)
+        prediction.backward()
+        found.append(model.pose_model.readout.weight.grad)
+        assert model.pose_model.largest == 100.0
+    torch.testing.assert_close(*found, **EXACT)
+
+
+def test_buffers_are_those_of_a_functional_call(poses):
+    pose_model = Reassigning()
+
+    def gradient(gradients):
+        model = MultiPoseModel(copy.deepcopy(pose_model), SmoothMinimum(), gradients=gradients)
+        tensors = dict(model.named_parameters()) | {
+            "pose_model.scale": torch.tensor(7.0, dtype=torch.float64)
+        }
+        torch.func.functional_call(model, tensors, (poses,)).prediction.backward()
+        return model.pose_model.inner.weight.grad
+
+    torch.testing.assert_close(gradient("recomputed"), gradient("graph"), **EXACT)
+
+
 def test_train_and_eval_mode_are_those_of_the_forward(pose_model, poses):
     pose_model.insert(2, torch.nn.Dropout(0.5))
     torch.manual_seed(1)
@@ -276,11 +327,21 @@ class Pose:
     positions: Tensor
 
 
+@dataclass
+class Numbered:
+    index: int
+    positions: Tensor
+
+
 POSES = {
     "tensor": lambda positions: positions,
     "tuple": lambda positions: ("name", [positions]),
     "dict": lambda positions: {"positions": positions},
+    "numbered tuple": lambda positions: (3, positions),
+    "numbered dict": lambda positions: {"index": 3, "positions": positions},
+    "numbered list": lambda positions: [3, positions],
     "dataclass": Pose,
+    "numbered dataclass": lambda positions: Numbered(3, positions),
     "Data": lambda positions: SimpleNamespace(_store=SimpleNamespace(_mapping={"pos": positions})),
 }
 
@@ -299,6 +360,50 @@ def test_a_pose_that_was_edited_before_backward_is_an_error(pose_model, poses, k
     out = recomputed(Reading())([POSES[kind](positions) for positions in apart])
     apart[3] += 1e-12  # which would not show in the prediction
     with pytest.raises(ChangedBeforeBackwardError, match=r"pose 3: .*shape \(4,\), was changed"):
+        out.prediction.backward()
+
+
+def test_poses_that_know_all_others_are_searched_once(poses):
+    dataset = []
+    dataset += [SimpleNamespace(positions=positions, dataset=dataset) for positions in poses]
+    found = list(_tensors_of(dataset))
+    assert [pose for pose, _ in found] == list(range(len(poses)))
+    assert all(tensor is pose.positions for (_, tensor), pose in zip(found, dataset, strict=True))
+
+
+def test_a_cache_that_grows_is_an_error_that_names_the_pose(pose_model, poses):
+    """The buffer is put back, and the number beside it is not."""
+
+    class Cached(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.size = pose_model, 0
+            self.register_buffer("table", torch.empty(0, dtype=torch.float64), persistent=False)
+
+        def forward(self, pose):
+            if len(pose) > self.size:
+                self.table, self.size = torch.ones(len(pose), 1).double(), len(pose)
+            return self.inner(pose * self.table[: len(pose)]).sum()
+
+    out = recomputed(Cached())([poses[:2], poses[:5]])
+    with pytest.raises(
+        ChangedBeforeBackwardError,
+        match=r"pose 1: run again in backward, the pose model raised RuntimeError: .*cache that",
+    ) as caught:
+        out.prediction.backward()
+    assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_running_out_of_memory_in_backward_stays_what_it_is(pose_model, poses):
+    class Full(torch.nn.Module):
+        def forward(self, pose):
+            if out is not None:
+                raise MemoryError
+            return pose_model(pose)
+
+    out = None
+    out = recomputed(Full())(poses)
+    with pytest.raises(MemoryError):
         out.prediction.backward()
 
 
@@ -703,8 +808,8 @@ def test_buffers_that_do_not_change_are_copied_once(poses):
     model = recomputed(Tables())
     out = model(poses)
     chunks = out.pose_predictions.grad_fn.chunks
-    assert len({chunk.buffers[1].data_ptr() for chunk in chunks}) == 1
-    assert len({chunk.buffers[0].data_ptr() for chunk in chunks}) == len(poses)
+    assert len({chunk.buffers.copies[1].data_ptr() for chunk in chunks}) == 1
+    assert len({chunk.buffers.copies[0].data_ptr() for chunk in chunks}) == len(poses)
 
 
 def test_what_backward_has_no_use_for_is_let_go(pose_model, poses):
