@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtenn_core._module_state import is_sharded
 from mtenn_core._registry import registry
 from mtenn_core.combination import Combination, constructor_arguments
 from mtenn_core.errors import CheckpointError, PluginWarning
@@ -83,7 +84,8 @@ def check(state: object, combination: Combination) -> None:
 
 def _held(combination: Combination) -> set[int]:
     """Return where the parameters and buffers are, whose values a checkpoint has anyway."""
-    return {t.untyped_storage().data_ptr() for t in combination.state_dict().values()}
+    tensors = (*combination.parameters(), *combination.buffers())
+    return {t.untyped_storage().data_ptr() for t in tensors if not is_sharded(t)}
 
 
 def _plain(argument: Any, held: Container[int]) -> Any:
