@@ -71,9 +71,10 @@ class MultiPoseModel(torch.nn.Module):
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
         ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph: the memory
         is one graph and n_poses gradients, and on a CPU is kept for the next step until
-        :meth:`eval`. ``"recomputed"`` keeps no more than the predictions, and runs poses again in
-        backward, a chunk at a time and only those whose weight is not zero: the memory is one
-        chunk's graph, and of each pose the bare graph, about 1 kB for each operation. The numbers
+        :meth:`~torch.nn.Module.eval`. ``"recomputed"`` keeps no more than the predictions, and runs
+        poses again in backward, a chunk at a time and only those whose weight is not zero: the
+        memory is one chunk's graph, and of each pose the bare graph, about 1 kB for each operation.
+        The numbers
         are the same, unless poses of one batch influence each other (BatchNorm in training), since
         ``"stored"`` never batches them; or unless hooks of the pose model do to gradients what is
         not linear (clip them), since in ``"stored"`` they come before the weights. While
@@ -85,7 +86,7 @@ class MultiPoseModel(torch.nn.Module):
         every rank must run as many batches as the others: give each rank as many poses, or a
         ``chunk_size`` above that.
     skip_below : leave poses out of backward whose weight in the loss is at most this fraction of
-        the largest. The gradient is then off by at most Σ |v_i| ‖∂ŷ_i/∂θ‖ over those left out, with
+        the largest. The gradient is then off by at most Σ ‖v_i ∂ŷ_i/∂θ‖ over those left out, with
         v_i the derivative of the loss with respect to ŷ_i. 0 leaves out those whose weight is
         exactly zero. None leaves out none: a hook on a tensor of the pose model is otherwise handed
         None instead of a gradient of zeros

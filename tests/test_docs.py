@@ -12,6 +12,8 @@ A page runs from top to bottom in one namespace. What its fenced blocks mean:
     other commands are not run. Only ``mtenn`` and ``torchrun`` may show output.
 ``sh``, ``bash``
     are not run: the README's set-up is what runs the tests.
+``{…}``
+    is for Sphinx, see tests/site.
 
 A ``python`` or ``toml`` block that begins with a comment such as ``# demo/__init__.py`` is a file
 of the page's own package.
@@ -49,6 +51,7 @@ PAGES_WITH_PLUGINS = [
     README,
     ROOT / "docs/explanation/combinations.md",
     ROOT / "docs/how-to/train.md",
+    ROOT / "docs/reference/json.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
 # Written by `tox run -e bank`, which measures what it says.
@@ -60,7 +63,7 @@ FIX = ROOT / "docs/how-to/fix-a-failing-check.md"
 
 # Of these, nothing can be an output.
 COMMANDS_AND_FILES = ("sh", "bash", "toml")
-FENCE = re.compile(r"^```(?P<language>[^\s`]*)\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(r"^```(?P<language>[^\s`]*)(?: [^\n`]*)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
 FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
 ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
@@ -103,7 +106,7 @@ def run_page(page: Path, folder: Path) -> None:
         elif block.language == "console":
             run_console(block, folder, where)
         else:
-            known = block.language in COMMANDS_AND_FILES
+            known = block.language in COMMANDS_AND_FILES or block.language.startswith("{")
             assert known, f"{where}: what is a block of {block.language or 'no language'!r}?"
         printed = None
 

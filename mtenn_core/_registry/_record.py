@@ -137,7 +137,7 @@ class PluginRecord:
 
         Raises
         ------
-        whatever :mod:`packaging` raises of what is no requirement
+        whatever ``packaging`` raises of what is no requirement
         """
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet

@@ -25,7 +25,7 @@ class Check:
     title : what holds, as a sentence
     level : ``"gate"`` for the checks before the registry hands a combination out, ``"full"`` for
         the others, ``"quality"`` for what a careful author does beyond the contract
-    run : returns what it measured, or raises a :class:`Verdict`
+    run : returns what it measured, or raises a ``Verdict``
     """
 
     id: str

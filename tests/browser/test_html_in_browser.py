@@ -1,22 +1,15 @@
 """The page as a browser shows it."""
 
-import os
-import shutil
-
 import pytest
 import torch
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import sync_playwright
+from browsing import DESKTOP, PHONE
 
 from mtenn_core import Combination
 from mtenn_core.testing import Report, check_combination
 from mtenn_core.testing._html import render
 
 EVIL = "</pre><script>document.title = 'owned'</script><img src=x onerror='document.title = 1'>"
-INSTALLED = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
-# No sandbox: root has none, and there is nothing but our own page. No look-ups of its own either.
-ARGUMENTS = ["--no-sandbox", "--disable-gpu", "--disable-background-networking"]
-PHONE, DESKTOP = {"width": 360, "height": 780}, {"width": 1280, "height": 900}
 # Pairs of texts that lie on one another by more than a pixel, and texts that leave their picture.
 MISPLACED_TEXTS = """() => [...document.querySelectorAll("svg")].flatMap(svg => {
     const outer = svg.getBoundingClientRect();
@@ -52,25 +45,6 @@ class ManyPoses(SmoothMax):
 
 
 COMBINATIONS = (SmoothMax, Off, Overflowing, ManyPoses)
-
-
-def browser_path():
-    found = [os.environ.get("MTENN_TEST_BROWSER"), *map(shutil.which, INSTALLED)]
-    path = next(filter(None, found), None)
-    if path is None:
-        pytest.fail(
-            f"found none of {', '.join(INSTALLED)}: install one (Debian: apt-get install chromium),"
-            " or set MTENN_TEST_BROWSER to the path of a Chromium"
-        )
-    return path
-
-
-@pytest.fixture(scope="module")
-def browser():
-    with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=browser_path(), args=ARGUMENTS)
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

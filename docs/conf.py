@@ -1,0 +1,104 @@
+"""How Sphinx builds these pages: `tox run -e docs` writes docs/_build/html."""
+
+from __future__ import annotations
+
+import re
+import zlib
+from pathlib import Path
+from typing import Any
+
+import mtenn_core
+
+HERE = Path(__file__).parent
+
+project = "mtenn-core"
+author = "the mtenn-core authors"
+copyright = author
+version = release = mtenn_core.__version__
+
+extensions = [
+    "myst_parser",
+    "numpydoc",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.intersphinx",
+    "sphinx.ext.mathjax",
+    "sphinx_click",
+    "sphinx_copybutton",
+    "sphinx_design",
+    "sphinx-mathjax-offline",
+]
+exclude_patterns = ["_build"]
+nitpicky = True
+# Types of what is not public, and names of types that only a type checker sees.
+nitpick_ignore = [
+    ("py:class", name)
+    for name in (
+        "Expected",
+        "Group",
+        "Level",
+        "Source",
+        "Tensor",
+        "mtenn_core.testing._subject.Subject",
+        "mtenn_core.testing._target.Target",
+    )
+]
+
+myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_heading_anchors = 3
+# Nobody who reads the pages is seen by somebody else's server.
+mathjax_path = "mathjax/tex-chtml.js"
+
+numpydoc_xref_param_type = False
+numpydoc_show_class_members = False
+numpydoc_validation_checks = {"GL08"}  # no docstring
+autodoc_member_order = "bysource"
+autodoc_typehints_format = "short"
+autodoc_preserve_defaults = True
+
+copybutton_prompt_text = "$ "
+
+html_theme = "furo"
+html_title = f"mtenn-core {version}"
+html_static_path = ["_static"]
+html_css_files = ["pages.css"]
+html_show_copyright = False
+
+
+def inventory(name: str, address: str) -> tuple[str, str]:
+    """Return a project for intersphinx, with the names that these pages use of it.
+
+    Its whole inventory would have to be fetched, and then a build could fail for what somebody else
+    changed. A line of ``inventories/NAME.txt`` is what an inventory has: name, role, priority, the
+    page (``$`` stands for the name) and what to show.
+    """
+    lines = (HERE / "inventories" / f"{name}.txt").read_bytes()
+    head = f"# Sphinx inventory version 2\n# Project: {name}\n# Version: \n# zlib\n"
+    path = HERE / "_build" / f"{name}.inv"
+    path.parent.mkdir(exist_ok=True)
+    path.write_bytes(head.encode() + zlib.compress(lines))
+    return address, str(path)
+
+
+intersphinx_mapping = {
+    "python": inventory("python", "https://docs.python.org/3/"),
+    "torch": inventory("torch", "https://docs.pytorch.org/docs/stable/"),
+    "pluggy": inventory("pluggy", "https://pluggy.readthedocs.io/en/stable/"),
+    "pytest": inventory("pytest", "https://docs.pytest.org/en/stable/"),
+}
+
+
+def describe(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
+    """Hand numpydoc what follows ``name :`` as the description, not as a type.
+
+    Types are in the annotations, and a description begins where numpydoc expects one.
+    """
+    lines[:] = [
+        part
+        for line in lines
+        for part in re.sub(r"^([\w*][\w*, ]*) : (?=\S)", "\\1\n    ", line).split("\n")
+    ]
+
+
+def setup(app: Any) -> None:
+    """Connect what is here; before numpydoc, which has the priority 500."""
+    app.connect("autodoc-process-docstring", describe, priority=400)

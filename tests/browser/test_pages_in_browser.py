@@ -1,0 +1,115 @@
+"""The pages of the documentation as a browser shows them; `tox run -e docs` builds them first."""
+
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+import pytest
+from browsing import DESKTOP, PHONE
+
+SITE = Path(__file__).parents[2] / "docs/_build/html"
+PAGES = sorted(
+    str(path.relative_to(SITE))
+    for path in SITE.rglob("*.html")
+    if path.name not in ("genindex.html", "py-modindex.html", "search.html")
+)
+# Of what is wider than the screen, the parts that do not scroll by themselves.
+TOO_WIDE = """() => {
+    const scrolls = e => e.closest("article") && (
+        ["auto", "scroll", "hidden"].includes(getComputedStyle(e).overflowX)
+        || scrolls(e.parentElement));
+    return [...document.querySelectorAll("article *")]
+        .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e))
+        .map(e => e.tagName + " " + e.textContent.slice(0, 60));
+}"""
+BROKEN_PICTURES = """() => [...document.images]
+    .filter(image => !(image.complete && image.naturalWidth > 0)).map(image => image.src)"""
+# Formulas that MathJax has not set, or could not read.
+BROKEN_FORMULAS = """() => [
+    ...[...document.querySelectorAll(".math")].filter(e => !e.querySelector("mjx-container")),
+    ...document.querySelectorAll("mjx-merror, [data-mjx-error]"),
+].map(e => e.textContent)"""
+
+
+class Quiet(SimpleHTTPRequestHandler):
+    def log_message(self, *_):
+        pass
+
+
+@pytest.fixture(scope="module")
+def address():
+    handler = partial(Quiet, directory=str(SITE))
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+@pytest.fixture(scope="module", params=["phone", "desktop"])
+def screen(request, browser):
+    """A page on a screen, with what it asks for and complains of."""
+    viewport = {"phone": PHONE, "desktop": DESKTOP}[request.param]
+    page = browser.new_context(viewport=viewport, color_scheme="light").new_page()
+    page.asked_for, page.complaints = [], []
+    page.on("request", lambda asked: page.asked_for.append(asked.url))
+    page.on("response", lambda r: r.ok or r.status == 304 or page.complaints.append(r.url))
+    page.on("pageerror", lambda error: page.complaints.append(str(error)))
+    yield page
+    page.context.close()
+
+
+def show(screen, address, path):
+    screen.asked_for.clear()
+    screen.complaints.clear()
+    screen.goto(f"{address}/{path}")
+    screen.evaluate("() => window.MathJax?.startup?.promise")
+    return screen
+
+
+def test_the_pages_are_there():
+    assert len(PAGES) > 20, "tox run -e docs builds them"
+
+
+@pytest.mark.parametrize("path", PAGES)
+def test_page_is_whole(screen, address, path):
+    page = show(screen, address, path)
+    assert page.complaints == []
+    assert [url for url in page.asked_for if not url.startswith((address, "data:"))] == []
+    assert page.evaluate(BROKEN_PICTURES) == []
+    assert page.evaluate(BROKEN_FORMULAS) == []
+    assert page.evaluate(TOO_WIDE) == []
+    assert page.evaluate("document.documentElement.scrollWidth") == page.viewport_size["width"]
+
+
+def test_formulas_are_set(screen, address):
+    page = show(screen, address, "explanation/combinations.html")
+    assert page.locator("mjx-container").count() > 100
+
+
+def test_a_broken_formula_is_found(screen, address):
+    page = show(screen, address, "explanation/combinations.html")
+    page.evaluate(
+        """() => {
+            const formula = document.querySelector(".math");
+            formula.textContent = "\\\\(\\\\frac{1}\\\\)";
+            return MathJax.typesetPromise([formula]);
+        }"""
+    )
+    assert page.evaluate(BROKEN_FORMULAS)
+
+
+def test_what_is_too_wide_is_found(screen, address):
+    page = show(screen, address, "index.html")
+    page.evaluate("document.querySelector('article p').style.width = '3000px'")
+    assert page.evaluate(TOO_WIDE)
+
+
+def test_is_dark_where_that_is_wanted(screen, address):
+    page = show(screen, address, "index.html")
+    background = "getComputedStyle(document.body).backgroundColor"
+    light = page.evaluate(background)
+    page.emulate_media(color_scheme="dark")
+    assert light == "rgb(255, 255, 255)"
+    assert page.evaluate(background) == "rgb(19, 20, 22)"
+    page.emulate_media(color_scheme="light")
