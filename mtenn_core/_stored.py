@@ -175,7 +175,7 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
     if gradient.layout is not torch.strided:
         raise GradientError(
             f"parameter {name!r}: gradients='stored' keeps dense gradients; found a sparse one"
-            " (use sparse=False, or gradients='graph')",
+            " (use sparse=False, or gradients='recomputed' or 'graph')",
             parameter=name,
         )
     return gradient.reshape(-1)

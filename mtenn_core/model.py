@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
@@ -408,8 +409,12 @@ class MultiPoseModel(torch.nn.Module):
 
     def _predict_chunk(self, poses: list[Any], first: int, in_batch: int | None = None) -> Tensor:
         as_it_is = self.collate is None or in_batch is not None
-        predictions = self.pose_model(poses[0] if as_it_is else self.collate(poses))  # type: ignore[misc]
         n_poses = len(poses) if in_batch is None else in_batch
+        try:
+            predictions = self.pose_model(poses[0] if as_it_is else self.collate(poses))  # type: ignore[misc]
+        except Exception as error:
+            error.add_note(f"raised by the pose model on {_named(n_poses, first)}")
+            raise
         _check_numbers(predictions, n_poses, first)
         return predictions.to(at_least_float32(predictions.dtype)).reshape(n_poses)
 
@@ -450,12 +455,14 @@ _NOT_IN_A_BATCH = (
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:
-    try:
-        return list(poses)
-    except TypeError:
-        raise PredictionError(
-            f"poses must be a sequence, one entry per pose; found {type(poses).__name__}"
-        ) from None
+    # A dict, or PyG's Data or Batch: it can be gone through, and gives no poses.
+    if not (isinstance(poses, str) or hasattr(poses, "keys")):
+        with contextlib.suppress(TypeError):
+            return list(poses)
+    raise PredictionError(
+        f"poses must be a sequence, one entry per pose; found {type(poses).__name__}: put one pose"
+        " into a list, and hand over one batch of poses with collated=True"
+    )
 
 
 def _like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
@@ -518,9 +525,13 @@ def _combination(combination: str | Combination) -> Combination:
     return combination
 
 
+def _named(n_poses: int, first: int) -> str:
+    return f"pose {first}" if n_poses == 1 else f"poses {first} to {first + n_poses - 1}"
+
+
 def _check_numbers(predictions: object, n_poses: int, first: int) -> None:
     """Raise unless a pose model's output is one floating-point number for each of its poses."""
-    who = f"pose {first}" if n_poses == 1 else f"poses {first} to {first + n_poses - 1}"
+    who = _named(n_poses, first)
     rule = "one number" if n_poses == 1 else f"{n_poses} numbers, one per pose,"
     if not isinstance(predictions, Tensor):
         raise PredictionError(

@@ -2,6 +2,7 @@ import contextlib
 import copy
 import threading
 import weakref
+from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
 
@@ -426,11 +427,54 @@ def test_a_parameter_that_was_not_registered_is_noticed_in_stored(pose_model, po
         MultiPoseModel(Forgetful(), LogSumExp(), gradients="stored")(poses)
 
 
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_sparse_gradients_stay_sparse(gradients):
+    embedding = torch.nn.Embedding(5, 1, sparse=True)
+    out = MultiPoseModel(embedding, ClosedForm(), gradients=gradients)(torch.arange(3))
+    out.prediction.backward()
+    assert embedding.weight.grad.is_sparse
+    expected = torch.cat([torch.softmax(out.pose_predictions.detach(), 0), torch.zeros(2)])
+    torch.testing.assert_close(embedding.weight.grad.to_dense()[:, 0], expected)
+
+
 def test_sparse_gradients_are_refused_in_stored():
     embedding = torch.nn.Embedding(5, 1, sparse=True)
     model = MultiPoseModel(embedding, LogSumExp(), gradients="stored")
-    with pytest.raises(GradientError, match=r"parameter 'weight': .*sparse=False"):
+    with pytest.raises(GradientError, match=r"parameter 'weight': .*sparse=False.*'recomputed'"):
         model(torch.arange(3))
+
+
+class TwoDtypes(torch.nn.Module):
+    """As models have whose last layer is in double precision."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = torch.nn.Linear(4, 8), torch.nn.Linear(8, 1).double()
+
+    def forward(self, pose):
+        return self.last(torch.tanh(self.first(pose.float())).double())
+
+
+@MODES
+def test_parameters_may_differ_in_dtype(poses, gradients):
+    pose_model = TwoDtypes()
+    losses(plain_autograd(pose_model, LogSumExp(), poses, SIZES))["both"].backward()
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    expected = copy.deepcopy(grads(model))
+    model.zero_grad()
+    losses(model(poses, sizes=SIZES))["both"].backward()
+    for name, gradient in expected.items():
+        # Sums of seven products in the dtype of the parameter, in another order.
+        eps = 32 * torch.finfo(gradient.dtype).eps
+        torch.testing.assert_close(grads(model)[name], gradient, rtol=eps, atol=eps)
+
+
+@MODES
+def test_what_a_pose_model_raises_has_the_pose_in_a_note(pose_model, poses, gradients):
+    model = MultiPoseModel(pose_model, LogSumExp(), gradients=gradients)
+    with pytest.raises(RuntimeError, match="shapes cannot be multiplied") as raised:
+        model([*poses[:3], poses[3][:2]])
+    assert raised.value.__notes__ == ["raised by the pose model on pose 3"]
 
 
 def test_full_depth_sees_each_compound_as_the_contract_says(pose_model, poses):
@@ -686,7 +730,11 @@ def test_threads_that_share_a_pose_model_do_not_mix_their_gradients(pose_model, 
     [
         (torch.tensor(1.0).double(), "poses must be a sequence"),
         (3, "poses must be a sequence, one entry per pose; found int"),
+        ("pose", "one entry per pose; found str"),
+        ({"x": torch.zeros(4)}, "found dict: put one pose into a list, .* collated=True"),
+        (UserDict(x=torch.zeros(4)), "found UserDict: put one pose into a list"),
     ],
+    ids=["number", "int", "str", "dict", "like PyG's Data"],
 )
 def test_poses_that_are_no_sequence_are_refused(pose_model, poses, message):
     with pytest.raises(PredictionError, match=message):

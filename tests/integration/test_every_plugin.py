@@ -5,7 +5,7 @@ import torch
 from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SchNet
 
-from mtenn_core import MultiPoseModel, registry
+from mtenn_core import MultiPoseModel, as_mtenn_combination, registry
 
 COMBINATIONS = {
     "mean": {},
@@ -107,6 +107,23 @@ def assert_gradients_equal_plain_autograd(model, poses, collate, loss):
             # Relative to the largest entry: single entries may cancel to nothing.
             error = (gradient - expected).abs().max() / expected.abs().max().clamp(min=1e-300)
             assert error <= 1e-10, f"{param_name}: {error:.1e}"
+
+
+@pytest.mark.parametrize("combination", [c for c in COMBINATIONS if "learnable" not in c])
+def test_every_shipped_combination_trains_in_the_model_of_mtenn(combination):
+    """With the pair that it returns, from gradients that are stored in a dict."""
+    pose_model, poses, _ = MODELS["MLP"]()
+    rule = registry.create(combination.split(",")[0], **COMBINATIONS[combination])
+    names, params = zip(*pose_model.named_parameters(), strict=True)
+    plain = [pose_model(pose) for pose in poses]
+    of_poses = [torch.autograd.grad(y, params, retain_graph=True) for y in plain]
+    grad_dict = dict(zip(names, map(list, zip(*of_poses, strict=True)), strict=True))
+    pair = as_mtenn_combination(rule)([y.detach() for y in plain], grad_dict, names, *params)
+    together = torch.cat(plain)
+    reference = torch.autograd.grad(losses(rule.combine(together), together)["sum"], params)
+    found = torch.autograd.grad(losses(*pair)["sum"], params)
+    for gradient, expected in zip(found, reference, strict=True):
+        assert (gradient - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
 @pytest.mark.parametrize("name", ["mean", "max", "min", "boltzmann"])

@@ -38,19 +38,22 @@ class BoltzmannCombination(Combination):
         if not (kT > 0 and math.isfinite(kT)):
             raise ValueError(f"kT must be positive and finite; found {kT}")
         self.learnable = learnable
+        self._kT = float(kT)
         if learnable:
-            self.log_kT = torch.nn.Parameter(torch.tensor(math.log(kT)))
-        else:
-            self._kT = float(kT)
+            # Of one dimension, since fully_shard takes no parameter of shape ().
+            self.log_kT = torch.nn.Parameter(torch.tensor([math.log(kT)]))
 
     @property
     def kT(self) -> float | Tensor:
         """Thermal energy in the unit of the predictions; a tensor, shape (), if it is learnable."""
-        return self.log_kT.exp() if self.learnable else self._kT
+        return self.log_kT.exp().squeeze(0) if self.learnable else self._kT
 
     def extra_repr(self) -> str:
         """Return the arguments, with the present kT, for ``repr``."""
-        kT = self.kT.item() if isinstance(self.kT, Tensor) else self.kT
+        kT = self._kT
+        # One process alone cannot read what fully_shard has spread: that is shown as it began.
+        if self.learnable and not hasattr(self.log_kT, "device_mesh"):
+            kT = self.log_kT.exp().item()
         return f"kT={kT:.6g}, learnable={self.learnable}"
 
     def combine(self, predictions: Tensor) -> Tensor:
