@@ -132,10 +132,11 @@ def _hint(error: BaseException, module: ModuleType | None, attribute: str | None
 
 
 def _where(error: BaseException, record: PluginRecord) -> str:
-    """Return which file and line raised; those of the import system tell nothing."""
+    """Return which file and line raised; those of the import system and ours tell nothing."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"in {error.filename}:{error.lineno}"
-    nothing = (__file__, importlib.__file__, "<frozen importlib", os.path.dirname(pluggy.__file__))
+    ours, pluggys = os.path.dirname(__file__), os.path.dirname(pluggy.__file__)
+    nothing = (ours, importlib.__file__, "<frozen importlib", pluggys)
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         if not frame.filename.startswith(nothing):
             return f"raised in {frame.filename}:{frame.lineno}"

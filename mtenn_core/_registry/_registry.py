@@ -421,15 +421,17 @@ class Registry:
             if key is not None and key in self._validated:
                 return  # by another thread, meanwhile
             report = check_combination(combination, level="gate", name=str(record), target=target)
+            if report.passed and key is not None:
+                # Before the gate opens: whoever waits there looks once, and then validates.
+                with self._lock:
+                    self._validated.add(key)
         if not report.passed:
+            author = f" Tell its author; it is installed{record.where}." if record.where else ""
             raise GradientValidationError(
-                f"{report}\nIt is not handed out. validate=False hands it out unchecked.",
+                f"{report}\nIt is not handed out. validate=False hands it out unchecked.{author}",
                 record=record,
                 report=report,
             )
-        if key is not None:
-            with self._lock:
-                self._validated.add(key)
 
 
 @contextmanager

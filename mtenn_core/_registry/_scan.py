@@ -62,8 +62,8 @@ def scan(group: str) -> Scan:
         problems.append(
             Problem(
                 "unreadable",
-                f"a finder of distributions fails ({told(error)}), and is left out: one of"
-                f" {sys.meta_path}",
+                f"a finder of distributions fails ({told(error)}, raised in {_raised_in(error)}),"
+                " and is left out: repair or uninstall what has put it into sys.meta_path",
             )
         )
         context = importlib_metadata.DistributionFinder.Context(path=path)
@@ -305,6 +305,13 @@ def _let_torch_start(stopping: list[_Copy], problems: list[Problem]) -> None:
             PluginWarning,
             stacklevel=6,
         )
+
+
+def _raised_in(error: Exception) -> str:
+    import traceback  # for what happens seldom
+
+    frame = traceback.extract_tb(error.__traceback__)[-1]
+    return f"{frame.filename}:{frame.lineno}"
 
 
 def _modified(entry: Any) -> int | None:

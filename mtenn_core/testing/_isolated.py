@@ -11,13 +11,14 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any
 
 from mtenn_core import errors
 from mtenn_core._child_process import Child, ChildDiedError, Send, limit_memory
-from mtenn_core._registry import Registry, registry
+from mtenn_core._registry import PluginRecord, Registry, registry
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import CHECKS, chosen_checks
 from mtenn_core.testing._check import Level
@@ -177,8 +178,12 @@ class _Findings:
         self._n_deaths += 1
         if not self._begun:
             # Another child would die of the same.
-            self._reports = self._reports or [self._empty_report()]
-            self._add(self._n_finished, self._error("import", death))
+            plugin = self._plugin()
+            self._reports = self._reports or [self._empty_report(plugin)]
+            record = self._error("import", death)
+            if plugin is not None:
+                record = replace(record, reason=f"{record.reason}\n{plugin.remedy}")
+            self._add(self._n_finished, record)
             self.complete = True
             return
         if self._n_finished == len(self._reports):
@@ -203,8 +208,15 @@ class _Findings:
         found = {record.id for record in report.records}
         return [id for id in self.ids if id not in found]
 
-    def _empty_report(self) -> Report:
-        return Report(self.target.path, "", {}, self.level, len(self.ids))
+    def _plugin(self) -> PluginRecord | None:
+        """Return the plugin that the target names, if it names one."""
+        with suppress(errors.RegistryError):
+            return registry.info(self.target.path)
+        return None
+
+    def _empty_report(self, plugin: PluginRecord | None) -> Report:
+        name = self.target.path if plugin is None else str(plugin)
+        return Report(name, "", {}, self.level, len(self.ids))
 
     def _add(self, index: int, record: Record) -> None:
         if record.status == "error":

@@ -93,7 +93,8 @@ class Report:
         return len(self.records) == self.n_expected and not self.failures
 
     def __str__(self) -> str:
-        lines = [f"{self.name}, {self.combination}: {self.verdict}"]
+        who = ", ".join(filter(None, [self.name, self.combination]))
+        lines = [f"{who}: {self.verdict}"]
         shown = [record for record in self.records if record.status not in ("pass", "skip")]
         lines += [str(record) for record in shown]
         ran = [record.id for record in self.records if record.status == "pass"]

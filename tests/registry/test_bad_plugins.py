@@ -20,7 +20,7 @@ import pytest
 import torch
 from installed import GOOD, Places, write_distribution
 
-from mtenn_core import Policy, Registry
+from mtenn_core import Policy, Registry, registry
 from mtenn_core._process_state import changed, process_state
 from mtenn_core._registry._apart import import_apart
 from mtenn_core.errors import (
@@ -153,6 +153,8 @@ def removed_since(at):
 
 
 BAD = {"bad": "demo_bad:Good"}
+FILE = r"{}/\w+/(demo_bad\.py:\d|\w*demo_bad\S*-info\b)"  # or the folder of the metadata
+REMEDY = "pip (install|uninstall)|delete|tell (its|the) author|ask for|repair or uninstall"
 HOOK_FAILED = "its hook mtenn_combination failed with"
 MUST_RETURN = "its hook mtenn_combination must return a subclass of mtenn_core.Combination; found"
 CASES = {
@@ -192,7 +194,7 @@ CASES = {
     "asks the registry for itself": Case(
         module("from mtenn_core import Registry\nRegistry().get('bad')"),
         PluginLoadError,
-        ("partially initialized module 'demo_bad'", UNINSTALL),
+        ("partially initialized module 'demo_bad'", "(raised in ", "demo_bad.py:2)", UNINSTALL),
     ),
     "writes warnings": Case(
         module("import warnings\nwarnings.simplefilter('ignore')\nwarnings.warn('old')")
@@ -582,17 +584,19 @@ def test_a_bad_plugin_harms_itself_alone(places, case):
     words = {"restored": "that was put back", "reported": "replaced torch.erfinv"}.get(case.state)
     assert len(told) == (words is not None), told
     assert words is None or (words in told[0] and "demo-bad 1.0" in told[0])
-    kinds = [p.kind for p in registry.problems() if "emo" in p.message]
-    assert (case.problem in kinds) if case.problem else not kinds
+    problems = [problem for problem in registry.problems() if "emo" in problem.message]
+    assert (case.problem in [p.kind for p in problems]) if case.problem else not problems
+    for problem in problems:
+        assert re.search(REMEDY, problem.message)
+        assert str(places.site.parent) in problem.message or "finder" in problem.message
 
 
 def check_message(message, case, places):
     for word in case.words:
         assert word in message
-    if case.error not in (CombinationNotFoundError, GradientValidationError):
-        assert "demo-bad" in message
-        assert str(places.site.parent) in message  # the file, or that of the metadata
-        assert "1.0" in message or "0.1" in message
+    if not message.startswith("unknown combination"):  # which is nobody's
+        assert re.search(r"\bdemo-bad (1\.0|0\.1)\b", message)
+        assert re.search(FILE.format(re.escape(str(places.site.parent))), message)
 
 
 def test_the_table_has_the_rows_that_were_promised():
@@ -610,6 +614,11 @@ APART = {
         "changed torch's default dtype",
     ),
     "error": ("1 / 0", "does not load", "ZeroDivisionError"),
+    "hook": (
+        "from mtenn_core import hookimpl\n@hookimpl\ndef mtenn_combination(): return dict",
+        "no combination",
+        "must return a subclass of mtenn_core.Combination; found <class 'dict'>",
+    ),
 }
 posix = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 
@@ -617,9 +626,9 @@ posix = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 @posix
 def test_an_import_in_isolation_tells_what_ends_it_and_goes_on(places):
     for name, (code, _, _) in APART.items():
-        write_distribution(
-            places.site, f"demo-{name}", {name: f"demo_{name}:Good"}, f"{code}\n{dedent(GOOD)}"
-        )
+        target = f"demo_{name}" if name == "hook" else f"demo_{name}:Good"
+        code = f"{code}\n{dedent(GOOD)}"
+        write_distribution(places.site, f"demo-{name}", {name: target}, code)
     records = [r for r in Registry().records() if str(r.distribution).startswith("demo-")]
     found = {record.name: problems for record, problems in import_apart(records, 60.0)}
     assert found.pop("healthy") == []
@@ -678,8 +687,21 @@ def test_a_check_in_isolation_tells_what_ended_it(places, case):
     )
     assert not report.passed
     assert word in report.failures[0].reason
+    assert "demo-bad 1.0" in str(report)
     (report,) = Registry().check("healthy", only=["A2"])
     assert report.passed
+
+
+@posix
+def test_a_check_in_isolation_tells_whose_import_ended_it(places, monkeypatch):
+    registry.refresh()
+    module("import os; os.kill(os.getpid(), 11)")(places)
+    (report,) = registry.check("BAD", isolated=True)
+    for words in ("demo-bad 1.0", "killed by SIGSEGV", "demo_bad.py", UNINSTALL):
+        assert words in str(report)
+    (failure,) = report.failures
+    assert failure.repro == "mtenn check demo-bad:bad --isolated"
+    registry.refresh()
 
 
 def test_a_check_of_what_is_registered_cannot_be_isolated(places):

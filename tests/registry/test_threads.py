@@ -123,6 +123,30 @@ def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts, monkeyp
     assert torch.get_default_dtype() == before[1]
 
 
+def test_what_waits_at_the_gate_finds_what_has_passed(places, monkeypatch):
+    """The first lets go of the gate, and is then slow."""
+    validated, run, gate = [], mtenn_core.testing.check_combination, threading.RLock()
+
+    class Gate:
+        acquire = staticmethod(gate.acquire)
+
+        def release(self):
+            gate.release()
+            time.sleep(0.2)  # in which the other comes in
+
+    def check_combination(*args, **kwargs):
+        validated.append(kwargs["name"])
+        time.sleep(0.2)  # in which the other comes to the gate
+        return run(*args, **kwargs)
+
+    monkeypatch.setattr(mtenn_core.testing, "check_combination", check_combination)
+    monkeypatch.setattr(_registry, "_gate", Gate())
+    registry = Registry()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(registry.get, ["healthy"] * 2, timeout=SECONDS))
+    assert validated == ["plugin 'healthy' (demo-healthy 1.0)"]
+
+
 def test_one_thread_loads_and_the_others_wait(places, monkeypatch):
     loaded, load = [], _load.load
 
