@@ -576,6 +576,9 @@ def test_a_bad_plugin_harms_itself_alone(places, case):
             with pytest.raises(case.error) as caught:
                 registry.get(case.name)
             check_message(str(caught.value), case, places)
+            record = caught.value.record  # nobody's, where the name is unknown
+            assert record is None or record.distribution == "demo-bad"
+            assert (record is None) == str(caught.value).startswith("unknown combination")
         assert registry.get("healthy").__module__ == "demo_healthy"
     if case.problem == "incompatible":
         assert "demo_bad" not in sys.modules
@@ -808,6 +811,27 @@ def test_a_folder_with_a_colon_reaches_the_child(places, tmp_path):
     sys.path[:0] = [str(folder), Path("no text")]
     registry = Registry(policy=Policy(allowed=("colon",)))
     assert [problems for _, problems in import_apart(registry.records(), 60.0)] == [[]]
+
+
+def test_a_plugin_may_ask_the_registry_that_imports_it(places):
+    registry.refresh()
+    write_distribution(
+        places.site,
+        "demo-itself",
+        {"itself": "demo_itself:Good"},
+        "from mtenn_core import registry\nregistry.get('itself')\n",
+    )
+    module(
+        """
+        from mtenn_core import registry
+        assert registry.get('healthy') and 'bad' in registry
+        registry.refresh()
+        """
+    )(places)
+    assert registry.get("bad").__name__ == "Good"
+    with pytest.raises(PluginLoadError, match="partially initialized module 'demo_itself'"):
+        registry.get("itself")
+    registry.refresh()
 
 
 def test_one_of_two_plugins_at_a_time_is_not_blamed_for_the_other(places):

@@ -61,6 +61,17 @@ fields = st.one_of(
 )
 
 
+# Version, whether it is an egg-info, and whether it is in front; one folder is there once.
+copies = st.lists(
+    st.tuples(
+        st.sampled_from(["1.0", "0.9", "2!3.post1", "one", ""]), st.booleans(), st.booleans()
+    ),
+    min_size=1,
+    max_size=2,
+    unique_by=lambda copy: copy[copy[1] :],
+)
+
+
 def files(of):
     text = st.lists(of, max_size=8).map("\n".join)
     encodings = st.sampled_from(["utf-8", "utf-8-sig", "utf-16"])
@@ -86,13 +97,22 @@ def alone(places):
 @given(
     entry_points=files(lines),
     metadata=files(fields) | st.just(b""),
-    egg=st.booleans(),
-    in_front=st.booleans(),
+    copies=copies,
     asked=st.lists(words, max_size=3),
 )
-def test_no_file_breaks_the_registry(alone, entry_points, metadata, egg, in_front, asked):
-    folder = alone.front if in_front else alone.site
-    info = write_distribution(folder, "demo-bad", entry_points, None, metadata=metadata, egg=egg)
+def test_no_file_breaks_the_registry(alone, entry_points, metadata, copies, asked):
+    written = [
+        write_distribution(
+            alone.front if in_front else alone.site,
+            "demo-bad",
+            entry_points,
+            None,
+            version=version,
+            metadata=metadata,
+            egg=egg,
+        )
+        for version, egg, in_front in copies
+    ]
     importlib.invalidate_caches()
     try:
         registry = Registry()
@@ -107,4 +127,5 @@ def test_no_file_breaks_the_registry(alone, entry_points, metadata, egg, in_fron
         for word in asked:
             word in registry  # noqa: B015 - must not raise
     finally:
-        shutil.rmtree(info)
+        for info in written:
+            shutil.rmtree(info)

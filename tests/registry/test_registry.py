@@ -261,6 +261,8 @@ def test_get_leaves_the_random_state_alone(registry):
 LIGHT = {
     "import": "import mtenn_core",
     "names": "from mtenn_core import registry; registry.names(); registry.info('good')",
+    "looks": "from mtenn_core import registry as r; 'x' in r, len(r), list(r), r.records()",
+    "problems": "from mtenn_core import registry; registry.problems(); registry.refresh()",
     "list": "from mtenn_core._cli import main; main(['list'], standalone_mode=False)",
     "info": "from mtenn_core._cli import main; main(['info', 'good'], standalone_mode=False)",
 }
