@@ -26,9 +26,12 @@ class Estimate(NamedTuple):
 
 def pearson(x: Numbers, y: Numbers) -> Numbers:
     """Correlation coefficient r; NaN where x or y does not vary."""
+    # Their deviations from the mean, which roundoff may leave, would be taken for variation.
+    constant = (np.ptp(x, axis=-1) == 0) | (np.ptp(y, axis=-1) == 0)
     x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
     with np.errstate(invalid="ignore", divide="ignore"):
-        return (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+        r = (x * y).sum(-1) / np.sqrt((x**2).sum(-1) * (y**2).sum(-1))
+    return np.where(constant, np.nan, r)
 
 
 def spearman(x: Numbers, y: Numbers) -> Numbers:

@@ -6,8 +6,10 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from agreement import pearson
 from combine import Combined
 from dock import Docked
 from matplotlib.axes import Axes
@@ -23,7 +25,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
 GREY = "#767676"
 REFERENCE, POSE = (0.45, 0.45, 0.45), (0.84, 0.37, 0.0)  # red, green and blue; of the pictures
 PICTURES = 8
-PIXELS = 520  # of a picture
+_HALFWAY: dict[str, Any] = {"ha": "center", "va": "center"}
+PIXELS = 560, 400  # of a picture
 
 
 def save_scores(path: Path, docked: Sequence[Docked], results: Mapping[str, Combined]) -> None:
@@ -32,7 +35,7 @@ def save_scores(path: Path, docked: Sequence[Docked], results: Mapping[str, Comb
     every = [measured, *(result.scores.numpy() for result in results.values())]
     limits = np.concatenate(every).min() - 0.7, np.concatenate(every).max() + 0.7
 
-    figure = Figure(figsize=(max(3.3 * len(results), 6.6), 7.2), layout="constrained")
+    figure = Figure(figsize=(max(3.3 * len(results), 6.6), 8.0), layout="constrained")
     above, below = figure.subplots(2, len(results), sharey="row", squeeze=False)
     for column, (name, result) in enumerate(results.items()):
         colour = COLOURS[column % len(COLOURS)]
@@ -40,6 +43,7 @@ def save_scores(path: Path, docked: Sequence[Docked], results: Mapping[str, Comb
         above[column].set(xlim=limits, ylim=limits)
         _draw_scores(above[column], measured, result.scores.numpy(), colour)
         _draw_weights(below[column], docked, result, colour)
+    below[0].text(NEAR / 2, 0.5, f"within {NEAR:g} Å", rotation=90, color=GREY, **_HALFWAY)
     above[0].set_ylabel("combined Vina energy (kcal/mol)")
     below[0].set_ylabel("pose weight, ∂(combined) / ∂(pose energy)")
     figure.savefig(path, dpi=110)
@@ -52,6 +56,8 @@ def _draw_scores(
     axes.axline((0, 0), slope=1, color=GREY, linewidth=1)
     axes.scatter(measured, scores, s=26, color=colour, alpha=0.7, linewidth=0)
     axes.set_xlabel("measured ΔG (kcal/mol)")
+    shown = f"{len(measured)} ligands, Pearson r = {pearson(scores, measured):.2f}"
+    axes.text(0.04, 0.96, shown.replace("-", "−"), transform=axes.transAxes, va="top")
 
 
 def _draw_weights(axes: Axes, docked: Sequence[Docked], result: Combined, colour: str) -> None:
@@ -80,7 +86,7 @@ def save_poses(path: Path, docked: Sequence[Docked], weights: Mapping[str, Seque
     )
     columns = min(4, len(chosen))
     rows = -(-len(chosen) // columns)
-    figure = Figure(figsize=(2.9 * columns, 3.5 * rows + 0.5), layout="constrained")
+    figure = Figure(figsize=(2.9 * columns, 2.8 * rows + 0.5), layout="constrained")
     grid = figure.subplots(rows, columns, squeeze=False).ravel()
     for axes in grid:
         axes.axis("off")
@@ -120,9 +126,9 @@ def _drawn(both: Chem.Mol, n_atoms: int, n_bonds: int) -> bytes:
     """Draw two molecules in one: the first ``n_atoms`` atoms in grey, the others in orange."""
     atom_colours = {i: REFERENCE if i < n_atoms else POSE for i in range(both.GetNumAtoms())}
     bond_colours = {i: REFERENCE if i < n_bonds else POSE for i in range(both.GetNumBonds())}
-    drawer = MolDraw2DCairo(PIXELS, PIXELS)
+    drawer = MolDraw2DCairo(*PIXELS)
     options = drawer.drawOptions()
-    options.useBWAtomPalette()
+    options.noAtomLabels = True  # two molecules' labels lie on top of each other
     options.prepareMolsBeforeDrawing = False  # which would lay the molecule out anew
     options.fillHighlights = True
     options.highlightRadius = 0.2
