@@ -1,0 +1,96 @@
+"""Put pose energies together with every registered combination."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from dock import Docked
+from torch import Tensor
+
+from mtenn_core import Combination, MultiPoseModel, registry
+from mtenn_core.errors import MtennError
+
+KT = 0.593  # kcal/mol at 298 K
+# Arguments of a combination that takes them: the unit of the energies, and that ligands with more
+# poses have no lower score for it.
+ARGUMENTS: dict[str, Any] = {"kT": KT, "pred_scale": 1 / KT, "normalize": True}
+
+
+@dataclass(frozen=True)
+class Combined:
+    """What a combination makes of the poses.
+
+    Attributes
+    ----------
+    arguments : of the combination
+    scores : in kcal/mol, shape (n_ligands,)
+    weights : ∂(score)/∂(pose energy), dimensionless, for each ligand of shape (n_poses,)
+    """
+
+    arguments: dict[str, Any]
+    scores: Tensor
+    weights: tuple[Tensor, ...]
+
+
+class PoseEnergies(torch.nn.Module):
+    """A pose model that looks poses up: what it trains is the table of their energies.
+
+    The gradient of a combined score with respect to this parameter is that of the pose weights,
+    whichever way the combination makes its gradients.
+    """
+
+    def __init__(self, energies: Tensor) -> None:
+        super().__init__()
+        self.energies = torch.nn.Parameter(energies)
+
+    def forward(self, index: Tensor) -> Tensor:
+        """Return the energy of the pose with this index, shape (), in kcal/mol."""
+        return self.energies[index]
+
+
+def arguments_of(combination: type[Combination]) -> dict[str, Any]:
+    """Return those of ``ARGUMENTS`` that a combination takes."""
+    taken = inspect.signature(combination.__init__).parameters
+    return {name: value for name, value in ARGUMENTS.items() if name in taken}
+
+
+def combine(combination: Combination, docked: Sequence[Docked]) -> tuple[Tensor, list[Tensor]]:
+    """Return the scores, shape (n_ligands,), and the pose weights of each ligand.
+
+    ``"stored"`` gradients, since a combination that overrides ``forward`` takes no others.
+    """
+    sizes = [len(ligand.energies) for ligand in docked]
+    energies = [energy for ligand in docked for energy in ligand.energies]
+    table = PoseEnergies(torch.tensor(energies, dtype=torch.float64))
+    model = MultiPoseModel(table, combination, gradients="stored")
+    scores = model(list(torch.arange(len(energies))), sizes=sizes).prediction
+    (weights,) = torch.autograd.grad(scores.sum(), table.energies)
+    return scores.detach(), list(weights.split(sizes))
+
+
+def combine_all(docked: Sequence[Docked]) -> tuple[dict[str, Combined], dict[str, str]]:
+    """Return what each registered combination gives, and why some give nothing, by name."""
+    results, refused = {}, {}
+    for name in registry.names():
+        try:
+            arguments = arguments_of(registry.get(name))
+            combination = registry.create(name, **arguments)
+            _check_domain(combination, docked)
+            scores, weights = combine(combination, docked)
+            results[name] = Combined(arguments, scores, tuple(weights))
+        # Somebody else's code, and energies it was not made for: the others go on.
+        except (MtennError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
+            refused[name] = str(error).partition("\n")[0]
+    return results, refused
+
+
+def _check_domain(combination: Combination, docked: Sequence[Docked]) -> None:
+    low, high = combination.domain
+    if not all(low < energy < high for ligand in docked for energy in ligand.energies):
+        raise ValueError(
+            f"takes numbers between {low:g} and {high:g}, and pose energies lie outside"
+        )
