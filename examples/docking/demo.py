@@ -44,7 +44,7 @@ from mtenn_core.errors import MtennError
 
 MEAN = "mean of the others"
 SIZE = "heavy atoms"
-NATIVE = "reference pose"
+NATIVE = "reference"
 CORRELATIONS = {"Pearson r": pearson, "Spearman ρ": spearman, "Kendall τ": kendall}
 console = Console(highlight=False)
 

@@ -6,7 +6,6 @@ import io
 import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from agreement import pearson
@@ -25,7 +24,6 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7")  # Okabe and Ito
 GREY = "#767676"
 REFERENCE, POSE = (0.45, 0.45, 0.45), (0.84, 0.37, 0.0)  # red, green and blue; of the pictures
 PICTURES = 8
-_HALFWAY: dict[str, Any] = {"ha": "center", "va": "center"}
 PIXELS = 560, 400  # of a picture
 
 
@@ -33,9 +31,9 @@ def save_scores(path: Path, docked: Sequence[Docked], results: Mapping[str, Comb
     """Draw a column for each combination: scores above, pose weights below."""
     measured = np.array([ligand.ligand.delta_g for ligand in docked])
     every = [measured, *(result.scores.numpy() for result in results.values())]
-    limits = np.concatenate(every).min() - 0.7, np.concatenate(every).max() + 0.7
+    limits = np.concatenate(every).min() - 0.7, np.concatenate(every).max() + 1.3
 
-    figure = Figure(figsize=(max(3.3 * len(results), 6.6), 8.0), layout="constrained")
+    figure = Figure(figsize=(max(3.3 * len(results), 6.6), 7.6), layout="constrained")
     above, below = figure.subplots(2, len(results), sharey="row", squeeze=False)
     for column, (name, result) in enumerate(results.items()):
         colour = COLOURS[column % len(COLOURS)]
@@ -43,7 +41,16 @@ def save_scores(path: Path, docked: Sequence[Docked], results: Mapping[str, Comb
         above[column].set(xlim=limits, ylim=limits)
         _draw_scores(above[column], measured, result.scores.numpy(), colour)
         _draw_weights(below[column], docked, result, colour)
-    below[0].text(NEAR / 2, 0.5, f"within {NEAR:g} Å", rotation=90, color=GREY, **_HALFWAY)
+    below[0].text(
+        NEAR / 2,
+        0.97,
+        f"within {NEAR:g} Å",
+        transform=below[0].get_xaxis_transform(),
+        rotation=90,
+        color=GREY,
+        va="top",
+        ha="center",
+    )
     above[0].set_ylabel("combined Vina energy (kcal/mol)")
     below[0].set_ylabel("pose weight, ∂(combined) / ∂(pose energy)")
     figure.savefig(path, dpi=110)
@@ -96,16 +103,16 @@ def save_poses(path: Path, docked: Sequence[Docked], weights: Mapping[str, Seque
     figure.suptitle(
         "Lowest pose (orange) over reference pose (grey), as seen in the protein", fontsize=11
     )
-    figure.savefig(path, dpi=100)
+    figure.savefig(path, dpi=80)
     return len(chosen)
 
 
 def _draw_pose(axes: Axes, ligand: Docked, weights: Mapping[str, float]) -> None:
     axes.imshow(imread(io.BytesIO(picture(ligand))))
-    shown = ", ".join(f"{name} {weight:.2f}" for name, weight in weights.items())
+    shown = ", ".join(f"{name}\N{NO-BREAK SPACE}{weight:.2f}" for name, weight in weights.items())
     axes.set_title(
         f"{ligand.ligand.name}: {ligand.rmsds[0]:.1f} Å, {ligand.energies[0]:.1f} kcal/mol\n"
-        + textwrap.fill(f"weight: {shown}", 40),
+        + textwrap.fill(f"weight of it: {shown}", 40),
         fontsize=8,
     )
 
