@@ -8,15 +8,15 @@ A page runs from top to bottom in one namespace. What its fenced blocks mean:
     is what the ``python`` block before it prints.
 ``console``
     ``$ mtenn …`` is run and prints the lines below it; so is ``$ torchrun``, which must pass. ``$
-    pytest`` must pass, ``$ pip install .`` installs the page's own package (without an index), and
-    other commands are not run. Only ``mtenn`` and ``torchrun`` may show output.
+    pytest`` must pass, ``$ pip install .`` or ``./folder`` installs the page's own package (without
+    an index), and other commands are not run. Only ``mtenn`` and ``torchrun`` may show output.
 ``sh``, ``bash``
     are not run: the README's set-up is what runs the tests.
 ``{…}``
     is for Sphinx, see tests/site.
 
-A ``python`` or ``toml`` block that begins with a comment such as ``# demo/__init__.py`` is a file
-of the page's own package.
+A ``python``, ``toml`` or ``markdown`` block that begins with a comment such as ``# demo/module.py``
+or ``<!-- demo/README.md -->`` is a file of the page's own package.
 
 What the pages say of the conformance suite is held to the suite itself.
 """
@@ -28,6 +28,7 @@ import io
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 import tomllib
@@ -50,10 +51,16 @@ README = ROOT / "README.md"
 PAGES_WITH_PLUGINS = [
     README,
     ROOT / "docs/explanation/combinations.md",
+    ROOT / "docs/explanation/gradients-per-pose.md",
+    ROOT / "docs/how-to/choose-a-combination.md",
+    ROOT / "docs/how-to/move-from-mtenn.md",
     ROOT / "docs/how-to/train.md",
+    ROOT / "docs/how-to/train-on-several-machines.md",
     ROOT / "docs/reference/json.md",
+    ROOT / "docs/tutorial/train-a-model.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
+IMAGES = ROOT / "docs/images"
 # Written by `tox run -e bank`, which measures what it says.
 MISTAKES = ROOT / "docs/explanation/mistakes.md"
 PAGES = sorted({*ROOT.glob("docs/**/*.md")} - {*PAGES_WITH_PLUGINS, MISTAKES})
@@ -62,9 +69,12 @@ CONFORMANCE = ROOT / "docs/explanation/conformance.md"
 FIX = ROOT / "docs/how-to/fix-a-failing-check.md"
 
 # Of these, nothing can be an output.
-COMMANDS_AND_FILES = ("sh", "bash", "toml")
-FENCE = re.compile(r"^```(?P<language>[^\s`]*)(?: [^\n`]*)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL)
-FILE_NAME = re.compile(r"# ([\w./-]+\.(?:py|toml))\n")
+COMMANDS_AND_FILES = ("sh", "bash", "toml", "markdown")
+# A directive may have an argument behind its name.
+FENCE = re.compile(
+    r"^```(?P<language>[^\s`]*)(?: [^\n`]*)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
+)
+FILE_NAME = re.compile(r"(?:#|<!--) ([\w./-]+\.(?:py|toml|md))(?: -->)?\n")
 ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 # Of `MultiPoseModel.estimate`: what the machine has, where it can be asked.
@@ -152,8 +162,8 @@ def run_console(block: Block, folder: Path, where: str) -> None:
             raise AssertionError(f"{where_it_is}: nothing checks this output")
         elif program == "pytest":
             run_module("pytest", ["-p", "no:cacheprovider", *arguments], folder, where_it_is)
-        elif part.strip() == "pip install .":
-            write_metadata(folder)
+        elif program == "pip" and (path := local_project(arguments)):
+            install(folder / path, folder)
 
 
 def check_mtenn(arguments: list[str], shown: str, folder: Path, where: str) -> None:
@@ -176,7 +186,7 @@ def run_module(module: str, arguments: list[str], folder: Path, must_pass: str =
         env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8"},
         capture_output=True,
         encoding="utf-8",
-        timeout=120,
+        timeout=600,  # against what hangs; a conformance suite takes a while on a busy machine
         check=False,
     )
     if must_pass:
@@ -184,10 +194,29 @@ def run_module(module: str, arguments: list[str], folder: Path, must_pass: str =
     return done.stdout
 
 
-def write_metadata(folder: Path) -> None:
-    """Write the metadata that pip would make of the page's pyproject.toml."""
-    project = tomllib.loads((folder / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-    info = folder / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
+def local_project(arguments: list[str]) -> str | None:
+    """Return the folder that ``pip install`` is to install, if it is one."""
+    match arguments:
+        case ["install", "." as path]:
+            return path
+        case ["install", path] if path.startswith("./"):
+            return path
+    return None
+
+
+def install(project: Path, site: Path) -> None:
+    """Do what pip would: copy the packages, and make metadata of pyproject.toml."""
+    if project != site:
+        for package in project.glob("*/__init__.py"):
+            shutil.copytree(package.parent, site / package.parent.name)
+    write_metadata(project / "pyproject.toml", site)
+    registry.refresh()
+
+
+def write_metadata(pyproject: Path, site: Path) -> None:
+    """Write the metadata that pip would make of pyproject.toml."""
+    project = tomllib.loads(pyproject.read_text(encoding="utf-8"))["project"]
+    info = site / f"{project['name'].replace('-', '_')}-{project['version']}.dist-info"
     info.mkdir()
     requires = [f"Requires-Dist: {requirement}" for requirement in project["dependencies"]]
     head = ["Metadata-Version: 2.1", f"Name: {project['name']}", f"Version: {project['version']}"]
@@ -285,6 +314,14 @@ def test_links_lead_somewhere(page):
         if anchor:
             titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"\W+", "-", title.lower()) for title in titles]
+
+
+@pytest.mark.parametrize("image", sorted(IMAGES.iterdir()), ids=name)
+def test_every_picture_is_small_and_on_a_page(image):
+    assert image.suffix == ".svg"
+    assert image.stat().st_size < 60_000
+    pages = [page.read_text(encoding="utf-8") for page in ROOT.glob("docs/**/*.md")]
+    assert any(f"](../images/{image.name})" in page for page in pages)
 
 
 FAKES = {

@@ -1,8 +1,11 @@
-"""The pages that need plugins: as tests/test_docs.py, which says how a page is run."""
+"""The pages and pictures that need plugins; tests/test_docs.py says how a page is run."""
 
 from __future__ import annotations
 
 import importlib.util
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -19,3 +22,18 @@ package = docs.package
 @pytest.mark.parametrize("page", docs.PAGES_WITH_PLUGINS, ids=docs.name)
 def test_page_shows_what_the_code_gives(page, package):
     docs.run_page(page, package)
+
+
+def test_pictures_are_what_their_script_draws(tmp_path):
+    script = docs.ROOT / "docs/figures.py"
+    subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
+    drawn = sorted(tmp_path.iterdir())
+    assert len(drawn) == 3
+    for picture in drawn:
+        committed = docs.IMAGES / picture.name
+        assert texts(picture) == texts(committed), f"{committed}: run docs/figures.py again"
+
+
+def texts(picture):
+    """Return the words and numbers of a picture; its curves may differ in their last digits."""
+    return re.findall(r"<text[^>]*>([^<]*)</text>", picture.read_text(encoding="utf-8"))

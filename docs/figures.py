@@ -1,0 +1,141 @@
+"""Draws the pictures of the explanations from the registered combinations.
+
+    python docs/figures.py [FOLDER]
+
+The committed ones are in docs/images. ``modes.svg`` is not among them: it is measured, by
+``python benchmarks/engine.py --trade-off --threads 1 --plots FOLDER``.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import matplotlib
+import matplotlib.style
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from torch import Tensor
+
+from mtenn_core import Combination, registry
+
+KT = 0.593  # kcal/mol at 298 K
+FOLDER = Path(__file__).parent / "images"
+# Okabe and Ito's colours; each line has a style of its own, too.
+BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
+STYLE = {
+    "axes.grid": True,
+    "axes.spines.right": False,
+    "axes.spines.top": False,
+    "figure.constrained_layout.use": True,
+    "figure.facecolor": "white",  # on dark pages too
+    "font.family": "sans-serif",
+    "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
+    "font.size": 10,
+    "grid.alpha": 0.3,
+    "legend.frameon": False,
+    "lines.linewidth": 2,
+    "svg.fonttype": "none",  # text as text: small, and to be searched
+    "svg.hashsalt": "mtenn",
+}
+# What matplotlib would say of itself and of the day.
+METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+
+
+def main(folder: Path = FOLDER) -> list[Path]:
+    """Draw all pictures into a folder and return their paths."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with matplotlib.style.context(STYLE, after_reset=True):
+        return [save(draw, folder) for draw in PICTURES]
+
+
+def save(draw: Callable[[Figure], None], folder: Path) -> Path:
+    """Draw one picture, with the name of what draws it, and return its path."""
+    figure = Figure(figsize=(7.2, 3.4))
+    draw(figure)
+    path = folder / f"{draw.__name__.replace('_', '-')}.svg"
+    figure.savefig(path, metadata=METADATA)
+    return path
+
+
+def number_of_poses(figure: Figure) -> None:
+    """What equal poses are combined to: without ``normalize``, min falls by kT ln M."""
+    axes = figure.subplots()
+    numbers = [1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000]
+    # Three of them agree: the wider lines are drawn first, and show behind the others.
+    for label, combination, colour, line, width in (
+        ("min", minimum(1 / KT), BLUE, "o-", 2),
+        ("mean", registry.create("mean"), "#B0B0B0", "-", 9),
+        ("boltzmann", registry.create("boltzmann", kT=KT), GREEN, "-", 5),
+        ("min, normalize=True", minimum(1 / KT, normalize=True), BLACK, "--", 1.5),
+    ):
+        values = [combination.combine(doubles([-8.0] * n)).item() for n in numbers]
+        axes.plot(numbers, values, line, color=colour, label=label, linewidth=width, markersize=5)
+    axes.set(xscale="log", xlabel="number of poses, all at -8 kcal/mol")
+    axes.set_ylabel("combined prediction (kcal/mol)")
+    axes.legend()
+
+
+def not_monotone(figure: Figure) -> None:
+    """Two poses, of which one rises: the Boltzmann mean rises and falls, its weight is negative."""
+    value_axes, weight_axes = figure.subplots(1, 2)
+    rising = torch.linspace(0, 6, 61, dtype=torch.float64)
+    for label, combination, colour, line in (
+        ("boltzmann", registry.create("boltzmann"), GREEN, "-"),
+        ("min, normalize=True", minimum(1.0, normalize=True), ORANGE, "--"),
+    ):
+        pairs = [doubles([0.0, x]) for x in rising.tolist()]
+        values = [combination.combine(pair).item() for pair in pairs]
+        weights = [combination.pose_weights(pair)[1].item() for pair in pairs]
+        value_axes.plot(rising, values, line, color=colour, label=label)
+        weight_axes.plot(rising, weights, line, color=colour)
+    value_axes.set_ylabel("combined prediction (kT)")
+    value_axes.legend()
+    weight_axes.axhline(0, color=BLACK, linewidth=1)
+    weight_axes.set_ylabel("weight of the upper pose")
+    for axes in (value_axes, weight_axes):
+        axes.set_xlabel("upper pose, the lower one at 0 (kT)")
+
+
+def sharp_scales(figure: Figure) -> None:
+    """The weights of poses above the best one, by the scale: those of the others vanish."""
+    axes = figure.subplots()
+    above = [0.0, 0.1, 0.5, 2.0]
+    scales = torch.logspace(-1, 3, 81, dtype=torch.float64)
+    weights = torch.stack([minimum(t).pose_weights(doubles(above)) for t in scales.tolist()])
+    styles = ((BLUE, "-"), (ORANGE, "--"), (GREEN, "-."), (BLACK, ":"))
+    for number, (colour, line) in enumerate(styles):
+        label = f"{above[number]:g} kcal/mol above" if number else "best pose"
+        axes.plot(scales, weights[:, number], line, color=colour, label=label)
+    physical(axes)
+    axes.set(xscale="log", yscale="log", ylim=(1e-8, 3))
+    axes.set_xlabel("pred_scale (mol/kcal)")
+    axes.set_ylabel("pose weight")
+    axes.legend(loc="lower left")
+
+
+def physical(axes: Axes) -> None:
+    """Mark where the scale is one over kT."""
+    axes.axvline(1 / KT, color="#767676", linewidth=1)
+    axes.annotate(
+        "1/kT at 298 K", (1 / KT, 1.0), (4, 4), textcoords="offset points", color="#595959"
+    )
+
+
+def minimum(scale: float, *, normalize: bool = False) -> Combination:
+    """Return the smooth minimum."""
+    return registry.create("min", pred_scale=scale, normalize=normalize)
+
+
+def doubles(numbers: list[float]) -> Tensor:
+    """Return a tensor in float64."""
+    return torch.tensor(numbers, dtype=torch.float64)
+
+
+PICTURES = (number_of_poses, not_monotone, sharp_scales)
+
+if __name__ == "__main__":
+    for written in main(*map(Path, sys.argv[1:])):
+        print(written)
