@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import multiprocessing
 import signal
 from collections.abc import Iterator, Sequence
@@ -135,6 +136,7 @@ def prepare_receptor(system: System, path: Path) -> list[str]:
     # Here and below: meeko and Vina take a second to import, and what is kept needs neither.
     from meeko import MoleculePreparation, PDBQTWriterLegacy, Polymer, ResidueChemTemplates
 
+    logging.getLogger("meeko").setLevel(logging.CRITICAL)  # it logs what is returned here
     templates = ResidueChemTemplates.create_from_defaults()
     known = {*templates.residue_templates, *templates.ambiguous}
     unknown = {line[17:20].strip() for line in _atoms(system.protein)} - known

@@ -266,7 +266,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(tmp_path):
     deadline = time.monotonic() + 120
     while not receptor.exists() and time.monotonic() < deadline:
         time.sleep(0.1)
-    time.sleep(1)
+    time.sleep(5)  # while processes start, Ctrl-C waits for the next one
     os.killpg(process.pid, signal.SIGINT)
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 130
