@@ -187,25 +187,31 @@ def molecules(case: Case) -> Model:
             Data(z=types, pos=2 * torch.randn(len(types), 3), edge_index=pairs) for _ in range(size)
         ]
     # Few Gaussians, which are wide: see PairNetwork.
-    schnet = SchNet(64, 64, num_interactions=3, num_gaussians=10)
-    return OfBatch(schnet), poses, Batch.from_data_list
+    given = GivenPairs()
+    schnet = SchNet(64, 64, num_interactions=3, num_gaussians=10, interaction_graph=given)
+    return OfBatch(schnet, given), poses, Batch.from_data_list
 
 
 class OfBatch(torch.nn.Module):
     """PyG's SchNet as a pose model: one number for each graph of a batch, shape (n_poses, 1)."""
 
-    def __init__(self, schnet: torch.nn.Module) -> None:
+    def __init__(self, schnet: torch.nn.Module, given: GivenPairs) -> None:
         super().__init__()
-        self.schnet = schnet
-        schnet.interaction_graph = self.pairs
+        self.schnet, self.given = schnet, given
 
     def forward(self, batch: Any) -> Tensor:
         """Return the predictions."""
-        self.edges = batch.edge_index
+        self.given.edges = batch.edge_index
         return self.schnet(batch.z, batch.pos, batch.batch)
 
-    def pairs(self, pos: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the pairs that came with the molecules, as a data set of such has them."""
+
+class GivenPairs(torch.nn.Module):
+    """The pairs that came with the molecules, as a data set of such has them."""
+
+    edges: Tensor
+
+    def forward(self, pos: Tensor, _: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the pairs and their distances."""
         first, second = self.edges
         return self.edges, (pos[first] - pos[second]).norm(dim=-1)
 

@@ -501,6 +501,27 @@ def test_a_penalty_on_gradients_is_right_without_a_closed_form_and_refused_with_
         torch.autograd.grad(recomputed(pose_model)(poses).prediction, params, create_graph=True)
 
 
+class Spread(Combination):
+    """Has weights of exactly zero, whose derivatives are not."""
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (predictions - predictions.detach()).square().sum()
+
+
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_poses_without_weight_are_not_left_out_of_a_penalty_on_gradients(
+    pose_model, poses, gradients
+):
+    params, found = list(pose_model.parameters()), []
+    model = MultiPoseModel(pose_model, Spread(), gradients=gradients)
+    for y in (model(poses).prediction, Spread().combine(pose_model(poses))):
+        first = torch.autograd.grad(y, params, create_graph=True)
+        assert not any(gradient.any() for gradient in first)
+        found.append(torch.autograd.grad(sum(g.sum() for g in first), params[0])[0])
+    assert found[1].abs().max() > 0.1
+    torch.testing.assert_close(*found, **EXACT)
+
+
 class Forces(torch.nn.Module):
     """Its prediction has a gradient in it, taken in forward."""
 
