@@ -1,6 +1,6 @@
 """What a training step of a multi-pose model takes, in time and memory, and what others take.
 
-    python benchmarks/engine.py [--quick] [--memory GB] [--plots FOLDER] [--json FILE]
+    python benchmarks/engine.py [--quick | --trade-off] [--memory GB] [--plots FOLDER] [--json FILE]
 
 Every way takes the same gradients, which is checked: each mode of ``MultiPoseModel``; plain
 autograd over all poses; ``torch.utils.checkpoint`` for each pose; and the guide's class with a loop
@@ -115,7 +115,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     results = Results()
     before = os.getloadavg()[0]
-    jobs = list(dict.fromkeys(quick_jobs() if options.quick else full_jobs()))
+    jobs = list(dict.fromkeys(options.jobs()))
     jobs = [job for job in (fitting(job, options.memory) for job in jobs) if job.ways]
     for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
         results.add(job, found(job, options))
@@ -147,7 +147,11 @@ def found(job: Job, options: argparse.Namespace) -> object:
 def parse() -> argparse.Namespace:
     """Return the options."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--quick", action="store_true", help="the cases of the targets alone")
+    which = parser.add_mutually_exclusive_group()
+    parser.set_defaults(jobs=full_jobs)
+    for flag, jobs, what in (("quick", quick_jobs, "targets"), (SHOWN, trade_off_jobs, "picture")):
+        text = f"the cases of the {what} alone"
+        which.add_argument(f"--{flag}", dest="jobs", action="store_const", const=jobs, help=text)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, metavar="GB", help="default: half of what is free")
     parser.add_argument("--seconds", type=float, help="to take times of a case; default 15, or 2")
@@ -156,6 +160,7 @@ def parse() -> argparse.Namespace:
     options = parser.parse_args()
     free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     options.memory = options.memory or free / 2e9
+    options.quick = options.jobs is not full_jobs
     options.seconds = options.seconds or (2.0 if options.quick else 15.0)
     return options
 
@@ -178,6 +183,14 @@ def quick_jobs() -> Iterator[Job]:
         yield Job("thousand_steps", Case(8, pose_model="vector"), (mode,))
     for case in growth_in_poses((1, 10, 100)):
         yield from jobs_of(case, MODES)
+
+
+def trade_off_jobs() -> Iterator[Job]:
+    """Yield the cases of the picture in docs/explanation/gradients-per-pose.md."""
+    for case in trade_off_cases()[:2]:
+        yield Job("times", case, (*BASELINES, *MODES))
+        for way in (*BASELINES, *MODES):
+            yield Job("peak", case, (way,))
 
 
 def full_jobs() -> Iterator[Job]:
@@ -232,6 +245,11 @@ def growth_in_compounds() -> list[Case]:
     return [Case(4 * n, n_compounds=n) for n in (1, 8, 64, 250)]
 
 
+def trade_off_cases() -> list[Case]:
+    big = [Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense")]
+    return [*big, Case(128, SMALL, 3_000_000, "sharp")]
+
+
 def families(jobs: list[Job]) -> dict[str, list[Case]]:
     """Return the cases to be drawn together."""
     timed = set(of(jobs, MODES))
@@ -240,8 +258,7 @@ def families(jobs: list[Job]) -> dict[str, list[Case]]:
         "parameters": growth_in_parameters(),
         "compounds": growth_in_compounds(),
     }
-    big = (Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense"))
-    grown[SHOWN] = [*big, Case(128, SMALL, 3_000_000, "sharp")]
+    grown[SHOWN] = trade_off_cases()
     return {what: [case for case in cases if case in timed] for what, cases in grown.items()}
 
 

@@ -46,14 +46,15 @@ def save_plots(results: Results, families: dict[str, list[Case]], folder: Path) 
     paths = []
     for what, cases in families.items():
         if what in AXES and len(cases) > 1:
-            paths.append(save(growth(results, what, cases), folder / f"growth_{what}.png"))
+            paths.append(save(growth(results, what, cases), folder / f"growth_{what}.svg"))
     if cases := families.get("trade-off"):
-        paths.append(save(trade_off(results, cases), folder / "trade_off.png"))
+        paths.append(save(trade_off(results, cases), folder / "trade_off.svg"))
     return paths
 
 
 def save(figure: plt.Figure, path: Path) -> Path:
-    figure.savefig(path, dpi=150)
+    with matplotlib.rc_context({"svg.fonttype": "none"}):  # text as text: small, to be searched
+        figure.savefig(path, metadata={"Date": None})
     plt.close(figure)
     return path
 
@@ -96,7 +97,7 @@ def reference(axes: Axes) -> None:
 
 def trade_off(results: Results, cases: Sequence[Case]) -> plt.Figure:
     """Time against memory: one axes for each case, one point for each way."""
-    size = (4.2 * len(cases), 4.2)
+    size = (4.2 * len(cases), 4.4)
     figure, all_axes = plt.subplots(
         1, len(cases), figsize=size, layout="constrained", squeeze=False
     )
@@ -114,5 +115,5 @@ def trade_off(results: Results, cases: Sequence[Case]) -> plt.Figure:
         axes.set_ylim(0, 1.1 * axes.get_ylim()[1])
         axes.set_title(str(case), fontsize=9)
         axes.grid(alpha=0.3)
-    all_axes[0][0].legend(frameon=False, fontsize=8)
+    figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6)
     return figure

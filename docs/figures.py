@@ -2,8 +2,8 @@
 
     python docs/figures.py [FOLDER]
 
-The committed ones are in docs/images. ``modes.svg`` is not among them: it is measured, by
-``python benchmarks/engine.py --trade-off --threads 1 --plots FOLDER``.
+The committed ones are in docs/images. ``modes.svg`` there is not drawn here: it is measured, the
+``trade_off.svg`` of ``python benchmarks/engine.py --trade-off --threads 1 --plots FOLDER``.
 """
 
 from __future__ import annotations
