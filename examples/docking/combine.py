@@ -12,7 +12,6 @@ from dock import Docked
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, registry
-from mtenn_core.errors import MtennError
 
 KT = 0.593  # kcal/mol at 298 K
 # Arguments of a combination that takes them: the unit of the energies, and that ligands with more
@@ -81,10 +80,12 @@ def combine_all(docked: Sequence[Docked]) -> tuple[dict[str, Combined], dict[str
             combination = registry.create(name, **arguments)
             _check_domain(combination, docked)
             scores, weights = combine(combination, docked)
+            if not all(numbers.isfinite().all() for numbers in [scores, *weights]):
+                raise ValueError("gives scores or pose weights that are not finite")
             results[name] = Combined(arguments, scores, tuple(weights))
         # Somebody else's code, and energies it was not made for: the others go on.
-        except (MtennError, ArithmeticError, RuntimeError, TypeError, ValueError) as error:
-            refused[name] = str(error).partition("\n")[0]
+        except Exception as error:
+            refused[name] = str(error).partition("\n")[0] or type(error).__name__
     return results, refused
 
 

@@ -44,7 +44,6 @@ from mtenn_core.errors import MtennError
 
 MEAN = "mean of the others"
 SIZE = "heavy atoms"
-NATIVE = "reference"
 CORRELATIONS = {"Pearson r": pearson, "Spearman ρ": spearman, "Kendall τ": kendall}
 console = Console(highlight=False)
 
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (DataNotFoundError, ReceptorError, MtennError, OSError) as error:
         console.print(f"[bold red]error:[/] {escape(str(error))}", soft_wrap=True)
         return 1
-    console.print(f"{report['seconds']:.0f} s in {options.processes} processes.")
+    console.print(f"{report['seconds']:.0f} s.")
     return 0
 
 
@@ -154,7 +153,6 @@ def scores_of(docked: Sequence[Docked], results: Mapping[str, Combined]) -> dict
     In kcal/mol, but for the number of heavy atoms, negated.
     """
     scores = {name: result.scores.numpy() for name, result in results.items()}
-    scores[NATIVE] = np.array([ligand.reference_energy for ligand in docked])
     scores[SIZE] = np.array([-float(ligand.ligand.n_heavy) for ligand in docked])
     return scores
 
@@ -190,9 +188,8 @@ def show_errors(scores: Mapping[str, Numbers], measured: Numbers) -> dict[str, d
     table.add_row(MEAN, "–", _shown(found[MEAN]["fitted"]))
     console.print(table)
     console.print(
-        f"In brackets: {LEVEL} % intervals over ligands (bootstrap, {DRAWS} draws). {NATIVE}:"
-        " Vina's energy of the pose in the data, minimised. Each line is fitted without the ligand"
-        f" it predicts, and so is the mean.\n"
+        f"In brackets: {LEVEL} % intervals over ligands (bootstrap, {DRAWS} draws), for each score"
+        " by itself. Each line is fitted without the ligand it predicts, and so is the mean.\n"
     )
     return found
 
@@ -203,13 +200,11 @@ def show_poses(docked: Sequence[Docked], results: Mapping[str, Combined]) -> dic
     counts = {
         "lowest": sum(bool(each[0]) for each in near),
         "any": sum(bool(each.any()) for each in near),
-        "reference below": sum(each.reference_energy < each.energies[0] for each in docked),
     }
     n = len(docked)
     console.print(
         f"Within {NEAR:g} Å of the reference pose: the lowest pose of {counts['lowest']} of {n}"
-        f" ligands, any pose of {counts['any']}. The reference pose, minimised, lies below all"
-        f" docked ones of {counts['reference below']}."
+        f" ligands, any pose of {counts['any']}."
     )
     weight = {
         name: _mean_weight(result, [each if each.any() else None for each in near])
@@ -254,7 +249,6 @@ def _ligand_record(ligand: Docked) -> dict[str, Any]:
         "heavy_atoms": ligand.ligand.n_heavy,
         "energies": ligand.energies,
         "rmsds": ligand.rmsds,
-        "reference_energy": ligand.reference_energy,
     }
 
 
@@ -300,7 +294,9 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         metavar="N",
         help="Vina's Monte Carlo runs per ligand (default: %(default)s; Vina's own: 8)",
     )
-    parser.add_argument("--seed", type=_at_least(0), default=0, metavar="N", help="of the docking")
+    # Vina takes a C int, and dock.py adds 1.
+    seed = _at_least(0, 2**31 - 2)
+    parser.add_argument("--seed", type=seed, default=0, metavar="N", help="of the docking")
     parser.add_argument(
         "--processes",
         type=number,
@@ -319,10 +315,12 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _at_least(lowest: int) -> Callable[[str], int]:
+def _at_least(lowest: int, highest: float = math.inf) -> Callable[[str], int]:
     def number(text: str) -> int:
         if int(text) < lowest:
             raise argparse.ArgumentTypeError(f"must be at least {lowest}; found {text}")
+        if int(text) > highest:
+            raise argparse.ArgumentTypeError(f"must be at most {highest}; found {text}")
         return int(text)
 
     return number

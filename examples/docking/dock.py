@@ -24,7 +24,6 @@ from systems import Box, Ligand, System
 
 # Tags of the SDF files.
 ENERGY = "vina_energy (kcal/mol)"
-REFERENCE_ENERGY = "vina_energy of the minimised reference pose (kcal/mol)"
 RMSD = "rmsd to the reference pose (angstrom)"
 ANY_ENERGY = 1000.0  # kcal/mol above the lowest: Vina would leave out poses 3 above it
 PACKAGES = ("meeko", "rdkit", "vina")  # other versions may give other poses
@@ -63,7 +62,6 @@ class Docked:
     poses: tuple[Chem.Mol, ...]
     energies: tuple[float, ...]
     rmsds: tuple[float, ...]
-    reference_energy: float
 
 
 @dataclass(frozen=True)
@@ -128,7 +126,7 @@ def read_poses(ligand: Ligand, text: str) -> Docked:
     supplier.SetData(text, removeHs=False)
     poses = tuple(supplier)
     energies, rmsds = (tuple(float(pose.GetProp(tag)) for pose in poses) for tag in (ENERGY, RMSD))
-    return Docked(ligand, poses, energies, rmsds, float(poses[0].GetProp(REFERENCE_ENERGY)))
+    return Docked(ligand, poses, energies, rmsds)
 
 
 def prepare_receptor(system: System, path: Path) -> list[str]:
@@ -164,16 +162,13 @@ def dock_ligand(vina: Any, ligand: Ligand, search: Search) -> str:
     """
     from meeko import PDBQTMolecule, RDKitMolCreate
 
-    vina.set_ligand_from_string(_pdbqt(ligand.reference))
-    reference_energy = vina.optimize()[0]
-
     vina.set_ligand_from_string(_pdbqt(fresh_conformer(ligand.reference)))
     vina.dock(exhaustiveness=search.exhaustiveness, n_poses=search.n_poses)
     energies = vina.energies(search.n_poses, ANY_ENERGY)[:, 0]
     text = vina.poses(search.n_poses, ANY_ENERGY)
     (mol,) = RDKitMolCreate.from_pdbqt_mol(PDBQTMolecule(text, skip_typing=True))
     mol.SetProp("_Name", ligand.name)
-    return _sdf(mol, ligand, energies, reference_energy)
+    return _sdf(mol, ligand, energies)
 
 
 def fresh_conformer(mol: Chem.Mol) -> Chem.Mol:
@@ -203,7 +198,7 @@ def _pdbqt(mol: Chem.Mol) -> str:
     return text
 
 
-def _sdf(mol: Chem.Mol, ligand: Ligand, energies: Sequence[float], reference_energy: float) -> str:
+def _sdf(mol: Chem.Mol, ligand: Ligand, energies: Sequence[float]) -> str:
     """Return the conformers of ``mol`` as an SDF file, with energies and RMSDs."""
     heavy, reference = Chem.RemoveHs(mol), Chem.RemoveHs(ligand.reference)
     texts = []
@@ -211,7 +206,6 @@ def _sdf(mol: Chem.Mol, ligand: Ligand, energies: Sequence[float], reference_ene
         rmsd = CalcRMS(heavy, reference, prbId=index)  # in place: nothing is moved
         mol.SetProp(ENERGY, f"{energy:.3f}")
         mol.SetProp(RMSD, f"{rmsd:.3f}")
-        mol.SetProp(REFERENCE_ENERGY, f"{reference_energy:.3f}")
         texts.append(Chem.SDWriter.GetText(mol, confId=index))
     return "".join(texts)
 

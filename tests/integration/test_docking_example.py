@@ -68,7 +68,7 @@ def random():
 
 def docked(example, *energies):
     """Ligands with these pose energies and nothing else."""
-    return [example.dock.Docked(None, (), of_one, (), 0.0) for of_one in energies]
+    return [example.dock.Docked(None, (), of_one, ()) for of_one in energies]
 
 
 def test_poses_are_sorted_and_lie_in_the_files(ran):
@@ -177,14 +177,13 @@ def a_store(example, folder):
 
 def sdf_of(example, ligand):
     """The reference pose, as if docked."""
-    return example.dock._sdf(Chem.Mol(ligand.reference), ligand, [-7.5], -7.6)
+    return example.dock._sdf(Chem.Mol(ligand.reference), ligand, [-7.5])
 
 
 def test_a_pose_on_the_reference_has_an_rmsd_of_zero(example, tmp_path):
     store = a_store(example, tmp_path)
     poses = store.save(store.system.ligands[0], sdf_of(example, store.system.ligands[0]))
     assert poses.rmsds == (0.0,)
-    assert poses.reference_energy == -7.6
 
 
 def test_every_target_has_ligands_with_names_of_their_own_inside_the_box(example):
@@ -280,6 +279,7 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(tmp_path):
         (["--target", "tyk3"], "invalid choice: 'tyk3'"),
         (["--poses", "0"], "must be at least 1; found 0"),
         (["--seed", "-1"], "must be at least 0; found -1"),
+        (["--seed", f"{2**31 - 1}"], "must be at most 2147483646; found 2147483647"),
     ],
     ids=lambda value: value[0] if isinstance(value, list) else "",
 )
@@ -331,6 +331,18 @@ class OnlyPositive(Combination):
         return predictions.pow(3).mean().pow(1 / 3)
 
 
+class Raising(Combination):
+    def combine(self, predictions):
+        if (predictions == -7.0).any():  # which the gate does not try
+            return {}["absent"]
+        return predictions.mean()
+
+
+class NotFinite(Combination):
+    def combine(self, predictions):
+        return predictions.mean() + torch.where((predictions == -7.0).any(), math.nan, 0.0)
+
+
 class Wrong(Combination):
     def combine(self, predictions):
         return predictions.mean()
@@ -341,12 +353,15 @@ class Wrong(Combination):
 
 def test_a_third_party_is_combined_with_and_one_that_cannot_be_is_named(example):
     others = {"sharpest": Sharpest, "positive": OnlyPositive, "wrong": Wrong}
-    with registry.temporary(others):
+    later = {"raising": Raising, "not-finite": NotFinite}
+    with registry.temporary(others | later):
         results, refused = example.combine.combine_all(docked(example, (-7.0, -6.0), (-5.0,)))
     assert results["sharpest"].scores.tolist() == [-14.0, -10.0]
     assert [weights.tolist() for weights in results["sharpest"].weights] == [[2.0, 0.0], [2.0]]
-    assert set(refused) == {"positive", "wrong"}
+    assert set(refused) == {"positive", "wrong", *later}
     assert "between 0 and inf" in refused["positive"]
+    assert refused["raising"] == "'absent'"
+    assert "not finite" in refused["not-finite"]
 
 
 def test_the_arguments_are_those_that_a_combination_takes(example):
