@@ -75,11 +75,11 @@ class MultiPoseModel(torch.nn.Module):
         :meth:`~torch.nn.Module.eval`. ``"recomputed"`` keeps no more than the predictions, and runs
         poses again in backward, a chunk at a time and only those whose weight is not zero: the
         memory is one chunk's graph, and of each pose the bare graph, about 1 kB for each operation.
-        The numbers
-        are the same, unless poses of one batch influence each other (BatchNorm in training), since
-        ``"stored"`` never batches them; or unless hooks of the pose model do to gradients what is
-        not linear (clip them), since in ``"stored"`` they come before the weights. While
-        ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose model.
+        The numbers are the same, unless poses of one batch influence each other (BatchNorm in
+        training), since ``"stored"`` never batches them; or unless hooks of the pose model do to
+        gradients what is not linear (clip them), since in ``"stored"`` they come before the
+        weights. While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use
+        the pose model.
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
     chunk_size : poses in a batch, with ``collate``; by default all poses of a call in ``"graph"``,

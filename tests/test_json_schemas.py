@@ -1,6 +1,7 @@
 """What the commands print with ``--json`` is what docs/reference/schemas says, and no more."""
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -30,18 +31,19 @@ WRONG = """
         def __init__(self, needed):
             super().__init__()
 """
+# A command, its exit status, and a part of what it must print.
 COMMANDS = {
-    "list": ["list"],
-    "list all": ["list", "--all"],
-    "info": ["info", "healthy"],
-    "info of a stale copy": ["info", "wrong"],
-    "info of nothing": ["info", "absent"],
-    "check": ["check", "healthy", "wrong"],
-    "check at the gate": ["check", "wrong", "--level", "gate"],
-    "check of what cannot be made": ["check", "unready", "absent", "no.module:Class"],
-    "doctor": ["doctor"],
-    "doctor without imports": ["doctor", "--no-import"],
-    "new": ["new", "my-rule", "--output", "{folder}/new"],
+    "list": (["list"], 0, '"name": "healthy"'),
+    "list all": (["list", "--all"], 0, '"status": "shadowed"'),
+    "info": (["info", "pinned"], 0, '"pin": "demo-pinned==1.0'),
+    "info of a stale copy": (["info", "wrong"], 0, '"no_pin": "'),
+    "info of nothing": (["info", "absent"], 1, '"type": "CombinationNotFoundError"'),
+    "check": (["check", "healthy", "wrong"], 1, '"cause": "a constant factor'),
+    "check at the gate": (["check", "healthy", "--level", "gate"], 0, '"curves": {}'),
+    "check of what cannot be made": (["check", "unready", "no.module:Class"], 1, '"error": {'),
+    "doctor": (["doctor"], 1, '"kind": "does not load"'),
+    "doctor without imports": (["doctor", "--no-import"], 0, '"problems": []'),
+    "new": (["new", "my-rule", "--output", "{folder}/new"], 0, '"files": ['),
 }
 
 
@@ -56,8 +58,10 @@ def plugins(places, monkeypatch):
     entry_points["gone"] = "demo_wrong:Gone"
     for folder in (places.front, places.site):
         write_distribution(folder, "demo-wrong", entry_points, WRONG)
+    pinned = {"pinned": "demo_pinned:Good"}
+    write_distribution(places.site, "demo-pinned", pinned, record=True)
     # What children import from; a process of its own does not know the test's sys.path.
-    monkeypatch.setenv("PYTHONPATH", f"{places.front}:{places.site}")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(places.front), str(places.site)]))
     registry.refresh()
     yield places
     registry.refresh()
@@ -68,10 +72,12 @@ def test_schema_is_valid(name):
     Draft202012Validator.check_schema(DOCUMENTS[name])
 
 
-@pytest.mark.parametrize("arguments", COMMANDS.values(), ids=COMMANDS)
-def test_document_is_as_its_schema_says(arguments, plugins, tmp_path):
+@pytest.mark.parametrize(("arguments", "status", "part"), COMMANDS.values(), ids=COMMANDS)
+def test_document_is_as_its_schema_says(arguments, status, part, plugins, tmp_path):
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
     result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == status
+    assert part in result.stdout
     validator(arguments[0]).validate(json.loads(result.stdout))
 
 
@@ -97,12 +103,19 @@ def test_conformance_tests_write_what_the_schema_says(pytester):
 
 
 # A schema that lets everything pass would prove nothing.
+PLUGIN = dict.fromkeys(("name", "target", "reason"), "x") | {"requires": [], "status": "available"}
+PLUGIN |= dict.fromkeys(("distribution", "version", "location", "metadata"))
 FAKES = {
-    "a key that no schema knows": ("list", [{**dict.fromkeys("ab"), "name": "x"}]),
+    "a key that no schema knows": ("list", [PLUGIN | {"more": 1}]),
+    "a key that is missing": ("list", [{"name": "x"}]),
+    "another status": ("list", [PLUGIN | {"status": "good"}]),
     "another error": ("check", {"error": {"kind": "x"}}),
-    "another status": ("check", [{"passed": True, "records": [{"status": "passed"}]}]),
     "no list": ("list", {"plugins": []}),
 }
+
+
+def test_a_plugin_that_is_whole_is_valid():
+    validator("list").validate([PLUGIN])
 
 
 @pytest.mark.parametrize(("name", "document"), FAKES.values(), ids=FAKES)
