@@ -19,7 +19,9 @@ TOO_WIDE = """() => {
     const scrolls = e => e.closest("article") && (
         ["auto", "scroll"].includes(getComputedStyle(e).overflowX)
         || scrolls(e.parentElement));
+    // What MathJax hides is for those who listen.
     return [...document.querySelectorAll("article *")]
+        .filter(e => !e.closest("mjx-assistive-mml"))
         .filter(e => e.getBoundingClientRect().right > innerWidth + 1 && !scrolls(e))
         .map(e => e.tagName + " " + e.textContent.slice(0, 60));
 }"""
