@@ -180,10 +180,12 @@ def check_mtenn(arguments: list[str], shown: str, folder: Path, where: str) -> N
 def run_module(module: str, arguments: list[str], folder: Path, must_pass: str = "") -> str:
     """Run ``python -m module`` in ``folder`` and return what it prints on standard output."""
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
+    # No line is folded, whatever the terminal: tox hands its width on.
+    fixed = {"PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8", "COLUMNS": "1000"}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
         cwd=folder,
-        env=os.environ | {"PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8"},
+        env=os.environ | fixed,
         capture_output=True,
         encoding="utf-8",
         timeout=600,  # against what hangs; a conformance suite takes a while on a busy machine
