@@ -63,6 +63,13 @@ BEYOND_THE_SUITE = {
             "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)",
         ],
     },
+    "what a combination shows once it has been trained": {
+        "test_a_learned_temperature_shows_as_it_is_now": [
+            "BoltzmannCombination.extra_repr: not hasattr(self.log_kT, 'device_mesh')"
+            " -> hasattr(self.log_kT, 'device_mesh')",
+            "BoltzmannCombination.extra_repr: kT = self.log_kT.exp().item() -> pass",
+        ],
+    },
     "the core calls combine and pose_weights in float32 at least": {
         "test_half_precision_is_that_of_float32_rounded_once": [
             "MaxCombination.combine: (extreme + log / self._signed_scale).to(predictions.dtype)"

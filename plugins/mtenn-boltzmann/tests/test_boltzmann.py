@@ -162,6 +162,13 @@ def test_arguments_show_and_survive_copies():
             assert repr(twin) == f"BoltzmannCombination(kT=0.593, learnable={learnable})"
 
 
+def test_a_learned_temperature_shows_as_it_is_now():
+    combination = BoltzmannCombination(1.0, learnable=True)
+    with torch.no_grad():
+        combination.log_kT.fill_(math.log(0.5))
+    assert repr(combination) == "BoltzmannCombination(kT=0.5, learnable=True)"
+
+
 def test_a_learned_temperature_is_in_the_checkpoint():
     trained = BoltzmannCombination(0.25, learnable=True)
     fresh = BoltzmannCombination(1.0, learnable=True)
