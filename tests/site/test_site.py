@@ -22,7 +22,7 @@ from mtenn_core._cli import main
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs/_build/html"
-# What the theme makes of Python's own files.
+# Without the source code, which sphinx.ext.viewcode shows.
 PAGES = sorted({*SITE.rglob("*.html")} - {*(SITE / "_modules").rglob("*.html")})
 PUBLIC = ("mtenn_core", "mtenn_core.testing", "mtenn_mean", "mtenn_max", "mtenn_boltzmann")
 # Of torch.nn.Module: what a repr shows.
