@@ -4,16 +4,11 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-
-# The class of the node that adds a gradient to a leaf has no public name.
-_AccumulateGrad = type(
-    torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
-)
 
 
 class Chunk(Protocol):
@@ -107,7 +102,7 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     for index, root in enumerate(roots):
         if not runs[index]:
             # A node seen already runs anyway, or need not for another chunk either.
-            runs[index] = any(map(_must_run, map(type, _nodes(root, seen))))
+            runs[index] = any(map(_must_run, set(map(type, _nodes(root, seen)))))
     return runs
 
 
@@ -135,14 +130,17 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def leaves(root: Tensor) -> Iterator[Tensor]:
-    """Yield the leaves of a graph that would receive a gradient."""
+def accumulators(root: Tensor, known: Iterable[Any] = ()) -> list[Any]:
+    """Return the nodes of a graph that add a gradient to a leaf, ``variable``; not known ones."""
     if root.grad_fn is None:
-        yield root
-        return
-    for node in _nodes(root.grad_fn):
-        if isinstance(node, _AccumulateGrad):
-            yield node.variable  # type: ignore[attr-defined]
+        return [torch.autograd.graph.get_gradient_edge(root).node]
+    return [node for node in _nodes(root.grad_fn, set(known)) if type(node) is _AccumulateGrad]
+
+
+# Its class has no public name.
+_AccumulateGrad = type(
+    torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
+)
 
 
 def operations(root: Tensor) -> list[type]:
@@ -159,13 +157,14 @@ def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
 def _nodes(root: Any, seen: set[Any] | None = None) -> list[Any]:
     """Return the nodes of a graph that are not in ``seen``, and note them there."""
     seen = set() if seen is None else seen
-    if root is None or root in seen:
+    seen.add(None)  # for what needs no gradient
+    if root in seen:
         return []
     seen.add(root)
     found = [root]
     for node in found:  # grows meanwhile
         for parent, _ in node.next_functions:
-            if parent not in seen and parent is not None:
+            if parent not in seen:
                 seen.add(parent)
                 found.append(parent)
     return found

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import operator
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -52,8 +53,10 @@ class RecomputedGraphs:
         self._buffers = Places(pose_model, "buffers")
         self._held = self._parameters.tensors()
         self._versions_then = _versions(self._held)
-        self._training = [(module, module.training) for module in pose_model.modules()]
-        self._trained = [(param, param.requires_grad) for param in self._held if param.is_leaf]
+        self._flags = [
+            _Flags("training", list(pose_model.modules())),
+            _Flags("requires_grad", [param for param in self._held if param.is_leaf]),
+        ]
         self._devices = accelerators([*self._held, *self._buffers.tensors()])
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
@@ -127,7 +130,7 @@ class RecomputedGraphs:
                 stack.enter_context(context)
             with torch.enable_grad(), saved_tensors_hooks(keep, _itself):
                 predictions = chunk.run_again()
-        chunk.check(predictions, len(saved), self._rounding(predictions))
+        chunk.check(predictions, len(saved), self._rounding)
         return saved
 
     def _as_it_was(self, chunk: _Chunk) -> list[AbstractContextManager[object]]:
@@ -139,11 +142,9 @@ class RecomputedGraphs:
         """
         self._check_parameters()
         self._check_poses()
-        contexts: list[AbstractContextManager[object]] = []
-        if any(module.training != then for module, then in self._training):
-            contexts.append(_flags(self._training, "training"))
-        if any(param.requires_grad != then for param, then in self._trained):
-            contexts.append(_flags(self._trained, "requires_grad"))
+        contexts: list[AbstractContextManager[object]] = [
+            flags.as_they_were() for flags in self._flags if flags.have_changed()
+        ]
         for device, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(device):
                 # No cache: it would keep the graph of a weight's cast alive.
@@ -233,13 +234,13 @@ class _Chunk:
 
     def saved_again(self, index: int) -> Tensor:
         # Nodes ask for what they saved before they see that there is no gradient.
-        if self.left_out_in == torch._C._current_graph_task_id() and _asked_by_a_node():
+        left_out_in = self.left_out_in
+        left_out = left_out_in is not None and left_out_in == torch._C._current_graph_task_id()
+        if left_out and _asked_by_a_node():
             return _NOTHING
-        with self._graphs.lock:
-            if index not in self._saved:
-                self._saved = dict(enumerate(self._graphs.run_again(self)))
-            # Handed out once, so that memory shrinks while backward goes on.
-            tensor, version = self._saved.pop(index)
+        # Handed out once, so that memory shrinks while backward goes on.
+        found = self._saved.pop(index, None)
+        tensor, version = found or self._of_a_second_run(index)
         if tensor._version != version:
             raise ChangedBeforeBackwardError(
                 "one of the variables needed for gradient computation, shape"
@@ -247,6 +248,12 @@ class _Chunk:
                 " itself: let it work on a copy"
             )
         return tensor
+
+    def _of_a_second_run(self, index: int) -> tuple[Tensor, int]:
+        with self._graphs.lock:
+            if index not in self._saved:  # another thread may have been faster
+                self._saved = dict(enumerate(self._graphs.run_again(self)))
+            return self._saved.pop(index)
 
     def done(self, predictions: Tensor) -> None:
         """Note what the first run gave."""
@@ -267,13 +274,15 @@ class _Chunk:
     def forget(self) -> None:
         self._saved = {}
 
-    def check(self, predictions: Tensor, n_saved: int, rounding: float) -> None:
+    def check(
+        self, predictions: Tensor, n_saved: int, rounding_of: Callable[[Tensor], float]
+    ) -> None:
         """Raise unless the second run has done what the first did."""
         if self._predictions is None:  # a pose model that takes gradients in its own forward
             return
         if n_saved == self._n_saved and torch.equal(predictions, self._predictions):
             return
-        first = self._predictions
+        first, rounding = self._predictions, rounding_of(predictions)
         same = torch.isclose(predictions.detach(), first, rounding, rounding, equal_nan=True)
         if n_saved == self._n_saved and same.all():
             return
@@ -355,12 +364,15 @@ def _copied(buffers: _Buffers) -> list[Tensor]:
 
 
 def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return len(one) == len(other) and all(a is b for a, b in zip(one, other, strict=True))
+    return list(map(id, one)) == list(map(id, other))
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
     """Return how often each tensor was changed in place; those of ``inference_mode`` do not say."""
-    return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
+    try:
+        return list(map(operator.attrgetter("_version"), tensors))
+    except RuntimeError:
+        return [-1 if tensor.is_inference() else tensor._version for tensor in tensors]
 
 
 def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, bool, torch.dtype]]:
@@ -392,14 +404,29 @@ def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterat
         _set_random_states(before, devices)
 
 
-@contextmanager
-def _flags(then: Sequence[tuple[Any, bool]], name: str) -> Iterator[None]:
-    """Set attributes to what they were."""
-    now = [(each, getattr(each, name)) for each, _ in then]
-    try:
-        for each, flag in then:
-            setattr(each, name, flag)
-        yield
-    finally:
-        for each, flag in now:
-            setattr(each, name, flag)
+class _Flags:
+    """An attribute of some modules or parameters, noted to be set again."""
+
+    def __init__(self, name: str, owners: Sequence[Any]) -> None:
+        self._name, self._owners = name, owners
+        self._get = operator.attrgetter(name)
+        self._then = self._now()
+
+    def have_changed(self) -> bool:
+        return self._now() != self._then
+
+    @contextmanager
+    def as_they_were(self) -> Iterator[None]:
+        now = self._now()
+        try:
+            self._set(self._then)
+            yield
+        finally:
+            self._set(now)
+
+    def _now(self) -> list[bool]:
+        return list(map(self._get, self._owners))
+
+    def _set(self, flags: list[bool]) -> None:
+        for owner, flag in zip(self._owners, flags, strict=True):
+            setattr(owner, self._name, flag)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._module_state import Places, is_sharded, lock_of
-from mtenn_core._pose_graphs import computes_in, is_batched, leaves
+from mtenn_core._pose_graphs import accumulators, computes_in, is_batched
 from mtenn_core.errors import GradientError
 from mtenn_core.gradients import at_least_float32, attach, no_autocast
 
@@ -37,7 +37,7 @@ class StoredGradients:
     ----------
     pose_model : its parameters are those that the gradients are taken of
     poses : n_poses of them
-    predict : ``predict(pose, index)`` returns the prediction of one pose, shape ()
+    predict : ``predict(pose, index)`` returns the prediction of one pose, shape (1,)
 
     Attributes
     ----------
@@ -101,21 +101,23 @@ class StoredGradients:
         self, aliases: Params, poses: Sequence[Any], predict: Predict
     ) -> tuple[Tensor, set[str]]:
         """Fill the buffers; return the predictions and the names of the parameters used."""
+        known: set[Any] = set()
         used: set[str] = set()
         predictions = []
         for index, pose in enumerate(poses):
             prediction = predict(pose, index)
-            used.update(self._store(prediction, aliases, index))
+            if prediction.requires_grad:
+                known |= _accumulators(prediction, aliases, known, index)
+            used |= self._store(prediction, aliases, index)
             # A clone: a view would keep the whole tensor that it is a view of.
             predictions.append(prediction.detach().clone())
-        return torch.stack(predictions), used
+        return torch.cat(predictions), used
 
     def _store(self, prediction: Tensor, aliases: Params, pose: int) -> set[str]:
         """Write one row of gradients and return the names of the parameters that were used."""
         found: dict[str, Tensor] = {}
         scale = 1.0
         if prediction.requires_grad:
-            _refuse_other_leaves(prediction, aliases, pose)
             if self._scale is None:
                 half = computes_in(torch.float16, prediction)
                 self._scale = FLOAT16_SCALE if half else 1.0
@@ -178,7 +180,7 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
             " (use sparse=False, or gradients='recomputed' or 'graph')",
             parameter=name,
         )
-    return gradient.reshape(-1)
+    return gradient.flatten()
 
 
 def _refuse_sharded(pose_model: torch.nn.Module) -> None:
@@ -186,8 +188,9 @@ def _refuse_sharded(pose_model: torch.nn.Module) -> None:
 
     Their hooks put parameters in and take them out in each run, and would not see the gradients.
     """
+    sharding = set(filter(_shards, set(map(type, pose_model.modules()))))
     for name, module in pose_model.named_modules():
-        if _shards(module) or any(map(is_sharded, module.parameters(recurse=False))):
+        if type(module) in sharding or any(map(is_sharded, module._parameters.values())):
             raise GradientError(
                 f"module {name or type(pose_model).__name__!r} of the pose model is sharded over"
                 " processes, and gradients='stored' takes the gradients of whole parameters: use"
@@ -195,8 +198,8 @@ def _refuse_sharded(pose_model: torch.nn.Module) -> None:
             )
 
 
-def _shards(module: torch.nn.Module) -> bool:
-    """Whether a module has been through ``fully_shard``, or is a ``FullyShardedDataParallel``.
+def _shards(module_class: type[torch.nn.Module]) -> bool:
+    """Whether modules have been through ``fully_shard``, or are ``FullyShardedDataParallel``.
 
     Between forward and backward its parameters may look like any others. By name, since the
     classes moved from one module of torch to another, whose import takes time.
@@ -204,7 +207,7 @@ def _shards(module: torch.nn.Module) -> bool:
     return any(
         parent.__name__ in ("FSDPModule", "FullyShardedDataParallel")
         and parent.__module__.startswith("torch.distributed.")
-        for parent in type(module).__mro__
+        for parent in module_class.__mro__
     )
 
 
@@ -218,19 +221,26 @@ def _refuse_other_losses(name: str, alias: Tensor) -> None:
     )
 
 
-def _refuse_other_leaves(prediction: Tensor, aliases: Params, pose: int) -> None:
-    """Raise if something beside the parameters would get a gradient: its graph ends here."""
-    known = {id(alias) for alias in aliases.values()}
-    for leaf in leaves(prediction):
-        if id(leaf) not in known:
+def _accumulators(prediction: Tensor, aliases: Params, known: set[Any], pose: int) -> set[Any]:
+    """Return the nodes, beside the known ones, that would add a gradient to an alias.
+
+    Raises
+    ------
+    GradientError : something else would get a gradient too, and its graph ends here
+    """
+    found = accumulators(prediction, known)
+    own = {id(alias) for alias in aliases.values()} if found else set()
+    for node in found:
+        if id(node.variable) not in own:
             raise GradientError(
-                f"pose {pose}: its prediction depends on a tensor of shape {tuple(leaf.shape)} that"
-                " requires grad and is no parameter of the pose model (an input, a parameter that"
-                " was not registered or is reached other than through its module, or reentrant"
-                " checkpointing); gradients='stored' would lose its gradient: detach it, register"
-                " it, or use gradients='graph'",
+                f"pose {pose}: its prediction depends on a tensor of shape"
+                f" {tuple(node.variable.shape)} that requires grad and is no parameter of the pose"
+                " model (an input, a parameter that was not registered or is reached other than"
+                " through its module, or reentrant checkpointing); gradients='stored' would lose"
+                " its gradient: detach it, register it, or use gradients='graph'",
                 pose=pose,
             )
+    return set(found)
 
 
 Layout = Mapping[str, tuple[torch.Size, torch.dtype]]

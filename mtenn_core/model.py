@@ -405,7 +405,7 @@ class MultiPoseModel(torch.nn.Module):
         return 1 if gradients == "stored" else self.chunk_size or (n_poses if whole else 1)
 
     def _predict_pose(self, pose: Any, index: int) -> Tensor:
-        return self._predict_chunk([pose], index).reshape(())
+        return self._predict_chunk([pose], index)
 
     def _predict_chunk(self, poses: list[Any], first: int, in_batch: int | None = None) -> Tensor:
         as_it_is = self.collate is None or in_batch is not None
@@ -416,7 +416,8 @@ class MultiPoseModel(torch.nn.Module):
             error.add_note(f"raised by the pose model on {_named(n_poses, first)}")
             raise
         _check_numbers(predictions, n_poses, first)
-        return predictions.to(at_least_float32(predictions.dtype)).reshape(n_poses)
+        wide = predictions.to(at_least_float32(predictions.dtype))
+        return wide if wide.shape == (n_poses,) else wide.reshape(n_poses)
 
     def _by_compound(
         self, predictions: Tensor, inputs: PoseInputs, n_poses: list[int]

@@ -62,7 +62,7 @@ def test_memory_is_that_of_graphs_and_gradients():
     estimate = MultiPoseModel(Twice(), SmoothMinimum()).estimate(poses)
     assert estimate.graph == 800
     assert estimate.parameters == (gradient := 808)
-    bare = NODE * len(operations(Twice()(poses[0]).reshape(1)))
+    bare = NODE * len(operations(Twice()(poses[0])))
     assert {cost.gradients: cost.memory for cost in estimate.modes} == {
         "graph": 5 * (800 + bare) + 2 * gradient,
         "stored": 800 + bare + 7 * gradient,
