@@ -64,7 +64,7 @@ def main() -> None:
 
     model = Weighted(options.parameters, options.tensors)
     poses = list(torch.randn(options.poses, 1))
-    stored = StoredGradients(model, poses, lambda pose, _: model(pose))
+    stored = StoredGradients(model, poses, lambda pose, _: model(pose).reshape(1))
     names, params = list(stored.params), list(stored.params.values())
     grad_dict = stored.grad_dict(slice(None))
     pred_list = list(stored.predictions)

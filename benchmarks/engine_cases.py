@@ -17,8 +17,12 @@ from mtenn_core import Combination, MultiPoseModel, registry
 
 PLAIN, CHECKPOINT, GUIDE = "plain autograd", "checkpoint", "guide's loop"
 ONE_BATCH = "plain, one batch"
+# In chunks, what a batch computes stays in the processor's cache.
+CHUNK_SIZE = 32
+CHUNKED = f"graph, chunk_size={CHUNK_SIZE}"
 # Not training steps: what one would have to do anyway.
 BARE, FORWARD, COPY = "gradients thrown away", "forward only", "one copy of P"
+BUILT = "forward with its graph"
 MODES = ("graph", "stored", "recomputed")
 BASELINES = (PLAIN, CHECKPOINT, GUIDE)
 SPREAD = 5.0  # of the predictions, standard deviation; in kT, about 3 kcal/mol
@@ -268,12 +272,16 @@ class Setup:
             CHECKPOINT: lambda: self._plain(poses, sizes, self._checkpointed),
             GUIDE: lambda: self._guide(poses, sizes),
         }
-        for mode in MODES:
-            model = MultiPoseModel(self.pose_model, self.rule, gradients=mode, collate=self.collate)
-            steps[mode] = lambda model=model: model(poses, sizes).prediction.sum().backward()
+        ways = {mode: {"gradients": mode, "collate": self.collate} for mode in MODES}
+        if self.collate:
+            ways[CHUNKED] = {"collate": self.collate, "chunk_size": CHUNK_SIZE}
+        for way, options in ways.items():
+            model = MultiPoseModel(self.pose_model, self.rule, **options)
+            steps[way] = lambda model=model: model(poses, sizes).prediction.sum().backward()
         return steps | {
             BARE: lambda: self._bare(poses),
             FORWARD: lambda: self._forward(poses),
+            BUILT: lambda: self._built(poses),
             COPY: self._copy,
         }
 
@@ -320,6 +328,9 @@ class Setup:
 
     @torch.no_grad()
     def _forward(self, poses: list[Any]) -> None:
+        self._built(poses)
+
+    def _built(self, poses: list[Any]) -> None:
         for pose in poses:
             self._predict(pose)
 
