@@ -183,6 +183,7 @@ def quick_jobs() -> Iterator[Job]:
     yield Job("times", dense, (PLAIN, STORED, RECOMPUTED, BARE, FORWARD))
     for mode in (STORED, RECOMPUTED):
         yield Job("peak", dense, (mode,))
+    yield Job("estimated", dense, MODES)
     yield from jobs_of(Case(128, SMALL, 3_000_000, "sharp"))
     yield Job("times", MOLECULES, MOLECULE_WAYS)
     for case in overheads(((4, 1000), (40, 10_000), (40, 1_000_000))):
@@ -276,10 +277,13 @@ def jobs_of(case: Case, ways: tuple[str, ...] = TIMED) -> Iterator[Job]:
     for way in ways:
         if way in (*BASELINES, *MODES):
             yield Job("peak", case, (way,))
+    yield Job("estimated", case, MODES)
 
 
 def fitting(job: Job, gigabytes: float) -> Job:
     """Return the job without the ways that would not fit."""
+    if job.what == "estimated":  # no more than one graph at a time
+        return job
     ways = tuple(way for way in job.ways if needed(job.case, way) <= 1e9 * gigabytes)
     return Job(job.what, job.case, ways)
 
@@ -314,6 +318,8 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
     console.print(times_table(results, cases, gigabytes))
     console.print("\n[bold]A training step[/]: peak memory, MB (as a multiple of G + 2 P)")
     console.print(memory_table(results, cases, gigabytes))
+    console.print("\n[bold]MultiPoseModel.estimate[/]: expected memory / measured peak")
+    console.print(estimate_table(results, jobs))
     console.print("\n[bold]What the modes add[/]: times; F and B of the pose model alone")
     console.print(additions_table(results, cases))
     console.print(f"\n[bold]Small molecules[/] with PyG's SchNet: {MOLECULES}")
@@ -389,6 +395,17 @@ def memory_cell(results: Results, case: Case, way: str, gigabytes: float) -> str
     if found is None:
         return left_out(case, way, gigabytes)
     return f"{found / 1e6:.0f} ({found / least_bytes(case):.2f})"
+
+
+def estimate_table(results: Results, jobs: list[Job]) -> Table:
+    table = new_table("", *MODES)
+    for case in [job.case for job in jobs if job.what == "estimated"]:
+        cells = []
+        for mode in MODES:
+            expected, found = (results.get(what, case, mode) for what in ("estimated", "peak"))
+            cells.append(f"{expected / found:.2f}" if expected and found else "–")
+        table.add_row(str(case), *cells)
+    return table
 
 
 def least_bytes(case: Case) -> float:

@@ -32,7 +32,7 @@ def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
 
     Parameters
     ----------
-    what : ``"times"``, ``"peak"`` or ``"thousand_steps"``, functions of this file
+    what : ``"times"``, ``"peak"``, ``"estimated"`` or ``"thousand_steps"``, functions of this file
     options : ``threads`` for all; ``seconds``, how long to take times
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
@@ -104,6 +104,15 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
+
+
+def estimated(setup: Setup, ways: Sequence[str]) -> dict[str, int]:
+    """Return the bytes that ``MultiPoseModel.estimate`` expects for each mode."""
+    from mtenn_core import MultiPoseModel
+
+    model = MultiPoseModel(setup.pose_model, setup.rule)
+    found = model.estimate(setup.poses, setup.case.sizes)
+    return {cost.gradients: cost.memory for cost in found.modes if cost.gradients in ways}
 
 
 def thousand_steps(setup: Setup, ways: Sequence[str]) -> list[int]:

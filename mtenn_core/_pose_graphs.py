@@ -92,17 +92,22 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     One without weight must if it alone holds a leaf, whose gradient is then zero and not None; or a
     node that computes something where it is handed no gradient.
     """
+    if all(has_weight):
+        return list(has_weight)
+    # Only leaves are kept: all nodes of all poses would be many objects for the garbage collector.
+    known = {
+        leaf
+        for root, weight in zip(roots, has_weight, strict=True)
+        if weight
+        for leaf in filter(_is_leaf, _nodes(root))
+    }
     runs = list(has_weight)
-    if all(runs):
-        return runs
-    seen: set[Any] = set()
-    for root, weight in zip(roots, has_weight, strict=True):
-        if weight:
-            _nodes(root, seen)
     for index, root in enumerate(roots):
         if not runs[index]:
-            # A node seen already runs anyway, or need not for another chunk either.
-            runs[index] = any(map(_must_run, set(map(type, _nodes(root, seen)))))
+            nodes = _nodes(root, known)
+            runs[index] = any(map(_must_run, set(map(type, nodes))))
+            # A leaf seen already gets its gradient anyway.
+            known.update(filter(_is_leaf, nodes))
     return runs
 
 
@@ -134,7 +139,7 @@ def accumulators(root: Tensor, known: Iterable[Any] = ()) -> list[Any]:
     """Return the nodes of a graph that add a gradient to a leaf, ``variable``; not known ones."""
     if root.grad_fn is None:
         return [torch.autograd.graph.get_gradient_edge(root).node]
-    return [node for node in _nodes(root.grad_fn, set(known)) if type(node) is _AccumulateGrad]
+    return list(filter(_is_leaf, _nodes(root.grad_fn, known)))
 
 
 # Its class has no public name.
@@ -143,9 +148,13 @@ _AccumulateGrad = type(
 )
 
 
+def _is_leaf(node: Any) -> bool:
+    return type(node) is _AccumulateGrad
+
+
 def operations(root: Tensor) -> list[type]:
     """Return the class of each node of a graph that is no leaf."""
-    return [type(node) for node in _nodes(root.grad_fn) if type(node) is not _AccumulateGrad]
+    return [type(node) for node in _nodes(root.grad_fn) if not _is_leaf(node)]
 
 
 def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
@@ -154,10 +163,9 @@ def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
     return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
 
 
-def _nodes(root: Any, seen: set[Any] | None = None) -> list[Any]:
-    """Return the nodes of a graph that are not in ``seen``, and note them there."""
-    seen = set() if seen is None else seen
-    seen.add(None)  # for what needs no gradient
+def _nodes(root: Any, known: Iterable[Any] = ()) -> list[Any]:
+    """Return the nodes of a graph, without known ones and what is only reached through them."""
+    seen = {*known, None}  # None for what needs no gradient
     if root in seen:
         return []
     seen.add(root)

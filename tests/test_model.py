@@ -1,5 +1,7 @@
 import contextlib
 import copy
+import subprocess
+import sys
 import threading
 import weakref
 from collections import UserDict
@@ -1013,6 +1015,42 @@ def test_stored_gradients_are_taken_outside_of_autocast():
         found.append(pose_model.inner.weight.grad.clone())
     # Float32 has 24 bits; bfloat16, with 8, would be off by 4e-3.
     assert _relative_error([found[1]], [found[0]]) < 1e-6
+
+
+def test_stored_gradients_are_added_up_in_float32_where_backward_is_inside_of_autocast():
+    pose_model, poses = torch.nn.Linear(64, 1), torch.randn(9, 64)
+    found = []
+    for enabled in (False, True):
+        model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
+        out = model(poses)
+        model.zero_grad()
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            out.prediction.backward()
+        found.append(pose_model.weight.grad.clone())
+    assert torch.equal(*found)
+
+
+@MODES
+def test_a_step_does_not_import_sympy(gradients):
+    """It takes half a second, once, and torch does where it is asked for ``grad_outputs=``."""
+    code = f"""
+import sys, torch
+from mtenn_core import Combination, MultiPoseModel
+
+class Mean(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 / len(predictions))
+
+MultiPoseModel(torch.nn.Linear(4, 1), Mean(), gradients={gradients!r})(
+    torch.randn(3, 4)
+).prediction.backward()
+print("sympy" in sys.modules)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "False\n"
 
 
 def test_gradients_do_not_underflow_where_the_pose_model_has_autocast_of_its_own():
