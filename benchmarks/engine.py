@@ -314,25 +314,35 @@ def _graph_bytes(n_atoms: int, n_parameters: int) -> int:
 def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
     """Print all tables."""
     cases = [case for case in dict.fromkeys(of(jobs, (PLAIN,))) if case in set(matrix())]
-    console.print("\n[bold]A training step[/]: time, as a multiple of plain autograd's")
-    console.print(times_table(results, cases, gigabytes))
-    console.print("\n[bold]A training step[/]: peak memory, MB (as a multiple of G + 2 P)")
-    console.print(memory_table(results, cases, gigabytes))
-    console.print("\n[bold]MultiPoseModel.estimate[/]: expected memory / measured peak")
-    console.print(estimate_table(results, jobs))
-    console.print("\n[bold]What the modes add[/]: times; F and B of the pose model alone")
-    console.print(additions_table(results, cases))
-    console.print(f"\n[bold]Small molecules[/] with PyG's SchNet: {MOLECULES}")
-    console.print(molecules_table(results))
-    console.print("\n[bold]Beyond the pose model's own forwards and backwards[/]: µs per pose")
-    console.print(overhead_table(results, list(of(jobs, (COPY,)))))
-    console.print("\n[bold]1,000 steps[/]: resident size, MB")
-    console.print(thousand_table(results, jobs))
-    console.print("\n[bold]Growth[/]: ms of a step per pose, and peak memory in MB")
-    grown = [case for what, of_one in families(jobs).items() if what != SHOWN for case in of_one]
-    console.print(growth_table(results, list(dict.fromkeys(grown)), gigabytes))
-    console.print("\n[bold]Targets[/]")
-    console.print(targets_table(results))
+    families_of_growth = (of_one for what, of_one in families(jobs).items() if what != SHOWN)
+    grown = list(dict.fromkeys(case for of_one in families_of_growth for case in of_one))
+    tables = {
+        "A training step[/]: time, as a multiple of plain autograd's": times_table(
+            results, cases, gigabytes
+        ),
+        "A training step[/]: peak memory, MB (as a multiple of G + 2 P)": memory_table(
+            results, cases, gigabytes
+        ),
+        "MultiPoseModel.estimate[/]: expected memory / measured peak": estimate_table(
+            results, jobs
+        ),
+        "What the modes add[/]: times; F and B of the pose model alone": additions_table(
+            results, cases
+        ),
+        f"Small molecules[/] with PyG's SchNet: {MOLECULES}": molecules_table(results),
+        "Beyond the pose model's own forwards and backwards[/]: µs per pose": overhead_table(
+            results, list(of(jobs, (COPY,)))
+        ),
+        "1,000 steps[/]: resident size, MB": thousand_table(results, jobs),
+        "Growth[/]: ms of a step per pose, and peak memory in MB": growth_table(
+            results, grown, gigabytes
+        ),
+        "Targets[/]": targets_table(results),
+    }
+    for title, table in tables.items():
+        if table.row_count:
+            console.print(f"\n[bold]{title}")
+            console.print(table)
 
 
 def of(jobs: list[Job], ways: Iterable[str]) -> Iterator[Case]:
@@ -438,6 +448,8 @@ def molecules_table(results: Results) -> Table:
     table = new_table("", "ms", "loop over poses / this", "this / plain, one batch")
     for way in MOLECULE_WAYS:
         seconds = results.seconds(MOLECULES, way)
+        if seconds is None:
+            continue
         ratios = (
             results.ratio(MOLECULES, over, PLAIN, way),
             results.ratio(MOLECULES, over, way, ONE_BATCH),
@@ -445,7 +457,7 @@ def molecules_table(results: Results) -> Table:
         name = {PLAIN: "loop over poses", GRAPH: "graph, collate=Batch.from_data_list"}.get(
             way, way
         )
-        table.add_row(name, "–" if seconds is None else f"{1e3 * seconds:.0f}", *map(str, ratios))
+        table.add_row(name, f"{1e3 * seconds:.0f}", *map(str, ratios))
     return table
 
 
@@ -516,7 +528,8 @@ def growth_table(results: Results, cases: list[Case], gigabytes: float) -> Table
 def targets_table(results: Results) -> Table:
     table = new_table("figure", "measured", "aim")
     for figure, found, aim in targets(results):
-        table.add_row(figure, "–" if found is None else str(found), aim)
+        if found is not None:
+            table.add_row(figure, str(found), aim)
     return table
 
 
