@@ -13,6 +13,7 @@ Memory: the highest resident size in a step less that before it, in a fresh proc
 after a small step that loads what there is to load, the allocator pinned; median of three
 processes, with ``--quick`` one, since they differ by 0.1 MB or 1 %, whichever is more.
 G, the graph of a pose, is the sum of the storages that its graph saves, parameters not counted.
+F is a forward without a graph; where it says so, with one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -121,24 +123,26 @@ def main() -> None:
     before = os.getloadavg()[0]
     jobs = list(dict.fromkeys(options.jobs()))
     jobs = [job for job in (fitting(job, options.memory) for job in jobs) if job.ways]
+    stopped = False
     try:
         for job in track(jobs, "measuring", console=Console(stderr=True), transient=True):
             results.add(job, found(job, options))
             if options.json:
                 options.json.write_text(json.dumps(results.raw, indent=1) + "\n", encoding="utf-8")
-    except KeyboardInterrupt:  # it takes hours, and what has been measured is worth a look
-        jobs = jobs[: len(results.raw)]
-        console.print("stopped: what follows is a part of it")
+    except KeyboardInterrupt:  # all takes hours, and what has been measured is worth a look
+        stopped, jobs = True, jobs[: len(results.raw)]
     console.print(
         f"{options.threads} threads, torch {torch.__version__}; load of the machine"
         f" {before:.1f} before, {os.getloadavg()[0]:.1f} after; cases above"
-        f" {options.memory:.0f} GB are left out"
+        f" {options.memory:.0f} GB are left out" + ("; stopped, a part of it" if stopped else "")
     )
     report(results, jobs, options.memory)
     if options.plots:
         from engine_plots import save_plots
 
         save_plots(results, families(jobs), options.plots)
+    if stopped:
+        sys.exit(130)
 
 
 def found(job: Job, options: argparse.Namespace) -> object:
@@ -313,7 +317,8 @@ def _graph_bytes(n_atoms: int, n_parameters: int) -> int:
 
 def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
     """Print all tables."""
-    cases = [case for case in dict.fromkeys(of(jobs, (PLAIN,))) if case in set(matrix())]
+    timed = set(of(jobs, (PLAIN,)))
+    cases = [case for case in matrix() if case in timed]
     families_of_growth = (of_one for what, of_one in families(jobs).items() if what != SHOWN)
     grown = list(dict.fromkeys(case for of_one in families_of_growth for case in of_one))
     tables = {
@@ -324,13 +329,13 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
             results, cases, gigabytes
         ),
         "MultiPoseModel.estimate[/]: expected memory / measured peak": estimate_table(
-            results, jobs
+            results, jobs, gigabytes
         ),
         "What the modes add[/]: times; F and B of the pose model alone": additions_table(
             results, cases
         ),
         f"Small molecules[/] with PyG's SchNet: {MOLECULES}": molecules_table(results),
-        "Beyond the pose model's own forwards and backwards[/]: µs per pose": overhead_table(
+        "Beyond forwards with their graphs, and backwards[/]: µs per pose": overhead_table(
             results, list(of(jobs, (COPY,)))
         ),
         "1,000 steps[/]: resident size, MB": thousand_table(results, jobs),
@@ -407,13 +412,15 @@ def memory_cell(results: Results, case: Case, way: str, gigabytes: float) -> str
     return f"{found / 1e6:.0f} ({found / least_bytes(case):.2f})"
 
 
-def estimate_table(results: Results, jobs: list[Job]) -> Table:
+def estimate_table(results: Results, jobs: list[Job], gigabytes: float) -> Table:
+    """What a model expects a step to take, which counts the gradient and the one to be added."""
     table = new_table("", *MODES)
     for case in [job.case for job in jobs if job.what == "estimated"]:
         cells = []
         for mode in MODES:
             expected, found = (results.get(what, case, mode) for what in ("estimated", "peak"))
-            cells.append(f"{expected / found:.2f}" if expected and found else "–")
+            cell = left_out(case, mode, gigabytes)
+            cells.append(f"{expected / found:.2f}" if expected and found else cell)
         table.add_row(str(case), *cells)
     return table
 
@@ -457,21 +464,27 @@ def molecules_table(results: Results) -> Table:
         name = {PLAIN: "loop over poses", GRAPH: "graph, collate=Batch.from_data_list"}.get(
             way, way
         )
-        table.add_row(name, f"{1e3 * seconds:.0f}", *map(str, ratios))
+        cells = ("–" if ratio is None else str(ratio) for ratio in ratios)
+        table.add_row(name, f"{1e3 * seconds:.0f}", *cells)
     return table
 
 
 def overhead_table(results: Results, cases: list[Case]) -> Table:
     table = new_table(
-        "", "tensors", "F + B", "one copy of P", *OVERHEAD_OF, "50 + 2 per tensor + 3 copies"
+        "", "F, with graph", "F + B", "one copy of P", *OVERHEAD_OF, "aim of the modes"
     )
     for case in cases:
         own, copy = (results.seconds(case, way) for way in (BARE, COPY))
         if own is None or copy is None:
             continue
-        row = [f"{case.n_tensors}", f"{1e6 * own / case.n_poses:.0f}", f"{1e6 * copy:.1f}"]
+        built = results.seconds(case, BUILT)
+        row = [
+            *(f"{1e6 * taken / case.n_poses:.0f}" for taken in (built, own)),
+            f"{1e6 * copy:.1f}",
+        ]
         row += [str(overhead(results, case, way)) for way in OVERHEAD_OF]
-        table.add_row(str(case), *row, f"{allowed(results, case):.0f}")
+        name = f"{case.n_poses} poses, {case.n_tensors} tensors, {case.millions}, {case.weights}"
+        table.add_row(name, *row, f"{allowed(results, case):.0f}")
     return table
 
 
@@ -496,7 +509,7 @@ def overhead(results: Results, case: Case, way: str) -> Ratio:
 
 
 def allowed(results: Results, case: Case) -> float:
-    """Return the µs per pose that a mode may take for itself."""
+    """Return the µs per pose that a mode may take: 50, 2 a tensor, and three copies of P."""
     return 50 + 2 * case.n_tensors + 3e6 * results.seconds(case, COPY)
 
 

@@ -17,7 +17,7 @@ from mtenn_core import Combination, MultiPoseModel, registry
 
 PLAIN, CHECKPOINT, GUIDE = "plain autograd", "checkpoint", "guide's loop"
 ONE_BATCH = "plain, one batch"
-# In chunks, what a batch computes stays in the processor's cache.
+# What a batch of this size computes may stay in the processor's cache.
 CHUNK_SIZE = 32
 CHUNKED = f"graph, chunk_size={CHUNK_SIZE}"
 # Not training steps: what one would have to do anyway.
@@ -274,7 +274,7 @@ class Setup:
         }
         ways = {mode: {"gradients": mode, "collate": self.collate} for mode in MODES}
         if self.collate:
-            ways[CHUNKED] = {"collate": self.collate, "chunk_size": CHUNK_SIZE}
+            ways[CHUNKED] = {**ways["graph"], "chunk_size": CHUNK_SIZE}
         for way, options in ways.items():
             model = MultiPoseModel(self.pose_model, self.rule, **options)
             steps[way] = lambda model=model: model(poses, sizes).prediction.sum().backward()

@@ -93,12 +93,15 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     The first step after a small one: later ones find the small blocks of the one before, which
     graphs are made of, and would not count them.
     """
+    from mtenn_core._stored import forget_memory
+
     (way,) = ways
     if not (PROCESS / "clear_refs").exists():
         return None
     warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
     setup.steps(warm_up)[way]()
     setup.clear()
+    forget_memory(setup.pose_model)  # "stored" would begin with the buffer of the small step
     step = setup.steps()[way]
     (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")

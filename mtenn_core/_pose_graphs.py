@@ -94,20 +94,18 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     """
     if all(has_weight):
         return list(has_weight)
-    # Only leaves are kept: all nodes of all poses would be many objects for the garbage collector.
-    known = {
-        leaf
-        for root, weight in zip(roots, has_weight, strict=True)
-        if weight
-        for leaf in filter(_is_leaf, _nodes(root))
-    }
+    # Not every node: those of all poses would be many objects for the garbage collector.
+    known: set[Any] = set()
+    for root, weight in zip(roots, has_weight, strict=True):
+        if weight:
+            known.update(filter(_must_run, _nodes(root, known)))
     runs = list(has_weight)
     for index, root in enumerate(roots):
         if not runs[index]:
-            nodes = _nodes(root, known)
-            runs[index] = any(map(_must_run, set(map(type, nodes))))
-            # A leaf seen already gets its gradient anyway.
-            known.update(filter(_is_leaf, nodes))
+            # A known one runs anyway, or need not for another chunk either.
+            found = list(filter(_must_run, _nodes(root, known)))
+            runs[index] = bool(found)
+            known.update(found)
     return runs
 
 
@@ -116,11 +114,11 @@ def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
 _LOOK_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
 
 
+def _must_run(node: Any) -> bool:
+    return _is_leaf(node) or computes_anyway(node.__class__)
+
+
 @functools.lru_cache
-def _must_run(node_class: type) -> bool:
-    return node_class is _AccumulateGrad or computes_anyway(node_class)
-
-
 def computes_anyway(node_class: type) -> bool:
     """Whether a node may compute something where it is handed no gradient."""
     name = node_class.__name__
@@ -136,10 +134,9 @@ def is_batched(tensor: Tensor) -> bool:
 
 
 def accumulators(root: Tensor, known: Iterable[Any] = ()) -> list[Any]:
-    """Return the nodes of a graph that add a gradient to a leaf, ``variable``; not known ones."""
-    if root.grad_fn is None:
-        return [torch.autograd.graph.get_gradient_edge(root).node]
-    return list(filter(_is_leaf, _nodes(root.grad_fn, known)))
+    """Return the nodes of a graph that add a gradient to a leaf, but for those in ``known``."""
+    first = torch.autograd.graph.get_gradient_edge(root).node
+    return list(filter(_is_leaf, _nodes(first, known)))
 
 
 # Its class has no public name.

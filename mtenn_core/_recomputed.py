@@ -251,9 +251,12 @@ class _Chunk:
 
     def _of_a_second_run(self, index: int) -> tuple[Tensor, int]:
         with self._graphs.lock:
-            if index not in self._saved:  # another thread may have been faster
-                self._saved = dict(enumerate(self._graphs.run_again(self)))
-            return self._saved.pop(index)
+            found = self._saved.pop(index, None)  # another thread may have been faster
+            if found is None:
+                saved = dict(enumerate(self._graphs.run_again(self)))
+                found = saved.pop(index)
+                self._saved = saved
+            return found
 
     def done(self, predictions: Tensor) -> None:
         """Note what the first run gave."""
@@ -277,7 +280,12 @@ class _Chunk:
     def check(
         self, predictions: Tensor, n_saved: int, rounding_of: Callable[[Tensor], float]
     ) -> None:
-        """Raise unless the second run has done what the first did."""
+        """Raise unless the second run has done what the first did.
+
+        Parameters
+        ----------
+        rounding_of : how far predictions may be apart; asks every parameter, and seldom needed
+        """
         if self._predictions is None:  # a pose model that takes gradients in its own forward
             return
         if n_saved == self._n_saved and torch.equal(predictions, self._predictions):

@@ -107,7 +107,7 @@ class StoredGradients:
         for index, pose in enumerate(poses):
             prediction = predict(pose, index)
             if prediction.requires_grad:
-                known |= _accumulators(prediction, aliases, known, index)
+                known |= _accumulators_of(prediction, aliases, known, index)
             used |= self._store(prediction, aliases, index)
             # A clone: a view would keep the whole tensor that it is a view of.
             predictions.append(prediction.detach().clone())
@@ -221,7 +221,7 @@ def _refuse_other_losses(name: str, alias: Tensor) -> None:
     )
 
 
-def _accumulators(prediction: Tensor, aliases: Params, known: set[Any], pose: int) -> set[Any]:
+def _accumulators_of(prediction: Tensor, aliases: Params, known: set[Any], pose: int) -> set[Any]:
     """Return the nodes, beside the known ones, that would add a gradient to an alias.
 
     Raises

@@ -417,6 +417,7 @@ class MultiPoseModel(torch.nn.Module):
             raise
         _check_numbers(predictions, n_poses, first)
         wide = predictions.to(at_least_float32(predictions.dtype))
+        # reshape would add a node to the graph of every pose.
         return wide if wide.shape == (n_poses,) else wide.reshape(n_poses)
 
     def _by_compound(

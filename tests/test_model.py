@@ -429,6 +429,30 @@ def test_a_parameter_that_was_not_registered_is_noticed_in_stored(pose_model, po
         MultiPoseModel(Forgetful(), LogSumExp(), gradients="stored")(poses)
 
 
+def test_one_pose_alone_with_a_gradient_that_would_be_lost_is_noticed_in_stored(pose_model, poses):
+    poses = list(poses)
+    poses[3] = poses[3].clone().requires_grad_()
+    with pytest.raises(GradientError, match=r"pose 3: .*shape \(4,\) that requires grad"):
+        MultiPoseModel(pose_model, LogSumExp(), gradients="stored")(poses)
+
+
+@MODES
+def test_a_prediction_may_be_a_parameter_itself(gradients):
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.values = torch.nn.ParameterList(torch.randn(1).double() for _ in range(3))
+
+        def forward(self, pose):
+            return self.values[pose]
+
+    pose_model = Constant()
+    out = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)([0, 1, 2])
+    out.prediction.backward()
+    weights = torch.softmax(torch.cat([p.detach() for p in pose_model.values]), 0)
+    torch.testing.assert_close(torch.cat([p.grad for p in pose_model.values]), weights, **EXACT)
+
+
 @pytest.mark.parametrize("gradients", ["graph", "recomputed"])
 def test_sparse_gradients_stay_sparse(gradients):
     embedding = torch.nn.Embedding(5, 1, sparse=True)

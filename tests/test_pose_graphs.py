@@ -10,6 +10,11 @@ from mtenn_core import Combination, MultiPoseModel
 MODES = ("graph", "recomputed")
 
 
+class Largest(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.max()
+
+
 class Minimum(Combination):
     """The smallest prediction, so that all other poses have no weight."""
 
@@ -116,6 +121,33 @@ def test_an_infinite_weight_spoils_the_gradient_as_autograd_does(pose_model, pos
     weights[2] = torch.inf
     model(poses).pose_predictions.backward(weights)
     assert not pose_model[2].weight.grad.isfinite().any()
+
+
+class Double(torch.autograd.Function):
+    """A Function in Python, which may compute something where it has no gradient."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return 2 * gradient
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_what_poses_share_makes_none_of_them_run(poses, gradients):
+    """A receptor, say, computed once. The pose at √0 has no weight and an infinite gradient."""
+    receptor = torch.ones(4, dtype=torch.float64, requires_grad=True)
+    shared = Double.apply(receptor)
+
+    class Distance(torch.nn.Module):
+        def forward(self, pose):
+            return (pose * shared).square().sum().sqrt()
+
+    poses[0] = 0.0
+    MultiPoseModel(Distance(), Largest(), gradients=gradients)(poses).prediction.backward()
+    assert receptor.grad.isfinite().all()
 
 
 class Clipped(torch.nn.Module):
