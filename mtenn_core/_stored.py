@@ -188,8 +188,9 @@ def _refuse_sharded(pose_model: torch.nn.Module) -> None:
 
     Their hooks put parameters in and take them out in each run, and would not see the gradients.
     """
-    sharding = set(filter(_shards, set(map(type, pose_model.modules()))))
-    for name, module in pose_model.named_modules():
+    modules = list(pose_model.named_modules())
+    sharding = set(filter(_shards, {type(module) for _, module in modules}))
+    for name, module in modules:
         if type(module) in sharding or any(map(is_sharded, module._parameters.values())):
             raise GradientError(
                 f"module {name or type(pose_model).__name__!r} of the pose model is sharded over"
