@@ -276,13 +276,16 @@ def _graph_is_retained() -> bool:
 def _product(weights: Tensor, buffer: Tensor) -> Tensor:
     """Return Σ_i w_i row_i without those whose weight is zero: 0 · inf would be NaN."""
     with no_autocast(weights.device.type):
-        product = weights @ buffer
-    with_weight = weights != 0
-    if is_batched(weights):
+        if is_batched(weights):
+            return weights @ buffer
+        with_weight = weights != 0
+        n_with_weight = int(with_weight.sum())
+        # To copy rows and to read the copy is three times what it is to read them.
+        few = 3 * n_with_weight <= len(weights)
+        product = None if few else weights @ buffer
+        if product is None or (n_with_weight < len(weights) and not product.isfinite().all()):
+            return weights[with_weight] @ buffer[with_weight]
         return product
-    if not product.isfinite().all() and not with_weight.all():
-        return weights[with_weight] @ buffer[with_weight]
-    return product
 
 
 def _split(rows: Tensor, layout: Layout) -> dict[str, Tensor]:

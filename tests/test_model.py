@@ -1041,17 +1041,33 @@ def test_stored_gradients_are_taken_outside_of_autocast():
     assert _relative_error([found[1]], [found[0]]) < 1e-6
 
 
-def test_stored_gradients_are_added_up_in_float32_where_backward_is_inside_of_autocast():
+@pytest.mark.parametrize("n_with_weight", [9, 7, 2])
+def test_stored_gradients_are_added_up_in_float32_where_backward_is_inside_of_autocast(
+    n_with_weight,
+):
     pose_model, poses = torch.nn.Linear(64, 1), torch.randn(9, 64)
+    weights = torch.randn(9) * (torch.arange(9) < n_with_weight)
     found = []
     for enabled in (False, True):
-        model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
-        out = model(poses)
-        model.zero_grad()
+        out = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")(poses)
+        pose_model.zero_grad()
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
-            out.prediction.backward()
+            out.pose_predictions.backward(weights)
         found.append(pose_model.weight.grad.clone())
     assert torch.equal(*found)
+
+
+@pytest.mark.parametrize("n_with_weight", [9, 7, 2, 0])
+def test_stored_gradients_without_weight_do_no_harm_however_large(n_with_weight):
+    """However many have weight: few are taken by themselves."""
+    poses = torch.randn(9, 4, dtype=torch.float64)
+    weights = torch.randn(9, dtype=torch.float64) * (torch.arange(9) < n_with_weight)
+    expected = weights @ poses
+    poses[n_with_weight:] = torch.inf
+    pose_model = torch.nn.Linear(4, 1).double()
+    model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored", check_finite=False)
+    model(poses).pose_predictions.backward(weights)
+    torch.testing.assert_close(pose_model.weight.grad[0], expected, **EXACT)
 
 
 @MODES
