@@ -281,11 +281,11 @@ def _product(weights: Tensor, buffer: Tensor) -> Tensor:
         with_weight = weights != 0
         n_with_weight = int(with_weight.sum())
         # To copy rows and to read the copy is three times what it is to read them.
-        few = 3 * n_with_weight <= len(weights)
-        product = None if few else weights @ buffer
-        if product is None or (n_with_weight < len(weights) and not product.isfinite().all()):
-            return weights[with_weight] @ buffer[with_weight]
-        return product
+        if 3 * n_with_weight > len(weights):
+            product = weights @ buffer
+            if n_with_weight == len(weights) or product.isfinite().all():
+                return product
+        return weights[with_weight] @ buffer[with_weight]
 
 
 def _split(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
