@@ -19,7 +19,7 @@ from rich.table import Table
 from torch import Tensor
 
 from mtenn_core import Combination, attach_gradients
-from mtenn_core._stored import StoredGradients
+from mtenn_core._engine.stored import StoredGradients
 from mtenn_core.combination import combined_prediction
 
 GUIDE = "guide's class"

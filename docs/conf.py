@@ -39,8 +39,8 @@ nitpick_ignore = [
         "Level",
         "Source",
         "Tensor",
-        "mtenn_core.testing._subject.Subject",
-        "mtenn_core.testing._target.Target",
+        "mtenn_core.testing._probe.subject.Subject",
+        "mtenn_core._registry.targets.Target",
     )
 ]
 

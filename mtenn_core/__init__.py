@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mtenn_core._estimate import Estimate, ModeCost
+    from mtenn_core._engine.estimate import Estimate, ModeCost
     from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
     from mtenn_core.combination import Combination, as_mtenn_combination
     from mtenn_core.gradients import attach_gradients
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 # Lazy (PEP 562), because torch takes a second to import and listing plugins does not need it.
 _MODULE_OF = {
     "Combination": "mtenn_core.combination",
-    "Estimate": "mtenn_core._estimate",
-    "ModeCost": "mtenn_core._estimate",
+    "Estimate": "mtenn_core._engine.estimate",
+    "ModeCost": "mtenn_core._engine.estimate",
     "MultiPoseModel": "mtenn_core.model",
     "MultiPoseOutput": "mtenn_core.model",
     "PluginRecord": "mtenn_core._registry",

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex,
 import torch
 from torch import Tensor
 
-from mtenn_core import _checkpoint
-from mtenn_core._estimate import Estimate, estimate, measured
-from mtenn_core._pose_graphs import join_chunks, with_weight
-from mtenn_core._recomputed import RecomputedGraphs
-from mtenn_core._stored import StoredGradients, forget_memory
+from mtenn_core._engine import checkpoint
+from mtenn_core._engine.autograd_nodes import join_chunks, with_weight
+from mtenn_core._engine.estimate import Estimate, estimate, measured
+from mtenn_core._engine.recomputed import RecomputedGraphs
+from mtenn_core._engine.stored import StoredGradients, forget_memory
 from mtenn_core.combination import (
     Combination,
     PoseInputs,
@@ -175,11 +175,11 @@ class MultiPoseModel(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return what a checkpoint says of the combination, as JSON in a tensor of bytes."""
-        return _checkpoint.written(self.combination)
+        return checkpoint.written(self.combination)
 
     def set_extra_state(self, state: Any) -> None:
         """Raise a ``CheckpointError`` if a checkpoint is of another combination than this one."""
-        _checkpoint.check(state, self.combination)
+        checkpoint.check(state, self.combination)
 
     def forward(
         self,
@@ -239,14 +239,14 @@ class MultiPoseModel(torch.nn.Module):
             call = checked()
             shares = [call.sizes]
         else:
-            from mtenn_core._shared_poses import exchange_sizes
+            from mtenn_core._engine.process_group import exchange_sizes
 
             call, shares = exchange_sizes(checked, group)
         n_poses = self._n_poses(shares, sizes)
         predictions, stored = self._predict(call.poses, sum(call.sizes) if collated else None)
         inputs = _like(predictions, call.inputs)
         if group is not None:
-            from mtenn_core._shared_poses import gather_poses
+            from mtenn_core._engine.process_group import gather_poses
 
             predictions = torch.cat(gather_poses(predictions, shares, group))
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}

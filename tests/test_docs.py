@@ -42,8 +42,8 @@ from conftest import forget_modules_in
 from mtenn_core import Policy, registry
 from mtenn_core.errors import RegistryError
 from mtenn_core.testing import CHECKS
+from mtenn_core.testing._checks.values import PROPERTIES
 from mtenn_core.testing._report import Status
-from mtenn_core.testing._values import PROPERTIES
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"

@@ -12,7 +12,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtenn_core import Combination, MultiPoseModel, _stored, registry
+from mtenn_core import Combination, MultiPoseModel, registry
+from mtenn_core._engine import stored as stored_mode
 from mtenn_core.errors import (
     CombinationContractError,
     CombinationNotFoundError,
@@ -1112,9 +1113,9 @@ def test_gradients_do_not_underflow_where_the_pose_model_has_autocast_of_its_own
 def test_the_end_of_training_gives_memory_back(pose_model, poses):
     model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
     model(poses).prediction.backward()
-    assert pose_model in _stored._SPARE
+    assert pose_model in stored_mode._SPARE
     model.eval()
-    assert pose_model not in _stored._SPARE
+    assert pose_model not in stored_mode._SPARE
     model.train()
     model(poses).prediction.backward()
 

@@ -6,6 +6,6 @@ $ mtenn check boltzmann --arg kT=0.593
 $ mtenn new my-rule
 """
 
-from mtenn_core._cli._commands import main
+from mtenn_core._cli.commands import main
 
 __all__ = ["main"]

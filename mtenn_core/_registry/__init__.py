@@ -3,8 +3,8 @@
 Nothing here imports torch, and :mod:`importlib_metadata` is imported by the first scan alone.
 """
 
-from mtenn_core._registry._policy import Policy
-from mtenn_core._registry._record import PluginRecord, Problem
-from mtenn_core._registry._registry import Registry, registry
+from mtenn_core._registry.lookup import Registry, registry
+from mtenn_core._registry.policy import Policy
+from mtenn_core._registry.record import PluginRecord, Problem
 
 __all__ = ["PluginRecord", "Policy", "Problem", "Registry", "registry"]

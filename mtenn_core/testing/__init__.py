@@ -9,7 +9,7 @@ One list, :data:`CHECKS`, serves every front: the registry's gate, ``mtenn check
 """
 
 from mtenn_core.testing._catalogue import CHECKS
-from mtenn_core.testing._check import LEVELS, Check
+from mtenn_core.testing._checks.check import LEVELS, Check
 from mtenn_core.testing._pytest import CombinationConformance, parametrize_with_checks
 from mtenn_core.testing._report import SUITE_VERSION, Record, Report
 from mtenn_core.testing._runner import check_combination

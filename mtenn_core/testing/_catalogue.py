@@ -11,38 +11,38 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mtenn_core.testing import _chain_rule, _conduct, _derivatives, _form, _values
-from mtenn_core.testing._check import LEVELS, Check, Level
+from mtenn_core.testing._checks import chain_rule, derivatives, forward, side_effects, values
+from mtenn_core.testing._checks.check import LEVELS, Check, Level
 
 CHECKS: tuple[Check, ...] = (
-    _form.output,
-    _form.raw_return,
-    _chain_rule.chain_rule,
-    _form.order_of_names,
-    _derivatives.pose_weights,
-    _derivatives.own_parameters,
-    _values.reference,
-    _values.properties,
-    _values.extremes,
-    _values.low_precision,
-    _values.arguments,
-    _derivatives.end_to_end,
-    _chain_rule.layout_of_gradients,
-    _chain_rule.many_poses,
-    _conduct.purity,
-    _conduct.repeatable,
-    _conduct.isolated,
-    _conduct.modes,
-    _conduct.memory,
-    _conduct.copies,
-    _conduct.double_backward,
-    _form.bad_input,
-    _form.value_of_predictions,
-    _form.device,
-    _form.errors_that_name,
-    _conduct.freed_by_backward,
-    _conduct.shows_arguments,
-    _values.refused_arguments,
+    forward.output,
+    forward.raw_return,
+    chain_rule.chain_rule,
+    forward.order_of_names,
+    derivatives.pose_weights,
+    derivatives.own_parameters,
+    values.reference,
+    values.properties,
+    values.extremes,
+    values.low_precision,
+    values.arguments,
+    derivatives.end_to_end,
+    chain_rule.layout_of_gradients,
+    chain_rule.many_poses,
+    side_effects.purity,
+    side_effects.repeatable,
+    side_effects.isolated,
+    side_effects.modes,
+    side_effects.memory,
+    side_effects.copies,
+    side_effects.double_backward,
+    forward.bad_input,
+    forward.value_of_predictions,
+    forward.device,
+    forward.errors_that_name,
+    side_effects.freed_by_backward,
+    side_effects.shows_arguments,
+    values.refused_arguments,
 )
 
 

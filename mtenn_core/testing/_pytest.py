@@ -15,9 +15,9 @@ import torch
 
 from mtenn_core.combination import Combination
 from mtenn_core.errors import MtennError
-from mtenn_core.testing._cases import Case, Source, cases_of
 from mtenn_core.testing._catalogue import CHECKS, chosen_checks
-from mtenn_core.testing._check import Check, Level
+from mtenn_core.testing._checks.check import Check, Level
+from mtenn_core.testing._examples import Case, Source, cases_of
 from mtenn_core.testing._report import Report
 from mtenn_core.testing._runner import check_combination, described
 

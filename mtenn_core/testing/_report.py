@@ -69,7 +69,7 @@ class Report:
     level : of the checks that ran
     n_expected : how many checks there were to run
     records : one for each that ran
-    curves : numbers to plot, from the levels above ``"gate"`` (``mtenn_core.testing._curves``)
+    curves : numbers to plot, from the levels above ``"gate"`` (``mtenn_core.testing._html.curves``)
     suite_version : of the catalogue
     """
 

@@ -7,7 +7,7 @@ from browsing import DESKTOP, PHONE
 
 from mtenn_core import Combination
 from mtenn_core.testing import Report, check_combination
-from mtenn_core.testing._html import render
+from mtenn_core.testing._html.page import render
 
 EVIL = "</pre><script>document.title = 'owned'</script><img src=x onerror='document.title = 1'>"
 # Pairs of texts that lie on one another by more than a pixel, and texts that leave their picture.

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mtenn_core._cli._new import LONGEST
+from mtenn_core._cli.new import LONGEST
 
 ROOT = Path(__file__).parents[2]
 

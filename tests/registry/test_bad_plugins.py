@@ -21,8 +21,8 @@ import torch
 from installed import GOOD, Places, write_distribution
 
 from mtenn_core import Policy, Registry, registry
-from mtenn_core._process_state import changed, process_state
-from mtenn_core._registry._apart import import_apart
+from mtenn_core._process.settings import changed, process_state
+from mtenn_core._registry.isolated_imports import import_apart
 from mtenn_core.errors import (
     CombinationConflictError,
     CombinationNotFoundError,

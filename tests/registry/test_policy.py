@@ -13,7 +13,7 @@ import pytest
 from installed import GOOD, write_distribution, write_record
 
 from mtenn_core import Policy, Registry
-from mtenn_core._registry._pins import pin
+from mtenn_core._registry.pins import pin
 from mtenn_core.errors import (
     CombinationConflictError,
     CombinationDisabledError,

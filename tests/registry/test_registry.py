@@ -126,7 +126,7 @@ def test_an_upgrade_while_the_process_runs_wants_a_restart(registry, places):
 
 
 def test_what_is_installed_is_looked_up_once(registry, monkeypatch):
-    module = importlib.import_module("mtenn_core._registry._registry")
+    module = importlib.import_module("mtenn_core._registry.lookup")
     scans, nothing = [], module.Scan(module.path_key(), (), ())
     monkeypatch.setattr(module, "scan", lambda group: scans.append(group) or nothing)
     for _ in range(3):

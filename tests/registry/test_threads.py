@@ -16,7 +16,8 @@ from installed import GOOD, write_distribution
 
 import mtenn_core.testing
 from mtenn_core import Combination, Registry
-from mtenn_core._registry import _load, _registry
+from mtenn_core._registry import load as loading
+from mtenn_core._registry import lookup
 
 N_THREADS, N_NAMES, N_RUNS = 16, 50, 200
 SECONDS = 60.0
@@ -140,7 +141,7 @@ def test_what_waits_at_the_gate_finds_what_has_passed(places, monkeypatch):
         return run(*args, **kwargs)
 
     monkeypatch.setattr(mtenn_core.testing, "check_combination", check_combination)
-    monkeypatch.setattr(_registry, "_gate", Gate())
+    monkeypatch.setattr(lookup, "_gate", Gate())
     registry = Registry()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(registry.get, ["healthy"] * 2, timeout=SECONDS))
@@ -148,14 +149,14 @@ def test_what_waits_at_the_gate_finds_what_has_passed(places, monkeypatch):
 
 
 def test_one_thread_loads_and_the_others_wait(places, monkeypatch):
-    loaded, load = [], _load.load
+    loaded, load = [], loading.load
 
     def slow_load(record, policy):
         loaded.append(record.name)
         time.sleep(0.2)  # in which the others come
         return load(record, policy)
 
-    monkeypatch.setattr(_load, "load", slow_load)
+    monkeypatch.setattr(loading, "load", slow_load)
     registry = Registry()
     with ThreadPoolExecutor(N_THREADS) as pool:
         get = partial(registry.get, validate=False)
@@ -230,7 +231,7 @@ def test_two_threads_that_wait_for_each_other_end(places, monkeypatch):
 
     Python then lets one of the two go on with half a module, or fail.
     """
-    monkeypatch.setattr(_registry, "PATIENCE", 0.5)
+    monkeypatch.setattr(lookup, "PATIENCE", 0.5)
     (places.site / "demo_gate.py").write_text(
         "import threading\nmeet = threading.Barrier(2, timeout=30)\nregistry = None\n"
     )

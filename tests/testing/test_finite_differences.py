@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from mtenn_core.testing._finite_differences import directional_derivatives
+from mtenn_core.testing._probe.finite_differences import directional_derivatives
 
 N = 2000
 

@@ -15,9 +15,9 @@ import torch
 from mtenn_core import Combination
 from mtenn_core.errors import MtennError
 from mtenn_core.testing import Record, Report, check_combination
-from mtenn_core.testing._curves import curves
-from mtenn_core.testing._html import render
-from mtenn_core.testing._subject import Subject
+from mtenn_core.testing._html.curves import curves
+from mtenn_core.testing._html.page import render
+from mtenn_core.testing._probe.subject import Subject
 
 EVIL = "</pre><script>alert('&')</script><img src=x onerror=alert(1)>"
 
@@ -277,7 +277,7 @@ def test_imports_matplotlib_when_it_draws_and_never_pyplot():
     code = """
 import sys
 from mtenn_core.testing import check_combination
-from mtenn_core.testing._html import render
+from mtenn_core.testing._html.page import render
 assert "matplotlib" not in sys.modules
 render([])
 assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
@@ -287,7 +287,7 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
 def test_says_what_to_install(right, monkeypatch, missing):
-    monkeypatch.delitem(sys.modules, "mtenn_core.testing._plots", raising=False)
+    monkeypatch.delitem(sys.modules, "mtenn_core.testing._html.plots", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(MtennError, match=rf'{missing}.* pip install "mtenn-core\[html\]"'):
         render([right])

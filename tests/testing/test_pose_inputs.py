@@ -18,8 +18,8 @@ from bank.wrong import (
 from mtenn_core import Combination, registry
 from mtenn_core.errors import CombinationContractError, GradientValidationError
 from mtenn_core.testing import check_combination
-from mtenn_core.testing._finite_differences import directional_derivatives
-from mtenn_core.testing._subject import Subject
+from mtenn_core.testing._probe.finite_differences import directional_derivatives
+from mtenn_core.testing._probe.subject import Subject
 
 WITH_INPUTS = [right.name for right in RIGHT if right.make().pose_inputs]
 

@@ -1,0 +1,1 @@
+"""How each mode takes gradients, and what they share."""

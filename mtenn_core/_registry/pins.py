@@ -1,0 +1,207 @@
+"""Pins: the distributions that may be imported, each with its version and the hash of its files.
+
+A line of a pins file reads ``distribution==version RECORD=sha256:…``. The hash is that of the
+distribution's RECORD (https://packaging.python.org/specifications/recording-installed-packages/),
+of those lines that are the same on every machine; the files themselves are held to these lines.
+"""
+
+from __future__ import annotations
+
+import csv
+import hashlib
+import itertools
+import json
+import os
+import re
+import sys
+from base64 import urlsafe_b64encode
+from collections.abc import Sequence
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+
+from mtenn_core._registry.record import PluginRecord, canonical
+from mtenn_core.errors import PluginPinError
+
+Rows = list[tuple[str, str]]
+_LINE = re.compile(r"([\w.-]+)==(\S+)\s+RECORD=sha256:([0-9a-f]{64})")
+# Whoever installs writes these, differently each time; so are scripts, outside of the folder.
+_OF_THE_INSTALLER = {"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"}
+
+
+def pin(record: PluginRecord) -> str:
+    """Return the line of a pins file for what is installed now.
+
+    Raises
+    ------
+    PluginPinError : it has no RECORD or no version, is installed as editable, or differs from its
+        RECORD
+    """
+    if record.version is None:
+        raise PluginPinError(
+            f"{record}{record.where} cannot be pinned: its metadata tell no version; reinstall it",
+            record=record,
+        )
+    digest = _digest(record, _rows(record))
+    return f"{record.distribution}=={record.version} RECORD=sha256:{digest}"
+
+
+def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
+    """Return the hashes of each distribution and version; there may be a wheel for each platform.
+
+    Raises
+    ------
+    PluginPinError : the file cannot be read, or a line is no pin
+    """
+    try:
+        lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise PluginPinError(
+            f"the pins cannot be read as UTF-8 ({error}), so that no plugin may be imported: name"
+            f" another file (MTENN_PINS), or write it with: mtenn list --pins > {file}"
+        ) from error
+    pins: dict[tuple[str, str], set[str]] = {}
+    for number, line in enumerate(lines, 1):
+        if not (line := line.partition("#")[0].strip()):
+            continue
+        match = _LINE.fullmatch(line)
+        if match is None:
+            raise PluginPinError(
+                f"{file}:{number}: expected 'distribution==version RECORD=sha256:…', as `mtenn list"
+                f" --pins` writes it; found {line!r}"
+            )
+        pins.setdefault((canonical(match[1]), match[2]), set()).add(match[3])
+    return pins
+
+
+def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
+    """Check that a plugin is one of those that were pinned.
+
+    Raises
+    ------
+    PluginPinError : it is not, cannot be, or the file is no list of pins
+    """
+    try:
+        pins = read_pins(file)
+    except PluginPinError as error:
+        error.record = record
+        raise
+    versions = [version for owner, version in pins if owner == record.owner]
+    if not versions:
+        raise PluginPinError(
+            f"{record}{record.where} is not pinned in {os.fspath(file)}; if you trust it, add the"
+            f" line: {pin(record)}",
+            record=record,
+        )
+    if record.version not in versions:
+        raise PluginPinError(
+            f"{record}{record.where} is pinned to {' or '.join(versions)} in {os.fspath(file)};"
+            f" install that: pip install {record.distribution}=={versions[0]}",
+            record=record,
+        )
+    rows = _rows(record)
+    found, expected = _digest(record, rows), pins[record.owner, record.version]
+    if found not in expected:
+        raise PluginPinError(
+            f"{record}{record.where} is another build than the one that is pinned in"
+            f" {os.fspath(file)}: expected RECORD=sha256:{' or '.join(sorted(expected))}; found"
+            f" {found}; reinstall it, or pin this one if you trust it",
+            record=record,
+        )
+    _check_found_by_import(record, rows)
+
+
+def _check_found_by_import(record: PluginRecord, rows: Rows) -> None:
+    """Check that an import of the target finds files of the distribution, and no others."""
+    folder = Path(record.location or "")
+    own = {os.path.realpath(folder / path) for path, _ in rows}
+    module, _ = record.parsed_target()
+    path: Sequence[str] | None = None
+    for name in itertools.accumulate(module.split("."), "{}.{}".format):
+        spec = _spec(name, path)
+        if spec is None:
+            return  # which the import tells better
+        origin, path = spec.origin, spec.submodule_search_locations
+        is_namespace = origin is None and path is not None
+        if not is_namespace and (origin is None or os.path.realpath(origin) not in own):
+            raise PluginPinError(
+                f"{record}{record.where} is pinned, and {name!r} would be imported from"
+                f" {origin or spec.loader}, which is no file of it; move that away, or change the"
+                " path",
+                record=record,
+            )
+
+
+def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
+    """Return what an import would find, or has found; packages above are not imported."""
+    if name in sys.modules:
+        loaded = sys.modules[name]
+        file = getattr(loaded, "__file__", None)
+        return getattr(loaded, "__spec__", None) or ModuleSpec(name, None, origin=file)
+    specs = (finder.find_spec(name, path) for finder in sys.meta_path)
+    return next(filter(None, specs), None)
+
+
+def _rows(record: PluginRecord) -> Rows:
+    """Return path and hash of the files that are the same wherever it is installed, sorted."""
+    _refuse_editable(record, Path(record.metadata or ""))
+    file = Path(record.metadata or "", "RECORD")
+    try:
+        rows = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))
+    except (OSError, UnicodeDecodeError, csv.Error):
+        rows = []
+    kept = sorted((r[0], r[1]) for r in rows if len(r) > 1 and r[1] and not _varies(r[0]))
+    if not kept:
+        raise PluginPinError(
+            f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of its files;"
+            " install it from a wheel",
+            record=record,
+        )
+    return kept
+
+
+def _digest(record: PluginRecord, rows: Rows) -> str:
+    """Return the hash of what RECORD says of the files, after a look at the files."""
+    folder = Path(record.location or "")
+    for path, hash in rows:
+        if _hash_of(folder / path, hash.partition("=")[0]) != hash:
+            raise PluginPinError(
+                f"{record}: {folder / path} is not as it was installed; find out why, or reinstall:"
+                f" pip install --force-reinstall {record.distribution}=={record.version}",
+                record=record,
+            )
+    return hashlib.sha256("".join(f"{path},{hash}\n" for path, hash in rows).encode()).hexdigest()
+
+
+def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
+    try:
+        origin = json.loads((metadata / "direct_url.json").read_text(encoding="utf-8"))
+        editable = origin["dir_info"]["editable"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if editable:
+        raise PluginPinError(
+            f"{record} cannot be pinned: it is installed as editable from {origin.get('url')}, and"
+            " may be another one each time; install it from a wheel",
+            record=record,
+        )
+
+
+def _varies(path: str) -> bool:
+    parts = Path(path).parts
+    return (
+        not parts
+        or ".." in parts
+        or (parts[0].endswith(".dist-info") and parts[-1] in _OF_THE_INSTALLER)
+    )
+
+
+def _hash_of(file: Path, algorithm: str) -> str | None:
+    """Return what RECORD has for such a file, or None if it is not there."""
+    if algorithm not in ("sha256", "sha384", "sha512"):  # as the specification wants it
+        return None
+    try:
+        with file.open("rb") as opened:
+            digest = hashlib.file_digest(opened, algorithm).digest()
+    except (OSError, ValueError):
+        return None
+    return f"{algorithm}={urlsafe_b64encode(digest).decode().rstrip('=')}"

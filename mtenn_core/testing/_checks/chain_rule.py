@@ -1,0 +1,208 @@
+"""B, the chain rule: backward is go · Σ_i w_i g_i, to roundoff.
+
+The weights w are read off backward itself, with unit vectors for the gradients g_i of the poses;
+that they are the derivative of the value is C's to say. What is held here is linear algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.derivatives import compare_weights
+from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
+from mtenn_core.testing._probe.finite_differences import resolution
+from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule
+from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+
+# A loss hands backward any number; 1 and 0 alone would not show abs, square, sign or clamp of it.
+GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
+GradDict = dict[str, list[Tensor]]
+
+
+@check("B1", "backward is the chain rule", "gate")
+def chain_rule(subject: Subject) -> Metrics:
+    """For random gradients of the poses and of the loss."""
+    worst = hold_to_chain_rule(subject, subject.step(), GRAD_OUTPUTS)
+    return {"largest error in tolerances": worst}
+
+
+@check("B2", "the layout of the gradients does not matter")
+def layout_of_gradients(subject: Subject) -> Metrics:
+    """Transposed, strided, offset and expanded gradients, and views of one buffer."""
+    worst = 0.0
+    for layout in (_transposed, _strided, _offset, _of_one_buffer):
+        step = subject.step()
+        worst = max(worst, hold_to_chain_rule(subject, step, (1.0,), layout=layout))
+    step = subject.step()
+    for equal in (
+        {n: g[..., :1].expand_as(g) if g.dim() > 1 else g for n, g in step.gradients.items()},
+        {n: g[:1].expand_as(g) for n, g in step.gradients.items()},
+    ):
+        same = replace(step, gradients=equal)
+        worst = max(worst, hold_to_chain_rule(subject, same, (1.0,), layout=_as_it_is))
+    return {"largest error in tolerances": worst}
+
+
+def _as_it_is(gradients: Tensor) -> list[Tensor]:
+    return list(gradients)
+
+
+def _transposed(gradients: Tensor) -> list[Tensor]:
+    if gradients.dim() < 3:
+        return list(gradients.clone())
+    return [gradient.T.contiguous().T for gradient in gradients]
+
+
+def _strided(gradients: Tensor) -> list[Tensor]:
+    return [torch.stack([g, torch.full_like(g, torch.nan)], dim=-1)[..., 0] for g in gradients]
+
+
+def _offset(gradients: Tensor) -> list[Tensor]:
+    padded = [torch.cat([g.new_full((5,), torch.nan), g.flatten()]) for g in gradients]
+    return [flat[5:].view(gradients.shape[1:]) for flat in padded]
+
+
+def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
+    flat = gradients.reshape(len(gradients), -1)
+    rows, size = torch.cat([flat, flat], dim=1), flat.shape[1]
+    return [row[size:].view(gradients.shape[1:]) for row in rows]
+
+
+@check("B3", "a thousand poses work, in linear work")
+def many_poses(subject: Subject) -> Metrics:
+    """Derivative and chain rule for many poses, and work that grows with their number."""
+    step = subject.step({"w": (3,), "b": ()}, 1000)
+    worst = hold_to_chain_rule(subject, step, (1.0,))
+    comparisons, cause = compare_weights(subject, [subject.poses(subject.n_poses(300))])
+    if any(comparison.wrong for comparison in comparisons):
+        judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
+    growth = _work(subject, 128) / max(_work(subject, 32), 1)
+    if growth > 8:
+        raise Verdict(
+            "fail",
+            f"four times as many poses took {growth:.1f} times the work on their gradients",
+            cause="the gradients are gone through once per pose, or multiplied by a matrix of poses"
+            " × poses: one weighted sum is enough",
+            growth=growth,
+        )
+    return {"largest error in tolerances": worst, "growth of work, poses × 4": growth}
+
+
+class _Elements(TorchDispatchMode):
+    """Counts the elements that operations make or read, views aside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # else torch imports its compiler, which takes a second and more
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        inputs = _tensors(args)
+        storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+        outputs = _tensors(result if isinstance(result, list | tuple) else (result,))
+        views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
+        if not views or func._schema.is_mutable:
+            self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
+            self.count += inputs[0].numel() * inputs[1].shape[-1]
+        return result
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    found = []
+    for value in values:
+        if isinstance(value, Tensor):
+            found.append(value)
+        elif isinstance(value, list | tuple):
+            found += _tensors(value)
+    return found
+
+
+def _work(subject: Subject, n_poses: int) -> int:
+    """Return the elements handled for 256 entries of a parameter more."""
+    counts = []
+    for size in (16, 272):
+        step = subject.step({"w": (size,)}, n_poses)
+        pred_list, grad_dict = step.pred_list(), step.grad_dict()
+        with _Elements() as elements:
+            gradients_of(subject.call(step, pred_list=pred_list, grad_dict=grad_dict), step.params)
+        counts.append(elements.count)
+    return counts[1] - counts[0]
+
+
+def hold_to_chain_rule(
+    subject: Subject,
+    step: Step,
+    grad_outputs: Sequence[float],
+    layout: Callable[[Tensor], list[Tensor]] = lambda gradients: list(gradients.clone()),
+) -> float:
+    """Compare backward with go · Σ_i w_i g_i and return the largest error in tolerances.
+
+    Parameters
+    ----------
+    grad_outputs : gradients of the loss with respect to the combined prediction
+    layout : makes the list for ``grad_dict`` of gradients of shape (n_poses, *shape)
+
+    Raises
+    ------
+    Verdict : they differ
+    """
+    weights = subject.weights(step.poses)
+    # Of values, not of the weights: those of a mean of four are the same number in every dtype.
+    probes = [subject.poses(len(weights)).row() for _ in range(8)]
+    eps = resolution(subject.values(torch.stack(probes)))
+    worst = 0.0
+    for go in grad_outputs:
+        grad_dict = {name: layout(gradients) for name, gradients in step.gradients.items()}
+        value = subject.call(step, grad_dict=grad_dict)
+        params = list(step.params.values())
+        found = torch.autograd.grad(value * go, params, allow_unused=True)
+        for name, gradient in zip(step.params, found, strict=True):
+            if gradient is None and go == 0:
+                continue
+            if gradient is None:
+                raise Verdict("fail", f"parameter {name!r}: backward returned no gradient")
+            worst = max(worst, _hold(subject, step, name, go, gradient, weights, eps))
+    return worst
+
+
+def _hold(
+    subject: Subject,
+    step: Step,
+    name: str,
+    go: float,
+    found: Tensor,
+    weights: Tensor,
+    eps: float,
+) -> float:
+    """Compare the gradient of one parameter; return the error in tolerances."""
+    gradients = step.gradients[name]
+    terms = go * weights.view(-1, *[1] * found.dim()) * gradients
+    expected = terms.sum(0)
+    tolerance = 64 * len(weights) * eps * terms.abs().sum(0)
+    error = (found - expected).abs()
+    if not (error <= tolerance).all():
+        weights_at = step.poses.fixed(subject.weights)
+        slack = sensitivity(weights_at, step.poses.predictions, weights).abs().amax(0)
+        tolerance += 8 * abs(go) * torch.tensordot(slack, gradients.abs(), dims=1)
+    if not (error <= tolerance).all():
+        at = int((error - tolerance).nan_to_num(torch.inf).argmax())
+        raise Verdict(
+            "fail",
+            f"parameter {name!r}, entry {at}, {len(weights)} poses, gradient of the loss {go:g}:\n"
+            f"    your backward      {found.flatten()[at]:.17g}\n"
+            f"    go · Σ w_i g_i     {expected.flatten()[at]:.17g} ± {tolerance.flatten()[at]:.1e}",
+            cause=cause_in_chain_rule(step, name, go, found, weights),
+        )
+    return max(map(ratio, error.flatten().tolist(), tolerance.flatten().tolist()))

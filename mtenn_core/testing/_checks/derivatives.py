@@ -1,0 +1,342 @@
+"""C, the derivatives: what backward uses, against finite differences of the value alone."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core.model import MultiPoseModel
+from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._probe.comparison import Comparison, compare, judge
+from mtenn_core.testing._probe.finite_differences import (
+    Estimate,
+    central_differences,
+    directional_derivatives,
+)
+from mtenn_core.testing._probe.likely_causes import NOT_FINITE, Point, cause_in_weights
+from mtenn_core.testing._probe.poses import Poses
+from mtenn_core.testing._probe.subject import LARGEST_STEP, Subject
+
+# (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
+PROBES = (
+    (3, 0.0, 1.0),
+    (3, 0.0, 0.1),
+    (3, 0.0, 0.01),
+    (3, 0.0, 1e-3),
+    (3, 10.0, 1e-3),
+    (3, -1e4, 1.0),
+    (3, 1e4, 0.01),
+    (1, 0.0, 1.0),
+    (2, 0.0, 1.0),
+    (6, 0.0, 1.0),
+    (6, 0.0, 1e-3),
+    (6, 0.0, 30.0),
+)
+# ΔG in kT and in kcal/mol, pIC50, all of one sign, and numbers of poses beyond a handful.
+MORE_PROBES = (
+    (3, -8.0, 2.0),
+    (3, -30.0, 8.0),
+    (3, 7.0, 1.5),
+    (3, 0.0, 1e-4),
+    (3, 100.0, 10.0),
+    (3, -100.0, 3.0),
+    (3, -1e3, 100.0),
+    (3, 0.0, 5.0),
+    (2, -8.0, 0.3),
+    (2, 7.0, 1e-3),
+    (4, 0.0, 1.0),
+    (4, -8.0, 0.01),
+    (5, -8.0, 2.0),
+    (7, 0.0, 0.3),
+    (8, -8.0, 2.0),
+    (11, 7.0, 1.0),
+    (20, -8.0, 2.0),
+    (20, 0.0, 0.01),
+)
+
+
+@check("C1", "pose weights are the derivative of the value", "gate")
+def pose_weights(subject: Subject) -> Metrics:
+    """At predictions of many sizes and spreads, every weight for a few poses."""
+    return judge(*compare_weights(subject, _probes(subject)), partial(step_table, subject))
+
+
+def _probes(subject: Subject) -> list[Poses]:
+    probes = PROBES + MORE_PROBES if subject.thorough else PROBES
+    points = [subject.poses(subject.n_poses(n), base, spread) for n, base, spread in probes]
+    if subject.thorough:
+        poses = subject.poses(subject.n_poses(4))
+        ascending = poses.predictions.argsort().tolist()
+        points += [poses[ascending], poses[ascending[::-1]]]
+        if subject.combination.smooth:
+            points += [poses[[0, *range(len(poses) - 1)]], poses.tied()]
+    return points
+
+
+def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Comparison], str]:
+    """Return the comparisons for some poses, and the likely cause if some are wrong."""
+    groups: dict[int, list[Poses]] = {}
+    for poses in points:
+        groups.setdefault(len(poses), []).append(poses)
+    comparisons, known = [], []
+    for n_poses, group in groups.items():
+        directions = directions_for(subject, n_poses)
+        for poses, numerical in _derivatives(subject, group, directions):
+            found = _compare(subject.weights, numerical, directions, poses, "pose")
+            if subject.two_derivatives:
+                unit = "autograd of combine, pose"
+                found += _compare(subject.autograd_weights, numerical, directions, poses, unit)
+            comparisons += found
+            known.append((found, numerical))
+    if not any(comparison.wrong for comparison in comparisons):
+        return comparisons, ""
+    return comparisons, _cause(subject, known)
+
+
+def _compare(
+    weights_of: Callable[[Poses], Tensor],
+    fd: Estimate,
+    directions: Tensor,
+    poses: Poses,
+    unit: str,
+) -> list[Comparison]:
+    weights_at = poses.fixed(weights_of)
+    return compare(weights_at, fd, directions, poses.predictions, unit, poses.inputs)
+
+
+def _derivatives(
+    subject: Subject, points: list[Poses], directions: Tensor
+) -> Iterator[tuple[Poses, Estimate]]:
+    steps = torch.tensor([subject.first_step(poses.predictions) for poses in points])
+    fd = directional_derivatives(
+        subject.values,
+        torch.stack([poses.row() for poses in points]).repeat_interleave(len(directions), dim=0),
+        directions.repeat(len(points), 1),
+        steps.repeat_interleave(len(directions)),
+    )
+    by_point = (column.view(len(points), -1) for column in fd)
+    for poses, derivatives, errors in zip(points, *by_point, strict=True):
+        yield poses, Estimate(derivatives, errors)
+
+
+def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:
+    """Return the likely cause, from the points at which every weight was compared."""
+    if any(not math.isfinite(c.analytic) for comparisons, _ in known for c in comparisons):
+        return NOT_FINITE
+    points = []
+    for comparisons, numerical in known:
+        poses = comparisons[0].poses
+        if len(numerical.derivative) != len(poses):
+            continue
+        ours = [c for c in comparisons if c.unit == "pose"]
+        if not any(c.wrong for c in comparisons if c.unit == "pose") and any(
+            c.wrong for c in comparisons
+        ):
+            return (
+                "combine is not differentiable by autograd as it stands (detached in part, or made"
+                " of other numbers), and gradients='graph' takes its gradient from there"
+            )
+        found = torch.tensor([c.analytic for c in ours], dtype=torch.float64)
+        tolerance = max(c.tolerance for c in ours)
+        if math.isfinite(tolerance):
+            wrong = any(c.wrong for c in ours)
+            points.append(Point(poses, found, numerical.derivative, tolerance, wrong))
+    return cause_in_weights(points, subject.weights, scales_of(subject.combination))
+
+
+def scales_of(combination: Combination) -> dict[str, float]:
+    """Return the numbers that a combination is made with or holds, by name, 1 and 0 aside."""
+    found: dict[str, object] = dict(vars(combination)) | dict(constructor_arguments(combination))
+    found |= {name: p.item() for name, p in combination.named_parameters() if p.numel() == 1}
+    for name in dir(type(combination)):
+        if not name.startswith("_"):
+            found.setdefault(name, getattr(type(combination), name))
+    return {
+        name.lstrip("_"): float(value)
+        for name, value in found.items()
+        if isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and name != "min_poses"
+        and math.isfinite(value)
+        and value not in (0, 1)
+    }
+
+
+@check("C2", "a whole model trains with it")
+def end_to_end(subject: Subject) -> Metrics:
+    """A small network, a nonlinear loss, by stored gradients and by autograd, all parameters."""
+    poses = subject.poses(subject.n_poses(4), 0.0, 0.5)
+    features = torch.cat([subject.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
+    network = _Network(subject, poses.predictions)
+    theta = torch.cat([p.detach().flatten() for p in network.parameters()])
+    directions = _by_parameter(subject, network)
+    fd = directional_derivatives(
+        partial(_losses, subject, network, poses, features),
+        theta.repeat(len(directions), 1),
+        directions,
+        torch.full((len(directions),), LARGEST_STEP),
+    )
+    modes = ["stored"] + ["graph"] * overrides(type(subject.combination), "combine")
+    names = [name for name, _ in network.named_parameters()]
+    comparisons, wrong = [], []
+    for mode in modes:
+        gradient_at = partial(_gradient, subject, network, poses, features, mode)
+        found = compare(gradient_at, fd, directions, theta, "")
+        units = [f"gradients={mode!r}, a random direction of parameter {name!r}" for name in names]
+        comparisons += [
+            replace(c, unit=unit, of_predictions=False)
+            for c, unit in zip(found, units, strict=True)
+        ]
+        wrong += [name for c, name in zip(found, names, strict=True) if c.wrong]
+    return judge(comparisons, f"the gradient of {_listed(wrong)} is off" if wrong else "")
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(dict.fromkeys(names))
+
+
+class _Network(torch.nn.Module):
+    """Predicts m_i + size · tanh(…) for a pose of two features and a mean m_i."""
+
+    def __init__(self, subject: Subject, means: Tensor) -> None:
+        super().__init__()
+        self.net = torch.nn.Sequential(
+            torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1), torch.nn.Tanh()
+        ).double()
+        for param in self.parameters():
+            param.data.copy_(torch.round(subject.randn(*param.shape) * 2**10) / 2**10)
+        # Within the domain, and without changing the order of poses where that has kinks.
+        room = subject.first_step(means) if subject.bounded or not subject.combination.smooth else 1
+        self.size = min(0.5, room / 2)
+
+    def forward(self, pose: Tensor) -> Tensor:
+        return pose[..., -1] + self.size * self.net(pose[..., :-1])[..., 0]
+
+
+def _losses(
+    subject: Subject, network: _Network, poses: Poses, features: Tensor, thetas: Tensor
+) -> Tensor:
+    shapes = {name: p.shape for name, p in network.named_parameters()}
+    rows = []
+    for theta in thetas:
+        parts = theta.split([shape.numel() for shape in shapes.values()])
+        params = {n: part.view(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
+        with torch.no_grad():
+            predictions = torch.func.functional_call(network, params, (features,))
+        rows.append(poses.at(predictions).row())
+    return _loss(subject.values(torch.stack(rows)))
+
+
+def _loss(value: Tensor) -> Tensor:
+    return -3.7 * value + 0.5 * value.square()
+
+
+def _gradient(
+    subject: Subject, network: _Network, poses: Poses, features: Tensor, mode: str, theta: Tensor
+) -> Tensor:
+    params = list(network.parameters())
+    torch.nn.utils.vector_to_parameters(theta, params)
+    model = MultiPoseModel(network, subject.combination, gradients=mode)  # type: ignore[arg-type]
+    with subject.forgetting():
+        prediction = model(list(features), pose_inputs=poses.handed()).prediction
+    return torch.cat([g.flatten() for g in torch.autograd.grad(_loss(prediction), params)])
+
+
+def _by_parameter(subject: Subject, network: _Network) -> Tensor:
+    """Return one random direction within each parameter, shape (n_params, n_entries)."""
+    blocks = [subject.randn(1, p.numel()).sign() for p in network.parameters()]
+    return torch.block_diag(*blocks)
+
+
+@check("C3", "own parameters have their gradient", "gate")
+def own_parameters(subject: Subject) -> Metrics:
+    """A learnable temperature, say; at the level full, at other settings than the first too."""
+    _no_hidden_parameters(subject.combination)
+    own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
+    if not own:
+        raise Verdict("skip", "it has no parameters of its own")
+    comparisons = _of_own_parameters(subject, list(own))
+    if subject.thorough:
+        with torch.no_grad():
+            for param in own.values():
+                # Near by and of the same sign, since not all numbers need be allowed.
+                factor = 1 + 0.3 * subject.randn(*param.shape).tanh()
+                param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
+        comparisons += _of_own_parameters(subject, list(own))
+        more, cause = compare_weights(subject, _probes(subject)[:6])
+        if any(comparison.wrong for comparison in more):
+            judge(more, f"right at the initial parameters, wrong at others; {cause}".rstrip("; "))
+    wrong = {c.unit.split(",")[0] for c in comparisons if c.wrong}
+    zero = all(c.analytic == 0 for c in comparisons if c.wrong)
+    which = "detached, or not used" if zero else "wrong"
+    cause = f"the gradient of {', '.join(sorted(wrong))} is {which}" if wrong else ""
+    # A parameter may play no part in a value, and nobody says that it does.
+    return judge([c for c in comparisons if c.analytic or c.derivative], cause)
+
+
+def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
+    comparisons = []
+    for spread in (1.0, 0.1, 1e-3):
+        poses = subject.poses(subject.n_poses(3), 0.0, spread)
+        for name in names:
+            param = subject.combination.get_parameter(name)
+            directions = directions_for(subject, param.numel())
+            fd = directional_derivatives(
+                partial(subject.values_of_parameter, name, poses),
+                param.detach().reshape(1, -1).repeat(len(directions), 1),
+                directions,
+                torch.full((len(directions),), LARGEST_STEP),
+            )
+            gradient_at = partial(subject.gradient_of_parameter, name)
+            comparisons += _compare(gradient_at, fd, directions, poses, f"{name!r}, entry")
+    return comparisons
+
+
+def _no_hidden_parameters(combination: Combination) -> None:
+    known = {id(param) for param in combination.parameters()}
+    for module in combination.modules():
+        for name, value in vars(module).items():
+            if name == "_arguments":
+                continue
+            for tensor in _tensors_in(value):
+                if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
+                    raise Verdict(
+                        "fail",
+                        f"{name!r} requires a gradient and is not among parameters(): no optimizer"
+                        " finds it",
+                        cause="hold it as a torch.nn.Parameter, several in a ParameterList",
+                    )
+
+
+def _tensors_in(value: object) -> list[Tensor]:
+    if isinstance(value, dict):
+        value = list(value.values())
+    values = value if isinstance(value, list | tuple) else [value]
+    return [each for each in values if isinstance(each, Tensor)]
+
+
+def directions_for(subject: Subject, n: int) -> Tensor:
+    """Return every axis for few inputs, else two random directions; shape (n_directions, n)."""
+    if n <= (6 if subject.thorough else 4):
+        return torch.eye(n, dtype=torch.float64)
+    # Entries ±1/2 and ±1: steps along them are exact.
+    return subject.randn(2, n).sign() * (3 + subject.randn(2, n).sign()) / 4
+
+
+def step_table(subject: Subject, comparison: Comparison) -> str:
+    """Return |central difference - weight| against step size, as text."""
+    first_step = subject.first_step(comparison.predictions)
+    steps, differences = central_differences(
+        subject.values, comparison.poses.row(), comparison.direction, first_step
+    )
+    errors = (differences - comparison.analytic).abs()
+    columns = [(f"{steps[k]:.0e}", f"{errors[k]:.0e}") for k in range(0, len(steps), 4)]
+    rows = ("  ".join(column) for column in zip(*columns, strict=True))
+    names = ("step size", "|error|  ")
+    return "\n".join(f"    {name}  {row}" for name, row in zip(names, rows, strict=True))

@@ -1,0 +1,302 @@
+"""A, the form: what goes into ``forward`` and what comes out of it and of backward."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from inspect import signature
+
+import torch
+from torch import Tensor
+
+from mtenn_core.combination import Combination, overrides
+from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
+from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+
+
+@check("A1", "backward returns one gradient per parameter", "gate")
+def raw_return(subject: Subject) -> Metrics:
+    """What backward returns, before autograd sums it to shape or casts it."""
+    if not subject.full_depth:
+        raise Verdict("skip", "it has no forward of its own")
+    for dtype in (torch.float64, torch.float32):
+        _hold_to_form(subject.step().to(dtype), subject, dtype)
+    return {}
+
+
+def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
+    value = subject.call(step, combination=subject.copy(dtype))
+    if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
+        raise Verdict("skip", "the output is not that of an autograd.Function")
+    # Of a pair (combined, pose predictions), no loss is on the second.
+    others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
+    with torch.no_grad():  # as in an ordinary backward
+        returned = value.grad_fn.apply(torch.ones((), dtype=dtype), *others)
+    returned = returned if isinstance(returned, tuple) else (returned,)
+    n_params = len(step.params)
+    if len(returned) < n_params:
+        raise Verdict(
+            "fail",
+            f"expected {n_params} gradients, one per parameter; found {len(returned)}",
+            cause="backward must return a gradient for each of *model_params",
+        )
+    for (name, param), gradient in zip(step.params.items(), returned[-n_params:], strict=True):
+        expected = (tuple(param.shape), param.dtype)
+        found = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else None
+        if found != expected:
+            raise Verdict(
+                "fail",
+                f"parameter {name!r}: backward must return {expected}; found {found}",
+                cause=_wrong_form(gradient, param, len(step.poses)),
+            )
+
+
+def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
+    if not isinstance(gradient, Tensor):
+        return "backward returns None for a parameter: is it missing from grad_dict's keys?"
+    if gradient.dtype != param.dtype:
+        return f"the dtype is cast on the way: keep that of the parameter, {param.dtype}"
+    if gradient.shape == (n_poses, *param.shape):
+        return "the sum over poses is missing: sum over dim=0"
+    if gradient.numel() == param.numel():
+        return "flattened, or keepdim=True: return the shape of the parameter"
+    return "the sum runs over another axis than that of the poses"
+
+
+@check("A2", "the output is a scalar with a gradient", "gate")
+def output(subject: Subject) -> Metrics:
+    """Shape (), dtype of the predictions, attached to the parameters."""
+    _takes_its_inputs(subject.combination)
+    _keeps_dtype(subject)
+    for n_poses in sorted({subject.n_poses(n) for n in (1, 2, 3)}):
+        for shape in ((), (1,)):
+            step = subject.step({"p": (2,)}, n_poses)
+            pred_list = [prediction.reshape(shape) for prediction in step.pred_list()]
+            found = subject.call(step, pred_list=pred_list)
+            where = f"{n_poses} pose(s) of shape {shape}"
+            if not isinstance(found, Tensor) or found.shape != ():
+                what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+                raise Verdict(
+                    "fail",
+                    f"{where}: expected a tensor of shape (); found {what}",
+                    cause="return the combined prediction alone, as a tensor"
+                    if not isinstance(found, Tensor)
+                    else "the value must be 0-dimensional for predictions of both shapes, () and"
+                    " (1,): reshape(()) it, and do not squeeze() the predictions",
+                )
+            if found.dtype != torch.float64:
+                raise Verdict(
+                    "fail",
+                    f"{where}: expected torch.float64, as predicted; found {found.dtype}",
+                    cause="the dtype of the predictions is not kept",
+                )
+            if not found.requires_grad:
+                raise Verdict(
+                    "fail",
+                    f"{where}: the output has no gradient",
+                    cause="is it detached, computed under no_grad, or made by item() or numpy()?",
+                )
+    return {}
+
+
+def _takes_its_inputs(combination: Combination) -> None:
+    """Hold what its methods take, beside the predictions, to what it declares."""
+    handed: dict[str, tuple[str, ...]] = {
+        "combine": ("predictions",),
+        "pose_weights": ("predictions",),
+        "reference": ("predictions",),
+        "forward": ("pred_list", "grad_dict", "param_names", "*model_params"),
+    }
+    names = combination.pose_inputs
+    for method, first in handed.items():
+        if not overrides(type(combination), method):
+            continue
+        try:
+            signature(getattr(combination, method)).bind(*first, **dict.fromkeys(names))
+        except ValueError:  # a builtin has none
+            continue
+        except TypeError as error:
+            raise Verdict(
+                "fail",
+                f"pose_inputs = {names}: {method} must take ({', '.join([*first, *names])}); found"
+                f" {method}{signature(getattr(combination, method))}: {error}",
+                cause="pose_inputs must name every argument that combine, pose_weights, reference"
+                " and forward need beside the usual ones, and each of them must take all of it",
+            ) from None
+
+
+def _keeps_dtype(subject: Subject) -> None:
+    step = subject.step()
+    try:
+        value = subject.call(replace(step.to(torch.float32), poses=step.poses))
+    except Exception:  # float32 parameters beside float64 predictions may be refused
+        return
+    if isinstance(value, Tensor) and value.dtype != torch.float64:
+        raise Verdict(
+            "fail",
+            f"parameters in float32: expected torch.float64, as predicted; found {value.dtype}",
+            cause="the output takes its dtype from the parameters, not from the predictions",
+        )
+
+
+@check("A3", "gradients are in the order of param_names", "gate")
+def order_of_names(subject: Subject) -> Metrics:
+    """``param_names`` and the keys of ``grad_dict`` are ordered independently."""
+    # All of one shape: autograd itself would notice another. In no order that sorting gives.
+    names = ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight")
+    step = subject.step(dict.fromkeys(names, (3,)))
+    order = subject.permutation(len(names))
+    shuffled = Step(step.poses, step.gradients, {names[i]: step.params[names[i]] for i in order})
+    return {"largest error in tolerances": hold_to_chain_rule(subject, shuffled, (1.0,))}
+
+
+_UNCHECKED = (
+    "lengths and names are not checked (zip stops at the shorter one, an empty list is a sum of 0):"
+    " call mtenn_core.gradients.check_gradients"
+)
+
+
+@check("A11", "bad input is an error")
+def bad_input(subject: Subject) -> Metrics:
+    """No number comes out of what does not fit together."""
+    for what, step, pred_list, grad_dict in _bad_inputs(subject):
+        try:
+            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
+            if value.requires_grad:
+                gradients_of(value, step.params)
+        except Exception:
+            continue
+        raise Verdict(
+            "fail",
+            f"{what}: expected an error; found the value {_number(value)}",
+            cause=_UNCHECKED,
+        )
+    return {}
+
+
+@check("A11q", "errors about bad input name what is wrong", "quality")
+def errors_that_name(subject: Subject) -> Metrics:
+    """The message names the parameter, where one is at fault."""
+    for what, step, pred_list, grad_dict in _bad_inputs(subject):
+        try:
+            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
+            torch.autograd.grad(value, list(step.params.values()))
+        except Exception as error:
+            if "'w10'" in what and "w10" not in str(error):
+                raise Verdict(
+                    "fail",
+                    f"{what}: the error does not name it: {type(error).__name__}: {error}",
+                    cause=_UNCHECKED,
+                ) from None
+    step = subject.step({"w1": (2,), "w10": (2,)})
+    given = step.grad_dict()
+    odd = {
+        "gradients for 'w2', which is no parameter": given | {"w2": given["w1"]},
+        "gradients of 'w10' in float32": given | {"w10": [g.float() for g in given["w10"]]},
+    }
+    for what, grad_dict in odd.items():
+        try:
+            subject.gradients(step, grad_dict=grad_dict)
+        except Exception:
+            continue
+        raise Verdict("fail", f"{what}: expected an error", cause=_UNCHECKED)
+    return {}
+
+
+def _bad_inputs(
+    subject: Subject,
+) -> list[tuple[str, Step, list[Tensor], dict[str, list[Tensor]]]]:
+    """Return what is wrong, and a step with its ``pred_list`` and ``grad_dict``."""
+    step = subject.step({"w1": (2,), "w10": (2,)}, subject.n_poses(2) + 1)
+    full, predictions = step.grad_dict(), step.pred_list()
+    first, last = {"w1": full["w1"]}, full["w10"]
+    return [
+        ("no pose", step, [], {"w1": [], "w10": []}),
+        ("no pose, but gradients", step, [], full),
+        ("a gradient too few for 'w10'", step, predictions, {**first, "w10": last[:-1]}),
+        ("a gradient too many for 'w10'", step, predictions, {**first, "w10": [*last, last[0]]}),
+        ("a prediction too few", step, predictions[:-1], full),
+        ("a prediction too many", step, [*predictions, predictions[0]], full),
+        ("no gradients for 'w10'", step, predictions, first),
+        ("predictions of shape (3,)", step, [p.expand(3).clone() for p in predictions], full),
+    ]
+
+
+def _for(step: Step, pred_list: list[Tensor]) -> Step:
+    """Return the step with inputs for as many poses: their number alone would be an error."""
+    return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
+
+
+def _number(value: object) -> object:
+    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
+
+
+@check("A12", "the value depends on the predictions alone")
+def value_of_predictions(subject: Subject) -> Metrics:
+    """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
+    step = subject.step()
+    params = {name: subject.randn(*p.shape).requires_grad_() for name, p in step.params.items()}
+    gradients = {name: 100 * subject.randn(*g.shape) for name, g in step.gradients.items()}
+    others = {
+        "other gradients": Step(step.poses, gradients, step.params),
+        "other parameters": Step(step.poses, step.gradients, params),
+        "fewer parameters": Step(
+            step.poses, {"w1": step.gradients["w1"]}, {"w1": step.params["w1"]}
+        ),
+    }
+    value = subject.call(step)
+    found = {what: subject.call(other) for what, other in others.items()}
+    found["predictions of shape (1,)"] = subject.call(
+        step, pred_list=[prediction.reshape(1) for prediction in step.pred_list()]
+    )
+    for what, other in found.items():
+        if not torch.equal(value, other):
+            raise Verdict(
+                "fail",
+                f"with {what}: expected the value {value.item():.17g}; found {other.item():.17g}",
+                cause="the value uses something else than the predictions",
+            )
+    return {}
+
+
+@check("A13", "it runs on the device of the predictions")
+def device(subject: Subject) -> Metrics:
+    """On torch's meta device, which holds no numbers but refuses to mix with the CPU."""
+    try:
+        devices = [tensor.device.type for tensor in _on_meta(subject)]
+    except MemoryError:
+        raise
+    except Exception as error:
+        if "expected device" in str(error) or "same device" in str(error):
+            raise Verdict(
+                "fail",
+                f"predictions on another device than the CPU: {error}",
+                cause="a tensor is made without device=predictions.device, or held as a plain"
+                " attribute: use register_buffer, new_zeros, zeros_like or arange(…, device=…)",
+            ) from None
+        # Numbers may decide what it does, and there are none on this device.
+        raise Verdict("skip", f"it needs numbers to run: {type(error).__name__}") from None
+    if set(devices) != {"meta"}:
+        raise Verdict("fail", "the output is on the CPU, not where the predictions are")
+    return {}
+
+
+def _on_meta(subject: Subject) -> list[Tensor]:
+    """Return what a copy on the meta device makes of predictions there."""
+    combination = subject.copy(torch.float64).to("meta")
+    step = subject.step()
+    poses = step.poses.map(lambda numbers: numbers.to("meta"))
+    predictions, inputs = poses.predictions.requires_grad_(), poses.inputs
+    made = []
+    if overrides(type(combination), "combine"):
+        value = combination.combine(predictions, **inputs)
+        made += [value, *torch.autograd.grad(value, predictions)]
+    if overrides(type(combination), "pose_weights"):
+        made.append(combination.pose_weights(predictions.detach(), **inputs))
+    if subject.full_depth:
+        params = [param.detach().to("meta").requires_grad_() for param in step.params.values()]
+        grad_dict = {name: list(each.to("meta")) for name, each in step.gradients.items()}
+        given = list(predictions.detach()), grad_dict, list(step.params), *params
+        value = combination(*given, **inputs)
+        made += [value, *torch.autograd.grad(value, params)]
+    return made

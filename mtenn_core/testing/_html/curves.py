@@ -1,0 +1,90 @@
+"""Numbers for the plots of a report."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from mtenn_core.testing._probe.finite_differences import (
+    central_differences,
+    directional_derivatives,
+)
+from mtenn_core.testing._probe.poses import Poses
+from mtenn_core.testing._probe.subject import Subject
+
+SPREADS = (1.0, 0.01)
+N_SCANNED, SCANNED_PER_WEIGHT = 41, 3
+
+
+def curves(make: Callable[[], Subject]) -> dict[str, Any]:
+    """Return what is looked at rather than read, as lists of numbers.
+
+    Parameters
+    ----------
+    make : makes the subject
+
+    Returns
+    -------
+    ``weights``: for several spreads, the pose weights of backward and by finite differences;
+    ``steps``: for one pose, |central difference - weight of backward| against the step size;
+    ``scan``: the value over the prediction of one pose, the others fixed, and its weight there.
+    Empty if the combination raises.
+    """
+    try:
+        subject = make()
+        points = [subject.poses(subject.n_poses(3), 0.0, spread) for spread in SPREADS]
+        return {
+            "weights": [_weights(subject, poses) for poses in points],
+            # At a sharp scale, the weights at large spreads are all 0 or 1: no step changes them.
+            "steps": _steps(subject, points[-1]),
+            "scan": _scan(subject, points[0]),
+        }
+    except (Exception, SystemExit):  # the records say what it raises
+        return {}
+
+
+def _weights(subject: Subject, poses: Poses) -> dict[str, Any]:
+    y = poses.predictions
+    axes = torch.eye(len(y), dtype=y.dtype)
+    steps = torch.full((len(y),), subject.first_step(y))
+    fd = directional_derivatives(subject.values, poses.row().expand(len(y), -1), axes, steps)
+    return {
+        "predictions": y.tolist(),
+        "backward": subject.weights(poses).tolist(),
+        "finite_difference": fd.derivative.tolist(),
+        "error": fd.error.tolist(),
+    }
+
+
+def _steps(subject: Subject, poses: Poses) -> dict[str, Any]:
+    y, weights = poses.predictions, subject.weights(poses)
+    pose = int(weights.abs().argmax())
+    axis = torch.eye(len(y), dtype=y.dtype)[pose]
+    first_step = subject.first_step(y)
+    steps, differences = central_differences(subject.values, poses.row(), axis, first_step)
+    return {
+        "predictions": y.tolist(),
+        "pose": pose,
+        "step": steps.tolist(),
+        "error": (differences - weights[pose]).abs().tolist(),
+    }
+
+
+def _scan(subject: Subject, poses: Poses) -> dict[str, Any]:
+    y = poses.predictions
+    low, high = subject.combination.domain
+    margin = 1.5 * float(y.max() - y.min() + 1)
+    low, high = max(low, float(y.min()) - margin), min(high, float(y.max()) + margin)
+    # Not the ends themselves, which the domain leaves out.
+    along = torch.linspace(low, high, N_SCANNED + 2, dtype=y.dtype)[1:-1]
+    points = [poses.at(torch.cat([moved[None], y[1:]])) for moved in along]
+    return {
+        "predictions": y.tolist(),
+        "pose": 0,
+        "prediction": along.tolist(),
+        "value": subject.values(torch.stack([point.row() for point in points])).tolist(),
+        "backward": [float(subject.weights(point)[0]) for point in points[::SCANNED_PER_WEIGHT]],
+        "backward_at": along[::SCANNED_PER_WEIGHT].tolist(),
+    }

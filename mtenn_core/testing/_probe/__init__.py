@@ -1,0 +1,1 @@
+"""Probing a combination: poses, finite differences, comparison, likely causes."""

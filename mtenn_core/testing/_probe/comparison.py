@@ -1,0 +1,191 @@
+"""A gradient read off backward, beside one by finite differences."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mtenn_core.combination import NO_INPUTS, PoseInputs
+from mtenn_core.testing._checks.check import Metrics, Verdict
+from mtenn_core.testing._probe.finite_differences import Estimate
+from mtenn_core.testing._probe.poses import Poses, listed
+
+# A closed form may hold a constant in float32, which is no mistake.
+FLOAT32 = 8 * torch.finfo(torch.float32).eps
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """One derivative, read off backward and by finite differences."""
+
+    unit: str
+    direction: Tensor
+    predictions: Tensor
+    analytic: float
+    derivative: float
+    error: float
+    slack: float  # what two units in the last place of the predictions change
+    scale: float  # the size of the whole gradient
+    inputs: PoseInputs
+    of_predictions: bool = True
+    against: str = "finite difference"
+
+    @property
+    def poses(self) -> Poses:
+        """The predictions, with the pose inputs that were handed along."""
+        return Poses(self.predictions, self.inputs)
+
+    @property
+    def tolerance(self) -> float:
+        # A gradient that jumps at a last digit, where the value does not, is wrong: a tie, a cache.
+        slack = min(8 * self.slack, 1e-3 * self.scale)
+        return 10 * self.error + slack + FLOAT32 * self.scale
+
+    @property
+    def off_by(self) -> float:
+        """The error in units of the tolerance; infinite for NaN."""
+        return ratio(abs(self.analytic - self.derivative), self.tolerance)
+
+    @property
+    def conclusive(self) -> bool:
+        """Whether an error of one percent would have been seen."""
+        return self.tolerance <= 0.01 * self.scale
+
+    @property
+    def wrong(self) -> bool:
+        """Whether the two differ where they can be told apart, or one is no number."""
+        return self.off_by > 1 and (self.conclusive or not math.isfinite(self.analytic))
+
+    def __str__(self) -> str:
+        relative = abs(self.analytic - self.derivative) / max(self.scale, 1e-300)
+        where = f" {self._where()}, {self.poses}"
+        return (
+            f"{self.unit}{where if self.of_predictions else ''}\n"
+            f"    your backward      {self.analytic:.10g}\n"
+            f"    {self.against:<18} {self.derivative:.10g} ± {self.error:.1e}\n"
+            f"    off by {relative:.1e} of the gradient, {self.off_by:.1e} times the tolerance"
+        )
+
+    def _where(self) -> str:
+        if self.direction.count_nonzero() == 1:
+            return f"{int(self.direction.argmax())} of {len(self.direction)}"
+        return f"direction [{listed(self.direction)}]"
+
+
+def compare(
+    gradient_at: Callable[[Tensor], Tensor],
+    fd: Estimate,
+    directions: Tensor,
+    predictions: Tensor,
+    unit: str,
+    inputs: PoseInputs = NO_INPUTS,
+) -> list[Comparison]:
+    """Compare a gradient, shape (n,), with finite differences along ``directions``."""
+    gradient = gradient_at(predictions)
+    no_slack = torch.zeros(1, 1)
+    comparisons = _comparisons(gradient, no_slack, fd, directions, predictions, unit, inputs)
+    if any(comparison.off_by > 1 for comparison in comparisons):
+        # It takes two more gradients, and only what differs needs the excuse.
+        slack = sensitivity(gradient_at, predictions, gradient) @ directions.T
+        comparisons = _comparisons(gradient, slack, fd, directions, predictions, unit, inputs)
+    return comparisons
+
+
+def _comparisons(
+    gradient: Tensor,
+    slack: Tensor,
+    fd: Estimate,
+    directions: Tensor,
+    predictions: Tensor,
+    unit: str,
+    inputs: PoseInputs,
+) -> list[Comparison]:
+    columns = zip(
+        directions,
+        (directions @ gradient).tolist(),
+        slack.abs().amax(0).expand(len(directions)).tolist(),
+        fd.derivative.tolist(),
+        fd.error.tolist(),
+        strict=True,
+    )
+    scale = max(float(gradient.abs().max()), float(fd.derivative.abs().max()))
+    return [
+        Comparison(unit, direction, predictions, analytic, derivative, error, change, scale, inputs)
+        for direction, analytic, change, derivative, error in columns
+    ]
+
+
+def sensitivity(
+    gradient_at: Callable[[Tensor], Tensor], predictions: Tensor, gradient: Tensor
+) -> Tensor:
+    """Return how a gradient changes where the predictions move by their last digits: (2, n)."""
+    return torch.stack([gradient_at(near) - gradient for near in _neighbours(predictions)])
+
+
+def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return ``y`` moved by two units in the last place, each prediction the other way."""
+    up, down = y, y
+    for _ in range(2):
+        up = torch.nextafter(up, torch.full_like(y, torch.inf))
+        down = torch.nextafter(down, torch.full_like(y, -torch.inf))
+    odd = torch.arange(len(y)) % 2 == 1
+    return torch.where(odd, up, down), torch.where(odd, down, up)
+
+
+def judge(
+    comparisons: Sequence[Comparison],
+    cause: str = "",
+    table: Callable[[Comparison], str] = lambda comparison: "",
+) -> Metrics:
+    """Return what was measured.
+
+    Parameters
+    ----------
+    cause : the likely mistake, if some are wrong
+    table : what to show beside the numbers of the one that is shown
+
+    Raises
+    ------
+    Verdict : some are wrong, or most are too uncertain to tell
+    """
+    if not comparisons:
+        return {"comparisons": 0}
+    wrong = [comparison for comparison in comparisons if comparison.wrong]
+    metrics: Metrics = {
+        "comparisons": len(comparisons),
+        "inconclusive": sum(not comparison.conclusive for comparison in comparisons),
+        "largest error in tolerances": max(comparison.off_by for comparison in comparisons),
+    }
+    if wrong:
+        worst = max(wrong, key=_telling)
+        raise Verdict("fail", f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
+    # Most probes of what computes in float32, or of a stiff value, are far from where it is told.
+    if metrics["inconclusive"] > 0.75 * len(comparisons):
+        raise Verdict(
+            "inconclusive",
+            f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
+            " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
+            " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
+            **metrics,
+        )
+    return metrics
+
+
+def _telling(comparison: Comparison) -> tuple[bool, bool, bool, int]:
+    """Sort by what teaches a reader most; the first probes, the plainest, win a tie."""
+    # The weight of a single pose is 1 for most combinations. A direction mixes poses.
+    one_of_several = len(comparison.predictions) > 1
+    along_one = int(comparison.direction.count_nonzero()) == 1
+    small = float(comparison.predictions.abs().amax()) < 1e3
+    return one_of_several, along_one, small, math.frexp(min(comparison.off_by, 1e300))[1] // 4
+
+
+def ratio(error: float, tolerance: float) -> float:
+    """Return error / tolerance, 0 for no error, and infinity for one that is not a number."""
+    if error == 0 or (tolerance == math.inf and not math.isnan(error)):
+        return 0.0
+    return error / tolerance if tolerance and not math.isnan(error) else math.inf

@@ -1,0 +1,124 @@
+"""What the commands print with ``--json`` is what docs/reference/schemas says, and no more."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+from installed import write_distribution
+from jsonschema import Draft202012Validator, ValidationError
+from referencing import Registry, Resource
+
+from mtenn_core import registry
+from mtenn_core._cli import main
+
+pytest_plugins = "pytester"
+
+SCHEMAS = Path(__file__).parents[2] / "docs/reference/schemas"
+DOCUMENTS = {path.stem: json.loads(path.read_text("utf-8")) for path in SCHEMAS.glob("*.json")}
+WRONG = """
+    from mtenn_core import Combination
+
+    class Wrong(Combination):
+        def combine(self, predictions):
+            return predictions.mean()
+
+        def pose_weights(self, predictions):
+            return 1.001 * predictions.new_ones(len(predictions)) / len(predictions)
+
+    class Unready(Wrong):
+        def __init__(self, needed):
+            super().__init__()
+"""
+# A command, its exit status, and a part of what it must print.
+COMMANDS = {
+    "list": (["list"], 0, '"name": "healthy"'),
+    "list all": (["list", "--all"], 0, '"status": "shadowed"'),
+    "info": (["info", "pinned"], 0, '"pin": "demo-pinned==1.0'),
+    "info of a stale copy": (["info", "wrong"], 0, '"no_pin": "'),
+    "info of nothing": (["info", "absent"], 1, '"type": "CombinationNotFoundError"'),
+    "check": (["check", "healthy", "wrong"], 1, '"cause": "a constant factor'),
+    "check at the gate": (["check", "healthy", "--level", "gate"], 0, '"curves": {}'),
+    "check of what cannot be made": (["check", "unready", "no.module:Class"], 1, '"error": {'),
+    "doctor": (["doctor"], 1, '"kind": "does not load"'),
+    "doctor without imports": (["doctor", "--no-import"], 0, '"problems": []'),
+    "new": (["new", "my-rule", "--output", "{folder}/new"], 0, '"files": ['),
+}
+
+
+def validator(name):
+    documents = [(f"{key}.json", Resource.from_contents(DOCUMENTS[key])) for key in DOCUMENTS]
+    return Draft202012Validator(DOCUMENTS[name], registry=Registry().with_resources(documents))
+
+
+@pytest.fixture
+def plugins(places, monkeypatch):
+    entry_points = {"wrong": "demo_wrong:Wrong", "unready": "demo_wrong:Unready"}
+    entry_points["gone"] = "demo_wrong:Gone"
+    for folder in (places.front, places.site):
+        write_distribution(folder, "demo-wrong", entry_points, WRONG)
+    pinned = {"pinned": "demo_pinned:Good"}
+    write_distribution(places.site, "demo-pinned", pinned, record=True)
+    # What children import from; a process of its own does not know the test's sys.path.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(places.front), str(places.site)]))
+    registry.refresh()
+    yield places
+    registry.refresh()
+
+
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_schema_is_valid(name):
+    Draft202012Validator.check_schema(DOCUMENTS[name])
+
+
+@pytest.mark.parametrize(("arguments", "status", "part"), COMMANDS.values(), ids=COMMANDS)
+def test_document_is_as_its_schema_says(arguments, status, part, plugins, tmp_path):
+    arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    result = CliRunner().invoke(main, [*arguments, "--json"])
+    assert result.exit_code == status
+    assert part in result.stdout
+    validator(arguments[0]).validate(json.loads(result.stdout))
+
+
+def test_conformance_tests_write_what_the_schema_says(pytester):
+    pytester.makepyfile(
+        """
+        from mtenn_core import Combination
+        from mtenn_core.testing import CombinationConformance
+
+        class Mean(Combination):
+            def combine(self, predictions):
+                return predictions.mean()
+
+        class TestMean(CombinationConformance):
+            combination = Mean
+            level = "gate"
+        """
+    )
+    pytester.runpytest("--conformance-json", "found.json")
+    found = json.loads((pytester.path / "found.json").read_text())
+    assert found["reports"]
+    validator("conformance").validate(found)
+
+
+# A schema that lets everything pass would prove nothing.
+PLUGIN = dict.fromkeys(("name", "target", "reason"), "x") | {"requires": [], "status": "available"}
+PLUGIN |= dict.fromkeys(("distribution", "version", "location", "metadata"))
+FAKES = {
+    "a key that no schema knows": ("list", [PLUGIN | {"more": 1}]),
+    "a key that is missing": ("list", [{"name": "x"}]),
+    "another status": ("list", [PLUGIN | {"status": "good"}]),
+    "another error": ("check", {"error": {"kind": "x"}}),
+    "no list": ("list", {"plugins": []}),
+}
+
+
+def test_a_plugin_that_is_whole_is_valid():
+    validator("list").validate([PLUGIN])
+
+
+@pytest.mark.parametrize(("name", "document"), FAKES.values(), ids=FAKES)
+def test_another_document_is_refused(name, document):
+    with pytest.raises(ValidationError):
+        validator(name).validate(document)
