@@ -93,7 +93,7 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     The first step after a small one: later ones find the small blocks of the one before, which
     graphs are made of, and would not count them.
     """
-    from mtenn_core._engine.stored import forget_memory
+    from mtenn_core._engine.gradient_buffers import forget_memory
 
     (way,) = ways
     if not (PROCESS / "clear_refs").exists():

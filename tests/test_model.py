@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, registry
-from mtenn_core._engine import stored as stored_mode
+from mtenn_core._engine.gradient_buffers import _SPARE
 from mtenn_core.errors import (
     CombinationContractError,
     CombinationNotFoundError,
@@ -654,7 +654,7 @@ def test_collate_must_be_a_function(pose_model):
 
 
 def test_full_depth_needs_stored_gradients(pose_model):
-    with pytest.raises(ValueError, match=r"FullDepth defines forward alone.*gradients='stored'"):
+    with pytest.raises(ValueError, match=r"FullDepth defines only forward.*gradients='stored'"):
         MultiPoseModel(pose_model, FullDepth())
 
 
@@ -872,7 +872,7 @@ def test_pose_inputs_that_require_grad_get_it(pose_model, poses, gradients):
     [
         ({}, r"Weighted needs pose_inputs=\{'score': …\}, one number for each pose; found \[\]"),
         ({"score": [0.0] * 7}, r"needs pose_inputs=\{'prior': …\}.*found \['score'\]"),
-        ({"scores": [0.0] * 7}, r"pose_inputs\['scores'\]: Weighted takes none of this name"),
+        ({"scores": [0.0] * 7}, r"pose_inputs\['scores'\]: Weighted takes no input of this name"),
         (
             {"score": [0.0] * 6, "prior": [0.0] * 7},
             r"pose_inputs\['score'\] must be .*shape \(7,\); found shape \(6,\)",
@@ -911,7 +911,7 @@ def test_pose_inputs_must_be_a_dict(pose_model, poses, scores):
 
 
 def test_a_combination_without_pose_inputs_takes_none(pose_model, poses):
-    with pytest.raises(PredictionError, match=r"LogSumExp takes none of this name.*are \(\)"):
+    with pytest.raises(PredictionError, match=r"LogSumExp takes no input of this name.*are \(\)"):
         MultiPoseModel(pose_model, LogSumExp())(poses, pose_inputs={"score": torch.zeros(7)})
 
 
@@ -1113,9 +1113,9 @@ def test_gradients_do_not_underflow_where_the_pose_model_has_autocast_of_its_own
 def test_the_end_of_training_gives_memory_back(pose_model, poses):
     model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
     model(poses).prediction.backward()
-    assert pose_model in stored_mode._SPARE
+    assert pose_model in _SPARE
     model.eval()
-    assert pose_model not in stored_mode._SPARE
+    assert pose_model not in _SPARE
     model.train()
     model(poses).prediction.backward()
 

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
-from mtenn_core._engine.recomputed import _tensors_of
+from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError, GradientError
 
 # Gradients are sums of a few hundred float64 products, in another order in each mode.
@@ -368,7 +368,7 @@ def test_a_pose_that_was_edited_before_backward_is_an_error(pose_model, poses, k
 def test_poses_that_know_all_others_are_searched_once(poses):
     dataset = []
     dataset += [SimpleNamespace(positions=positions, dataset=dataset) for positions in poses]
-    found = list(_tensors_of(dataset))
+    found = list(tensors_in(dataset))
     assert [pose for pose, _ in found] == list(range(len(poses)))
     assert all(tensor is pose.positions for (_, tensor), pose in zip(found, dataset, strict=True))
 
@@ -835,8 +835,8 @@ def test_buffers_that_do_not_change_are_copied_once(poses):
     model = recomputed(Tables())
     out = model(poses)
     chunks = out.pose_predictions.grad_fn.chunks
-    assert len({chunk.buffers.copies[1].data_ptr() for chunk in chunks}) == 1
-    assert len({chunk.buffers.copies[0].data_ptr() for chunk in chunks}) == len(poses)
+    assert len({chunk.conditions.buffers.copies[1].data_ptr() for chunk in chunks}) == 1
+    assert len({chunk.conditions.buffers.copies[0].data_ptr() for chunk in chunks}) == len(poses)
 
 
 def test_what_backward_has_no_use_for_is_let_go(pose_model, poses):
@@ -902,11 +902,11 @@ def test_poses_run_again_in_one_thread_at_a_time(pose_model, poses):
 
 
 def test_a_pose_with_many_numbers_is_not_searched(pose_model, monkeypatch):
-    from mtenn_core._engine import recomputed as module
+    from mtenn_core._engine import replay as module
 
     seen = []
-    search = module._tensors_of
-    monkeypatch.setattr(module, "_tensors_of", lambda *a: seen.append(1) or search(*a))
+    search = module.tensors_in
+    monkeypatch.setattr(module, "tensors_in", lambda *a: seen.append(1) or search(*a))
 
     class Reading(torch.nn.Module):
         def forward(self, pose):
