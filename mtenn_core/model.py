@@ -3,17 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self
+from functools import partial
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
+from mtenn_core._engine.call import checked_call, inputs_like, total_sizes
 from mtenn_core._engine.estimate import Estimate, estimate
+from mtenn_core._engine.evaluation import check_finite, combine_compounds
 from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
-from mtenn_core._engine.mode_table import checked_mode
-from mtenn_core._engine.prediction import predict
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core.combination import Combination
 
 if TYPE_CHECKING:
@@ -94,7 +96,8 @@ class MultiPoseModel(torch.nn.Module):
         self.chunk_size = chunk_size
         self.skip_below = skip_below
         self.check_finite = check_finite
-        checked_mode(self._options())
+        options = self._options()
+        MODES[options.gradients].check_options(options)
 
     def forward(
         self,
@@ -156,7 +159,9 @@ class MultiPoseModel(torch.nn.Module):
         ----------
         poses, sizes, pose_inputs, collated : as for ``forward``
         """
-        return estimate(self._options(), poses, sizes, pose_inputs, collated)
+        options = self._options()
+        MODES[options.gradients].check_options(options)
+        return estimate(options, poses, sizes, pose_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
         """Set training mode, or end it and give back the memory that ``"stored"`` keeps."""
@@ -176,11 +181,49 @@ class MultiPoseModel(torch.nn.Module):
         """Raise a ``CheckpointError`` if a checkpoint is of another combination than this one."""
         checkpoint.check(state, self.combination)
 
-    def _predict(self, *call: Any) -> MultiPoseOutput:
-        return MultiPoseOutput(*predict(self._options(), *call))
+    def _predict(
+        self,
+        poses: Iterable[Any],
+        sizes: Sequence[int] | None,
+        pose_inputs: Mapping[str, Any] | None,
+        collated: bool,
+        group: Group | None,
+    ) -> MultiPoseOutput:
+        options = self._options()
+        mode = MODES[options.gradients]
+        mode.check_options(options)
+        chunk_size = mode.chunk_size(options)
+        arguments = partial(checked_call, options, chunk_size, poses, sizes, pose_inputs, collated)
+        if group is None:
+            call = arguments()
+            shares = [call.sizes]
+        else:
+            # Its import takes time, and few need it.
+            from mtenn_core._engine.process_group import exchange_sizes, gather_poses
+
+            mode.check_group(options)
+            call, shares = exchange_sizes(arguments, group)
+        n_poses = total_sizes(options.combination, shares, sizes)
+        predictions, gradients = mode.predict(options, call)
+        inputs = inputs_like(predictions, call.inputs) if call.inputs else {}
+        if group is not None:
+            predictions = torch.cat(gather_poses(predictions, shares, group))
+            inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
+        if options.check_finite:
+            check_finite(predictions, inputs, n_poses)
+        combined = combine_compounds(
+            options.combination,
+            predictions,
+            inputs,
+            n_poses,
+            gradients,
+            closed_form=mode.uses_closed_form,
+        )
+        return MultiPoseOutput(combined[0] if sizes is None else torch.stack(combined), predictions)
 
     def _options(self) -> Options:
-        return Options(
+        """Return the options, checked in each call, since they can be set."""
+        options = Options(
             self.pose_model,
             self.combination,
             self.gradients,
@@ -189,6 +232,8 @@ class MultiPoseModel(torch.nn.Module):
             self.skip_below,
             self.check_finite,
         )
+        _check_options(options)
+        return options
 
 
 def _combination(combination: str | Combination) -> Combination:
@@ -204,3 +249,29 @@ def _combination(combination: str | Combination) -> Combination:
             f" found {combination!r}"
         )
     return combination
+
+
+def _check_options(options: Options) -> None:
+    """Raise a ValueError or TypeError for an option that does not exist in any mode."""
+    if options.gradients not in tuple(MODES):
+        raise ValueError(f"gradients must be one of {tuple(MODES)}; found {options.gradients!r}")
+    skip_below, collate, chunk_size = options.skip_below, options.collate, options.chunk_size
+    skip = 0 if skip_below is None else skip_below
+    if not (isinstance(skip, int | float) and 0 <= skip < 1):
+        raise ValueError(
+            "skip_below must be a number that is at least 0 and below 1, or None; found"
+            f" {skip_below!r}"
+        )
+    if not (collate is None or callable(collate)):
+        raise TypeError(
+            "collate must be a function that makes a batch of a list of poses, such as torch.stack;"
+            f" found {collate!r}"
+        )
+    if chunk_size is not None:
+        if not isinstance(chunk_size, SupportsIndex) or chunk_size < 1:
+            raise ValueError(
+                "chunk_size must be a whole number of poses, at least 1, or None; found"
+                f" {chunk_size!r}"
+            )
+        if chunk_size > 1 and collate is None:
+            raise ValueError("chunk_size > 1 needs collate, which makes one batch of several poses")

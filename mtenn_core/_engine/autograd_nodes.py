@@ -65,14 +65,14 @@ def engine_asks(hook_depth: int = 1) -> bool:
 
 # The class of the nodes that add a gradient to a leaf has no public name. Seen in torch 2.13, where
 # the gradient edge of a leaf is such a node. Without it: compare class names.
-_AccumulateGrad = type(
+AccumulateGrad = type(
     torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
 )
 
 
 def is_leaf(node: Any) -> bool:
     """Return whether a node adds a gradient to a leaf; ``node.variable`` is that leaf."""
-    return type(node) is _AccumulateGrad
+    return type(node) is AccumulateGrad
 
 
 def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
@@ -89,13 +89,6 @@ def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
                 seen.add(parent)
                 found.append(parent)
     return found
-
-
-def leaf_nodes(root: Tensor, known: Iterable[Any] = ()) -> list[Any]:
-    """Return the nodes of a graph that add a gradient to a leaf, without known ones."""
-    # Not root.grad_fn: a prediction that is itself a leaf has none, and its edge is its own node.
-    first = torch.autograd.graph.get_gradient_edge(root).node
-    return [node for node in nodes_of(first, known) if type(node) is _AccumulateGrad]
 
 
 def operations(root: Tensor) -> list[type]:

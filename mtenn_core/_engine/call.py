@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import operator
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -26,42 +26,31 @@ class Call(NamedTuple):
     sizes : the number of poses of each compound
     inputs : the pose inputs by name, shape (n_poses,)
     collated : ``poses`` is one batch
+    chunks : the poses, cut into those that run together
     """
 
     poses: list[Any]
     sizes: list[int]
     inputs: dict[str, Tensor]
     collated: bool
-
-    def chunks(self, options: Options, chunk_size: int) -> list[Chunk]:
-        """Return the poses in chunks of ``chunk_size``, or as the batch that they are."""
-        pose_model, collate = options.pose_model, options.collate
-        if self.collated:
-            return [Chunk(pose_model, self.poses[0], 0, sum(self.sizes), None)]
-        if collate is None:
-            return [
-                Chunk(pose_model, pose, index, 1, None) for index, pose in enumerate(self.poses)
-            ]
-        parts = [
-            (self.poses[first : first + chunk_size], first)
-            for first in range(0, len(self.poses), chunk_size)
-        ]
-        return [Chunk(pose_model, part, first, len(part), collate) for part, first in parts]
-
-    def inputs_like(self, predictions: Tensor) -> dict[str, Tensor]:
-        """Return the pose inputs on the device and in the dtype of the predictions."""
-        device, dtype = predictions.device, predictions.dtype
-        return {name: numbers.to(device, dtype) for name, numbers in self.inputs.items()}
+    chunks: list[Chunk]
 
 
 def checked_call(
-    combination: Combination,
+    options: Options,
+    chunk_size: int | None,
     poses: Iterable[Any],
     sizes: Sequence[int] | None,
     pose_inputs: Mapping[str, Any] | None,
     collated: bool,
 ) -> Call:
     """Return the arguments of a call in one process, or raise if they do not fit together.
+
+    Parameters
+    ----------
+    options : of the model
+    chunk_size : poses that run together; None for all
+    poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.forward`
 
     Raises
     ------
@@ -75,8 +64,21 @@ def checked_call(
             "pose_inputs must be a dict, for each name one number per pose; found"
             f" {type(given).__name__}"
         )
-    inputs = _checked_inputs(combination, given, sum(own_sizes))
-    return Call(poses, own_sizes, inputs, collated)
+    n_poses = sum(own_sizes)
+    inputs = _checked_inputs(options.combination, given, n_poses)
+    if collated:
+        chunks = [Chunk(options.pose_model, poses[0], 0, n_poses, None)]
+    else:
+        chunks = _chunks(options, poses, chunk_size or n_poses)
+    return Call(poses, own_sizes, inputs, collated, chunks)
+
+
+def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
+    pose_model, collate = options.pose_model, options.collate
+    if collate is None:
+        return [Chunk(pose_model, pose, index, 1, None) for index, pose in enumerate(poses)]
+    parts = [(poses[i : i + chunk_size], i) for i in range(0, len(poses), chunk_size)]
+    return [Chunk(pose_model, part, first, len(part), collate) for part, first in parts]
 
 
 def total_sizes(
@@ -90,20 +92,16 @@ def total_sizes(
     sizes : the argument of the call, None for one compound
     """
     totals = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
-    for compound, size in enumerate(totals):
-        check_n_poses(combination, size, None if sizes is None else compound)
+    if min(totals) < max(1, combination.min_poses):
+        for compound, size in enumerate(totals):
+            check_n_poses(combination, size, None if sizes is None else compound)
     return totals
 
 
-def by_compound(
-    predictions: Tensor, inputs: PoseInputs, sizes: list[int]
-) -> Iterator[tuple[Tensor, PoseInputs]]:
-    """Return the predictions and the pose inputs of each compound."""
-    if not inputs:
-        return zip(predictions.split(sizes), [{}] * len(sizes), strict=True)
-    columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
-    own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
-    return zip(predictions.split(sizes), own, strict=True)
+def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
+    """Return the pose inputs on the device and in the dtype of the predictions."""
+    device, dtype = predictions.device, predictions.dtype
+    return {name: numbers.to(device, dtype) for name, numbers in inputs.items()}
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -12,10 +12,10 @@ from mtenn_core._engine.precision import at_least_float32
 from mtenn_core.errors import PredictionError
 
 
-class Chunk:
+class Chunk(NamedTuple):
     """Poses that the pose model takes in one run.
 
-    Parameters
+    Attributes
     ----------
     pose_model : maps ``poses`` to one number per pose
     poses : one pose, or one batch; with ``collate``, a list of poses
@@ -23,21 +23,11 @@ class Chunk:
     collate : makes a batch of the list; None if ``poses`` is ready for the pose model
     """
 
-    __slots__ = ("_collate", "_pose_model", "_poses", "first_pose", "n_poses")
-
-    def __init__(
-        self,
-        pose_model: torch.nn.Module,
-        poses: Any,
-        first_pose: int,
-        n_poses: int,
-        collate: Collate | None,
-    ) -> None:
-        self._pose_model = pose_model
-        self._poses = poses
-        self.first_pose = first_pose
-        self.n_poses = n_poses
-        self._collate = collate
+    pose_model: torch.nn.Module
+    poses: Any
+    first_pose: int
+    n_poses: int
+    collate: Collate | None
 
     def run(self) -> Tensor:
         """Return the predictions, shape (n_poses,), in float32 at least.
@@ -47,14 +37,13 @@ class Chunk:
         PredictionError : the output is not one floating-point number per pose
         """
         try:
-            poses = self._poses if self._collate is None else self._collate(self._poses)
-            predictions = self._pose_model(poses)
+            poses = self.poses if self.collate is None else self.collate(self.poses)
+            predictions = self.pose_model(poses)
         except Exception as error:
             error.add_note(f"raised by the pose model on {self._named()}")
             raise
         self._check(predictions)
-        if predictions.dtype.itemsize < 4:
-            predictions = predictions.to(at_least_float32(predictions.dtype))
+        predictions = predictions.to(at_least_float32(predictions.dtype))
         shape = (self.n_poses,)
         # reshape adds a node to the graph even where the shape is right.
         return predictions if predictions.shape == shape else predictions.reshape(shape)

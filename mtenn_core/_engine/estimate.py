@@ -13,11 +13,12 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
-from mtenn_core._engine.call import by_compound, checked_call, total_sizes
+from mtenn_core._engine.call import checked_call, inputs_like, total_sizes
 from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
 from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.evaluation import by_compound
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.mode_table import MODES, checked_mode
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, lock_of
 from mtenn_core._engine.precision import at_least_float32
 from mtenn_core._engine.skipping import with_weight
@@ -80,18 +81,17 @@ def estimate(
     options : of the model
     poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.estimate`
     """
-    mode = checked_mode(options)
     combination = options.combination
-    call = checked_call(combination, poses, sizes, pose_inputs, collated)
+    chunk_size = MODES[options.gradients].chunk_size(options)
+    call = checked_call(options, chunk_size, poses, sizes, pose_inputs, collated)
     n_poses = total_sizes(combination, [call.sizes], sizes)
-    chunks = call.chunks(options, mode.chunk_size(options, len(call.poses)))
     modes = _possible_modes(options, collated)
-    predictions, graphs = _measure(options.pose_model, [chunk.run for chunk in chunks])
+    predictions, graphs = _measure(options.pose_model, [chunk.run for chunk in call.chunks])
     weights = torch.cat(
         [
             combination.pose_weights(own_predictions, **own_inputs)
             for own_predictions, own_inputs in by_compound(
-                predictions, call.inputs_like(predictions), n_poses
+                predictions, inputs_like(predictions, call.inputs), n_poses
             )
         ]
     )
@@ -102,7 +102,7 @@ def estimate(
     stored = sum(param.numel() * at_least_float32(param.dtype).itemsize for param in params)
     costs = []
     for mode in modes:
-        size = len(graphs) if collated else mode.chunk_size(options, len(call.poses))
+        size = (None if collated else mode.chunk_size(options)) or len(graphs)
         # Twice: the gradient, and the part of it that is added next.
         costs.append(mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored)))
     free = free_memory(weights.device)

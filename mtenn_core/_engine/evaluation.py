@@ -2,21 +2,108 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.known_gradients import attach_weights
+from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationContractError, PredictionError
 
 PoseInputs = Mapping[str, Tensor]
 NO_INPUTS: PoseInputs = MappingProxyType({})
+
+
+class PoseGradients(Protocol):
+    """The gradients of the pose predictions, for a combination that overrides ``forward``."""
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Return the parameters by name."""
+
+    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
+        """Return the gradients of some poses, as ``forward`` takes them."""
+
+
+def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> None:
+    """Raise on the first number that is NaN or infinite, and name its pose.
+
+    Parameters
+    ----------
+    predictions, inputs : shape (n_poses,)
+    sizes : the number of poses of each compound
+    """
+    named = {"the prediction": predictions}
+    named |= {f"pose_inputs[{name!r}]": values for name, values in inputs.items()}
+    for what, values in named.items():
+        finite = torch.isfinite(values.detach())
+        if finite.all():
+            continue
+        pose = int((~finite).nonzero()[0])
+        within, compound = pose, 0
+        while within >= sizes[compound]:
+            within -= sizes[compound]
+            compound += 1
+        where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
+        raise PredictionError(
+            f"pose {pose}{where}: {what} is {values[pose].item()}, and it would spoil the gradient"
+            " of every other pose; leave the pose out, or pass check_finite=False to combine it"
+            " anyway",
+            pose=pose,
+            compound=compound,
+        )
+
+
+def by_compound(
+    predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Iterator[tuple[Tensor, PoseInputs]]:
+    """Return the predictions and the pose inputs of each compound."""
+    if not inputs:
+        return zip(predictions.split(sizes), [{}] * len(sizes), strict=True)
+    columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
+    own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
+    return zip(predictions.split(sizes), own, strict=True)
+
+
+def combine_compounds(
+    combination: Combination,
+    predictions: Tensor,
+    inputs: PoseInputs,
+    sizes: list[int],
+    gradients: PoseGradients | None,
+    *,
+    closed_form: bool,
+) -> list[Tensor]:
+    """Return the combined prediction of each compound, shape ().
+
+    Parameters
+    ----------
+    predictions, inputs : of all poses, shape (n_poses,)
+    sizes : the number of poses of each compound
+    gradients : of all poses, for a combination that overrides ``forward``
+    closed_form : see :func:`combined_prediction`
+    """
+    compounds = by_compound(predictions, inputs, sizes)
+    if gradients is None:
+        return [
+            combined_prediction(combination, own, own_inputs, closed_form=closed_form)
+            for own, own_inputs in compounds
+        ]
+    names, params = list(gradients.params), list(gradients.params.values())
+    combined, first = [], 0
+    for own, own_inputs in compounds:
+        grad_dict = gradients.grad_dict(slice(first, first + len(own)))
+        pred_list = list(own.detach())
+        combined.append(
+            full_depth_prediction(combination, pred_list, grad_dict, names, *params, **own_inputs)
+        )
+        first += len(own)
+    return combined
 
 
 def combined_prediction(
@@ -46,17 +133,21 @@ def combined_prediction(
     PredictionError : fewer poses than ``min_poses``
     CombinationContractError : ``combine`` or ``pose_weights`` returned another shape
     """
+    if torch.is_autocast_enabled(predictions.device.type):  # it would compute in half precision
+        with no_autocast(predictions.device.type):
+            return combined_prediction(
+                combination, predictions, pose_inputs, closed_form=closed_form
+            )
     check_n_poses(combination, len(predictions))
     wide = predictions.to(at_least_float32(predictions.dtype))
     pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
-    overridden = overrides(type(combination), "pose_weights")
+    overridden = type(combination).pose_weights is not Combination.pose_weights
     # Two calls of a stochastic combination draw different numbers for the value and its weights.
     closed_form &= overridden and not combination.stochastic
-    with no_autocast(predictions.device.type):  # which would compute in half precision
-        if closed_form and wide.requires_grad and torch.is_grad_enabled():
-            value = _with_closed_form(combination, wide, pose_inputs)
-        else:
-            value = _checked_scalar(combination, combination.combine(wide, **pose_inputs))
+    if closed_form and wide.requires_grad and torch.is_grad_enabled():
+        value = _with_closed_form(combination, wide, pose_inputs)
+    else:
+        value = _checked_scalar(combination, combination.combine(wide, **pose_inputs))
     return value.to(predictions.dtype)
 
 
@@ -77,7 +168,25 @@ def _with_closed_form(
             f"{type(combination).__name__}.pose_weights must return one weight per pose, shape"
             f" {tuple(detached.shape)}; found {_shape_or_type(weights)}"
         )
-    return attach_weights(value, predictions, weights.clone())
+    return _ClosedForm.apply(value, predictions, weights.clone())
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A value whose derivative with respect to the predictions is known.
+
+    The gradient also passes on to ``value``, whose graph leads to the combination's own parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        (weights,) = ctx.saved_tensors
+        return grad_output, grad_output * weights, None
 
 
 def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: Any) -> Tensor:

@@ -7,16 +7,16 @@ from torch import Tensor
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.skipping import join_chunks
-from mtenn_core.combination import Combination
 
 
 class Graph(Mode):
     """The reference for the other modes: nothing but autograd."""
 
     name = "graph"
+    # The closed form is tested against this mode.
+    uses_closed_form = False
 
     def check_options(self, options: Options) -> None:
         combination = type(options.combination)
@@ -29,24 +29,12 @@ class Graph(Mode):
     def check_group(self, options: Options) -> None:
         """Accept all groups: each process takes the gradients of its own poses."""
 
-    def chunk_size(self, options: Options, n_poses: int) -> int:
-        return options.chunk_size or (1 if options.collate is None else n_poses)
+    def chunk_size(self, options: Options) -> int | None:
+        return 1 if options.collate is None else options.chunk_size
 
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
-        chunks = call.chunks(options, self.chunk_size(options, len(call.poses)))
-        predictions = [chunk.run() for chunk in chunks]
+        predictions = [chunk.run() for chunk in call.chunks]
         return join_chunks(predictions, skip_below=options.skip_below), None
-
-    def combine(
-        self,
-        combination: Combination,
-        predictions: Tensor,
-        inputs: PoseInputs,
-        gradients: object,
-        first_pose: int,
-    ) -> Tensor:
-        # The closed form is tested against this mode, which therefore does not use it.
-        return combined_prediction(combination, predictions, inputs, closed_form=False)
 
     def cost(self, totals: StepTotals) -> ModeCost:
         memory = totals.gradient + totals.saved + totals.bare

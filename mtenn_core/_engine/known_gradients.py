@@ -60,35 +60,6 @@ class _AttachGradients(torch.autograd.Function):
         return None, None, None, *ctx.weighted_sum(grad_output, ctx.saved_tensors)
 
 
-def attach_weights(value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
-    """Return ``value`` with known derivatives with respect to the predictions.
-
-    The result passes its gradient on to ``value`` as well, whose graph leads to parameters of the
-    combination.
-
-    Parameters
-    ----------
-    value : shape ()
-    predictions, weights : shape (n_poses,)
-    """
-    return _AttachWeights.apply(value, predictions, weights)
-
-
-class _AttachWeights(torch.autograd.Function):
-    """A value whose derivative with respect to the predictions is known."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
-        ctx.save_for_backward(weights)
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        (weights,) = ctx.saved_tensors
-        return grad_output, grad_output * weights, None
-
-
 def refuse_double_backward() -> None:
     """Raise a :class:`DoubleBackwardError` if backward runs under ``create_graph=True``.
 

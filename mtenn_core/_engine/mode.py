@@ -9,13 +9,12 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.evaluation import PoseInputs
+from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core.combination import Combination
 
 if TYPE_CHECKING:
     from mtenn_core._engine.call import Call
     from mtenn_core._engine.cost import ModeCost, StepTotals
-    from mtenn_core._engine.stored import StoredGradients
 
 Collate = Callable[[list[Any]], Any]
 
@@ -40,11 +39,14 @@ class Mode(ABC):
     name : the value of the option ``gradients``
     needs_combine : False if it also works with a combination that defines only ``forward``
     takes_batches : False if it must have the poses one by one
+    uses_closed_form : False if autograd takes the derivative of ``combine``, even where the
+        combination has ``pose_weights``
     """
 
     name: ClassVar[str]
     needs_combine: ClassVar[bool] = True
     takes_batches: ClassVar[bool] = True
+    uses_closed_form: ClassVar[bool] = True
 
     @abstractmethod
     def check_options(self, options: Options) -> None:
@@ -55,29 +57,17 @@ class Mode(ABC):
         """Raise a ValueError if a group of processes cannot share the poses of a compound."""
 
     @abstractmethod
-    def chunk_size(self, options: Options, n_poses: int) -> int:
-        """Return how many of ``n_poses`` poses run together."""
+    def chunk_size(self, options: Options) -> int | None:
+        """Return how many poses run together, None for all poses of a call."""
 
     @abstractmethod
-    def predict(self, options: Options, call: Call) -> tuple[Tensor, StoredGradients | None]:
-        """Return the differentiable predictions, shape (n_poses,), and gradients that are kept."""
+    def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
+        """Return the pose predictions, and their gradients if the combination asks for them.
 
-    @abstractmethod
-    def combine(
-        self,
-        combination: Combination,
-        predictions: Tensor,
-        inputs: PoseInputs,
-        gradients: StoredGradients | None,
-        first_pose: int,
-    ) -> Tensor:
-        """Return the combined prediction of one compound, shape ().
-
-        Parameters
-        ----------
-        predictions, inputs : of the compound's poses, shape (n_poses,)
-        gradients : from :meth:`predict`
-        first_pose : index of the compound's first pose in the call
+        Returns
+        -------
+        predictions : shape (n_poses,), differentiable, in float32 at least
+        gradients : for a combination that overrides ``forward``, None for others
         """
 
     @abstractmethod

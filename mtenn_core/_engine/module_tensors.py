@@ -65,6 +65,30 @@ class Places:
             held[name] = tensor
 
 
+class Aliases:
+    """Detached aliases of a module's trainable parameters: other tensors on the same memory.
+
+    A graph on aliases ends there: hooks on the parameters do not see its backward.
+
+    Attributes
+    ----------
+    params, aliases : by the name of the parameter
+    """
+
+    def __init__(self, module: torch.nn.Module) -> None:
+        self._places = Places(module, "parameters")
+        self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
+        self.aliases = {n: p.detach().requires_grad_() for n, p in self.params.items()}
+
+    @contextmanager
+    def in_place(self) -> Iterator[None]:
+        """Put the aliases into the module, and at the end its parameters."""
+        alias_of = {id(param): self.aliases[name] for name, param in self.params.items()}
+        tensors = [alias_of.get(id(param), param) for param in self._places.tensors()]
+        with self._places.holding(tensors):
+            yield
+
+
 # While a module holds other tensors, another thread would run with them.
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
@@ -79,7 +103,17 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def is_sharding(module_class: type[torch.nn.Module]) -> bool:
+def sharded_part(module: torch.nn.Module) -> str | None:
+    """Return the name of a module that is sharded over processes, None if there is none."""
+    modules = list(module.named_modules())
+    sharding = set(filter(_is_sharding, {type(part) for _, part in modules}))
+    for name, part in modules:
+        if type(part) in sharding or any(map(is_sharded, part._parameters.values())):
+            return name or type(module).__name__
+    return None
+
+
+def _is_sharding(module_class: type[torch.nn.Module]) -> bool:
     """Return whether ``fully_shard`` or ``FullyShardedDataParallel`` manages modules of a class.
 
     Between forward and backward, the parameters of such a module may look like any others. The

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 
 import torch
 
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return ``dtype``, or float32 in place of half precision, which has no digits to spare."""
-    return torch.promote_types(dtype, torch.float32)
+# Returns a dtype, or float32 in place of half precision, which has no digits to spare.
+at_least_float32 = partial(torch.promote_types, torch.float32)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:

@@ -21,12 +21,10 @@ from mtenn_core._engine.autograd_nodes import current_backward, engine_asks, ver
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
-from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.module_tensors import lock_of
 from mtenn_core._engine.replay import Conditions, Replay
 from mtenn_core._engine.skipping import join_chunks
-from mtenn_core.combination import Combination
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
 
@@ -41,25 +39,14 @@ class Recomputed(Mode):
     def check_group(self, options: Options) -> None:
         """Accept all groups: each process takes the gradients of its own poses."""
 
-    def chunk_size(self, options: Options, n_poses: int) -> int:
+    def chunk_size(self, options: Options) -> int:
         return options.chunk_size or 1
 
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
-        chunks = call.chunks(options, self.chunk_size(options, len(call.poses)))
         if not torch.is_grad_enabled():
-            return torch.cat([chunk.run() for chunk in chunks]), None
-        predictions, graphs = RecomputedGraphs(options.pose_model, call.poses).predict(chunks)
-        return join_chunks(predictions, graphs, options.skip_below), None
-
-    def combine(
-        self,
-        combination: Combination,
-        predictions: Tensor,
-        inputs: PoseInputs,
-        gradients: object,
-        first_pose: int,
-    ) -> Tensor:
-        return combined_prediction(combination, predictions, inputs)
+            return torch.cat([chunk.run() for chunk in call.chunks]), None
+        graphs = RecomputedGraphs(options.pose_model)
+        return graphs.predict(call.poses, call.chunks, options.skip_below), None
 
     def cost(self, totals: StepTotals) -> ModeCost:
         memory = totals.gradient + totals.largest_chunk + totals.bare
@@ -73,24 +60,38 @@ class RecomputedGraphs:
     Parameters
     ----------
     pose_model : the module that the chunks run
-    poses : the inputs of all chunks
 
     Attributes
     ----------
     lock : held while a chunk runs again
     """
 
-    def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
+    _replay: Replay
+
+    def __init__(self, pose_model: torch.nn.Module) -> None:
         self.lock = lock_of(pose_model)
-        self._replay = Replay(pose_model, poses)
+        self._pose_model = pose_model
         # Only the graph of the predictions owns the graphs of chunks, which refer to this object. A
         # reference back would be a cycle, and their memory would wait for the garbage collector.
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
 
-    def predict(self, chunks: Sequence[Chunk]) -> tuple[list[Tensor], list[RecomputedGraph]]:
-        """Run all chunks; return their predictions, whose graphs save nothing, and these graphs."""
+    def predict(
+        self, poses: Sequence[Any], chunks: Sequence[Chunk], skip_below: float | None
+    ) -> Tensor:
+        """Run all chunks and return their predictions, whose graphs save nothing.
+
+        Parameters
+        ----------
+        poses : the inputs of all chunks
+        skip_below : see :func:`join_chunks`
+
+        Returns
+        -------
+        shape (n_poses,)
+        """
         graphs = [RecomputedGraph(self, chunk) for chunk in chunks]
         predictions = []
+        self._replay = Replay(self._pose_model, poses)
         try:
             for graph in graphs:
                 # Set before the run: a pose model that takes gradients in its own forward causes
@@ -109,7 +110,7 @@ class RecomputedGraphs:
                 "gradients='recomputed' does not work with grad, vjp and jacrev of torch.func,"
                 " around the model or inside the pose model: use gradients='graph'"
             ) from error
-        return predictions, graphs
+        return join_chunks(predictions, graphs, skip_below)
 
     def run_again(self, graph: RecomputedGraph) -> list[tuple[Tensor, int]]:
         """Return all tensors that a graph would have saved, and the version of each."""

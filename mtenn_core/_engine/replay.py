@@ -56,17 +56,20 @@ class Replay:
         self._parameters = Places(pose_model, "parameters")
         self._buffers = Places(pose_model, "buffers")
         self._held = self._parameters.tensors()
+        buffers = self._buffers.tensors()
+        self._has_buffers = bool(buffers)
+        self._devices = accelerators([*self._held, *buffers])
+        inputs = tensors_in(poses)
+        self._inputs = [(pose, tensor, _versions([tensor])) for pose, tensor in inputs]
         self._versions = _versions(self._held)
         self._flags = [
             _Flags("training", list(pose_model.modules())),
             # torch refuses to set requires_grad of a tensor that is no leaf.
             _Flags("requires_grad", [param for param in self._held if param.is_leaf]),
         ]
-        self._devices = accelerators([*self._held, *self._buffers.tensors()])
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
         self._noted = Buffers([], [], [])
-        self._inputs = [(pose, tensor, _versions([tensor])) for pose, tensor in tensors_in(poses)]
         self._checked_in: int | None = None  # the backward that has checked the poses
 
     def before_run(self) -> Conditions:
@@ -103,6 +106,8 @@ class Replay:
 
     def _differ_from(self, buffers: Buffers) -> bool:
         """Return whether a buffer is another tensor now, or has another value."""
+        if not self._has_buffers:
+            return False
         now = self._buffers.tensors()
         return not _same(now, buffers.tensors) or _versions(now) != buffers.versions
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import computes_in, leaf_nodes
+from mtenn_core._engine.autograd_nodes import AccumulateGrad, computes_in
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.cost import ModeCost, StepTotals
-from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import PoseInputs, combined_prediction, full_depth_prediction
+from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core._engine.gradient_buffers import (
     Params,
     allocate,
@@ -24,7 +24,7 @@ from mtenn_core._engine.gradient_buffers import (
 )
 from mtenn_core._engine.known_gradients import attach
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.module_tensors import Places, is_sharded, is_sharding, lock_of
+from mtenn_core._engine.module_tensors import Aliases, lock_of, sharded_part
 from mtenn_core._engine.precision import no_autocast
 from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
@@ -62,52 +62,40 @@ class Stored(Mode):
 
     def check_group(self, options: Options) -> None:
         combination = type(options.combination)
-        if overrides(combination, "forward") and torch.is_grad_enabled():
+        if combination.forward is not Combination.forward and torch.is_grad_enabled():
             raise ValueError(
                 f"{combination.__name__} overrides forward, which works on all gradients in one"
                 " process, and group= leaves those of a compound on several: give it the whole"
                 " compound, or write combine(predictions) and use gradients='recomputed'"
             )
 
-    def chunk_size(self, options: Options, n_poses: int) -> int:
+    def chunk_size(self, options: Options) -> int:
         return 1
 
-    def predict(self, options: Options, call: Call) -> tuple[Tensor, StoredGradients | None]:
-        if torch.is_grad_enabled() and call.collated:
-            raise ValueError(NOT_IN_A_BATCH)
-        runs = [chunk.run for chunk in call.chunks(options, 1)]
-        if not torch.is_grad_enabled():
-            return torch.cat([run() for run in runs]), None
-        stored = StoredGradients(options.pose_model, runs)
+    def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
         # A combination with its own forward is given the grad_dict, and may keep it.
-        reuse = not overrides(type(options.combination), "forward")
-        return stored.attach(reuse=reuse), stored
-
-    def combine(
-        self,
-        combination: Combination,
-        predictions: Tensor,
-        inputs: PoseInputs,
-        gradients: StoredGradients | None,
-        first_pose: int,
-    ) -> Tensor:
-        if not overrides(type(combination), "forward"):
-            return combined_prediction(combination, predictions, inputs)
-        params = gradients.params if gradients else {}
-        poses = slice(first_pose, first_pose + len(predictions))
-        return full_depth_prediction(
-            combination,
-            list(predictions.detach()),
-            gradients.grad_dict(poses) if gradients else {},
-            list(params),
-            *params.values(),
-            **inputs,
-        )
+        needs_gradients = type(options.combination).forward is not Combination.forward
+        runs = [chunk.run for chunk in call.chunks]
+        if not torch.is_grad_enabled():
+            return torch.cat([run() for run in runs]), _NoGradients() if needs_gradients else None
+        if call.collated:
+            raise ValueError(NOT_IN_A_BATCH)
+        stored = StoredGradients(options.pose_model, runs)
+        return stored.attach(reuse=not needs_gradients), stored if needs_gradients else None
 
     def cost(self, totals: StepTotals) -> ModeCost:
         graph = totals.largest_chunk + totals.largest_bare
         memory = totals.gradient + graph + totals.n_poses * totals.stored_gradient
         return ModeCost(self.name, totals.n_chunks, totals.n_chunks, round(memory))
+
+
+class _NoGradients:
+    """The gradients under ``torch.no_grad``: of no parameter."""
+
+    params: Params = MappingProxyType({})
+
+    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
+        return {}
 
 
 class StoredGradients:
@@ -129,22 +117,26 @@ class StoredGradients:
     """
 
     def __init__(self, pose_model: torch.nn.Module, runs: Sequence[Run]) -> None:
-        _refuse_sharded(pose_model)
-        places = Places(pose_model, "parameters")
+        if (sharded := sharded_part(pose_model)) is not None:
+            # Its hooks replace parameters in each run, and would not see the gradients of aliases.
+            raise GradientError(
+                f"module {sharded!r} of the pose model is sharded over processes, and"
+                " gradients='stored' takes the gradients of whole parameters: use"
+                " gradients='recomputed' or 'graph', or shard the MultiPoseModel as one"
+            )
         with lock_of(pose_model):
-            trainable = {n: p for n, p in pose_model.named_parameters() if p.requires_grad}
-            self._spare = spare_memory(pose_model)
-            self._buffers = allocate(trainable, len(runs), self._spare)
-            # The pose model runs with detached aliases. Backward of a pose ends there, and hooks on
-            # the parameters (those of users, DistributedDataParallel and FSDP) run once, in the
-            # backward of the loss, and not once more for each pose.
-            self._aliases = {n: p.detach().requires_grad_() for n, p in trainable.items()}
-            for name, alias in self._aliases.items():
-                alias.register_post_accumulate_grad_hook(partial(_refuse_other_losses, name))
-            alias_of = {id(param): self._aliases[name] for name, param in trainable.items()}
-            with places.holding([alias_of.get(id(param), param) for param in places.tensors()]):
+            # The pose model runs with aliases, so that hooks on the parameters (those of users,
+            # DistributedDataParallel and FSDP) run once, in the backward of the loss, and not once
+            # more for each pose.
+            own = Aliases(pose_model)
+            self._aliases = own.aliases
+            with own.in_place():
+                self._spare = spare_memory(pose_model)
+                self._buffers = allocate(own.params, len(runs), self._spare)
+                for name, alias in self._aliases.items():
+                    alias.register_post_accumulate_grad_hook(partial(_refuse_other_losses, name))
                 used = self._run(runs)
-        self.params = {name: param for name, param in trainable.items() if name in used}
+        self.params = {name: param for name, param in own.params.items() if name in used}
 
     def attach(self, *, reuse: bool = True) -> Tensor:
         """Return the predictions as one differentiable vector, shape (n_poses,).
@@ -173,12 +165,12 @@ class StoredGradients:
 
     def _run(self, runs: Sequence[Run]) -> set[str]:
         """Run all poses, store their gradients, and return the names of the parameters used."""
-        pose_gradients = _PoseGradients(self._aliases)
+        inner = _InnerGradients(self._aliases)
         used: set[str] = set()
         predictions = []
         for pose, run in enumerate(runs):
             prediction = run()
-            used |= self._store(pose, *pose_gradients.of(prediction, pose))
+            used |= self._store(pose, *inner.of(prediction, pose))
             # A clone: a view would keep the whole tensor that it is a view of.
             predictions.append(prediction.detach().clone())
         self.predictions = torch.cat(predictions)
@@ -194,7 +186,7 @@ class StoredGradients:
         return set(gradients)
 
 
-class _PoseGradients:
+class _InnerGradients:
     """Gradients of predictions with respect to aliases of the parameters."""
 
     def __init__(self, aliases: Params) -> None:
@@ -203,9 +195,9 @@ class _PoseGradients:
         # Nodes of aliases in the graphs of earlier poses. Here they stay alive, and each alias has
         # the same node in the graph of the next pose.
         self._known: set[Any] = set()
-        # Both are known at the first pose.
+        # Both are set at the first pose.
         self._scale: float | None = None
-        self._outside_autocast: AbstractContextManager[object] | None = None
+        self._outside_autocast: AbstractContextManager[object] = nullcontext()
 
     def of(self, prediction: Tensor, pose: int) -> tuple[dict[str, Tensor], float]:
         """Return scale · ∂ŷ/∂θ for the parameters θ that ŷ depends on, and the scale."""
@@ -218,25 +210,40 @@ class _PoseGradients:
 
     def _check_leaves(self, prediction: Tensor, pose: int) -> None:
         """Raise a GradientError if something besides the aliases would get a gradient."""
-        leaves = leaf_nodes(prediction, self._known)
-        for node in leaves:
-            if id(node.variable) not in self._own:
-                raise GradientError(
-                    f"pose {pose}: its prediction depends on a tensor of shape"
-                    f" {tuple(node.variable.shape)} that requires grad and is no parameter of the"
-                    " pose model (an input, a parameter that was not registered or is reached other"
-                    " than through its module, or reentrant checkpointing); gradients='stored'"
-                    " would lose its gradient: detach it, register it, or use gradients='graph'",
-                    pose=pose,
-                )
-        self._known.update(leaves)
+        # Not with nodes_of(): this runs for every pose, and looks only for leaves.
+        root = torch.autograd.graph.get_gradient_edge(prediction).node
+        seen = {root}
+        nodes = [root]
+        for node in nodes:  # which grows meanwhile
+            if type(node) is AccumulateGrad:
+                self._check_leaf(node, pose)
+            for parent, _ in node.next_functions:
+                # None stands for an input that needs no gradient.
+                if parent is not None and parent not in seen and parent not in self._known:
+                    seen.add(parent)
+                    nodes.append(parent)
+
+    def _check_leaf(self, node: Any, pose: int) -> None:
+        if id(node.variable) in self._own:
+            self._known.add(node)
+            return
+        raise GradientError(
+            f"pose {pose}: its prediction depends on a tensor of shape"
+            f" {tuple(node.variable.shape)} that requires grad and is no parameter of the pose"
+            " model (an input, a parameter that was not registered or is reached other than through"
+            " its module, or reentrant checkpointing); gradients='stored' would lose its gradient:"
+            " detach it, register it, or use gradients='graph'",
+            pose=pose,
+        )
 
     def _scaled(self, prediction: Tensor) -> tuple[Sequence[Tensor | None], float]:
         """Return scale · ∂ŷ/∂θ, None for a parameter that ŷ does not depend on, and the scale."""
-        if self._scale is None or self._outside_autocast is None:
+        if self._scale is None:
             self._scale = FLOAT16_SCALE if computes_in(torch.float16, prediction) else 1.0
+            device_type = prediction.device.type
             # As the backward of a loss, which a user calls after the autocast block.
-            self._outside_autocast = no_autocast(prediction.device.type)
+            if torch.is_autocast_enabled(device_type):
+                self._outside_autocast = no_autocast(device_type)
         params = list(self._aliases.values())
         scale = self._scale
         while params:
@@ -264,23 +271,6 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
             parameter=name,
         )
     return gradient.flatten()
-
-
-def _refuse_sharded(pose_model: torch.nn.Module) -> None:
-    """Raise if the pose model, or a part of it, is sharded over processes.
-
-    The hooks of a sharded module replace its parameters in each run, and would not see the
-    gradients of aliases.
-    """
-    modules = list(pose_model.named_modules())
-    sharding = set(filter(is_sharding, {type(module) for _, module in modules}))
-    for name, module in modules:
-        if type(module) in sharding or any(map(is_sharded, module._parameters.values())):
-            raise GradientError(
-                f"module {name or type(pose_model).__name__!r} of the pose model is sharded over"
-                " processes, and gradients='stored' takes the gradients of whole parameters: use"
-                " gradients='recomputed' or 'graph', or shard the MultiPoseModel as one"
-            )
 
 
 def _refuse_other_losses(name: str, alias: Tensor) -> None:

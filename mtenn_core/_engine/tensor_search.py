@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import FunctionType, ModuleType
 from typing import Any
 
@@ -14,14 +14,15 @@ _LONG = 100
 _DEPTH = 5
 
 
-def tensors_in(values: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
-    """Yield each tensor inside of some values once, with the index of a value that holds it.
+def tensors_in(values: Sequence[Any]) -> list[tuple[int, Tensor]]:
+    """Return each tensor inside of some values once, with the index of a value that holds it.
 
     A value may be a tensor, a dict, a list, a dataclass or any object with attributes (PyG's
     ``Data``), to a depth of five; modules are left out.
     """
     # Breadth first, so that a tensor is found in its own pose, even if every pose refers to a data
     # set of all poses. The objects themselves, since an id may be used again.
+    found = []
     seen: dict[int, object] = {}
     level: list[tuple[int, Any]] = list(enumerate(values))
     for _ in range(_DEPTH):
@@ -31,10 +32,11 @@ def tensors_in(values: Sequence[Any]) -> Iterator[tuple[int, Tensor]]:
                 continue
             seen[id(part)] = part
             if isinstance(part, Tensor):
-                yield index, part
+                found.append((index, part))
             else:
                 below += [(index, inner) for inner in _parts(part)]
         level = below
+    return found
 
 
 def _parts(whole: Any) -> Iterable[Any]:
