@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
-from mtenn_core._engine.call import checked_call, inputs_like, total_sizes
+from mtenn_core._engine.call import checked_call, total_sizes
 from mtenn_core._engine.estimate import Estimate, estimate
-from mtenn_core._engine.evaluation import check_finite, combine_compounds
+from mtenn_core._engine.evaluation import check_finite, combine_compounds, inputs_like
 from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
@@ -25,7 +25,7 @@ GradientMode = Literal["graph", "stored", "recomputed"]
 
 
 class MultiPoseOutput(NamedTuple):
-    """What a :class:`MultiPoseModel` predicts; both tensors are differentiable.
+    """The predictions of a :class:`MultiPoseModel`; both tensors are differentiable.
 
     Attributes
     ----------
@@ -38,35 +38,34 @@ class MultiPoseOutput(NamedTuple):
 
 
 class MultiPoseModel(torch.nn.Module):
-    """Predicts one number for a compound from many poses of it.
+    """A model that predicts one number for a compound from many poses of it.
 
     Parameters
     ----------
     pose_model : maps a pose to one number, or with ``collate`` a batch of n poses to shape (n,)
     combination : its name in the registry, or an instance
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
-        ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph: the memory
-        is one graph and n_poses gradients, and on a CPU is kept for the next step until
-        :meth:`~torch.nn.Module.eval`. ``"recomputed"`` keeps no more than the predictions, and runs
-        poses again in backward, a chunk at a time and only those whose weight is not zero: the
-        memory is one chunk's graph, and of each pose the bare graph, about 1 kB for each operation.
-        The numbers are the same, unless poses of one batch influence each other (BatchNorm in
-        training), since ``"stored"`` never batches them; or unless hooks of the pose model do to
-        gradients what is not linear (clip them), since in ``"stored"`` they come before the
-        weights. While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use
-        the pose model.
+        ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph. Its memory
+        is one graph and n_poses gradients; on a CPU it is kept for the next step until
+        :meth:`~torch.nn.Module.eval`. ``"recomputed"`` keeps only the predictions, and runs poses
+        with nonzero weight again in backward, one chunk at a time. Its memory is the graph of one
+        chunk, and about 1 kB for each operation of each pose. All modes give the same numbers,
+        with two exceptions: poses of one batch that influence each other (BatchNorm in training),
+        since ``"stored"`` never batches them; and nonlinear backward hooks of the pose model (for
+        example, clip), since in ``"stored"`` they run before the weighting. While ``"stored"`` or
+        a backward of ``"recomputed"`` runs, no other thread may use the pose model.
     collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
         without it the pose model gets one pose at a time
     chunk_size : poses in a batch, with ``collate``; by default all poses of a call in ``"graph"``,
-        and one in the other modes. Where parts of the pose model have been through ``fully_shard``,
-        every rank must run as many batches as the others: give each rank as many poses, or a
-        ``chunk_size`` above that.
-    skip_below : leave poses out of backward whose weight in the loss is at most this fraction of
-        the largest. The gradient is then off by at most Σ ‖v_i ∂ŷ_i/∂θ‖ over those left out, with
-        v_i the derivative of the loss with respect to ŷ_i. 0 leaves out those whose weight is
-        exactly zero. None leaves out none: a hook on a tensor of the pose model is otherwise handed
-        None instead of a gradient of zeros
-    check_finite : raise on a NaN or infinite prediction, and name its pose. False hands it to the
+        and one in the other modes. If ``fully_shard`` has sharded parts of the pose model, every
+        rank must run equally many batches: give each rank as many poses, or a ``chunk_size`` above
+        the number of poses.
+    skip_below : skip poses in backward whose weight in the loss is at most this fraction of the
+        largest. The gradient is then off by at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the skipped poses, where
+        v_i is the derivative of the loss with respect to ŷ_i. 0 skips poses whose weight is exactly
+        zero. None skips no pose: hooks on tensors of the pose model then get a gradient of zeros,
+        where they otherwise get None
+    check_finite : raise on a NaN or infinite prediction, and name its pose. False passes it to the
         combination, and forward does not wait for a GPU.
 
     Raises
@@ -112,16 +111,17 @@ class MultiPoseModel(torch.nn.Module):
 
         Parameters
         ----------
-        poses : whatever the pose model or ``collate`` takes, one entry per pose
+        poses : one entry per pose, of any type that the pose model or ``collate`` takes
         sizes : the number of poses of each compound, which follow one another in ``poses``; without
             it, all poses belong to one compound
         pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers
-        collated : whether ``poses`` is one batch already, as a ``DataLoader`` makes it; the pose
-            model then gets it as it is
-        group : of processes that share the poses of each compound: ``poses``, ``sizes`` and
-            ``pose_inputs`` are this process's part, and only predictions are exchanged. All get
-            the same output, the poses of a compound in the order of the ranks; gradients are to be
-            averaged over the group, as ``DistributedDataParallel`` and ``fully_shard`` do.
+        collated : True if ``poses`` is one batch already, as a ``DataLoader`` makes it; the pose
+            model then gets it unchanged
+        group : the processes that share the poses of each compound. ``poses``, ``sizes`` and
+            ``pose_inputs`` are the part of this process, and only predictions are exchanged. All
+            processes get the same output, with the poses of a compound in the order of the ranks.
+            Gradients must be averaged over the group, as ``DistributedDataParallel`` and
+            ``fully_shard`` do.
 
         Returns
         -------
@@ -129,11 +129,11 @@ class MultiPoseModel(torch.nn.Module):
 
         Raises
         ------
-        PredictionError : no pose, sizes or pose inputs that do not fit, a prediction that is not
-            one finite number; it names the pose and the compound
-        GradientError : the pose model has a gradient that the mode would lose; it names it
-        ChangedBeforeBackwardError : in backward of ``"recomputed"``, where poses cannot be run
-            again as they were
+        PredictionError : no pose, sizes or pose inputs that do not fit, or a prediction that is not
+            one finite number; the message names the pose and the compound
+        GradientError : the mode would lose a gradient of the pose model; the message names it
+        ChangedBeforeBackwardError : in backward of ``"recomputed"``, if poses cannot be run again
+            under the same conditions
         """
         run = self._predict
         if torch.compiler.is_compiling():
@@ -150,10 +150,10 @@ class MultiPoseModel(torch.nn.Module):
         *,
         collated: bool = False,
     ) -> Estimate:
-        """Return what a training step on these poses would cost in each mode.
+        """Return the estimated cost of a training step on these poses in each mode.
 
-        Each pose is run once, and nothing is kept: buffers and random states stay as they are. The
-        backwards are those of a loss on the combined prediction alone.
+        It runs each pose once and keeps nothing: buffers and random states stay unchanged. The
+        backwards are those of a loss on only the combined prediction.
 
         Parameters
         ----------
@@ -164,7 +164,7 @@ class MultiPoseModel(torch.nn.Module):
         return estimate(options, poses, sizes, pose_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training mode, or end it and give back the memory that ``"stored"`` keeps."""
+        """Set training or evaluation mode; the latter frees the memory that ``"stored"`` keeps."""
         if not mode:
             forget_memory(self.pose_model)
         return super().train(mode)
@@ -174,11 +174,11 @@ class MultiPoseModel(torch.nn.Module):
         return f"gradients={self.gradients!r}, chunk_size={self.chunk_size}"
 
     def get_extra_state(self) -> Tensor:
-        """Return what a checkpoint says of the combination, as JSON in a tensor of bytes."""
+        """Return the combination's identity for a checkpoint, as JSON in a tensor of bytes."""
         return checkpoint.identity_tensor(self.combination)
 
     def set_extra_state(self, state: Any) -> None:
-        """Raise a ``CheckpointError`` if a checkpoint is of another combination than this one."""
+        """Raise a ``CheckpointError`` if the checkpoint was made with another combination."""
         checkpoint.check(state, self.combination)
 
     def _predict(
@@ -205,7 +205,7 @@ class MultiPoseModel(torch.nn.Module):
             call, shares = exchange_sizes(arguments, group)
         n_poses = total_sizes(options.combination, shares, sizes)
         predictions, gradients = mode.predict(options, call)
-        inputs = inputs_like(predictions, call.inputs) if call.inputs else {}
+        inputs = inputs_like(predictions, call.inputs)
         if group is not None:
             predictions = torch.cat(gather_poses(predictions, shares, group))
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
@@ -222,7 +222,7 @@ class MultiPoseModel(torch.nn.Module):
         return MultiPoseOutput(combined[0] if sizes is None else torch.stack(combined), predictions)
 
     def _options(self) -> Options:
-        """Return the options, checked in each call, since they can be set."""
+        """Return the options, checked each time, since they can be set."""
         options = Options(
             self.pose_model,
             self.combination,

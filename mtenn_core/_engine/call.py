@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.chunk import Chunk
-from mtenn_core._engine.evaluation import PoseInputs, check_n_poses
+from mtenn_core._engine.evaluation import check_n_poses
 from mtenn_core._engine.mode import Options
 from mtenn_core.combination import Combination
 from mtenn_core.errors import PredictionError
@@ -96,12 +96,6 @@ def total_sizes(
         for compound, size in enumerate(totals):
             check_n_poses(combination, size, None if sizes is None else compound)
     return totals
-
-
-def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
-    """Return the pose inputs on the device and in the dtype of the predictions."""
-    device, dtype = predictions.device, predictions.dtype
-    return {name: numbers.to(device, dtype) for name, numbers in inputs.items()}
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:

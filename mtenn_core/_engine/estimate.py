@@ -13,10 +13,10 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
-from mtenn_core._engine.call import checked_call, inputs_like, total_sizes
+from mtenn_core._engine.call import checked_call, total_sizes
 from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import by_compound
+from mtenn_core._engine.evaluation import by_compound, inputs_like
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, lock_of

@@ -30,6 +30,12 @@ class PoseGradients(Protocol):
         """Return the gradients of some poses, as ``forward`` takes them."""
 
 
+def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
+    """Return the pose inputs on the device and in the dtype of the predictions."""
+    device, dtype = predictions.device, predictions.dtype
+    return {name: numbers.to(device, dtype) for name, numbers in inputs.items()}
+
+
 def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> None:
     """Raise on the first number that is NaN or infinite, and name its pose.
 
