@@ -228,7 +228,7 @@ def test_copies_and_pickles_keep_their_parameters():
 
 
 class GroupedModel(torch.nn.Module):
-    """What mtenn's model of this name does with a combination, and no more."""
+    """Does with a combination only what mtenn's model of this name does."""
 
     def __init__(self, pose_model: torch.nn.Module, combination: torch.nn.Module) -> None:
         super().__init__()

@@ -176,7 +176,7 @@ def test_the_combination_trains_where_the_pose_model_is_frozen(pose_model, poses
 
 
 class Branching(torch.nn.Module):
-    """Uses ``rare`` for poses with a positive first number alone, and ``never`` for none."""
+    """Uses ``rare`` only for poses with a positive first number, and ``never`` for none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class RegisteredTwice(torch.nn.Module):
 
 
 def test_a_module_that_is_registered_twice_trains_on_step_after_step(poses):
-    """``functional_call`` alone would leave an alias in place of its parameters."""
+    """With only ``functional_call``, an alias would stay in place of its parameters."""
     pose_model = RegisteredTwice()
     params = list(pose_model.parameters())
     losses(plain_autograd(pose_model, LogSumExp(), poses, SIZES))["both"].backward()
@@ -924,7 +924,7 @@ def test_autocast_with_a_gradient_scaler_trains_as_float32_does(gradients, dtype
     for enabled in (False, True):
         model = MultiPoseModel(copy.deepcopy(start), ClosedForm(), gradients=gradients)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        # Of a scale that fits: a step whose gradients overflow would be left out.
+        # With a scale that fits: the scaler skips a step whose gradients overflow.
         half = enabled and dtype == torch.float16
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=half)
         for _ in range(2):

@@ -106,7 +106,7 @@ def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
 
 # Nodes of torch that read what they saved even where they have no gradient: fused attention and
 # recurrent layers. Found in torch 2.13 by running every formula of derivatives.yaml that has
-# several results without a gradient; tests/engine/test_autograd_nodes.py repeats that.
+# several results without a gradient; tests/engine/test_skipping.py repeats that.
 _READS_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
 
 

@@ -173,6 +173,7 @@ def _run_and_measure(run: Callable[[], Tensor], without: Container[int]) -> tupl
     """
     sizes = _Sizes(without)
     try:
+        # The hooks replace each saved tensor by 0, so that the graph keeps nothing alive.
         with saved_tensors_hooks(sizes.add, _raise):
             return run(), sizes.total
     except _BackwardRuns:  # in forward: the pose model takes gradients itself

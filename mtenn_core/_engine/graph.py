@@ -12,10 +12,10 @@ from mtenn_core._engine.skipping import join_chunks
 
 
 class Graph(Mode):
-    """The reference for the other modes: nothing but autograd."""
+    """The mode that keeps all graphs: the reference for the other modes, with plain autograd."""
 
     name = "graph"
-    # The closed form is tested against this mode.
+    # Tests compare the closed form with this mode.
     uses_closed_form = False
 
     def check_options(self, options: Options) -> None:

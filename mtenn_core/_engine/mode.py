@@ -1,4 +1,4 @@
-"""The options of a multi-pose model, and what every gradient mode does with them."""
+"""The options of a multi-pose model, and the interface of all gradient modes."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennEr
 
 
 class Recomputed(Mode):
-    """Predictions are kept, and poses with nonzero weight run again in backward."""
+    """The mode that keeps only predictions and runs poses with nonzero weight again in backward."""
 
     name = "recomputed"
 
@@ -166,7 +166,7 @@ class RecomputedGraph:
         self._saved: dict[int, tuple[Tensor, int]] = {}
 
     def saved_again(self, index: int) -> Tensor:
-        """Return a tensor that the graph would have saved: the hook that torch calls in backward.
+        """Return a tensor that the graph would have saved; torch calls this hook in backward.
 
         Parameters
         ----------

@@ -93,6 +93,8 @@ class Replay:
     def _buffers_now(self) -> Buffers:
         """Return the buffers; a copy that is still right is taken from the run before."""
         if self._differ_from(self._noted):
+            # An id and a version stand for one value: self._noted keeps the tensors alive, so that
+            # no other tensor gets the same id.
             known = {(id(t), version): copy for t, version, copy in zip(*self._noted, strict=True)}
             tensors = self._buffers.tensors()
             versions = _versions(tensors)
@@ -106,7 +108,7 @@ class Replay:
 
     def _differ_from(self, buffers: Buffers) -> bool:
         """Return whether a buffer is another tensor now, or has another value."""
-        if not self._has_buffers:
+        if not self._has_buffers:  # asked three times for each chunk
             return False
         now = self._buffers.tensors()
         return not _same(now, buffers.tensors) or _versions(now) != buffers.versions

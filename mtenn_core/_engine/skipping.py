@@ -65,6 +65,7 @@ class _Join(torch.autograd.Function):
     without computing anything. With zeros, they would compute.
     """
 
+    # torch.func.vmap over the model, and batches of weights, run forward and backward as they are.
     generate_vmap_rule = True
 
     @staticmethod

@@ -42,7 +42,7 @@ NOT_IN_A_BATCH = (
 
 
 class Stored(Mode):
-    """One gradient per pose is kept, and the graph of the pose is freed."""
+    """The mode that keeps one gradient per pose and frees the graph of the pose."""
 
     name = "stored"
     needs_combine = False
@@ -61,26 +61,26 @@ class Stored(Mode):
             )
 
     def check_group(self, options: Options) -> None:
-        combination = type(options.combination)
-        if combination.forward is not Combination.forward and torch.is_grad_enabled():
+        if _needs_gradients(options.combination) and torch.is_grad_enabled():
             raise ValueError(
-                f"{combination.__name__} overrides forward, which works on all gradients in one"
-                " process, and group= leaves those of a compound on several: give it the whole"
-                " compound, or write combine(predictions) and use gradients='recomputed'"
+                f"{type(options.combination).__name__} overrides forward, which needs all gradients"
+                " of a compound in one process, and group= shares its poses among several: give one"
+                " process the whole compound, or write combine(predictions) and use"
+                " gradients='recomputed'"
             )
 
     def chunk_size(self, options: Options) -> int:
         return 1
 
     def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
-        # A combination with its own forward is given the grad_dict, and may keep it.
-        needs_gradients = type(options.combination).forward is not Combination.forward
+        needs_gradients = _needs_gradients(options.combination)
         runs = [chunk.run for chunk in call.chunks]
         if not torch.is_grad_enabled():
             return torch.cat([run() for run in runs]), _NoGradients() if needs_gradients else None
         if call.collated:
             raise ValueError(NOT_IN_A_BATCH)
         stored = StoredGradients(options.pose_model, runs)
+        # A combination that was given the grad_dict may keep it, and with it the memory.
         return stored.attach(reuse=not needs_gradients), stored if needs_gradients else None
 
     def cost(self, totals: StepTotals) -> ModeCost:
@@ -89,8 +89,13 @@ class Stored(Mode):
         return ModeCost(self.name, totals.n_chunks, totals.n_chunks, round(memory))
 
 
+def _needs_gradients(combination: Combination) -> bool:
+    """Return whether a combination has its own ``forward``, which takes a ``grad_dict``."""
+    return type(combination).forward is not Combination.forward
+
+
 class _NoGradients:
-    """The gradients under ``torch.no_grad``: of no parameter."""
+    """The gradients under ``torch.no_grad``, with respect to no parameter."""
 
     params: Params = MappingProxyType({})
 

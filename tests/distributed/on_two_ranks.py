@@ -1,4 +1,4 @@
-"""What is tested on two processes: run by ``torchrun``, reported to ``test_distributed.py``.
+"""The tests that need two processes: run by ``torchrun``, reported to ``test_distributed.py``.
 
 Each case runs on both ranks, in a process group of its own so that one that fails leaves nothing to
 the next, and compares with plain autograd in one process.

@@ -1,4 +1,4 @@
-"""What running a pose again must get right: each is a way in which the obvious one is wrong."""
+"""A pose that runs again: each test is a way in which the obvious implementation is wrong."""
 
 import contextlib
 import copy
@@ -162,7 +162,7 @@ def test_chunks_are_left_out_as_a_whole(pose_model, poses):
 
 
 class Shared(torch.nn.Module):
-    """Has a parameter that the first pose alone uses."""
+    """Has a parameter that only the first pose uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -374,7 +374,7 @@ def test_poses_that_know_all_others_are_searched_once(poses):
 
 
 def test_a_cache_that_grows_is_an_error_that_names_the_pose(pose_model, poses):
-    """The buffer is put back, and the number beside it is not."""
+    """The buffer is restored, and the number next to it is not."""
 
     class Cached(torch.nn.Module):
         def __init__(self):
@@ -548,7 +548,7 @@ class Checkpointed(torch.nn.Module):
 
 
 class Square(torch.autograd.Function):
-    """Written in Python: it is handed zeros where it has no gradient, and computes with them."""
+    """A Function in Python: torch gives it zeros for no gradient, and it computes with them."""
 
     @staticmethod
     def forward(ctx, x):
@@ -578,7 +578,7 @@ class WithHooks(torch.nn.Module):
 
     def forward(self, pose):
         hidden = self.inner[0](pose)
-        # None is what it is handed where the pose is left out.
+        # It gets None where the pose is skipped.
         hidden.register_hook(lambda grad: None if grad is None else grad * 2)
         return self.inner[1:](hidden)
 
@@ -753,7 +753,7 @@ def test_attention_is_left_out_and_run_again_rightly(pose_model, poses, scale):
 
 
 class Penalised(torch.nn.Module):
-    """Keeps a penalty on its weights, and an activation, for a loss beside the predictions."""
+    """Keeps a penalty on its weights, and an activation, for a loss besides the predictions."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -765,9 +765,9 @@ class Penalised(torch.nn.Module):
         return self.inner(pose)
 
 
-@pytest.mark.parametrize("beside", ["penalty", "activations"])
+@pytest.mark.parametrize("other", ["penalty", "activations"])
 @pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
-def test_a_loss_beside_the_predictions_is_right_or_an_error(pose_model, poses, gradients, beside):
+def test_a_loss_besides_the_predictions_is_right_or_an_error(pose_model, poses, gradients, other):
     found = []
     for mode in ("graph", gradients):
         penalised = Penalised(pose_model)
@@ -775,7 +775,7 @@ def test_a_loss_beside_the_predictions_is_right_or_an_error(pose_model, poses, g
         model.zero_grad()
         out = model(poses)
         # Before backward: a second run of a pose would keep its own.
-        loss = penalised.penalty if beside == "penalty" else sum(penalised.activations).sin().sum()
+        loss = penalised.penalty if other == "penalty" else sum(penalised.activations).sin().sum()
         out.prediction.backward(retain_graph=True)
         if mode == "stored":
             words = r"parameter 'inner\.0\.\w+': a loss uses .*'graph'"
@@ -840,7 +840,7 @@ def test_buffers_that_do_not_change_are_copied_once(poses):
 
 
 def test_what_backward_has_no_use_for_is_let_go(pose_model, poses):
-    """A gradient for the last layer alone leaves what the first has saved."""
+    """A gradient for only the last layer leaves the saved tensors of the first unused."""
     storages = []
 
     class Tracking(torch.nn.Module):
