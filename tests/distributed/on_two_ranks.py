@@ -505,7 +505,7 @@ def full_depth_combinations_refuse_to_share_the_gradients_of_a_compound():
     model = MultiPoseModel(new_pose_model(), FullDepth(), gradients="stored")
     poses = new_poses([3, 2])
     share = partial(model, poses[dist.get_rank()], group=dist.group.WORLD)
-    check_raises(ValueError, "works on all gradients in one process", share)
+    check_raises(ValueError, "needs all gradients of a compound in one process", share)
     with torch.no_grad():
         expected = model(torch.cat(poses)).prediction
         check_same({"prediction": share().prediction}, {"prediction": expected})
