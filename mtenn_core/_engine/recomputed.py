@@ -22,7 +22,6 @@ from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.module_tensors import lock_of
 from mtenn_core._engine.replay import Conditions, Replay
 from mtenn_core._engine.skipping import join_chunks
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
@@ -45,8 +44,8 @@ class Recomputed(Mode):
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
         if not torch.is_grad_enabled():
             return torch.cat([chunk.run() for chunk in call.chunks]), None
-        graphs = RecomputedGraphs(options.pose_model)
-        return graphs.predict(call.poses, call.chunks, options.skip_below), None
+        graphs = RecomputedGraphs(options.pose_model, call.poses)
+        return graphs.predict(call.chunks, options.skip_below), None
 
     def cost(self, totals: StepTotals) -> ModeCost:
         memory = totals.gradient + totals.largest_chunk + totals.bare
@@ -60,29 +59,25 @@ class RecomputedGraphs:
     Parameters
     ----------
     pose_model : the module that the chunks run
+    poses : the inputs of all chunks
 
     Attributes
     ----------
     lock : held while a chunk runs again
     """
 
-    _replay: Replay
-
-    def __init__(self, pose_model: torch.nn.Module) -> None:
-        self.lock = lock_of(pose_model)
-        self._pose_model = pose_model
+    def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
+        self._replay = Replay(pose_model, poses)
+        self.lock = self._replay.lock
         # Only the graph of the predictions owns the graphs of chunks, which refer to this object. A
         # reference back would be a cycle, and their memory would wait for the garbage collector.
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
 
-    def predict(
-        self, poses: Sequence[Any], chunks: Sequence[Chunk], skip_below: float | None
-    ) -> Tensor:
+    def predict(self, chunks: Sequence[Chunk], skip_below: float | None) -> Tensor:
         """Run all chunks and return their predictions, whose graphs save nothing.
 
         Parameters
         ----------
-        poses : the inputs of all chunks
         skip_below : see :func:`join_chunks`
 
         Returns
@@ -91,7 +86,6 @@ class RecomputedGraphs:
         """
         graphs = [RecomputedGraph(self, chunk) for chunk in chunks]
         predictions = []
-        self._replay = Replay(self._pose_model, poses)
         try:
             for graph in graphs:
                 # Set before the run: a pose model that takes gradients in its own forward causes

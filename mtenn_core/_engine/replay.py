@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_backward, version_of
-from mtenn_core._engine.module_tensors import Places, accelerators, is_sharded
+from mtenn_core._engine.module_tensors import Places, accelerators, is_sharded, lock_of
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.errors import ChangedBeforeBackwardError
 
@@ -49,9 +49,14 @@ class Replay:
     ----------
     pose_model : the module that runs, with its parameters, buffers and flags
     poses : its inputs
+
+    Attributes
+    ----------
+    lock : to be held while conditions are restored
     """
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
+        self.lock = lock_of(pose_model)
         self._pose_model = pose_model
         self._parameters = Places(pose_model, "parameters")
         self._buffers = Places(pose_model, "buffers")
