@@ -65,7 +65,7 @@ class _Join(torch.autograd.Function):
     without computing anything. With zeros, they would compute.
     """
 
-    # torch.func.vmap over the model, and batches of weights, run forward and backward as they are.
+    # So that torch.func.vmap works around the model, and vjp of a batch of weights.
     generate_vmap_rule = True
 
     @staticmethod
@@ -122,7 +122,7 @@ def _graphs_to_run(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[boo
     runs = list(has_weight)
     for index, root in enumerate(roots):
         if not runs[index]:
-            # A known node runs with another graph, or has been given a chunk that runs it.
+            # Known nodes run anyway, with another graph.
             found = list(filter(_must_run, nodes_of(root, known)))
             runs[index] = bool(found)
             known.update(found)
