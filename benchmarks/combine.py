@@ -19,8 +19,8 @@ from rich.table import Table
 from torch import Tensor
 
 from mtenn_core import Combination, attach_gradients
+from mtenn_core._engine.evaluation import combined_prediction
 from mtenn_core._engine.stored import StoredGradients
-from mtenn_core.combination import combined_prediction
 
 GUIDE = "guide's class"
 
@@ -64,7 +64,7 @@ def main() -> None:
 
     model = Weighted(options.parameters, options.tensors)
     poses = list(torch.randn(options.poses, 1))
-    stored = StoredGradients(model, poses, lambda pose, _: model(pose).reshape(1))
+    stored = StoredGradients(model, [lambda pose=pose: model(pose).reshape(1) for pose in poses])
     names, params = list(stored.params), list(stored.params.values())
     grad_dict = stored.grad_dict(slice(None))
     pred_list = list(stored.predictions)
@@ -87,7 +87,7 @@ def main() -> None:
         for expected, found in zip(by_guide(), ours, strict=True):
             torch.testing.assert_close(found, expected)
 
-    (buffer,) = stored._buffers
+    ((_, buffer),) = stored._buffers
     weights = torch.softmax(stored.predictions, dim=0)
     ways = {
         GUIDE: by_guide,

@@ -93,7 +93,7 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     It measures the first step after a small one. Graphs consist of small blocks. Later steps reuse
     the small blocks of the step before, and would not count them.
     """
-    from mtenn_core._engine.stored import forget_memory
+    from mtenn_core._engine.gradient_buffers import forget_memory
 
     (way,) = ways
     if not (PROCESS / "clear_refs").exists():

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from mtenn_core._engine.estimate import Estimate, ModeCost
+    from mtenn_core._engine.cost import ModeCost
+    from mtenn_core._engine.estimate import Estimate
     from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
     from mtenn_core.combination import Combination, as_mtenn_combination
     from mtenn_core.gradients import attach_gradients
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
 _MODULE_OF = {
     "Combination": "mtenn_core.combination",
     "Estimate": "mtenn_core._engine.estimate",
-    "ModeCost": "mtenn_core._engine.estimate",
+    "ModeCost": "mtenn_core._engine.cost",
     "MultiPoseModel": "mtenn_core.model",
     "MultiPoseOutput": "mtenn_core.model",
     "PluginRecord": "mtenn_core._registry",

@@ -1,4 +1,4 @@
-"""Pose gradients: taken apart, checked, and made into one differentiable vector.
+"""Pose gradients: the ``grad_dict`` that holds them, its checks, and one differentiable vector.
 
 The gradient of a combined prediction h(ŷ_1 … ŷ_M) is Σ_i w_i ∂ŷ_i/∂θ with w_i = ∂h/∂ŷ_i. Given the
 vectors ∂ŷ_i/∂θ, :func:`attach_gradients` makes a tensor of the predictions whose backward is that
@@ -8,22 +8,19 @@ sum for whatever weights autograd hands it, so that every loss on the prediction
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Mapping, Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor
 
-from mtenn_core.errors import DoubleBackwardError, GradientError, PredictionError
+from mtenn_core.errors import GradientError, PredictionError
 
 GradDict = Mapping[str, Sequence[Tensor]]
-WeightedSum = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
 
 
 def split_grad_dict(grad_dict: GradDict) -> tuple[list[str], list[Tensor]]:
-    """Take a ``grad_dict`` apart into two lists of equal length.
+    """Split a ``grad_dict`` into two lists of equal length.
 
     Parameters
     ----------
@@ -55,7 +52,7 @@ def split_grad_dict(grad_dict: GradDict) -> tuple[list[str], list[Tensor]]:
 
 
 def join_grad_dict(keys: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """Put a ``grad_dict`` together again: the inverse of :func:`split_grad_dict`.
+    """Join two lists into a ``grad_dict``: the inverse of :func:`split_grad_dict`.
 
     Raises
     ------
@@ -78,11 +75,11 @@ def attach_gradients(
     param_names: Sequence[str],
     *model_params: Tensor,
 ) -> Tensor:
-    """Make one differentiable vector of pose predictions whose gradients are known already.
+    """Return one differentiable vector of pose predictions whose gradients are known already.
 
     Backward of the result turns v into Σ_i v_i · ``grad_dict[name][i]`` for every parameter and
-    reads each stored gradient once. A parameter that is named for the wrong tensor is noticed only
-    where the shapes differ.
+    reads each stored gradient once. A name that belongs to another parameter is detected only where
+    the shapes differ.
 
     Parameters
     ----------
@@ -99,8 +96,11 @@ def attach_gradients(
     ------
     PredictionError : no pose, or a prediction that is not one number; it names the pose
     GradientError : names, numbers, shapes, dtypes or devices disagree; it names parameter and pose
-    DoubleBackwardError : in backward, where a second derivative is asked for
+    DoubleBackwardError : in backward, under ``create_graph=True``
     """
+    # The engine comes after the contract in the order of imports.
+    from mtenn_core._engine.known_gradients import attach, sum_over_poses
+
     predictions = stack_predictions(pred_list)
     check_gradients(len(pred_list), grad_dict, param_names, model_params)
     by_pose = [grad_dict[name][i] for i in range(len(pred_list)) for name in param_names]
@@ -184,93 +184,7 @@ def check_gradients(
                 )
 
 
-def _describe(tensor: Tensor | None) -> str:
-    if tensor is None:
-        return "None"
+def _describe(tensor: object) -> str:
+    if not isinstance(tensor, Tensor):
+        return repr(tensor)
     return f"shape {tuple(tensor.shape)}, {tensor.dtype}, {tensor.device}"
-
-
-def attach(
-    predictions: Tensor,
-    gradients: Sequence[Tensor],
-    weighted_sum: WeightedSum,
-    model_params: Sequence[Tensor],
-) -> Tensor:
-    """Give ``predictions`` a backward: ``weighted_sum(weights, gradients)``, one per parameter."""
-    return _AttachGradients.apply(predictions, gradients, weighted_sum, *model_params)
-
-
-class _AttachGradients(torch.autograd.Function):
-    """Predictions forward; backward, the weighted sum of gradients that were known before."""
-
-    # No setup_context: torch would inspect the signature of forward in every call, for 50 µs.
-    @staticmethod
-    def forward(
-        ctx: Any,
-        predictions: Tensor,
-        gradients: Sequence[Tensor],
-        weighted_sum: WeightedSum,
-        *model_params: Tensor,
-    ) -> Tensor:
-        ctx.weighted_sum = weighted_sum
-        # Saved, not kept as an attribute: backward frees them, and an edit in place is noticed.
-        ctx.save_for_backward(*gradients)
-        return predictions.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
-        refuse_double_backward()
-        return None, None, None, *ctx.weighted_sum(grad_output, ctx.saved_tensors)
-
-
-def refuse_double_backward() -> None:
-    """Raise where a backward runs under ``create_graph=True``.
-
-    ``once_differentiable`` would be silent where the incoming gradient has no graph: a penalty on
-    gradients would be dropped without a word.
-    """
-    if torch.is_grad_enabled():
-        raise DoubleBackwardError(
-            "create_graph=True asks for the gradient of a gradient, and gradients that were put"
-            " together from stored ones have none; use MultiPoseModel(..., gradients='graph')"
-        )
-
-
-def sum_over_poses(
-    weights: Tensor, gradients: Sequence[Tensor], dtypes: Sequence[torch.dtype]
-) -> list[Tensor]:
-    """Return Σ_i ``weights[i]`` · gradient i for each of ``len(dtypes)`` parameters.
-
-    A pose whose weight is zero counts for nothing, whatever its gradient.
-
-    Parameters
-    ----------
-    weights : shape (n_poses,)
-    gradients : n_poses × n_params tensors, those of the first pose first
-    dtypes : of the n_params results
-    """
-    n_params = len(dtypes)
-    if not n_params:
-        return []
-    sums = [
-        torch.zeros(g.shape, dtype=at_least_float32(g.dtype), device=g.device)
-        for g in gradients[:n_params]
-    ]
-    for pose, weight in enumerate(weights.tolist()):
-        if weight == 0:  # whatever its gradient: 0 · inf would be NaN
-            continue
-        of_pose = list(gradients[pose * n_params : (pose + 1) * n_params])
-        torch._foreach_add_(sums, of_pose, alpha=weight)
-    return [total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]
-
-
-def no_autocast(device: str) -> AbstractContextManager[object]:
-    """Return a context without autocast on a type of device, which costs nothing where none is."""
-    if torch.is_autocast_enabled(device):
-        return torch.autocast(device, enabled=False)
-    return nullcontext()
-
-
-def at_least_float32(dtype: torch.dtype) -> torch.dtype:
-    """Return ``dtype``, or float32 in place of half precision, which has no digits to spare."""
-    return torch.promote_types(dtype, torch.float32)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, as_mtenn_combination
-from mtenn_core.combination import combined_prediction
+from mtenn_core._engine.evaluation import combined_prediction
 from mtenn_core.errors import CombinationContractError, DoubleBackwardError, PredictionError
 
 
@@ -95,7 +95,7 @@ def test_a_class_that_says_nothing_cannot_be_instantiated():
 
 
 def test_combine_of_a_full_depth_class_says_what_is_missing():
-    with pytest.raises(CombinationContractError, match="FullDepth defines forward alone"):
+    with pytest.raises(CombinationContractError, match="FullDepth defines only forward"):
         FullDepth().combine(torch.ones(2))
 
 
@@ -228,7 +228,7 @@ def test_copies_and_pickles_keep_their_parameters():
 
 
 class GroupedModel(torch.nn.Module):
-    """What mtenn's model of this name does with a combination, and no more."""
+    """Does with a combination only what mtenn's model of this name does."""
 
     def __init__(self, pose_model: torch.nn.Module, combination: torch.nn.Module) -> None:
         super().__init__()

@@ -176,6 +176,11 @@ def _rename(step, **changes):
             "parameter 'bias', pose 2: .*float64.*found .*float32",
             id="wrong dtype",
         ),
+        pytest.param(
+            {"grad_dict": lambda d: {**d, "bias": [*d["bias"][:2], 0.5]}},
+            r"parameter 'bias', pose 2: .*found 0\.5",
+            id="no tensor",
+        ),
     ],
 )
 def test_gradients_that_do_not_fit_are_named(step, changes, message):

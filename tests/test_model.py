@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, registry
-from mtenn_core._engine import stored as stored_mode
+from mtenn_core._engine.gradient_buffers import _SPARE
 from mtenn_core.errors import (
     CombinationContractError,
     CombinationNotFoundError,
@@ -176,7 +176,7 @@ def test_the_combination_trains_where_the_pose_model_is_frozen(pose_model, poses
 
 
 class Branching(torch.nn.Module):
-    """Uses ``rare`` for poses with a positive first number alone, and ``never`` for none."""
+    """Uses ``rare`` only for poses with a positive first number, and ``never`` for none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -271,7 +271,7 @@ class RegisteredTwice(torch.nn.Module):
 
 
 def test_a_module_that_is_registered_twice_trains_on_step_after_step(poses):
-    """``functional_call`` alone would leave an alias in place of its parameters."""
+    """With only ``functional_call``, an alias would stay in place of its parameters."""
     pose_model = RegisteredTwice()
     params = list(pose_model.parameters())
     losses(plain_autograd(pose_model, LogSumExp(), poses, SIZES))["both"].backward()
@@ -654,7 +654,7 @@ def test_collate_must_be_a_function(pose_model):
 
 
 def test_full_depth_needs_stored_gradients(pose_model):
-    with pytest.raises(ValueError, match=r"FullDepth defines forward alone.*gradients='stored'"):
+    with pytest.raises(ValueError, match=r"FullDepth defines only forward.*gradients='stored'"):
         MultiPoseModel(pose_model, FullDepth())
 
 
@@ -872,7 +872,7 @@ def test_pose_inputs_that_require_grad_get_it(pose_model, poses, gradients):
     [
         ({}, r"Weighted needs pose_inputs=\{'score': …\}, one number for each pose; found \[\]"),
         ({"score": [0.0] * 7}, r"needs pose_inputs=\{'prior': …\}.*found \['score'\]"),
-        ({"scores": [0.0] * 7}, r"pose_inputs\['scores'\]: Weighted takes none of this name"),
+        ({"scores": [0.0] * 7}, r"pose_inputs\['scores'\]: Weighted takes no input of this name"),
         (
             {"score": [0.0] * 6, "prior": [0.0] * 7},
             r"pose_inputs\['score'\] must be .*shape \(7,\); found shape \(6,\)",
@@ -911,7 +911,7 @@ def test_pose_inputs_must_be_a_dict(pose_model, poses, scores):
 
 
 def test_a_combination_without_pose_inputs_takes_none(pose_model, poses):
-    with pytest.raises(PredictionError, match=r"LogSumExp takes none of this name.*are \(\)"):
+    with pytest.raises(PredictionError, match=r"LogSumExp takes no input of this name.*are \(\)"):
         MultiPoseModel(pose_model, LogSumExp())(poses, pose_inputs={"score": torch.zeros(7)})
 
 
@@ -924,7 +924,7 @@ def test_autocast_with_a_gradient_scaler_trains_as_float32_does(gradients, dtype
     for enabled in (False, True):
         model = MultiPoseModel(copy.deepcopy(start), ClosedForm(), gradients=gradients)
         optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
-        # Of a scale that fits: a step whose gradients overflow would be left out.
+        # With a scale that fits: the scaler skips a step whose gradients overflow.
         half = enabled and dtype == torch.float16
         scaler = torch.amp.GradScaler("cpu", init_scale=2.0**8, enabled=half)
         for _ in range(2):
@@ -1112,9 +1112,9 @@ def test_gradients_do_not_underflow_where_the_pose_model_has_autocast_of_its_own
 def test_the_end_of_training_gives_memory_back(pose_model, poses):
     model = MultiPoseModel(pose_model, ClosedForm(), gradients="stored")
     model(poses).prediction.backward()
-    assert pose_model in stored_mode._SPARE
+    assert pose_model in _SPARE
     model.eval()
-    assert pose_model not in stored_mode._SPARE
+    assert pose_model not in _SPARE
     model.train()
     model(poses).prediction.backward()
 

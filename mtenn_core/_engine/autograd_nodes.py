@@ -1,175 +1,132 @@
-"""The graphs of poses: what they depend on, and which of them backward may leave out."""
+"""The nodes of autograd's graphs, and every private interface of torch that the engine uses.
+
+Each private interface has a comment: its use, the version of torch in which it was seen to work,
+and what could replace it. The rest of the engine goes through this module.
+"""
 
 from __future__ import annotations
 
 import functools
+import operator
 import re
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Protocol
+import sys
+from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor
 
+# The number of the backward pass that runs on this thread, -1 outside of one. It says whether two
+# calls of a hook or a Function belong to the same backward. Seen in torch 2.13, whose
+# torch.utils.checkpoint and register_multi_grad_hook use it too. Without it: a number that _Join
+# (skipping.py) raises in each backward, which does not see backwards that start below the join.
+current_backward = torch._C._current_graph_task_id
 
-class Chunk(Protocol):
-    """What is told in which backward the graph of some poses is left out, if in one."""
+# Whether the backward pass that runs was called with retain_graph=True. Seen in torch 2.13, whose
+# AOTAutograd asks it before it frees what it saved. Without it: the buffer of gradients could not
+# be reused, and each step would fill fresh memory.
+graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 
-    left_out_in: int | None
-
-
-def join_chunks(
-    predictions: Sequence[Tensor],
-    chunks: Sequence[Chunk] = (),
-    skip_below: float | None = 0.0,
-) -> Tensor:
-    """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
-
-    Its backward leaves out a chunk whose weights are all zero, so that it costs nothing and that
-    an infinite gradient of a pose without weight does no harm (0 · inf is NaN).
-
-    Parameters
-    ----------
-    skip_below : leave out weights up to this fraction of the largest, too; None leaves out none
-    """
-    no_graph = not any(chunk.requires_grad for chunk in predictions)
-    if len(predictions) == 1 or no_graph or skip_below is None:
-        return torch.cat(list(predictions))
-    joined: Tensor = _Join.apply(chunks, skip_below, *predictions)
-    return joined
-
-
-def with_weight(weights: Tensor, skip_below: float | None) -> Tensor:
-    """Return which poses count, shape (n_poses,); those whose weight is NaN or infinite do."""
-    sizes = weights.abs()
-    if skip_below is None:
-        return torch.ones_like(sizes, dtype=torch.bool)
-    return ~(sizes <= skip_below * sizes.max()) | sizes.isinf()
-
-
-class _Join(torch.autograd.Function):
-    """``torch.cat`` that hands no gradient at all to chunks whose gradient is zero."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(chunks: Sequence[Chunk], skip_below: float, *predictions: Tensor) -> Tensor:
-        return torch.cat(predictions)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.chunks, ctx.skip_below, *predictions = inputs
-        ctx.sizes = [len(chunk) for chunk in predictions]
-
-    @staticmethod
-    def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
-        parts = weights.split(ctx.sizes)
-        # A weight of zero may have a derivative that is not, and a batch of weights is many.
-        if torch.is_grad_enabled() or is_batched(weights):
-            runs = [True] * len(parts)
-        else:
-            counts = with_weight(weights, ctx.skip_below).tolist()
-            has_weight = [any(of_chunk) for of_chunk in _split(counts, ctx.sizes)]
-            runs = _runs([node for node, _ in ctx.next_functions], has_weight)
-        for chunk, run in zip(ctx.chunks, runs, strict=False):
-            chunk.left_out_in = None if run else torch._C._current_graph_task_id()
-        return None, None, *(part if run else None for part, run in zip(parts, runs, strict=True))
-
-    @staticmethod
-    def jvp(ctx: Any, _chunks: None, _skip_below: None, *tangents: Tensor) -> Tensor:
-        return torch.cat(tangents)
-
-
-def _split(values: list[bool], sizes: Sequence[int]) -> Iterator[list[bool]]:
-    start = 0
-    for size in sizes:
-        yield values[start : start + size]
-        start += size
-
-
-def _runs(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
-    """Return for each graph whether backward must run it.
-
-    One without weight must if it alone holds a leaf, whose gradient is then zero and not None; or a
-    node that computes something where it is handed no gradient.
-    """
-    if all(has_weight):
-        return list(has_weight)
-    # Not every node: those of all poses would be many objects for the garbage collector.
-    known: set[Any] = set()
-    for root, weight in zip(roots, has_weight, strict=True):
-        if weight:
-            known.update(filter(_must_run, _nodes(root, known)))
-    runs = list(has_weight)
-    for index, root in enumerate(roots):
-        if not runs[index]:
-            # A known one runs anyway, or need not for another chunk either.
-            found = list(filter(_must_run, _nodes(root, known)))
-            runs[index] = bool(found)
-            known.update(found)
-    return runs
-
-
-# Nodes of torch that look at what they saved where they have no gradient, too: fused attention, and
-# recurrent layers. Found with every formula of derivatives.yaml that has several results.
-_LOOK_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
-
-
-def _must_run(node: Any) -> bool:
-    return _is_leaf(node) or computes_anyway(node.__class__)
-
-
-@functools.lru_cache
-def computes_anyway(node_class: type) -> bool:
-    """Whether a node may compute something where it is handed no gradient."""
-    name = node_class.__name__
-    in_python = issubclass(node_class, torch.autograd.function.BackwardCFunction)
-    in_cpp = name == "CppFunction"
-    return in_python or in_cpp or _LOOK_ANYWAY.search(name) is not None
+# How often a tensor was changed in place; RuntimeError for a tensor of inference_mode. Autograd's
+# own check of saved tensors compares the same number. Seen in torch 2.13; every release since 0.4
+# has it, without documentation. Without it: copies of the values, which cost their memory.
+version_of = operator.attrgetter("_version")
 
 
 def is_batched(tensor: Tensor) -> bool:
-    """Whether it stands for many, under vmap or ``is_grads_batched``."""
+    """Return whether a tensor stands for many, under ``vmap`` or ``is_grads_batched``.
+
+    Its values cannot be read (``tolist``, ``item``), since they differ along the hidden dimension.
+    """
+    # Seen in torch 2.13. is_grads_batched uses the "legacy" kind. Without them: try tolist() and
+    # catch the RuntimeError.
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def accumulators(root: Tensor, known: Iterable[Any] = ()) -> list[Any]:
-    """Return the nodes of a graph that add a gradient to a leaf, but for those in ``known``."""
-    first = torch.autograd.graph.get_gradient_edge(root).node
-    return list(filter(_is_leaf, _nodes(first, known)))
+def engine_asks(hook_depth: int = 1) -> bool:
+    """Return whether autograd's engine has called the hook that calls this function.
+
+    Otherwise Python code did that wants to compute with the tensor: ``torch.utils.checkpoint``, or
+    somebody who reads ``grad_fn.saved_tensors``.
+
+    Parameters
+    ----------
+    hook_depth : frames between this function and the caller of the hook
+    """
+    hook: Any = sys._getframe(hook_depth)
+    caller = hook.f_back
+    # The engine runs nodes of the CPU on the thread that called it, so the frame below the hook is
+    # the one that called the engine. Threads of accelerators have no Python frame below the hook.
+    # _engine_run_backward was seen in torch 2.13; all of backward(), grad() and their like end
+    # there. Without it: hand out the tensor always, which runs poses again that have no gradient.
+    return caller is None or caller.f_code is torch.autograd.graph._engine_run_backward.__code__
 
 
-# Its class has no public name.
-_AccumulateGrad = type(
+# The class of the nodes that add a gradient to a leaf has no public name. Seen in torch 2.13, where
+# the gradient edge of a leaf is such a node. Without it: compare class names.
+AccumulateGrad = type(
     torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
 )
 
 
-def _is_leaf(node: Any) -> bool:
-    return type(node) is _AccumulateGrad
+def is_leaf(node: Any) -> bool:
+    """Return whether a node adds a gradient to a leaf; ``node.variable`` is that leaf."""
+    return type(node) is AccumulateGrad
 
 
-def operations(root: Tensor) -> list[type]:
-    """Return the class of each node of a graph that is no leaf."""
-    return [type(node) for node in _nodes(root.grad_fn) if not _is_leaf(node)]
-
-
-def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
-    """Whether a graph has a result of some dtype."""
-    nodes = _nodes(root.grad_fn)
-    return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
-
-
-def _nodes(root: Any, known: Iterable[Any] = ()) -> list[Any]:
-    """Return the nodes of a graph, without known ones and what is only reached through them."""
-    seen = {*known, None}  # None for what needs no gradient
+def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
+    """Return the nodes of a graph, without known ones and those only reached through them."""
+    # None stands in next_functions for an input that needs no gradient.
+    seen = {*known, None}
     if root in seen:
         return []
     seen.add(root)
     found = [root]
-    for node in found:  # grows meanwhile
+    for node in found:  # which grows meanwhile
         for parent, _ in node.next_functions:
             if parent not in seen:
                 seen.add(parent)
                 found.append(parent)
     return found
+
+
+def operations(root: Tensor) -> list[type]:
+    """Return the class of each node of a graph that is no leaf."""
+    return [type(node) for node in nodes_of(root.grad_fn) if not is_leaf(node)]
+
+
+def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
+    """Return whether some node of a graph has a result of this dtype."""
+    # _input_metadata describes the gradients that a node takes, which have the dtypes of its
+    # results. Seen in torch 2.13. Without it: a TorchDispatchMode around the run, which is slow.
+    nodes = nodes_of(root.grad_fn)
+    return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
+
+
+# Nodes of torch that read what they saved even where they have no gradient: fused attention and
+# recurrent layers. Found in torch 2.13 by running every formula of derivatives.yaml that has
+# several results without a gradient; tests/engine/test_skipping.py repeats that.
+_READS_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
+
+
+@functools.lru_cache
+def computes_anyway(node_class: type) -> bool:
+    """Return whether a node may compute something where it is given no gradient.
+
+    The engine calls every node of a graph, with or without a gradient. torch's own formulas return
+    None for None. A Function in Python or C++ is given zeros instead, and runs its code.
+    """
+    name = node_class.__name__
+    # The base of the nodes of all Functions in Python, undocumented; seen in torch 2.13. Without
+    # it: hasattr(node, "saved_tensors").
+    in_python = issubclass(node_class, torch.autograd.function.BackwardCFunction)
+    # The name that torch 2.13 gives to nodes of Functions in C++.
+    in_cpp = name == "CppFunction"
+    return in_python or in_cpp or _READS_ANYWAY.search(name) is not None
+
+
+def add_in_place(sums: list[Tensor], tensors: list[Tensor], factor: float) -> None:
+    """Add ``factor`` · tensor to each sum in one call."""
+    # A beta interface of torch 2.13, which the optimizers use. Without it: a loop of add_().
+    torch._foreach_add_(sums, tensors, alpha=factor)

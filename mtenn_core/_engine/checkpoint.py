@@ -1,4 +1,4 @@
-"""What a checkpoint says of the combination that it was made with."""
+"""The combination's identity in a checkpoint: written, and compared when it is loaded."""
 
 from __future__ import annotations
 
@@ -14,21 +14,24 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core._engine.module_tensors import is_sharded
-from mtenn_core._registry import registry
-from mtenn_core.combination import Combination, constructor_arguments
+from mtenn_core.combination import Combination
 from mtenn_core.errors import CheckpointError, PluginWarning
 
-REMEDY = (
-    "; make the model with what the checkpoint was made with, or, to load it anyway, delete the key"
-    " that ends in '_extra_state' from the state dict and load with strict=False"
+_REMEDY = (
+    "; make the model with the checkpoint's combination, or, to load it anyway, delete the key that"
+    " ends in '_extra_state' from the state dict and load with strict=False"
 )
-
-BLOCK = 1024
+# Bytes. Texts are filled up to a multiple of it.
+_BLOCK = 1024
 
 
 def identity(combination: Combination) -> dict[str, Any]:
-    """Return what a combination is: name, distribution, version, class and arguments."""
+    """Return the name, distribution, version, class and arguments of a combination."""
+    # The registry comes after the engine in the order of imports, and knows the distribution.
+    from mtenn_core._registry import registry
+
     record = registry.record_of(type(combination))
     return {
         "name": record and record.name,
@@ -39,59 +42,60 @@ def identity(combination: Combination) -> dict[str, Any]:
     }
 
 
-def written(combination: Combination) -> Tensor:
-    """Return its identity as JSON in a tensor of bytes.
+def identity_tensor(combination: Combination) -> Tensor:
+    """Return the identity of a combination as JSON in a tensor of bytes.
 
-    As a tensor, since some formats of checkpoints (safetensors, distributed ones) hold no others.
-    Blanks fill it up to a round length: torch.distributed.checkpoint reads into the tensor of the
-    model that it loads into, whose version, say, may take another number of bytes.
+    It is a tensor because some formats of checkpoints (safetensors, distributed ones) hold nothing
+    else. Blanks fill it up to a round length: torch.distributed.checkpoint reads into the tensor of
+    the model that is loaded, and the text of that model may be a few bytes longer or shorter.
     """
     text = json.dumps(identity(combination), ensure_ascii=False).encode()
-    n_bytes = BLOCK * math.ceil(len(text) / BLOCK)
+    n_bytes = _BLOCK * math.ceil(len(text) / _BLOCK)
     return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.uint8)
 
 
 def check(state: object, combination: Combination) -> None:
-    """Compare a checkpoint's combination with the one that it is loaded into.
+    """Compare a checkpoint's combination with that of the model that is loaded.
 
     Raises
     ------
-    CheckpointError : it is another one, or has other arguments
+    CheckpointError : the combination or its arguments differ
 
     Warns
     -----
-    PluginWarning : it is another version of the same
+    PluginWarning : only the version differs
     """
-    then, now = _read(state), _read(written(combination))
+    then, now = _read(state), _read(identity_tensor(combination))
     same = ("name", "distribution") if then["name"] and now["name"] else ("class",)
     if any(then[key] != now[key] for key in same):
         raise CheckpointError(
-            f"the checkpoint is of {_shown(then)}, and this model has {_shown(now)}{REMEDY}"
+            f"the checkpoint is of {_description(then)}, and this model has {_description(now)}"
+            f"{_REMEDY}"
         )
     if then["arguments"] != now["arguments"]:
         raise CheckpointError(
-            f"the checkpoint is of {_shown(then)}, and this model has other arguments,"
-            f" {_shown(now)}{REMEDY}"
+            f"the checkpoint is of {_description(then)}, and this model has other arguments,"
+            f" {_description(now)}{_REMEDY}"
         )
     if then["version"] != now["version"]:
         warnings.warn(
-            f"the checkpoint is of {_shown(then)}, and {now['version']} is installed: what it"
-            " predicts may differ",
+            f"the checkpoint is of {_description(then)}, and {now['version']} is installed: its"
+            " predictions may differ",
             PluginWarning,
             stacklevel=2,
         )
 
 
 def _held(combination: Combination) -> set[int]:
-    """Return where the parameters and buffers are, whose values a checkpoint has anyway."""
+    """Return the addresses of parameters and buffers, whose values a checkpoint has anyway."""
     tensors = (*combination.parameters(), *combination.buffers())
     return {t.untyped_storage().data_ptr() for t in tensors if not is_sharded(t)}
 
 
 def _plain(argument: Any, held: Container[int]) -> Any:
-    """Return an argument as JSON has it: the same in every process, and for equal values."""
+    """Return an argument in types of JSON, which are equal in all processes for equal values."""
     if argument is None or isinstance(argument, str | int | float):
-        return argument if argument == argument else "nan"  # which is equal to itself
+        return argument if argument == argument else "nan"  # a NaN is not equal to itself
     if isinstance(argument, Mapping):
         return {str(key): _plain(value, held) for key, value in argument.items()}
     if isinstance(argument, list | tuple):
@@ -112,7 +116,7 @@ def _tensor_as_text(tensor: Tensor, held: Container[int]) -> str:
     values = tensor.detach().cpu().contiguous()
     if values.numel() <= 16:
         return f"{kind}, {values.tolist()}"
-    data = ctypes.string_at(values.data_ptr(), values.nbytes)  # works without numpy
+    data = ctypes.string_at(values.data_ptr(), values.nbytes)  # Tensor.numpy() needs numpy
     return f"{kind}, SHA-256 {hashlib.sha256(data).hexdigest()}"
 
 
@@ -122,15 +126,15 @@ def _read(state: object) -> dict[str, Any]:
         {key: then[key] for key in ("name", "distribution", "version", "class", "arguments")}
     except Exception as error:
         raise CheckpointError(
-            f"what the checkpoint says of its combination cannot be read ({error}){REMEDY}"
+            f"the checkpoint's record of its combination cannot be read ({error}){_REMEDY}"
         ) from error
     return then
 
 
-def _shown(identity: dict[str, Any]) -> str:
+def _description(identity: dict[str, Any]) -> str:
+    """Return an identity in words, for messages."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in identity["arguments"].items())
-    name = identity["name"] or identity["class"]
-    version = f" ({identity['distribution']} {identity['version']})" * bool(
-        identity["distribution"]
-    )
-    return f"{name!r}{version} with {arguments or 'no arguments'}"
+    name = repr(identity["name"] or identity["class"])
+    if identity["distribution"]:
+        name += f" ({identity['distribution']} {identity['version']})"
+    return f"{name} with {arguments or 'no arguments'}"

@@ -1,11 +1,11 @@
-"""What each mode of a multi-pose model would cost, measured on given poses."""
+"""The estimated cost of a training step in each mode, measured on given poses."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,56 +13,33 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
+from mtenn_core._engine.call import checked_call, total_sizes
+from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
+from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.evaluation import by_compound, inputs_like
+from mtenn_core._engine.mode import Mode, Options
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, lock_of
-from mtenn_core.gradients import at_least_float32
+from mtenn_core._engine.precision import at_least_float32
+from mtenn_core._engine.skipping import with_weight
+from mtenn_core._engine.stored import NOT_IN_A_BATCH
 
-
-class ModeCost(NamedTuple):
-    """The bill of one training step in one mode.
-
-    Attributes
-    ----------
-    gradients : the mode
-    forwards, backwards : how often a chunk of poses is run each way
-    memory : bytes, beside parameters and poses: graphs, stored gradients, the gradient itself
-    """
-
-    gradients: str
-    forwards: int
-    backwards: int
-    memory: int
-
-
-class PoseGraph(NamedTuple):
-    """The graph of one pose.
-
-    Attributes
-    ----------
-    saved, bare : bytes of the tensors that it saves, and of its nodes
-    never_left_out : whether backward must run it even if its weight is zero
-    """
-
-    saved: float
-    bare: float
-    never_left_out: bool
-
-
-# Bytes of a node with what the allocator adds and, in Python, the hooks for what it saves:
+# Bytes of a node, with overhead of the allocator and, in Python, the hooks for what it saves:
 # measured with torch 2.13 on graphs of 6 to 300 nodes.
 NODE = 1000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """What :meth:`MultiPoseModel.estimate` found; ``print`` shows it as a table.
+    """The result of :meth:`MultiPoseModel.estimate`; ``print`` shows it as a table.
 
     Attributes
     ----------
-    n_poses, n_with_weight : poses, and those whose weight in the combined prediction is not zero
+    n_poses, n_with_weight : poses, and those with nonzero weight in the combined prediction
     graph : bytes that the largest graph of one pose saves
     parameters : bytes of the trainable parameters
-    free : bytes of memory that are free where the parameters are; None if that is not known
-    modes : the bill of each mode that the combination allows
+    free : bytes of memory that are free on the device of the parameters; None if unknown
+    modes : the cost of each mode that the combination allows
     best : the mode to take
     """
 
@@ -90,12 +67,75 @@ class Estimate:
         return "\n".join(lines)
 
 
-def measured(
+def estimate(
+    options: Options,
+    poses: Iterable[Any],
+    sizes: Sequence[int] | None,
+    pose_inputs: Mapping[str, Any] | None,
+    collated: bool,
+) -> Estimate:
+    """Return the cost of a training step on some poses in each mode.
+
+    Parameters
+    ----------
+    options : of the model
+    poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.estimate`
+    """
+    combination = options.combination
+    chunk_size = MODES[options.gradients].chunk_size(options)
+    call = checked_call(options, chunk_size, poses, sizes, pose_inputs, collated)
+    n_poses = total_sizes(combination, [call.sizes], sizes)
+    modes = _possible_modes(options, collated)
+    predictions, graphs = _measure(options.pose_model, [chunk.run for chunk in call.chunks])
+    weights = torch.cat(
+        [
+            combination.pose_weights(own_predictions, **own_inputs)
+            for own_predictions, own_inputs in by_compound(
+                predictions, inputs_like(predictions, call.inputs), n_poses
+            )
+        ]
+    )
+    has_weight = with_weight(weights, options.skip_below).tolist()
+    params = [param for param in options.pose_model.parameters() if param.requires_grad]
+    gradient = sum(param.nbytes for param in params)
+    # Sums over poses are float32 at least.
+    stored = sum(param.numel() * at_least_float32(param.dtype).itemsize for param in params)
+    costs = []
+    for mode in modes:
+        size = (None if collated else mode.chunk_size(options)) or len(graphs)
+        # Twice: the gradient, and the part of it that is added next.
+        costs.append(mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored)))
+    free = free_memory(weights.device)
+    return Estimate(
+        n_poses=len(graphs),
+        n_with_weight=sum(has_weight),
+        graph=round(max(graph.saved for graph in graphs)),
+        parameters=gradient,
+        free=free,
+        modes=tuple(costs),
+        best=choose(costs, free),
+    )
+
+
+def _possible_modes(options: Options, collated: bool) -> list[Mode]:
+    """Return the modes that work with a combination, and with poses in one batch."""
+    has_combine = overrides(type(options.combination), "combine")
+    modes = [
+        mode
+        for mode in MODES.values()
+        if (has_combine or not mode.needs_combine) and (mode.takes_batches or not collated)
+    ]
+    if not modes:
+        raise ValueError(NOT_IN_A_BATCH)
+    return modes
+
+
+def _measure(
     pose_model: torch.nn.Module, runs: Sequence[Callable[[], Tensor]]
 ) -> tuple[Tensor, list[PoseGraph]]:
     """Return the predictions of all poses, shape (n_poses,), and the graph of each.
 
-    Nothing is saved, and buffers and random states stay as they are.
+    Their graphs save nothing. Buffers and random states are those of before afterwards.
 
     Parameters
     ----------
@@ -115,37 +155,43 @@ def measured(
         torch.enable_grad(),
     ):
         for run in runs:
-            prediction, saved = _run(run, own)
+            prediction, saved = _run_and_measure(run, own)
             predictions.append(prediction.detach())
             classes, n_poses = operations(prediction), len(prediction)
-            never_left_out = any(map(computes_anyway, classes))
+            never_skipped = any(map(computes_anyway, classes))
             bare = len(classes) * NODE
-            graphs += [PoseGraph(saved / n_poses, bare / n_poses, never_left_out)] * n_poses
+            graphs += [PoseGraph(saved / n_poses, bare / n_poses, never_skipped)] * n_poses
     return torch.cat(predictions), graphs
 
 
-def _run(run: Callable[[], Tensor], without: Container[int]) -> tuple[Tensor, int]:
-    """Return what ``run`` does, and how many bytes its graph would save."""
+def _run_and_measure(run: Callable[[], Tensor], without: Container[int]) -> tuple[Tensor, int]:
+    """Return the result of ``run``, and how many bytes its graph would save.
+
+    Parameters
+    ----------
+    without : addresses of tensors that do not count
+    """
     sizes = _Sizes(without)
     try:
-        with saved_tensors_hooks(sizes.add, _wanted):
+        # The hooks replace each saved tensor by 0, so that the graph keeps nothing alive.
+        with saved_tensors_hooks(sizes.add, _raise):
             return run(), sizes.total
-    except _Wanted:  # a pose model that takes gradients in its own forward
+    except _BackwardRuns:  # in forward: the pose model takes gradients itself
         sizes = _Sizes(without)
         with saved_tensors_hooks(sizes.add_and_keep, lambda tensor: tensor):
             return run(), sizes.total
 
 
-class _Wanted(Exception):
-    """Backward runs, and what its graph has saved is gone."""
+class _BackwardRuns(Exception):
+    """Backward asks for a saved tensor, which is gone."""
 
 
-def _wanted(_: int) -> Tensor:
-    raise _Wanted
+def _raise(_: int) -> Tensor:
+    raise _BackwardRuns
 
 
 class _Sizes:
-    """Adds up what a graph would save, and lets go of it."""
+    """The bytes that a graph would save, counted by hooks that do not keep the tensors."""
 
     def __init__(self, without: Container[int]) -> None:
         self.total = 0
@@ -155,7 +201,7 @@ class _Sizes:
     def add(self, tensor: Tensor) -> int:
         storage, address = tensor.untyped_storage(), _address(tensor)
         known = self._seen.get(address)
-        # Memory that was given back may be that of another tensor now.
+        # The same memory counts once; but after it was freed, another tensor may be there.
         if address not in self._without and (known is None or known.expired()):
             self._seen[address] = StorageWeakRef(storage)
             self.total += storage.nbytes()
@@ -166,70 +212,7 @@ class _Sizes:
         return tensor
 
 
-def estimate(
-    pose_model: torch.nn.Module,
-    graphs: Sequence[PoseGraph],
-    counts: Tensor,
-    chunk_sizes: Mapping[str, int],
-) -> Estimate:
-    """Return the bill of each mode.
-
-    Parameters
-    ----------
-    graphs : of each pose
-    counts : which poses have a weight, shape (n_poses,), bool
-    chunk_sizes : by mode, how many poses run together
-    """
-    params = [param for param in pose_model.parameters() if param.requires_grad]
-    gradient = sum(param.nbytes for param in params)
-    # Sums are of float32 at least.
-    stored = sum(param.numel() * at_least_float32(param.dtype).itemsize for param in params)
-    modes = tuple(
-        _cost(mode, graphs, counts.tolist(), size, 2 * gradient, stored)
-        for mode, size in chunk_sizes.items()
-    )
-    free = free_memory(counts.device)
-    return Estimate(
-        n_poses=len(graphs),
-        n_with_weight=int(counts.sum()),
-        graph=round(max(graph.saved for graph in graphs)),
-        parameters=gradient,
-        free=free,
-        modes=modes,
-        best=choose(modes, free),
-    )
-
-
-def _cost(
-    mode: str,
-    graphs: Sequence[PoseGraph],
-    counts: Sequence[bool],
-    chunk_size: int,
-    gradient: int,
-    stored: int,
-) -> ModeCost:
-    """Return the bill of one mode.
-
-    Parameters
-    ----------
-    gradient : bytes of the gradient, and of the part of it that is added next
-    stored : bytes of the stored gradient of a pose
-    """
-    runs = [count or graph.never_left_out for count, graph in zip(counts, graphs, strict=True)]
-    starts = range(0, len(graphs), chunk_size)
-    n_chunks, n_run = len(starts), sum(any(runs[i : i + chunk_size]) for i in starts)
-    largest = max(sum(graph.saved for graph in graphs[i : i + chunk_size]) for i in starts)
-    bare = sum(graph.bare for graph in graphs)
-    if mode == "graph":
-        saved = sum(graph.saved for graph in graphs)
-        return ModeCost(mode, n_chunks, n_run, round(gradient + saved + bare))
-    if mode == "stored":
-        memory = gradient + largest + max(graph.bare for graph in graphs) + len(graphs) * stored
-        return ModeCost(mode, n_chunks, n_chunks, round(memory))
-    return ModeCost(mode, n_chunks + n_run, n_run, round(gradient + largest + bare))
-
-
-def choose(modes: tuple[ModeCost, ...], free: int | None) -> str:
+def choose(modes: Sequence[ModeCost], free: int | None) -> str:
     """Return the fastest mode among those that take no more than half of the free memory."""
     fitting = [mode for mode in modes if free is None or mode.memory <= free / 2]
     if not fitting:
@@ -240,7 +223,7 @@ def choose(modes: tuple[ModeCost, ...], free: int | None) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes are free on a device, None if that is not known."""
+    """Return how many bytes are free on a device, None if unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

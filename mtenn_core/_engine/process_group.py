@@ -1,47 +1,38 @@
-"""Poses of one compound on several processes, which exchange predictions alone."""
+"""Poses of one compound on several processes, which exchange only predictions."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol, TypeVar
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
 
+from mtenn_core._engine.call import Call
 from mtenn_core.errors import PredictionError
 
 Group = dist.ProcessGroup
 
 
-class Call(Protocol):
-    """What one process was called with."""
-
-    @property
-    def sizes(self) -> list[int]: ...
-
-
-AnyCall = TypeVar("AnyCall", bound=Call)
-
-
-def exchange_sizes(checked: Callable[[], AnyCall], group: Group) -> tuple[AnyCall, list[list[int]]]:
+def exchange_sizes(arguments: Callable[[], Call], group: Group) -> tuple[Call, list[list[int]]]:
     """Return this process's call, and for each rank the number of its poses of each compound.
 
     Parameters
     ----------
-    checked : returns the call of this process, or raises; all have to know, since they would wait
+    arguments : returns the checked call of this process, or raises
 
     Raises
     ------
-    PredictionError : on all ranks the same
+    PredictionError : the same on all ranks, which would otherwise wait for one that raised
     """
-    own: AnyCall | PredictionError
+    own: Call | PredictionError
     try:
-        own = checked()
+        own = arguments()
     except PredictionError as error:
         own = error
-    except Exception as error:  # of an iterator of poses, say
+    except Exception as error:  # from an iterator of poses, for example
         own = PredictionError(f"{type(error).__name__}: {error}")
     share = own if isinstance(own, PredictionError) else own.sizes
     shares: list[list[int] | PredictionError] = [[]] * dist.get_world_size(group)
@@ -71,18 +62,22 @@ def _checked_shares(shares: list[list[int] | PredictionError]) -> list[list[int]
 
 
 def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> list[Tensor]:
-    """Return the numbers of all ranks, a tensor for each part of a compound, in the order of both.
+    """Return the numbers of all ranks, compound by compound, each in the order of the ranks.
 
-    Differentiable: a rank gets the gradient of the sum over all ranks' losses.
+    It is differentiable: a rank gets the gradient of the sum over all ranks' losses.
 
     Parameters
     ----------
-    own : shape (n_poses,), those of this rank
-    shares : of :func:`exchange_sizes`
+    own : shape (n_poses,), the numbers of this rank
+    shares : from :func:`exchange_sizes`
+
+    Returns
+    -------
+    one tensor for each compound and rank
     """
     longest = max(map(sum, shares))
     # gloo and nccl exchange tensors of one shape.
-    gathered = _OfAllRanks.apply(pad(own, (0, longest - len(own))), group)
+    gathered = _GatherRanks.apply(pad(own, (0, longest - len(own))), group)
     parts = [
         of_rank[: sum(share)].split(list(share))
         for of_rank, share in zip(gathered, shares, strict=True)
@@ -90,9 +85,9 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
     return [part[compound] for compound in range(len(shares[0])) for part in parts]
 
 
-# torch.distributed.nn.functional has both, and warns of its end from torch 2.13 on.
-class _OfAllRanks(torch.autograd.Function):
-    """The tensors of all ranks, shape (n_ranks, …)."""
+# torch.distributed.nn.functional has both Functions, and is deprecated since torch 2.13.
+class _GatherRanks(torch.autograd.Function):
+    """Gather the tensors of all ranks, shape (n_ranks, …)."""
 
     @staticmethod
     def forward(ctx: Any, own: Tensor, group: Group) -> Tensor:
@@ -107,7 +102,7 @@ class _OfAllRanks(torch.autograd.Function):
 
 
 class _SumOverRanks(torch.autograd.Function):
-    """The sum over ranks of their tensors, shape (n_ranks, …), of it the row of this rank."""
+    """Sum the ranks' tensors, shape (n_ranks, …), and return this rank's row."""
 
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
@@ -119,4 +114,4 @@ class _SumOverRanks(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor, None]:
-        return _OfAllRanks.apply(grad_output, ctx.group), None
+        return _GatherRanks.apply(grad_output, ctx.group), None

@@ -15,9 +15,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core._registry import Registry, registry
 from mtenn_core._registry.arguments import build_example, declared_examples
-from mtenn_core.combination import Combination, constructor_arguments
+from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationNotFoundError, TargetError
 
 

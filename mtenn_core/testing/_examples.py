@@ -9,7 +9,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from mtenn_core.combination import Combination, constructor_arguments
+from mtenn_core._engine.declarations import constructor_arguments
+from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationContractError
 
 Source = Combination | Callable[..., Combination]

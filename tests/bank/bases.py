@@ -12,12 +12,9 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination
-from mtenn_core.gradients import (
-    at_least_float32,
-    check_gradients,
-    refuse_double_backward,
-    stack_predictions,
-)
+from mtenn_core._engine.known_gradients import refuse_double_backward
+from mtenn_core._engine.precision import at_least_float32
+from mtenn_core.gradients import check_gradients, stack_predictions
 
 
 def widened(tensor: Tensor) -> Tensor:

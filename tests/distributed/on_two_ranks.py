@@ -1,4 +1,4 @@
-"""What is tested on two processes: run by ``torchrun``, reported to ``test_distributed.py``.
+"""The tests that need two processes: run by ``torchrun``, reported to ``test_distributed.py``.
 
 Each case runs on both ranks, in a process group of its own so that one that fails leaves nothing to
 the next, and compares with plain autograd in one process.
@@ -505,7 +505,7 @@ def full_depth_combinations_refuse_to_share_the_gradients_of_a_compound():
     model = MultiPoseModel(new_pose_model(), FullDepth(), gradients="stored")
     poses = new_poses([3, 2])
     share = partial(model, poses[dist.get_rank()], group=dist.group.WORLD)
-    check_raises(ValueError, "works on all gradients in one process", share)
+    check_raises(ValueError, "needs all gradients of a compound in one process", share)
     with torch.no_grad():
         expected = model(torch.cat(poses)).prediction
         check_same({"prediction": share().prediction}, {"prediction": expected})

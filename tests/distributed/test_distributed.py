@@ -28,7 +28,7 @@ TIMEOUT = 180
 
 @pytest.fixture(scope="module")
 def folder(request, tmp_path_factory):
-    """What the processes wrote: the log of both, and for each rank why which case failed."""
+    """Return the folder with the log of both processes and, for each rank, the failed cases."""
     folder = tmp_path_factory.getbasetemp()
     if hasattr(request.config, "workerinput"):  # the workers of pytest-xdist share one run
         folder = folder.parent

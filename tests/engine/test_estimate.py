@@ -6,7 +6,8 @@ from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel
 from mtenn_core._engine.autograd_nodes import operations
-from mtenn_core._engine.estimate import NODE, ModeCost, choose
+from mtenn_core._engine.cost import ModeCost
+from mtenn_core._engine.estimate import NODE, choose
 from mtenn_core.errors import GradientError
 
 

@@ -1,4 +1,4 @@
-"""What running a pose again must get right: each is a way in which the obvious one is wrong."""
+"""A pose that runs again: each test is a way in which the obvious implementation is wrong."""
 
 import contextlib
 import copy
@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
-from mtenn_core._engine.recomputed import _tensors_of
+from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError, GradientError
 
 # Gradients are sums of a few hundred float64 products, in another order in each mode.
@@ -162,7 +162,7 @@ def test_chunks_are_left_out_as_a_whole(pose_model, poses):
 
 
 class Shared(torch.nn.Module):
-    """Has a parameter that the first pose alone uses."""
+    """Has a parameter that only the first pose uses."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -368,13 +368,13 @@ def test_a_pose_that_was_edited_before_backward_is_an_error(pose_model, poses, k
 def test_poses_that_know_all_others_are_searched_once(poses):
     dataset = []
     dataset += [SimpleNamespace(positions=positions, dataset=dataset) for positions in poses]
-    found = list(_tensors_of(dataset))
+    found = list(tensors_in(dataset))
     assert [pose for pose, _ in found] == list(range(len(poses)))
     assert all(tensor is pose.positions for (_, tensor), pose in zip(found, dataset, strict=True))
 
 
 def test_a_cache_that_grows_is_an_error_that_names_the_pose(pose_model, poses):
-    """The buffer is put back, and the number beside it is not."""
+    """The buffer is restored, and the number next to it is not."""
 
     class Cached(torch.nn.Module):
         def __init__(self):
@@ -548,7 +548,7 @@ class Checkpointed(torch.nn.Module):
 
 
 class Square(torch.autograd.Function):
-    """Written in Python: it is handed zeros where it has no gradient, and computes with them."""
+    """A Function in Python: torch gives it zeros for no gradient, and it computes with them."""
 
     @staticmethod
     def forward(ctx, x):
@@ -578,7 +578,7 @@ class WithHooks(torch.nn.Module):
 
     def forward(self, pose):
         hidden = self.inner[0](pose)
-        # None is what it is handed where the pose is left out.
+        # It gets None where the pose is skipped.
         hidden.register_hook(lambda grad: None if grad is None else grad * 2)
         return self.inner[1:](hidden)
 
@@ -753,7 +753,7 @@ def test_attention_is_left_out_and_run_again_rightly(pose_model, poses, scale):
 
 
 class Penalised(torch.nn.Module):
-    """Keeps a penalty on its weights, and an activation, for a loss beside the predictions."""
+    """Keeps a penalty on its weights, and an activation, for a loss besides the predictions."""
 
     def __init__(self, inner: torch.nn.Module) -> None:
         super().__init__()
@@ -765,9 +765,9 @@ class Penalised(torch.nn.Module):
         return self.inner(pose)
 
 
-@pytest.mark.parametrize("beside", ["penalty", "activations"])
+@pytest.mark.parametrize("other", ["penalty", "activations"])
 @pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
-def test_a_loss_beside_the_predictions_is_right_or_an_error(pose_model, poses, gradients, beside):
+def test_a_loss_besides_the_predictions_is_right_or_an_error(pose_model, poses, gradients, other):
     found = []
     for mode in ("graph", gradients):
         penalised = Penalised(pose_model)
@@ -775,7 +775,7 @@ def test_a_loss_beside_the_predictions_is_right_or_an_error(pose_model, poses, g
         model.zero_grad()
         out = model(poses)
         # Before backward: a second run of a pose would keep its own.
-        loss = penalised.penalty if beside == "penalty" else sum(penalised.activations).sin().sum()
+        loss = penalised.penalty if other == "penalty" else sum(penalised.activations).sin().sum()
         out.prediction.backward(retain_graph=True)
         if mode == "stored":
             words = r"parameter 'inner\.0\.\w+': a loss uses .*'graph'"
@@ -835,12 +835,12 @@ def test_buffers_that_do_not_change_are_copied_once(poses):
     model = recomputed(Tables())
     out = model(poses)
     chunks = out.pose_predictions.grad_fn.chunks
-    assert len({chunk.buffers.copies[1].data_ptr() for chunk in chunks}) == 1
-    assert len({chunk.buffers.copies[0].data_ptr() for chunk in chunks}) == len(poses)
+    assert len({chunk.conditions.buffers.copies[1].data_ptr() for chunk in chunks}) == 1
+    assert len({chunk.conditions.buffers.copies[0].data_ptr() for chunk in chunks}) == len(poses)
 
 
 def test_what_backward_has_no_use_for_is_let_go(pose_model, poses):
-    """A gradient for the last layer alone leaves what the first has saved."""
+    """A gradient for only the last layer leaves the saved tensors of the first unused."""
     storages = []
 
     class Tracking(torch.nn.Module):
@@ -902,11 +902,11 @@ def test_poses_run_again_in_one_thread_at_a_time(pose_model, poses):
 
 
 def test_a_pose_with_many_numbers_is_not_searched(pose_model, monkeypatch):
-    from mtenn_core._engine import recomputed as module
+    from mtenn_core._engine import replay as module
 
     seen = []
-    search = module._tensors_of
-    monkeypatch.setattr(module, "_tensors_of", lambda *a: seen.append(1) or search(*a))
+    search = module.tensors_in
+    monkeypatch.setattr(module, "tensors_in", lambda *a: seen.append(1) or search(*a))
 
     class Reading(torch.nn.Module):
         def forward(self, pose):

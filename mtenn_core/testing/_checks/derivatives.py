@@ -10,7 +10,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core._engine.declarations import constructor_arguments, overrides
+from mtenn_core.combination import Combination
 from mtenn_core.model import MultiPoseModel
 from mtenn_core.testing._checks.check import Metrics, Verdict, check
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge

@@ -8,7 +8,8 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import Combination, overrides
+from mtenn_core._engine.declarations import overrides
+from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
 from mtenn_core.testing._checks.check import Metrics, Verdict, check
 from mtenn_core.testing._probe.subject import Step, Subject, gradients_of

@@ -17,8 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.declarations import constructor_arguments, overrides
 from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
-from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import Metrics, Verdict, check
 from mtenn_core.testing._checks.values import alternatives
 from mtenn_core.testing._probe.subject import Step, Subject, gradients_of

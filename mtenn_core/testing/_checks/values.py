@@ -14,12 +14,8 @@ from typing import Any, Literal, get_args, get_origin
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import (
-    Combination,
-    constructor_arguments,
-    constructor_signature,
-    overrides,
-)
+from mtenn_core._engine.declarations import constructor_arguments, constructor_signature, overrides
+from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import Metrics, Verdict, check
 from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._probe.comparison import FLOAT32, compare, judge, ratio

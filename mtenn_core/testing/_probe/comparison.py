@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import NO_INPUTS, PoseInputs
+from mtenn_core._engine.evaluation import NO_INPUTS, PoseInputs
 from mtenn_core.testing._checks.check import Metrics, Verdict
 from mtenn_core.testing._probe.finite_differences import Estimate
 from mtenn_core.testing._probe.poses import Poses, listed

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import PoseInputs
+from mtenn_core._engine.evaluation import PoseInputs
 
 
 @dataclass(frozen=True)

@@ -12,13 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import (
-    Combination,
-    autograd_weights,
-    backward_weights,
-    first_of_pair,
-    overrides,
-)
+from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.evaluation import autograd_weights, backward_weights, first_of_pair
+from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.poses import Poses
 
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.

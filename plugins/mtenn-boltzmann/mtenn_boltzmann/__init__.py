@@ -21,7 +21,7 @@ class BoltzmannCombination(Combination):
     ValueError : ``kT`` is not positive and finite
     """
 
-    # Not monotone: a pose more than kT above the mean lowers it by rising.
+    # Not monotone: where a pose more than kT above the mean rises, the mean falls.
     properties = frozenset(
         {
             "permutation_invariant",
@@ -40,18 +40,18 @@ class BoltzmannCombination(Combination):
         self.learnable = learnable
         self._kT = float(kT)
         if learnable:
-            # Of one dimension, since fully_shard takes no parameter of shape ().
+            # With one dimension: fully_shard does not accept parameters of shape ().
             self.log_kT = torch.nn.Parameter(torch.tensor([math.log(kT)]))
 
     @property
     def kT(self) -> float | Tensor:
-        """Thermal energy in the unit of the predictions; a tensor, shape (), if it is learnable."""
+        """Thermal energy in the unit of the predictions; a tensor, shape (), if learnable."""
         return self.log_kT.exp().squeeze(0) if self.learnable else self._kT
 
     def extra_repr(self) -> str:
         """Return the arguments, with the present kT, for ``repr``."""
         kT = self._kT
-        # One process alone cannot read what fully_shard has spread: that is shown as it began.
+        # After fully_shard, one process cannot read the parameter: show the initial value instead.
         if self.learnable and not hasattr(self.log_kT, "device_mesh"):
             kT = self.log_kT.exp().item()
         return f"kT={kT:.6g}, learnable={self.learnable}"
@@ -86,8 +86,8 @@ class BoltzmannCombination(Combination):
     def _populations(self, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return the lowest y, how far each y is above it, and p; in float32 at least."""
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-        # Shift by the lowest first: y/kT alone loses its last digits where |y| is large. m moves
-        # along with the shift, so its derivative may leave the shift out.
+        # Shift by the lowest first: without it, y/kT loses its last digits where |y| is large. The
+        # mean moves with the shift, so its derivative does not depend on it.
         lowest = wide.amin().detach()
         above = wide - lowest
         return lowest, above, torch.softmax(-above / self.kT, dim=0)

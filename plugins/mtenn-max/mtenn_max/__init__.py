@@ -43,7 +43,7 @@ class MaxCombination(Combination):
         """Return the smooth extreme of the predictions, shape (), in their unit."""
         extreme, exponents = self._exponents(predictions)
         if self.normalize:
-            # logsumexp less ln M would leave little of the digits where t y is small.
+            # Where t y is small, logsumexp minus ln M would cancel most digits.
             log = exponents.expm1().mean().log1p()
         else:
             log = torch.logsumexp(exponents, dim=0)
@@ -66,7 +66,7 @@ class MaxCombination(Combination):
         return torch.softmax(exponents, dim=0).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
-        """Return n/t · ln Σ_i exp(n t y_i), less n/t · ln M if normalized, without the shift."""
+        """Return n/t · ln Σ_i exp(n t y_i), minus n/t · ln M if normalized, without the shift."""
         n, t = (-1 if self.negate_preds else 1), self.pred_scale
         log_m = math.log(len(predictions)) if self.normalize else 0.0
         return n / t * (torch.logsumexp(n * t * predictions, dim=0) - log_m)
@@ -78,8 +78,8 @@ class MaxCombination(Combination):
     def _exponents(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
         """Return the extreme y_*, and n t (y_i - y_*), all at most 0; in float32 at least."""
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-        # Shift by the extreme first: n t y alone loses its last digits where |y| is large. h does
-        # not depend on the shift, so its derivative may leave the shift out.
+        # Shift by the extreme first: without it, n t y loses its last digits where |y| is large. h
+        # does not depend on the shift, so autograd need not differentiate it.
         extreme = (wide.amin() if self.negate_preds else wide.amax()).detach()
         return extreme, self._signed_scale * (wide - extreme)
 
@@ -101,7 +101,7 @@ class MinCombination(MaxCombination):
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return -1/t · ln Σ_i exp(-t y_i), plus 1/t · ln M if normalized, without the shift."""
-        # Its own: that of the base class would agree if this were a maximum.
+        # Independent of the base class, whose reference would also agree with a maximum.
         t = self.pred_scale
         log_m = math.log(len(predictions)) if self.normalize else 0.0
         return (log_m - torch.logsumexp(-t * predictions, dim=0)) / t

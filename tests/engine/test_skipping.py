@@ -1,4 +1,4 @@
-"""Which poses backward leaves out, and that what torch makes of it is right."""
+"""Backward skips poses without weight, and torch still computes the right gradients."""
 
 import pytest
 import torch

@@ -1,0 +1,180 @@
+"""The arguments of one call of a multi-pose model: checked, and cut into chunks."""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtenn_core._engine.chunk import Chunk
+from mtenn_core._engine.evaluation import check_n_poses
+from mtenn_core._engine.mode import Options
+from mtenn_core.combination import Combination
+from mtenn_core.errors import PredictionError
+
+
+class Call(NamedTuple):
+    """The checked arguments of a call, in one process.
+
+    Attributes
+    ----------
+    poses : one entry per pose, or one batch of them all
+    sizes : the number of poses of each compound
+    inputs : the pose inputs by name, shape (n_poses,)
+    collated : ``poses`` is one batch
+    chunks : the poses, cut into those that run together
+    """
+
+    poses: list[Any]
+    sizes: list[int]
+    inputs: dict[str, Tensor]
+    collated: bool
+    chunks: list[Chunk]
+
+
+def checked_call(
+    options: Options,
+    chunk_size: int | None,
+    poses: Iterable[Any],
+    sizes: Sequence[int] | None,
+    pose_inputs: Mapping[str, Any] | None,
+    collated: bool,
+) -> Call:
+    """Return the arguments of a call in one process, or raise if they do not fit together.
+
+    Parameters
+    ----------
+    options : of the model
+    chunk_size : poses that run together; None for all
+    poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.forward`
+
+    Raises
+    ------
+    PredictionError : the first disagreement
+    """
+    poses = [poses] if collated else _as_list(poses)
+    own_sizes = _checked_sizes(poses, sizes, collated)
+    given = {} if pose_inputs is None else pose_inputs
+    if not isinstance(given, Mapping):
+        raise PredictionError(
+            "pose_inputs must be a dict, for each name one number per pose; found"
+            f" {type(given).__name__}"
+        )
+    n_poses = sum(own_sizes)
+    inputs = _checked_inputs(options.combination, given, n_poses)
+    if collated:
+        chunks = [Chunk(options.pose_model, poses[0], 0, n_poses, None)]
+    else:
+        chunks = _chunks(options, poses, chunk_size or n_poses)
+    return Call(poses, own_sizes, inputs, collated, chunks)
+
+
+def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
+    pose_model, collate = options.pose_model, options.collate
+    if collate is None:
+        return [Chunk(pose_model, pose, index, 1, None) for index, pose in enumerate(poses)]
+    parts = [(poses[i : i + chunk_size], i) for i in range(0, len(poses), chunk_size)]
+    return [Chunk(pose_model, part, first, len(part), collate) for part, first in parts]
+
+
+def total_sizes(
+    combination: Combination, shares: Sequence[Sequence[int]], sizes: Sequence[int] | None
+) -> list[int]:
+    """Return the number of poses of each compound, on all ranks together.
+
+    Parameters
+    ----------
+    shares : for each rank, the number of its poses of each compound
+    sizes : the argument of the call, None for one compound
+    """
+    totals = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
+    if min(totals) < max(1, combination.min_poses):
+        for compound, size in enumerate(totals):
+            check_n_poses(combination, size, None if sizes is None else compound)
+    return totals
+
+
+def _as_list(poses: Iterable[Any]) -> list[Any]:
+    # One dict, or PyG's Data or Batch: iterating over it gives no poses, but names or tensors.
+    if not (isinstance(poses, str) or hasattr(poses, "keys")):
+        with contextlib.suppress(TypeError):
+            return list(poses)
+    raise PredictionError(
+        f"poses must be a sequence, one entry per pose; found {type(poses).__name__}: put one pose"
+        " into a list, and pass one batch of poses with collated=True"
+    )
+
+
+def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) -> list[int]:
+    """Return the number of poses of each compound in one process."""
+    if not poses:
+        raise PredictionError("expected at least one pose; found none")
+    if sizes is None:
+        if collated:
+            raise PredictionError("one batch of poses needs sizes, the poses of each compound")
+        return [len(poses)]
+    try:
+        sizes = [operator.index(size) for size in sizes]
+    except TypeError:
+        raise PredictionError(
+            f"sizes must be whole numbers, one per compound; found {sizes!r}"
+        ) from None
+    for compound, size in enumerate(sizes):
+        if size < 0:
+            raise PredictionError(
+                f"compound {compound}: a number of poses must not be negative; found {size}",
+                compound=compound,
+            )
+    if not sizes:
+        raise PredictionError("sizes must name at least one compound; found none")
+    if not collated and sum(sizes) != len(poses):
+        raise PredictionError(
+            f"sizes must add up to the number of poses: {len(sizes)} compounds with"
+            f" {sum(sizes)} poses in all; found {len(poses)} poses"
+        )
+    return sizes
+
+
+def _checked_inputs(
+    combination: Combination, given: Mapping[str, Any], n_poses: int
+) -> dict[str, Tensor]:
+    """Return the combination's pose inputs, in the order in which it names them."""
+    who, names = type(combination).__name__, combination.pose_inputs
+    for name in given:
+        if name not in names:
+            raise PredictionError(
+                f"pose_inputs[{name!r}]: {who} takes no input of this name; its pose_inputs are"
+                f" {names}"
+            )
+    inputs = {}
+    for name in names:
+        if name not in given:
+            raise PredictionError(
+                f"{who} needs pose_inputs={{{name!r}: …}}, one number for each pose; found"
+                f" {sorted(given)}"
+            )
+        inputs[name] = _numbers(name, given[name])
+        if inputs[name].shape != (n_poses,):
+            raise PredictionError(
+                f"pose_inputs[{name!r}] must be one number for each pose, shape"
+                f" {(n_poses,)}; found shape {tuple(inputs[name].shape)}"
+            )
+    return inputs
+
+
+def _numbers(name: str, values: Any) -> Tensor:
+    try:
+        if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
+            # torch.as_tensor would lose the graphs of these numbers.
+            values = torch.stack([torch.as_tensor(value).reshape(()) for value in values])
+        if not isinstance(values, Tensor):
+            values = torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
+    if values.is_complex():
+        raise PredictionError(f"pose_inputs[{name!r}] must be real numbers; found {values.dtype}")
+    return values

@@ -1,0 +1,72 @@
+"""Poses that run together: one run of the pose model, and the check of its output."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtenn_core._engine.mode import Collate
+from mtenn_core._engine.precision import at_least_float32
+from mtenn_core.errors import PredictionError
+
+
+class Chunk(NamedTuple):
+    """Poses that the pose model takes in one run.
+
+    Attributes
+    ----------
+    pose_model : maps ``poses`` to one number per pose
+    poses : one pose, or one batch; with ``collate``, a list of poses
+    first_pose, n_poses : index of the first pose in the call, and how many there are
+    collate : makes a batch of the list; None if ``poses`` is ready for the pose model
+    """
+
+    pose_model: torch.nn.Module
+    poses: Any
+    first_pose: int
+    n_poses: int
+    collate: Collate | None
+
+    def run(self) -> Tensor:
+        """Return the predictions, shape (n_poses,), in float32 at least.
+
+        Raises
+        ------
+        PredictionError : the output is not one floating-point number per pose
+        """
+        try:
+            poses = self.poses if self.collate is None else self.collate(self.poses)
+            predictions = self.pose_model(poses)
+        except Exception as error:
+            error.add_note(f"raised by the pose model on {self._named()}")
+            raise
+        self._check(predictions)
+        predictions = predictions.to(at_least_float32(predictions.dtype))
+        shape = (self.n_poses,)
+        # reshape adds a node to the graph even where the shape is right.
+        return predictions if predictions.shape == shape else predictions.reshape(shape)
+
+    def _check(self, predictions: object) -> None:
+        """Raise unless the pose model's output is one floating-point number per pose."""
+        n_poses = self.n_poses
+        rule = "one number" if n_poses == 1 else f"{n_poses} numbers, one per pose,"
+        if not isinstance(predictions, Tensor):
+            raise PredictionError(
+                f"{self._named()}: the pose model must return {rule} in a tensor;"
+                f" found {type(predictions).__name__}",
+                pose=self.first_pose,
+            )
+        shapes = ((n_poses,), (n_poses, 1))
+        fits = predictions.numel() == 1 if n_poses == 1 else predictions.shape in shapes
+        if not (fits and predictions.is_floating_point()):
+            raise PredictionError(
+                f"{self._named()}: the pose model must return {rule} in floating point;"
+                f" found shape {tuple(predictions.shape)}, {predictions.dtype}",
+                pose=self.first_pose,
+            )
+
+    def _named(self) -> str:
+        first, last = self.first_pose, self.first_pose + self.n_poses - 1
+        return f"pose {first}" if first == last else f"poses {first} to {last}"

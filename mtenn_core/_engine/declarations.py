@@ -1,0 +1,77 @@
+"""The methods, facts and arguments that a combination class declares."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+from mtenn_core.combination import Combination
+from mtenn_core.errors import CombinationContractError
+
+
+def overrides(combination: type[Combination], method: str) -> bool:
+    """Return whether a class has its own ``method`` in place of that of :class:`Combination`."""
+    return getattr(combination, method) is not getattr(Combination, method)
+
+
+def constructor_signature(combination: type[Combination]) -> inspect.Signature:
+    """Return the signature of ``__init__``, without ``self``.
+
+    ``inspect.signature(combination)`` is that of ``Combination.__new__`` in earlier releases of
+    Python 3.11.
+    """
+    signature = inspect.signature(combination.__init__)
+    _, *parameters = signature.parameters.values()
+    return signature.replace(parameters=parameters)
+
+
+def constructor_arguments(combination: Combination, *, defaults: bool = False) -> dict[str, Any]:
+    """Return the arguments with which a combination was made, by name.
+
+    Parameters
+    ----------
+    defaults : include arguments that were not given
+    """
+    try:
+        args, kwargs = combination.__dict__["_arguments"]
+        bound = constructor_signature(type(combination)).bind(*args, **kwargs)
+    except (KeyError, TypeError, ValueError):  # made without __new__, or of a strange signature
+        return {}
+    if defaults:
+        bound.apply_defaults()
+    arguments = dict(bound.arguments)
+    for name, parameter in bound.signature.parameters.items():
+        if parameter.kind is parameter.VAR_KEYWORD:
+            arguments |= arguments.pop(name, {})
+        elif parameter.kind is parameter.VAR_POSITIONAL and not arguments.get(name):
+            arguments.pop(name, None)
+    return arguments
+
+
+def check_facts(combination: Combination) -> None:
+    """Raise a :class:`~mtenn_core.errors.CombinationContractError` for an impossible fact."""
+    fewest, domain, properties = combination.min_poses, combination.domain, combination.properties
+    rules = (
+        ("min_poses", "an int above 0", isinstance(fewest, int) and fewest > 0),
+        ("domain", "(low, high) with low < high", _is_interval(domain)),
+        ("properties", "a set of names", isinstance(properties, frozenset | set)),
+        ("pose_inputs", "a tuple of names", _are_names(combination.pose_inputs)),
+    )
+    for fact, rule, holds in rules:
+        if not holds:
+            raise CombinationContractError(
+                f"{type(combination).__name__}.{fact} must be {rule};"
+                f" found {getattr(combination, fact)!r}"
+            )
+
+
+def _is_interval(found: Any) -> bool:
+    try:
+        low, high = found
+        return bool(low < high)
+    except (TypeError, ValueError):
+        return False
+
+
+def _are_names(found: Any) -> bool:
+    return isinstance(found, tuple) and all(isinstance(n, str) and n.isidentifier() for n in found)

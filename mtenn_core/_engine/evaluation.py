@@ -1,0 +1,279 @@
+"""Values and pose weights of combinations, computed and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.known_gradients import refuse_double_backward
+from mtenn_core._engine.precision import at_least_float32, no_autocast
+from mtenn_core.combination import Combination
+from mtenn_core.errors import CombinationContractError, PredictionError
+
+PoseInputs = Mapping[str, Tensor]
+NO_INPUTS: PoseInputs = MappingProxyType({})
+
+
+class PoseGradients(Protocol):
+    """The gradients of the pose predictions, for a combination that overrides ``forward``."""
+
+    @property
+    def params(self) -> Mapping[str, Tensor]:
+        """Return the parameters by name."""
+
+    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
+        """Return the gradients of some poses, as ``forward`` takes them."""
+
+
+def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
+    """Return the pose inputs on the device and in the dtype of the predictions."""
+    device, dtype = predictions.device, predictions.dtype
+    return {name: numbers.to(device, dtype) for name, numbers in inputs.items()}
+
+
+def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> None:
+    """Raise on the first number that is NaN or infinite, and name its pose.
+
+    Parameters
+    ----------
+    predictions, inputs : shape (n_poses,)
+    sizes : the number of poses of each compound
+    """
+    named = {"the prediction": predictions}
+    named |= {f"pose_inputs[{name!r}]": values for name, values in inputs.items()}
+    for what, values in named.items():
+        finite = torch.isfinite(values.detach())
+        if finite.all():
+            continue
+        pose = int((~finite).nonzero()[0])
+        within, compound = pose, 0
+        while within >= sizes[compound]:
+            within -= sizes[compound]
+            compound += 1
+        where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
+        raise PredictionError(
+            f"pose {pose}{where}: {what} is {values[pose].item()}, and it would spoil the gradient"
+            " of every other pose; leave the pose out, or pass check_finite=False to combine it"
+            " anyway",
+            pose=pose,
+            compound=compound,
+        )
+
+
+def by_compound(
+    predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Iterator[tuple[Tensor, PoseInputs]]:
+    """Return the predictions and the pose inputs of each compound."""
+    if not inputs:
+        return zip(predictions.split(sizes), [{}] * len(sizes), strict=True)
+    columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
+    own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
+    return zip(predictions.split(sizes), own, strict=True)
+
+
+def combine_compounds(
+    combination: Combination,
+    predictions: Tensor,
+    inputs: PoseInputs,
+    sizes: list[int],
+    gradients: PoseGradients | None,
+    *,
+    closed_form: bool,
+) -> list[Tensor]:
+    """Return the combined prediction of each compound, shape ().
+
+    Parameters
+    ----------
+    predictions, inputs : of all poses, shape (n_poses,)
+    sizes : the number of poses of each compound
+    gradients : of all poses, for a combination that overrides ``forward``
+    closed_form : see :func:`combined_prediction`
+    """
+    compounds = by_compound(predictions, inputs, sizes)
+    if gradients is None:
+        return [
+            combined_prediction(combination, own, own_inputs, closed_form=closed_form)
+            for own, own_inputs in compounds
+        ]
+    names, params = list(gradients.params), list(gradients.params.values())
+    combined, first = [], 0
+    for own, own_inputs in compounds:
+        grad_dict = gradients.grad_dict(slice(first, first + len(own)))
+        pred_list = list(own.detach())
+        combined.append(
+            full_depth_prediction(combination, pred_list, grad_dict, names, *params, **own_inputs)
+        )
+        first += len(own)
+    return combined
+
+
+def combined_prediction(
+    combination: Combination,
+    predictions: Tensor,
+    pose_inputs: PoseInputs = NO_INPUTS,
+    *,
+    closed_form: bool = True,
+) -> Tensor:
+    """Return the combined prediction of a differentiable vector of pose predictions.
+
+    The value comes from ``combine``, in float32 at least. Its derivative comes from
+    ``pose_weights`` if that is overridden.
+
+    Parameters
+    ----------
+    predictions : shape (n_poses,)
+    pose_inputs : for each name in ``combination.pose_inputs``, shape (n_poses,)
+    closed_form : False leaves the derivative to autograd
+
+    Returns
+    -------
+    shape (), dtype and device of ``predictions``
+
+    Raises
+    ------
+    PredictionError : fewer poses than ``min_poses``
+    CombinationContractError : ``combine`` or ``pose_weights`` returned another shape
+    """
+    if torch.is_autocast_enabled(predictions.device.type):  # it would compute in half precision
+        with no_autocast(predictions.device.type):
+            return combined_prediction(
+                combination, predictions, pose_inputs, closed_form=closed_form
+            )
+    check_n_poses(combination, len(predictions))
+    wide = predictions.to(at_least_float32(predictions.dtype))
+    pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
+    overridden = type(combination).pose_weights is not Combination.pose_weights
+    # Two calls of a stochastic combination draw different numbers for the value and its weights.
+    closed_form &= overridden and not combination.stochastic
+    if closed_form and wide.requires_grad and torch.is_grad_enabled():
+        value = _with_closed_form(combination, wide, pose_inputs)
+    else:
+        value = _checked_scalar(combination, combination.combine(wide, **pose_inputs))
+    return value.to(predictions.dtype)
+
+
+def _with_closed_form(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs
+) -> Tensor:
+    """Return the value with ``pose_weights`` as its derivative."""
+    # Detached: the value then has only the graph of the combination's own parameters, and the
+    # predictions get their gradient once, from the weights.
+    detached = predictions.detach()
+    value = _checked_scalar(combination, combination.combine(detached, **pose_inputs))
+    # Computed in forward, and not a view: an optimizer may have changed the combination's
+    # parameters by backward.
+    with torch.no_grad():
+        weights = combination.pose_weights(detached, **pose_inputs)
+    if not isinstance(weights, Tensor) or weights.shape != detached.shape:
+        raise CombinationContractError(
+            f"{type(combination).__name__}.pose_weights must return one weight per pose, shape"
+            f" {tuple(detached.shape)}; found {_shape_or_type(weights)}"
+        )
+    return _ClosedForm.apply(value, predictions, weights.clone())
+
+
+class _ClosedForm(torch.autograd.Function):
+    """A value whose derivative with respect to the predictions is known.
+
+    The gradient also passes on to ``value``, whose graph leads to the combination's own parameters.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, predictions: Tensor, weights: Tensor) -> Tensor:
+        ctx.save_for_backward(weights)
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
+        refuse_double_backward()
+        (weights,) = ctx.saved_tensors
+        return grad_output, grad_output * weights, None
+
+
+def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: Any) -> Tensor:
+    """Return the result of a combination's ``forward``, shape ().
+
+    Parameters
+    ----------
+    *args : ``pred_list, grad_dict, param_names, *model_params``
+    """
+    pred_list, *_ = args
+    with no_autocast(pred_list[0].device.type):
+        return _checked_scalar(combination, first_of_pair(combination(*args, **pose_inputs)))
+
+
+def first_of_pair(value: Any) -> Any:
+    """Return the first of the pair (combined, pose predictions) that mtenn's combinations return.
+
+    The second is not needed: a :class:`~mtenn_core.MultiPoseModel` has its own.
+    """
+    return value[0] if isinstance(value, tuple) and len(value) == 2 else value
+
+
+def derived_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
+) -> Tensor:
+    """Return the pose weights of a combination without a closed form, shape (n_poses,)."""
+    if overrides(type(combination), "combine"):
+        return autograd_weights(combination, predictions, pose_inputs)
+    return backward_weights(combination, predictions, pose_inputs)
+
+
+def autograd_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
+) -> Tensor:
+    """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
+    with torch.inference_mode(False), torch.enable_grad():
+        y = predictions.detach().clone().requires_grad_()
+        value = combined_prediction(combination, y, pose_inputs, closed_form=False)
+        (weights,) = torch.autograd.grad(value, y)
+    return weights
+
+
+def backward_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
+) -> Tensor:
+    """Return the pose weights that the backward of ``forward`` uses, shape (n_poses,).
+
+    With the gradients of the poses set to the unit vectors e_1 … e_M, the gradient of the combined
+    prediction is the vector of the weights.
+    """
+    with torch.inference_mode(False), torch.enable_grad():
+        pred_list = list(predictions.detach().clone())
+        probe = torch.zeros_like(predictions, requires_grad=True)
+        unit_vectors = list(torch.eye(len(probe), dtype=probe.dtype, device=probe.device))
+        value = full_depth_prediction(
+            combination, pred_list, {"probe": unit_vectors}, ["probe"], probe, **pose_inputs
+        )
+        (weights,) = torch.autograd.grad(value, probe)
+    return weights
+
+
+def check_n_poses(combination: Combination, n_poses: int, compound: int | None = None) -> None:
+    """Raise a :class:`~mtenn_core.errors.PredictionError` for fewer poses than ``min_poses``."""
+    fewest = max(1, combination.min_poses)
+    if n_poses < fewest:
+        who = "" if compound is None else f"compound {compound}: "
+        raise PredictionError(
+            f"{who}{type(combination).__name__} needs at least {fewest} pose(s); found {n_poses}",
+            compound=compound,
+        )
+
+
+def _checked_scalar(combination: Combination, value: Tensor) -> Tensor:
+    """Return the ``value`` of a combination if it is a tensor of shape (), else raise."""
+    if not isinstance(value, Tensor) or value.shape != ():
+        raise CombinationContractError(
+            f"{type(combination).__name__} must return a scalar tensor, shape ();"
+            f" found {_shape_or_type(value)}"
+        )
+    return value
+
+
+def _shape_or_type(found: object) -> str:
+    return f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__

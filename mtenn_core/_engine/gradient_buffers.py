@@ -1,0 +1,125 @@
+"""Memory for the gradients of all poses: one matrix for each device and dtype, one row per pose."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor
+
+from mtenn_core._engine.autograd_nodes import graph_is_retained, is_batched
+from mtenn_core._engine.precision import at_least_float32, no_autocast
+
+Params = Mapping[str, Tensor]
+# The parameters of one matrix, in the order of its columns.
+Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
+Key = tuple[torch.device, torch.dtype]
+Spare = dict[Key, torch.UntypedStorage]
+
+# Memory that no graph needs any more, for the next call. Filling fresh memory takes five times as
+# long: the operating system provides each page when it is first written.
+_SPARE: WeakKeyDictionary[torch.nn.Module, Spare] = WeakKeyDictionary()
+
+
+def spare_memory(pose_model: torch.nn.Module) -> Spare:
+    """Return the memory that is kept for the next call on a pose model."""
+    return _SPARE.setdefault(pose_model, {})
+
+
+def forget_memory(pose_model: torch.nn.Module) -> None:
+    """Give back the memory that is kept for the next call on a pose model."""
+    _SPARE.pop(pose_model, None)
+
+
+class GradientBuffer(NamedTuple):
+    """The gradients of all poses with respect to the parameters of one device and dtype.
+
+    Attributes
+    ----------
+    layout : name, shape and dtype of each parameter, in the order of the columns
+    matrix : shape (n_poses, total number of entries)
+    """
+
+    layout: Layout
+    matrix: Tensor
+
+
+def allocate(params: Params, n_poses: int, spare: Spare) -> list[GradientBuffer]:
+    """Return uninitialized buffers for the gradients of ``n_poses`` poses.
+
+    Parameters
+    ----------
+    spare : memory to use first; the part that is used is taken out
+    """
+    # The sum over poses is then one product of a vector and a matrix.
+    layouts: dict[Key, dict[str, tuple[torch.Size, torch.dtype]]] = {}
+    for name, param in params.items():
+        key = param.device, at_least_float32(param.dtype)
+        layouts.setdefault(key, {})[name] = (param.shape, param.dtype)
+    return [
+        GradientBuffer(layout, _matrix(spare, key, n_poses, layout))
+        for key, layout in layouts.items()
+    ]
+
+
+def _matrix(spare: Spare, key: Key, n_poses: int, layout: Layout) -> Tensor:
+    device, dtype = key
+    n_columns = sum(shape.numel() for shape, _ in layout.values())
+    fresh = torch.empty(0, dtype=dtype, device=device)
+    storage = spare.pop(key, None)
+    if storage is None or storage.nbytes() < n_poses * n_columns * dtype.itemsize:
+        return fresh.resize_(n_poses, n_columns)
+    return fresh.set_(storage, 0, (n_poses, n_columns), (n_columns, 1))
+
+
+def split_columns(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
+    """Split the last dimension into parameters: (..., n_columns) to {name: (..., *shape)}."""
+    parts = rows.split([shape.numel() for shape, _ in layout.values()], dim=-1)
+    return {
+        name: part.view((*rows.shape[:-1], *shape)).to(dtype)
+        for (name, (shape, dtype)), part in zip(layout.items(), parts, strict=True)
+    }
+
+
+def weighted_sum(
+    weights: Tensor,
+    matrices: Sequence[Tensor],
+    *,
+    layouts: Sequence[Layout],
+    names: Sequence[str],
+    spare: Spare,
+) -> list[Tensor]:
+    """Return the sum of the rows of all matrices, weighted, as one gradient per parameter.
+
+    Parameters
+    ----------
+    weights : shape (n_poses,)
+    matrices, layouts : of the buffers
+    names : the parameters whose gradients are returned, in this order
+    spare : takes the memory of the matrices, which backward has no more use for
+    """
+    sums: dict[str, Tensor] = {}
+    for matrix, layout in zip(matrices, layouts, strict=True):
+        sums |= split_columns(_product(weights.to(matrix.device, matrix.dtype), matrix), layout)
+        # Only on a CPU: the allocator of an accelerator keeps memory itself. Not under
+        # retain_graph, where another backward reads the matrix again.
+        if matrix.device.type == "cpu" and not graph_is_retained():
+            spare[matrix.device, matrix.dtype] = matrix.untyped_storage()
+    return [sums[name] for name in names]
+
+
+def _product(weights: Tensor, matrix: Tensor) -> Tensor:
+    """Return Σ_i w_i row_i over the poses with nonzero weight: 0 · inf would be NaN."""
+    with no_autocast(weights.device.type):
+        if is_batched(weights):  # its values cannot be read
+            return weights @ matrix
+        with_weight = weights != 0
+        n_with_weight = int(with_weight.sum())
+        # Copying rows and reading the copy takes three times as long as reading them.
+        if 3 * n_with_weight > len(weights):
+            product = weights @ matrix
+            if n_with_weight == len(weights) or product.isfinite().all():
+                return product
+        return weights[with_weight] @ matrix[with_weight]

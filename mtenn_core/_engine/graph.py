@@ -1,0 +1,41 @@
+"""Mode ``"graph"``: the graphs of all poses are kept until backward, as plain autograd does."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from mtenn_core._engine.call import Call
+from mtenn_core._engine.cost import ModeCost, StepTotals
+from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.mode import Mode, Options
+from mtenn_core._engine.skipping import join_chunks
+
+
+class Graph(Mode):
+    """The mode that keeps all graphs: the reference for the other modes, with plain autograd."""
+
+    name = "graph"
+    # Tests compare the closed form with this mode.
+    uses_closed_form = False
+
+    def check_options(self, options: Options) -> None:
+        combination = type(options.combination)
+        if not overrides(combination, "combine"):
+            raise ValueError(
+                f"{combination.__name__} defines only forward, which works on stored gradients:"
+                " use gradients='stored', or give it a combine(predictions)"
+            )
+
+    def check_group(self, options: Options) -> None:
+        """Accept all groups: each process takes the gradients of its own poses."""
+
+    def chunk_size(self, options: Options) -> int | None:
+        return 1 if options.collate is None else options.chunk_size
+
+    def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
+        predictions = [chunk.run() for chunk in call.chunks]
+        return join_chunks(predictions, skip_below=options.skip_below), None
+
+    def cost(self, totals: StepTotals) -> ModeCost:
+        memory = totals.gradient + totals.saved + totals.bare
+        return ModeCost(self.name, totals.n_chunks, totals.n_chunks_run, round(memory))

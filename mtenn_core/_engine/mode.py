@@ -1,0 +1,75 @@
+"""The options of a multi-pose model, and the interface of all gradient modes."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mtenn_core._engine.evaluation import PoseGradients
+from mtenn_core.combination import Combination
+
+if TYPE_CHECKING:
+    from mtenn_core._engine.call import Call
+    from mtenn_core._engine.cost import ModeCost, StepTotals
+
+Collate = Callable[[list[Any]], Any]
+
+
+class Options(NamedTuple):
+    """The options of a :class:`~mtenn_core.MultiPoseModel`, as they are in one call."""
+
+    pose_model: torch.nn.Module
+    combination: Combination
+    gradients: str
+    collate: Collate | None
+    chunk_size: int | None
+    skip_below: float | None
+    check_finite: bool
+
+
+class Mode(ABC):
+    """A way to take the gradients of poses. It has no state, and serves all models.
+
+    Attributes
+    ----------
+    name : the value of the option ``gradients``
+    needs_combine : False if it also works with a combination that defines only ``forward``
+    takes_batches : False if it must have the poses one by one
+    uses_closed_form : False if autograd takes the derivative of ``combine``, even where the
+        combination has ``pose_weights``
+    """
+
+    name: ClassVar[str]
+    needs_combine: ClassVar[bool] = True
+    takes_batches: ClassVar[bool] = True
+    uses_closed_form: ClassVar[bool] = True
+
+    @abstractmethod
+    def check_options(self, options: Options) -> None:
+        """Raise a ValueError for options that exclude this mode."""
+
+    @abstractmethod
+    def check_group(self, options: Options) -> None:
+        """Raise a ValueError if a group of processes cannot share the poses of a compound."""
+
+    @abstractmethod
+    def chunk_size(self, options: Options) -> int | None:
+        """Return how many poses run together, None for all poses of a call."""
+
+    @abstractmethod
+    def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
+        """Return the pose predictions, and their gradients if the combination asks for them.
+
+        Returns
+        -------
+        predictions : shape (n_poses,), differentiable, in float32 at least
+        gradients : for a combination that overrides ``forward``, None for others
+        """
+
+    @abstractmethod
+    def cost(self, totals: StepTotals) -> ModeCost:
+        """Return the cost of one training step."""
