@@ -16,7 +16,7 @@ from mtenn_core._cli import main
 from mtenn_core._cli import new as command
 
 CORE = Path(__file__).parents[2] / "pyproject.toml"
-TOO_LONG = "n" * (command.LONGEST + 1)
+TOO_LONG = "n" * (command.MAX_LENGTH + 1)
 FILES = [
     ".gitignore",
     "README.md",
@@ -100,9 +100,9 @@ def test_json_has_the_files(new, tmp_path):
         ("mtenn-my-rule", "my-rule", "my_rule", "MyRule"),
         ("MTENN_lse", "lse", "lse", "Lse"),
         (
-            "n" * command.LONGEST,
-            "n" * command.LONGEST,
-            "n" * command.LONGEST,
+            "n" * command.MAX_LENGTH,
+            "n" * command.MAX_LENGTH,
+            "n" * command.MAX_LENGTH,
             "N" + "n" * 34,
         ),
     ],

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from mtenn_core._cli.new import LONGEST
+from mtenn_core._cli.new import MAX_LENGTH
 
 ROOT = Path(__file__).parents[2]
 
@@ -71,7 +71,7 @@ def test_its_tox_passes_at_once_and_it_is_installed_and_checked(package, offers_
     assert "passed" in run("mtenn_core", "check", "my-rule")
 
 
-@pytest.mark.parametrize("name", ["x", "my-rule", "n" * LONGEST])
+@pytest.mark.parametrize("name", ["x", "my-rule", "n" * MAX_LENGTH])
 def test_its_style_is_clean_however_long_the_name_is(name, tmp_path, run):
     run("mtenn_core", "new", name)
     folder = tmp_path / f"mtenn-{name}"
