@@ -113,7 +113,9 @@ def _write(folder: Path, files: dict[str, str]) -> list[Path]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise MtennError(f"{folder} must be empty; nothing was written; name another folder")
+            raise MtennError(
+                f"{folder} must be empty; found files, and nothing was written; name another folder"
+            )
         for path, text in files.items():
             (folder / path).parent.mkdir(exist_ok=True)
             with (folder / path).open("x", encoding="utf-8", newline="\n") as file:

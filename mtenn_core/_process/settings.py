@@ -85,11 +85,11 @@ class Changes:
     Attributes
     ----------
     settings : names of the settings that changed and were restored
-    alone : True if no other block ran at the same time, in this thread or another
+    ran_alone : True if no other block ran at the same time, in this thread or another
     """
 
     settings: list[str] = field(default_factory=list)
-    alone: bool = True
+    ran_alone: bool = True
 
 
 def process_state() -> dict[str, Any]:
@@ -129,8 +129,8 @@ def restoring_process_state() -> Iterator[Changes]:
     changes, seed = Changes(), torch.initial_seed()
     thread_before = _values(THREAD_SETTINGS)
     with _lock:
-        changes.alone = _n_running == 0
-        if changes.alone:
+        changes.ran_alone = _n_running == 0
+        if changes.ran_alone:
             _before = _values(PROCESS_SETTINGS | RANDOM_STATES)
         _n_running += 1
         _n_started += 1
@@ -140,7 +140,7 @@ def restoring_process_state() -> Iterator[Changes]:
     finally:
         changes.settings += _restore(THREAD_SETTINGS, thread_before)
         with _lock:
-            changes.alone &= n_started == _n_started
+            changes.ran_alone &= n_started == _n_started
             _n_running -= 1
             if _n_running == 0:
                 changes.settings += _restore(PROCESS_SETTINGS, _before)

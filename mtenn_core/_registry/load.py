@@ -211,7 +211,7 @@ def _place_of(error: BaseException, record: PluginRecord) -> str:
 
 def _warn_of_changes(record: PluginRecord, changes: Changes, functions: list[str]) -> None:
     subject = str(record)
-    if not changes.alone:
+    if not changes.ran_alone:
         subject += ", or another plugin that was imported at the same time,"
     if changes.settings:
         warnings.warn(

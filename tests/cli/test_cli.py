@@ -151,7 +151,7 @@ def test_list_shows_what_is_disabled_or_shadowed_if_asked(places, monkeypatch):
     assert "demo-healthy" not in result.stdout
     assert result.stderr == "1 problem: see `mtenn doctor`\n"
     result = CliRunner().invoke(main, ["list", "--all"])
-    assert "disabled: MTENN_DISABLE_PLUGINS=other names it" in result.stdout
+    assert "disabled: MTENN_DISABLE_PLUGINS=other contains it" in result.stdout
     assert re.search(
         r"healthy +demo-healthy +1\.0 .*shadowed: .*front.* comes first", result.stdout
     )
