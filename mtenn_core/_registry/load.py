@@ -136,8 +136,6 @@ def _import(record: PluginRecord) -> Any:
 
 def _call_hook(plugin: Any, record: PluginRecord) -> type[Combination]:
     """Return the result of the hook of ``plugin`` if it is a combination class."""
-    from mtenn_core.combination import Combination
-
     # A manager for each call, so that plugins registered by other threads do not take part in it.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
@@ -153,6 +151,14 @@ def _call_hook(plugin: Any, record: PluginRecord) -> type[Combination]:
             record=record,
         ) from error
     hooks = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+    _check_hook(plugin, hooks, result, record)
+    return result
+
+
+def _check_hook(plugin: Any, hooks: Sequence[str], result: Any, record: PluginRecord) -> None:
+    """Check that a plugin implements the hook and that the hook returned a combination class."""
+    from mtenn_core.combination import Combination
+
     if _HOOK not in hooks:
         raise _spec_error(
             record,
@@ -172,7 +178,6 @@ def _call_hook(plugin: Any, record: PluginRecord) -> type[Combination]:
             f"its hook {_HOOK} must return a subclass of mtenn_core.Combination; found"
             f" {describe_value(result)}",
         )
-    return result
 
 
 def _spec_error(record: PluginRecord, message: str) -> PluginSpecError:

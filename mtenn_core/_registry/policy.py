@@ -27,7 +27,7 @@ class Policy:
     """Rules for which installed plugins a registry may import. They apply before any import.
 
     An entry is a combination's name, a distribution, or ``distribution:name``. A rule that is None
-    comes from the environment. Combinations added by :meth:`Registry.register` are always allowed.
+    comes from the environment. Combinations that a program registers itself are always allowed.
 
     Attributes
     ----------

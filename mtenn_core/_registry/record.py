@@ -37,10 +37,10 @@ class PluginRecord:
     name : name of the combination and of its entry point
     target : what the entry point refers to, ``"module:attribute"``
     distribution, version, location : the distribution, its version and its folder; None for a
-        combination that :meth:`Registry.register` added
+        combination that :meth:`~mtenn_core.Registry.register` added
     metadata : folder of the distribution's metadata, usually ``….dist-info``
     requires : the distribution's requirements on mtenn-core, as in its metadata
-    plugin : the object itself, for a combination that :meth:`Registry.register` added
+    plugin : the object itself, for a combination that :meth:`~mtenn_core.Registry.register` added
     status : ``"available"``, ``"disabled"`` by the :class:`~mtenn_core.Policy`, or ``"shadowed"``
         by another copy of the distribution, which Python imports instead
     reason : why the plugin is not available
