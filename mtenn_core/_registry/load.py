@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import importlib
 import os
-import threading
 import traceback
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from functools import reduce
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Any
 import pluggy
 
 from mtenn_core import hookspecs
-from mtenn_core._process.locks import hold
 from mtenn_core._registry.messages import describe_error, describe_value, suggestion
 from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord
@@ -29,62 +27,6 @@ _HOOK = hookspecs.mtenn_combination.__name__
 # A plugin is not to blame for these errors. Any other error, sys.exit() included, becomes a
 # RegistryError about this plugin.
 _NOT_THE_PLUGIN = (KeyboardInterrupt, MemoryError)
-
-
-class Loader:
-    """Loads plugins once each; other threads that ask for the same plugin wait for the first."""
-
-    def __init__(self) -> None:
-        self._lock = threading.RLock()  # never held while code of a plugin runs
-        self._loading: dict[PluginRecord, threading.RLock] = {}
-        # The key contains the pins, because a class must be checked again after the pins changed.
-        self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
-
-    def load(self, record: PluginRecord, policy: Policy) -> type[Combination]:
-        """Return the class of a plugin; see :func:`load` for errors."""
-        with self._lock:
-            loading = self._loading.setdefault(record, threading.RLock())
-        with hold(loading):
-            combination = self._classes.get((record, policy.pins))
-            if combination is None:
-                self._warn_of_older_version(record)
-                combination = load(record, policy)
-                with self._lock:
-                    self._classes[record, policy.pins] = combination
-            return combination
-
-    def load_all(self, records: Iterable[PluginRecord], policy: Policy) -> None:
-        """Load all plugins, as a strict policy demands."""
-        try:
-            for record in records:
-                self.load(record, policy)
-        except BaseException as error:
-            error.add_note("It was imported because the policy is strict (MTENN_STRICT).")
-            raise
-
-    def records(self, combination: type[Combination]) -> list[PluginRecord]:
-        """Return the loaded plugins that have this class."""
-        with self._lock:
-            return [record for (record, _), cls in self._classes.items() if cls is combination]
-
-    def forget(self, record: PluginRecord) -> list[type[Combination]]:
-        """Remove a plugin and return its classes."""
-        with self._lock:
-            self._loading.pop(record, None)
-            keys = [key for key in self._classes if key[0] == record]
-            return [self._classes.pop(key) for key in keys]
-
-    def _warn_of_older_version(self, record: PluginRecord) -> None:
-        with self._lock:
-            loaded = [other for other, _ in self._classes if other.owner == record.owner]
-        older = [other for other in loaded if other.version != record.version]
-        if record.distribution and older:
-            warnings.warn(
-                f"{record}{record.where}: {older[0].origin} was imported before, and Python keeps"
-                " imported modules; restart Python to use the version that is installed now",
-                PluginWarning,
-                stacklevel=4,
-            )
 
 
 def load(record: PluginRecord, policy: Policy) -> type[Combination]:

@@ -10,9 +10,9 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.gate import Gate
 from mtenn_core._registry.installed import Scan, path_key, scan
-from mtenn_core._registry.load import Loader
 from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord, Problem, canonical
 from mtenn_core._registry.snapshot import Snapshot
@@ -57,7 +57,7 @@ class Registry:
         self._registered: dict[str, PluginRecord] = {}
         self._temporary: list[dict[str, PluginRecord]] = []
         self._warned: set[str] = set()
-        self._loader = Loader()
+        self._classes = ClassCache()
         self._gate = Gate()
 
     # Queries ------------------------------------------------------------------------------------
@@ -123,7 +123,7 @@ class Registry:
         name.
         """
         target = f"{combination.__module__}:{combination.__qualname__}"
-        loaded = self._loader.records(combination)
+        loaded = self._classes.records(combination)
         records = self._current(strict=False).available_records()
         same_name = [r for r in records if r.target == target and r.plugin is None]
         return next(iter(loaded + same_name), None)
@@ -342,12 +342,12 @@ class Registry:
     def _load(self, record: PluginRecord) -> type[Combination]:
         snapshot = self._current(strict=False)
         if snapshot.policy.strict:
-            self._loader.load_all(snapshot.available_records(), snapshot.policy)
-        return self._loader.load(record, snapshot.policy)
+            self._classes.load_all(snapshot.available_records(), snapshot.policy)
+        return self._classes.load(record, snapshot.policy)
 
     def _forget(self, record: PluginRecord) -> None:
         """Release the class of a combination that is no longer registered."""
-        self._gate.forget(self._loader.forget(record))
+        self._gate.forget(self._classes.forget(record))
 
 
 def _record_to_register(name: str, combination: type[Combination]) -> PluginRecord:

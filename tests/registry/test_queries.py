@@ -33,6 +33,7 @@ for key in before:
     assert before[key] == after[key], (key, before[key], after[key])
 assert len(sys.meta_path) <= n_finders + 1, sys.meta_path
 assert "torch" not in sys.modules
+assert "pluggy" not in sys.modules  # queries do not need it
 assert "demo_healthy" not in sys.modules
 """
 QUERIES = {
