@@ -1,9 +1,9 @@
-"""How long one combined gradient takes: M poses, P parameters in many tensors, all stored already.
+"""Time one combined gradient of M poses and P parameters in many tensors; all gradients are stored.
 
     python benchmarks/combine.py [--poses 50] [--parameters 2000000] [--tensors 120]
 
-Prints medians of one run, and their ratios. Forward and backward of the combination are timed; the
-gradients of the poses are the same for all and are not.
+Prints medians of one run, and their ratios. Only forward and backward of the combination are timed.
+The gradients of the poses are the same for all ways, and are not timed.
 """
 
 import argparse
@@ -26,7 +26,7 @@ GUIDE = "guide's class"
 
 
 class SmoothMaximum(Combination):
-    """The guide's combination at depth 2: value and weights, no gradient arithmetic."""
+    """The guide's combination at depth 2: only value and weights, no gradient arithmetic."""
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return ln Σ exp(ŷ_i)."""
@@ -38,7 +38,7 @@ class SmoothMaximum(Combination):
 
 
 class Weighted(torch.nn.Module):
-    """A pose model of given size with a cheap gradient: the pose itself, scaled."""
+    """A pose model of given size with a cheap gradient, which is the scaled pose."""
 
     def __init__(self, n_parameters: int, n_tensors: int) -> None:
         super().__init__()

@@ -1,19 +1,23 @@
-"""What a training step of a multi-pose model takes, in time and memory, and what others take.
+"""Measure time and memory of a multi-pose model's training step, and of its alternatives.
 
     python benchmarks/engine.py [--quick | --trade-off] [--memory GB] [--plots FOLDER] [--json FILE]
 
-Every way takes the same gradients, which is checked: each mode of ``MultiPoseModel``; plain
-autograd over all poses; ``torch.utils.checkpoint`` for each pose; and the guide's class with a loop
-that stores a gradient for each pose. A step is forward and backward, without an optimizer.
+The ways are each mode of ``MultiPoseModel``, plain autograd over all poses,
+``torch.utils.checkpoint`` for each pose, and the guide's class with a loop that stores a gradient
+for each pose. The benchmark checks that all ways compute the same gradients. A step is forward and
+backward, without an optimizer.
 
-Times: the ways take turns in one fresh process for each case. A ratio is the median of those of the
-rounds and, in brackets, that of the fastest steps: where the two differ, the machine was noisy.
-With ``--threads 1`` they are CPU times, which what else runs there hardly changes.
-Memory: the highest resident size in a step less that before it, in a fresh process for each way,
-after a small step that loads what there is to load, the allocator pinned; median of three
-processes, with ``--quick`` one, since they differ by 0.1 MB or 1 %, whichever is more.
-G, the graph of a pose, is the sum of the storages that its graph saves, parameters not counted.
-F is a forward without a graph; where it says so, with one.
+Times: the ways take turns in one fresh process for each case. A ratio is the median over the
+rounds. The ratio of the fastest steps is in brackets. If the two differ, the machine was noisy.
+With ``--threads 1`` they are CPU times, which other programs hardly change.
+
+Memory: the highest resident size in a step, minus the size before it. There is a fresh process for
+each way. A small step first loads all libraries, and the allocator is pinned. The figure is the
+median of three processes. With ``--quick`` it is one process, because processes differ by only
+0.1 MB or 1 %, whichever is more.
+
+G, the graph of a pose, is the sum of the storages that its graph saves, without parameters. F is a
+forward without a graph, unless the table says that it has one.
 """
 
 from __future__ import annotations
@@ -62,7 +66,7 @@ console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 130)))
 
 @dataclass(frozen=True)
 class Job:
-    """What one fresh process measures."""
+    """The measurement of one fresh process."""
 
     what: str
     case: Case
@@ -70,14 +74,14 @@ class Job:
 
 
 class Results:
-    """All that was measured, by job."""
+    """All measured figures, by job."""
 
     def __init__(self) -> None:
         self.raw: list[dict[str, object]] = []
         self._found: dict[tuple[str, Case, str], object] = {}
 
     def add(self, job: Job, found: object) -> None:
-        """Keep what a job has found; nothing, where its process was killed."""
+        """Keep the figures of a job; there are none if its process was killed."""
         self.raw.append({**asdict(job), "found": found})
         if found is None:
             return
@@ -87,7 +91,7 @@ class Results:
             self._found[job.what, job.case, way] = figure
 
     def get(self, what: str, case: Case, way: str) -> object:
-        """Return a figure, None if there is none."""
+        """Return a figure, or None."""
         return self._found.get((what, case, way))
 
     def seconds(self, case: Case, way: str) -> float | None:
@@ -96,7 +100,7 @@ class Results:
         return median(taken) if taken else None
 
     def ratio(self, case: Case, formula: Callable[..., float], *ways: str) -> Ratio | None:
-        """Return a formula of the times of some ways."""
+        """Return the value of a formula of the times of some ways."""
         times = [self.get("times", case, way) for way in ways]
         if not all(times):
             return None
@@ -105,7 +109,7 @@ class Results:
 
 @dataclass(frozen=True)
 class Ratio:
-    """The median over the rounds, and that of the fastest steps."""
+    """The median ratio over the rounds, and the ratio of the fastest steps."""
 
     median: float
     fastest: float
@@ -146,7 +150,7 @@ def main() -> None:
 
 
 def found(job: Job, options: argparse.Namespace) -> object:
-    """Return what a job finds; peaks are the median of three processes, with --quick one."""
+    """Return the figures of a job; a peak is the median of three processes (one with --quick)."""
     ask = partial(measure, job.what, job.case, job.ways, threads=options.threads)
     if job.what == "times":
         return ask(seconds=options.seconds)
@@ -207,7 +211,7 @@ def trade_off_jobs() -> Iterator[Job]:
 
 
 def full_jobs() -> Iterator[Job]:
-    """Yield the whole matrix, after the rest."""
+    """Yield the other cases, and then the whole matrix."""
     yield Job("times", MOLECULES, MOLECULE_WAYS)
     for case in overheads(((4, 1000), (10, 3000), (40, 10_000), (100, 30_000), (40, 1_000_000))):
         yield Job("times", case, OVERHEAD_WAYS)
@@ -234,7 +238,7 @@ def matrix() -> Iterator[Case]:
 
 
 def overheads(sizes: Iterable[tuple[int, int]]) -> Iterator[Case]:
-    """Yield tiny pose models of some numbers of tensors and of parameters."""
+    """Yield cases with tiny pose models, for several numbers of tensors and parameters."""
     for n_tensors, n_parameters in sizes:
         for weights in ("dense", "sharp"):
             yield Case(
@@ -264,7 +268,7 @@ def trade_off_cases() -> list[Case]:
 
 
 def families(jobs: list[Job]) -> dict[str, list[Case]]:
-    """Return the cases to be drawn together."""
+    """Return the groups of cases that are drawn together."""
     timed = set(of(jobs, MODES))
     grown = {
         "poses": growth_in_poses((1, 3, 10, 32, 100, 320, 1000)),
@@ -285,7 +289,7 @@ def jobs_of(case: Case, ways: tuple[str, ...] = TIMED) -> Iterator[Job]:
 
 
 def fitting(job: Job, gigabytes: float) -> Job:
-    """Return the job without the ways that would not fit."""
+    """Return the job without the ways that would not fit into memory."""
     if job.what == "estimated":  # no more than one graph at a time
         return job
     ways = tuple(way for way in job.ways if needed(job.case, way) <= 1e9 * gigabytes)
@@ -303,7 +307,7 @@ def needed(case: Case, way: str) -> float:
 
 
 def graph_bytes(case: Case) -> int:
-    """Return G, what the graph of one pose keeps alive."""
+    """Return G, the bytes that the graph of one pose keeps alive."""
     return _graph_bytes(case.n_atoms, case.n_parameters)
 
 
@@ -351,7 +355,7 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
 
 
 def of(jobs: list[Job], ways: Iterable[str]) -> Iterator[Case]:
-    """Yield the cases whose times were taken of at least these ways."""
+    """Yield the cases in which any of these ways was timed."""
     for job in jobs:
         timed = job.what == "times" and job.case.pose_model != "molecules"
         if timed and set(ways) & set(job.ways):
@@ -366,7 +370,7 @@ def new_table(*columns: str) -> Table:
 
 
 def times_table(results: Results, cases: list[Case], gigabytes: float) -> Table:
-    """Seconds of plain autograd, and the others as multiples of it, or seconds too."""
+    """Return seconds of plain autograd, and the other ways as multiples of it or in seconds."""
     table = new_table("", "weights ≠ 0", "plain, s", *(way for way in TIMED if way != PLAIN))
     for case in cases:
         cells = [results.get("times", case, "n_weights"), results.seconds(case, PLAIN)]
@@ -387,7 +391,7 @@ def time_cell(results: Results, case: Case, way: str, gigabytes: float) -> str:
 
 
 def left_out(case: Case, way: str, gigabytes: float) -> str:
-    """Say why there is no figure, if it is the memory."""
+    """Return the reason for a missing figure, if it is the memory."""
     needs = needed(case, way) / 1e9
     return f"–, needs about {needs:.0f} GB" if needs > gigabytes else "–"
 
@@ -413,7 +417,7 @@ def memory_cell(results: Results, case: Case, way: str, gigabytes: float) -> str
 
 
 def estimate_table(results: Results, jobs: list[Job], gigabytes: float) -> Table:
-    """What a model expects a step to take, which counts the gradient and the one to be added."""
+    """Return the estimated memory of a step, with the gradient and the gradient to be added."""
     table = new_table("", *MODES)
     for case in [job.case for job in jobs if job.what == "estimated"]:
         cells = []
@@ -431,7 +435,7 @@ def least_bytes(case: Case) -> float:
 
 
 def additions_table(results: Results, cases: list[Case]) -> Table:
-    """What recomputation costs beside what it must cost, and storing beside no storing."""
+    """Compare recomputation with its least cost, and stored gradients with discarded ones."""
     columns = ("F, ms", "F + B, ms", "recomputed / plain", "1 + F/(F+B)", "stored / thrown away")
     table = new_table("", *columns)
     for case in cases:
@@ -447,7 +451,7 @@ def additions_table(results: Results, cases: list[Case]) -> Table:
 
 
 def expected(results: Results, case: Case) -> Ratio | None:
-    """Return 1 + F/(F + B), what running all poses again must cost."""
+    """Return 1 + F/(F + B), the least cost of running all poses again."""
     return results.ratio(case, lambda forward, both: 1 + forward / both, FORWARD, BARE)
 
 
@@ -491,8 +495,8 @@ def overhead_table(results: Results, cases: list[Case]) -> Table:
 def overhead(results: Results, case: Case, way: str) -> Ratio:
     """Return µs per pose beyond the pose model's own forwards and backwards.
 
-    A forward makes its graph. A pose whose weight is zero needs no backward, except in ``stored``
-    and with ``checkpoint``; in ``recomputed`` the others need a second forward.
+    A forward makes its graph. A pose with weight zero needs a backward only in ``stored`` and with
+    ``checkpoint``. The other poses need a second forward in ``recomputed``.
     """
     share = results.get("times", case, "n_weights") / case.n_poses
 
@@ -509,7 +513,7 @@ def overhead(results: Results, case: Case, way: str) -> Ratio:
 
 
 def allowed(results: Results, case: Case) -> float:
-    """Return the µs per pose that a mode may take: 50, 2 a tensor, and three copies of P."""
+    """Return the limit in µs per pose: 50, plus 2 for each tensor, plus three copies of P."""
     return 50 + 2 * case.n_tensors + 3e6 * results.seconds(case, COPY)
 
 
@@ -547,7 +551,7 @@ def targets_table(results: Results) -> Table:
 
 
 def targets(results: Results) -> Iterator[tuple[str, object, str]]:
-    """Yield each figure, what was measured, and the aim."""
+    """Yield the name, the measured value and the aim of each figure."""
     sharp, dense = (Case(32, BIG, 3_000_000, weights) for weights in ("sharp", "dense"))
     many = Case(128, SMALL, 3_000_000, "sharp")
     time = results.ratio(sharp, over, RECOMPUTED, PLAIN)

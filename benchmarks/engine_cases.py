@@ -1,4 +1,4 @@
-"""What the benchmark of the engine runs: poses, pose models, and ways to take a training step."""
+"""The cases of the engine benchmark: poses, pose models, and ways to run a training step."""
 
 from __future__ import annotations
 
@@ -43,9 +43,9 @@ class Case:
     n_poses : of all compounds together
     n_parameters : of the pose model, about
     weights : ``"dense"`` (the mean) or ``"sharp"`` (the minimum, t = 1000)
-    pose_model : a key of :data:`POSE_MODELS`; ``"molecules"`` has its own numbers of atoms, and
+    pose_model : a key of :data:`POSE_MODELS`; ``"molecules"`` has its own numbers of atoms and
         parameters
-    n_tensors : that the parameters of ``"vector"`` are in
+    n_tensors : number of tensors that hold the parameters of ``"vector"``
     """
 
     n_poses: int
@@ -66,7 +66,7 @@ class Case:
 
     @property
     def millions(self) -> str:
-        """The number of parameters, for people."""
+        """The number of parameters, as text."""
         return f"P = {self.n_parameters / 1e6:g} M"
 
     @property
@@ -83,7 +83,7 @@ class Case:
 class PairNetwork(torch.nn.Module):
     """A small SchNet over all pairs of atoms, and a readout whose width sets the parameters.
 
-    The pairs fill the graph and the readout, on one vector for each pose, the parameters.
+    The pairs take most of the graph. The readout, on one vector per pose, has most parameters.
     """
 
     width, n_gaussians, n_interactions = 64, 50, 3
@@ -161,7 +161,7 @@ def pairs(case: Case) -> Model:
 
 
 def vector(case: Case) -> Model:
-    """Return an MLP of ``n_tensors`` weights and biases, and poses that are 8 numbers each."""
+    """Return an MLP of ``n_tensors`` weights and biases, and poses of 8 numbers each."""
     n_hidden = case.n_tensors // 2 - 2
     between = math.isqrt(max(1, case.n_parameters // max(1, n_hidden)))
     width = max(4, between) if n_hidden else max(4, case.n_parameters // 10)
@@ -179,7 +179,7 @@ class Residual(torch.nn.Linear):
 
 
 def molecules(case: Case) -> Model:
-    """Return PyG's SchNet, and conformers of small molecules: some 10, some 15 atoms."""
+    """Return PyG's SchNet, and conformers of small molecules with 10 or 15 atoms."""
     from torch_geometric.data import Batch, Data
     from torch_geometric.nn import SchNet
 
@@ -210,7 +210,7 @@ class OfBatch(torch.nn.Module):
 
 
 class GivenPairs(torch.nn.Module):
-    """The pairs that came with the molecules, as a data set of such has them."""
+    """Neighbour pairs that are stored with the molecules, as in a data set."""
 
     edges: Tensor
 
@@ -228,7 +228,7 @@ class Setup:
 
     Attributes
     ----------
-    n_weights : how many weights are not zero
+    n_weights : number of nonzero weights
     """
 
     def __init__(self, case: Case) -> None:
@@ -243,7 +243,7 @@ class Setup:
 
     @torch.no_grad()
     def _widen(self) -> Tensor:
-        """Give the predictions their spread, by the last layer; a fresh network hardly has one."""
+        """Scale the last layer, because the predictions of a new network are nearly equal."""
         predictions = torch.cat([self._predict(pose) for pose in self.poses])
         if len(predictions) == 1:
             return predictions
@@ -258,11 +258,11 @@ class Setup:
         self.pose_model.zero_grad(set_to_none=True)
 
     def steps(self, poses: Sequence[Any] | None = None) -> dict[str, Step]:
-        """Return a step for every way; all but the last ones leave the same gradients.
+        """Return a step for every way; all but the last ones give the same gradients.
 
         Parameters
         ----------
-        poses : others than those of the case, of one compound
+        poses : poses of one compound, used instead of those of the case
         """
         sizes = self.case.sizes if poses is None else [len(poses)]
         poses = self.poses if poses is None else list(poses)
@@ -304,7 +304,7 @@ class Setup:
     def _guide(self, poses: list[Any], sizes: list[int]) -> None:
         """Store a gradient for each pose, and combine them as the guide does.
 
-        Its smooth maximum of n·t·ŷ, over n·t, is the minimum or, for a small t, the mean.
+        Its smooth maximum of n·t·ŷ, divided by n·t, is the minimum or, for a small t, the mean.
         """
         scale = -SHARPNESS if self.case.weights == "sharp" else 1e-6
         names = [name for name, _ in self.pose_model.named_parameters()]
@@ -342,7 +342,7 @@ class Setup:
         self._copies[1].copy_(self._copies[0])
 
     def graph_bytes(self) -> int:
-        """Return what the graph of one pose keeps alive, parameters and the pose left out."""
+        """Return the bytes that one pose's graph keeps alive, without parameters and the pose."""
         known = {t.untyped_storage().data_ptr() for t in self.params}
         known |= {t.untyped_storage().data_ptr() for t in self.poses[0] if isinstance(t, Tensor)}
         found: dict[int, int] = {}
@@ -361,7 +361,7 @@ class Setup:
 
 
 def rule(weights: str) -> Combination:
-    """Return the mean, or the minimum that is as good as hard."""
+    """Return the mean, or a minimum that is practically hard."""
     if weights == "dense":
         return registry.create("mean")
     return registry.create("min", pred_scale=SHARPNESS)

@@ -1,4 +1,4 @@
-"""Figures of the benchmark of the engine: growth, and time against memory."""
+"""Figures of the engine benchmark: growth, and time against memory."""
 
 from __future__ import annotations
 
@@ -39,8 +39,8 @@ def save_plots(results: Results, families: dict[str, list[Case]], folder: Path) 
 
     Parameters
     ----------
-    families : cases that differ in ``"poses"``, ``"parameters"`` or ``"compounds"`` alone, and
-        under ``"trade-off"`` those to be shown one by one
+    families : cases that differ only in ``"poses"``, ``"parameters"`` or ``"compounds"``, and
+        under ``"trade-off"`` cases that are shown one by one
     """
     folder.mkdir(parents=True, exist_ok=True)
     paths = []
@@ -60,7 +60,7 @@ def save(figure: plt.Figure, path: Path) -> Path:
 
 
 def growth(results: Results, what: str, cases: Sequence[Case]) -> plt.Figure:
-    """Time and memory of a step, on two axes side by side."""
+    """Draw time and memory of a step, on two axes side by side."""
     figure, (left, right) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for way in STYLES:
         seconds = {case: results.seconds(case, way) for case in cases}
@@ -86,7 +86,7 @@ def line(axes: Axes, what: str, way: str, values: dict[Case, float | None]) -> N
 
 
 def reference(axes: Axes) -> None:
-    """Draw a line of slope 1 below what is there."""
+    """Draw a line of slope 1 below the curves."""
     points = [point for drawn in axes.lines for point in zip(*drawn.get_data(), strict=True)]
     if not points:
         return
@@ -96,7 +96,7 @@ def reference(axes: Axes) -> None:
 
 
 def trade_off(results: Results, cases: Sequence[Case]) -> plt.Figure:
-    """Time against memory: one axes for each case, one point for each way."""
+    """Draw time against memory: one axes for each case, one point for each way."""
     size = (4.2 * len(cases), 4.4)
     figure, all_axes = plt.subplots(
         1, len(cases), figsize=size, layout="constrained", squeeze=False

@@ -28,12 +28,12 @@ MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 
 def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
-    """Return what a fresh process measures; None where it was killed or has failed.
+    """Return the figures from a fresh process, or None if it was killed or failed.
 
     Parameters
     ----------
-    what : ``"times"``, ``"peak"``, ``"estimated"`` or ``"thousand_steps"``, functions of this file
-    options : ``threads`` for all; ``seconds``, how long to take times
+    what : ``"times"``, ``"peak"``, ``"estimated"`` or ``"thousand_steps"``, a function of this file
+    options : ``threads`` for all functions; ``seconds``, the duration of the timing
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
     environment = {**os.environ, **(PINNED if what != "times" else {})}
@@ -43,9 +43,9 @@ def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
 
 
 def times(setup: Setup, ways: Sequence[str], seconds: float) -> dict[str, Any]:
-    """Return the seconds of each way, round by round: they take turns, so that noise hits all.
+    """Return the seconds of each way in each round; the ways take turns, so that noise hits all.
 
-    And ``"n_weights"``, how many weights are not zero.
+    The key ``"n_weights"`` has the number of nonzero weights.
     """
     steps = {way: setup.steps()[way] for way in ways}
     check(setup, steps)
@@ -72,7 +72,7 @@ def threads() -> int:
 
 
 def check(setup: Setup, steps: dict[str, Step]) -> None:
-    """Raise unless all ways leave the same gradients; it warms them up, too."""
+    """Raise unless all ways give the same gradients; this also warms them up."""
     expected = None
     for way, step in steps.items():
         setup.clear()
@@ -88,10 +88,10 @@ def check(setup: Setup, steps: dict[str, Step]) -> None:
 
 
 def peak(setup: Setup, ways: Sequence[str]) -> int | None:
-    """Return the most bytes that one step takes, beyond what the process had before.
+    """Return the peak bytes of one step, minus the bytes that the process had before it.
 
-    The first step after a small one: later ones find the small blocks of the one before, which
-    graphs are made of, and would not count them.
+    It measures the first step after a small one. Graphs consist of small blocks. Later steps reuse
+    the small blocks of the step before, and would not count them.
     """
     from mtenn_core._engine.stored import forget_memory
 
@@ -131,9 +131,9 @@ def thousand_steps(setup: Setup, ways: Sequence[str]) -> list[int]:
 
 
 def resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, in bytes.
+    """Return VmRSS (now) or VmHWM (peak) of this process, in bytes.
 
-    Not ``getrusage``: on Linux, the ru_maxrss of a child starts at the peak of its parent.
+    ``getrusage`` does not work here: on Linux, a child's ru_maxrss starts at its parent's peak.
     """
     status = (PROCESS / "status").read_text()
     (kibibytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, flags=re.MULTILINE)
@@ -141,7 +141,7 @@ def resident(field: str) -> int:
 
 
 def main(asked: dict[str, Any]) -> None:
-    """Measure what the parent asks for, and print it as JSON."""
+    """Run the measurement that the parent asks for, and print it as JSON."""
     import torch
     from engine_cases import Case, Setup
 

@@ -1,9 +1,10 @@
-"""How long the registry takes to hand a combination out, and the full suite, in a fresh process.
+"""Time the registry's lookup of a combination, and the full suite, in a fresh process.
 
     python benchmarks/gate.py [--repeats 5]
 
-Every installed combination and, at full depth, the guide's class. Torch is imported before the
-clock starts. Prints medians of one run, beside the limit and beside the import of torch.
+It times every installed combination and the guide's class, which is written at full depth. Torch is
+imported before the clock starts. Prints medians of one run, next to the limit and the time of
+torch's import.
 """
 
 import argparse
@@ -81,7 +82,7 @@ def main() -> None:
 
 
 def handed_out(threads: int, arguments: list[str]) -> list[float]:
-    """Return seconds to import torch, to hand out, for gate and full level, and n_examples."""
+    """Return the seconds of torch's import, lookup, gate and full level, and n_examples."""
     command = [sys.executable, "-c", HANDED_OUT, str(Path(__file__).parent), str(threads)]
     done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
     return json.loads(done.stdout)

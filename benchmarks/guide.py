@@ -1,8 +1,8 @@
-"""A combination as the field's guide teaches it: the baseline of the benchmarks.
+"""A combination in the style of the field's guide: the baseline of the benchmarks.
 
-A smooth maximum ln Σ exp(ŷ_i) whose gradients are stacked, weighted and summed, parameter by
-parameter, in an ``autograd.Function`` of its own with one output. It imports nothing but torch and
-``Combination``, so that it stands for code written before mtenn-core.
+A smooth maximum ln Σ exp(ŷ_i) with its own ``autograd.Function``, which has one output. The
+function stacks, weights and sums the gradients of each parameter. The file imports only torch and
+``Combination``, so that it represents code written before mtenn-core.
 """
 
 import torch
@@ -14,7 +14,7 @@ class GuideCombination(Combination):
     """Smooth maximum, written at full depth."""
 
     def forward(self, pred_list, grad_dict, param_names, *model_params):
-        """Hand everything to the autograd function."""
+        """Pass everything to the autograd function."""
         return GuideFunction.apply(pred_list, grad_dict, param_names, *model_params)
 
 

@@ -1,16 +1,17 @@
-"""How long it takes to list what is installed, beside what else one could use.
+"""Time the listing of installed combinations, and compare it with its alternatives.
 
     python benchmarks/registry.py [--repeats 7] [--sizes 50 300 1000]
 
-Each figure is the median of fresh processes that see made-up distributions only: METADATA and
-RECORD of usual size, entry points in every third, a combination in four. They run with ``-S``, so
-that ``site-packages`` does not count; the path is a folder of the distributions and one of links to
-the packages that are really installed, without their metadata. What imports plugins (pluggy,
-stevedore) finds an ``object()`` in each. Bytecode and files are in the cache, after a first round.
+Each figure is the median of fresh processes that see only made-up distributions. These have
+METADATA and RECORD of usual size. Every third has entry points, and four have a combination. The
+processes run with ``-S``, so that ``site-packages`` does not count. Their path has a folder of the
+made-up distributions, and a folder of links to the installed packages, without their metadata.
+Libraries that import plugins (pluggy, stevedore) find an ``object()`` in each plugin. After a first
+round, bytecode and files are in the cache.
 
-CPU time, and for ``mtenn list`` wall time beyond the interpreter's start. What is imported before
-the clock starts has a column of its own; ``scan alone`` has importlib_metadata among it. Not timed
-but counted: three listings and an unknown name cause one scan.
+The figures are CPU time. For ``mtenn list`` they are wall time without the interpreter's start.
+Imports before the clock starts have their own column. In ``scan alone`` they include
+importlib_metadata. Three listings and an unknown name cause one scan, which is counted, not timed.
 """
 
 import argparse
@@ -131,7 +132,7 @@ def table(runs: Runs, sizes: list[int]) -> Table:
 
 
 def measure(folder: Path, size: int, cache: str) -> dict[str, list[float]]:
-    """Return, for each way, ms of its imports and of the call."""
+    """Return the ms of the imports and of the call, for each way."""
     taken = {}
     for way, (*code, calls) in WAYS.items():
         taken[way] = json.loads(python(folder, size, "-c", TIMED, *code, str(calls), cache=cache))
@@ -145,7 +146,7 @@ def measure(folder: Path, size: int, cache: str) -> dict[str, list[float]]:
 
 
 def python(folder: Path, size: int, *arguments: str, cache: str = "") -> bytes:
-    """Return what a fresh process prints that sees the made-up distributions only."""
+    """Run code in a fresh process that sees only the made-up distributions; return its output."""
     unset = ("MTENN_", "PYTHON")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(unset)} | {
         "PYTHONPATH": os.pathsep.join([str(folder / str(size)), str(folder / "packages")]),
@@ -158,7 +159,7 @@ def python(folder: Path, size: int, *arguments: str, cache: str = "") -> bytes:
 
 
 def link_packages(folder: Path) -> None:
-    """Make what is installed importable from a folder that has no metadata."""
+    """Make installed packages importable from a folder without metadata."""
     folder.mkdir()
     (folder / "mtenn_core").symlink_to(Path(mtenn_core.__file__).parent)
     for installed in {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}:
@@ -169,7 +170,7 @@ def link_packages(folder: Path) -> None:
 
 
 def install(folder: Path, n_distributions: int) -> None:
-    """Write distributions as an installer leaves them."""
+    """Write distributions in the form that an installer leaves."""
     plugins = range(n_distributions)[:: n_distributions // N_PLUGINS][:N_PLUGINS]
     for i in range(n_distributions):
         package = folder / f"made_up_{i}"

@@ -9,6 +9,9 @@ import pytest
 import torch
 from installed import Places, write_distribution
 
+# Tests write modules, and write them again within the second that bytecode is told apart by.
+sys.dont_write_bytecode = True
+
 
 @pytest.fixture(autouse=True)
 def _seed():

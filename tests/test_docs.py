@@ -32,14 +32,18 @@ import shutil
 import subprocess
 import sys
 import tomllib
-from contextlib import redirect_stdout
+import warnings
+from contextlib import chdir, redirect_stdout
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 import pytest
+from click.testing import CliRunner, Result
 from conftest import forget_modules_in
+from tiers import slow
 
 from mtenn_core import Policy, registry
+from mtenn_core._cli import main
 from mtenn_core.errors import RegistryError
 from mtenn_core.testing import CHECKS
 from mtenn_core.testing._checks.values import PROPERTIES
@@ -60,6 +64,7 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/tutorial/train-a-model.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
+LONG_PAGES = ("train-on-several-machines.md", "your-own-combination.md")
 IMAGES = ROOT / "docs/images"
 # Written by `tox run -e bank`, which measures what it says.
 MISTAKES = ROOT / "docs/explanation/mistakes.md"
@@ -167,20 +172,32 @@ def run_console(block: Block, folder: Path, where: str) -> None:
 
 
 def check_mtenn(arguments: list[str], shown: str, folder: Path, where: str) -> None:
+    done = run_mtenn(arguments, folder)
     if not shown.strip():
-        run_module("mtenn_core", arguments, folder, where)
+        assert done.exit_code == 0, f"{where}\n{done.output}"
         return
-    given = run_module("mtenn_core", arguments, folder)
+    given = done.stdout
     if arguments == ["list"]:  # the environment may have other plugins
         wanted = [line.split() for line in shown.splitlines()]
         given = "\n".join(line for line in given.splitlines() if line.split() in wanted)
     assert_same_output(without_times(shown), without_times(given), where)
 
 
-def run_module(module: str, arguments: list[str], folder: Path, must_pass: str = "") -> str:
+def run_mtenn(arguments: list[str], folder: Path) -> Result:
+    """Run the command in this process, since a new one imports torch again."""
+    before = set(sys.modules)
+    registry.refresh()
+    # No line is folded, whatever the terminal: tox passes its width on.
+    with chdir(folder), warnings.catch_warnings():
+        warnings.resetwarnings()
+        done = CliRunner(env={"COLUMNS": "1000"}).invoke(main, arguments)
+    forget_modules_in(folder, before)
+    return done
+
+
+def run_module(module: str, arguments: list[str], folder: Path, where: str) -> str:
     """Run ``python -m module`` in ``folder`` and return what it prints on standard output."""
     path = [str(folder), *filter(None, [os.environ.get("PYTHONPATH")])]
-    # No line is folded, whatever the terminal: tox hands its width on.
     fixed = {"PYTHONPATH": os.pathsep.join(path), "PYTHONIOENCODING": "utf-8", "COLUMNS": "1000"}
     done = subprocess.run(
         [sys.executable, "-m", module, *arguments],
@@ -191,8 +208,7 @@ def run_module(module: str, arguments: list[str], folder: Path, must_pass: str =
         timeout=600,  # against what hangs; a conformance suite takes a while on a busy machine
         check=False,
     )
-    if must_pass:
-        assert done.returncode == 0, f"{must_pass}\n{done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"{where}\n{done.stdout}{done.stderr}"
     return done.stdout
 
 
@@ -271,7 +287,14 @@ def name(page: Path) -> str:
     return str(page.relative_to(ROOT))
 
 
-@pytest.mark.parametrize("page", PAGES, ids=name)
+def to_run(pages: list[Path]) -> list[Any]:
+    """Return values of a parameter."""
+    short = [page for page in pages if page.name not in LONG_PAGES]
+    long = [page for page in pages if page.name in LONG_PAGES]
+    return short + slow(*long, reason="as long as all other pages together")
+
+
+@pytest.mark.parametrize("page", to_run(PAGES), ids=name)
 def test_page_shows_what_the_code_gives(page, package):
     run_page(page, package)
 

@@ -1,4 +1,4 @@
-"""How well scores agree with measurements, with bootstrap intervals; numpy alone."""
+"""Agreement of scores with measurements, with bootstrap intervals; needs only numpy."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ FEWEST = 5  # pairs: an interval of fewer says nothing
 
 
 class Estimate(NamedTuple):
-    """A statistic with the ends of its bootstrap interval; NaN where it is not defined."""
+    """A statistic with the ends of its bootstrap interval; NaN if it is not defined."""
 
     value: float
     low: float
@@ -25,7 +25,7 @@ class Estimate(NamedTuple):
 
 
 def pearson(x: Numbers, y: Numbers) -> Numbers:
-    """Correlation coefficient r; NaN where x or y does not vary."""
+    """Return the correlation coefficient r; NaN if x or y does not vary."""
     # Their deviations from the mean, which roundoff may leave, would be taken for variation.
     constant = (np.ptp(x, axis=-1) == 0) | (np.ptp(y, axis=-1) == 0)
     x, y = (values - values.mean(axis=-1, keepdims=True) for values in (x, y))
@@ -35,12 +35,12 @@ def pearson(x: Numbers, y: Numbers) -> Numbers:
 
 
 def spearman(x: Numbers, y: Numbers) -> Numbers:
-    """Correlation coefficient ρ of the ranks, those of equal numbers averaged."""
+    """Return the correlation coefficient ρ of the ranks; equal numbers share their mean rank."""
     return pearson(_ranks(x), _ranks(y))
 
 
 def kendall(x: Numbers, y: Numbers) -> Numbers:
-    """Kendall's τ_b: pairs in the same order less pairs in the other, ties taken into account."""
+    """Return Kendall's τ_b, from the pairs in equal and in opposite order, corrected for ties."""
     x, y = (np.sign(values[..., :, None] - values[..., None, :]) for values in (x, y))
     axes = (-2, -1)
     with np.errstate(invalid="ignore", divide="ignore"):
@@ -48,21 +48,21 @@ def kendall(x: Numbers, y: Numbers) -> Numbers:
 
 
 def rmse(x: Numbers, y: Numbers) -> Numbers:
-    """Root mean square difference, in the unit of the numbers."""
+    """Return the root mean square difference, in the unit of the numbers."""
     return np.sqrt(((x - y) ** 2).mean(-1))
 
 
 def _ranks(values: Numbers) -> Numbers:
-    """Return ranks from 1 on, those of equal numbers averaged."""
+    """Return ranks that start at 1; equal numbers share their mean rank."""
     own, others = values[..., :, None], values[..., None, :]
     return (others < own).sum(-1) + ((others == own).sum(-1) + 1) / 2
 
 
 def bootstrap(statistic: Statistic, x: Numbers, y: Numbers, *, draws: int = DRAWS) -> Estimate:
-    """Return a statistic of all pairs, and the interval it has over pairs drawn with replacement.
+    """Return a statistic of all pairs, and its interval over pairs drawn with replacement.
 
-    Draws that do not vary, in which a correlation is not defined, do not count. Fewer than
-    ``FEWEST`` pairs have no interval.
+    A draw that does not vary has no correlation and does not count. Fewer than ``FEWEST`` pairs
+    have no interval.
     """
     chosen = np.random.default_rng(0).integers(len(x), size=(draws, len(x)))
     drawn = statistic(x[chosen], y[chosen])
@@ -75,7 +75,7 @@ def bootstrap(statistic: Statistic, x: Numbers, y: Numbers, *, draws: int = DRAW
 
 
 def mean_of_the_others(measured: Numbers) -> Numbers:
-    """Predict each number as the mean of all others, shape (n,); NaN of one alone."""
+    """Predict each number as the mean of all others, shape (n,); NaN if there is only one."""
     n = len(measured)
     return (measured.sum() - measured) / (n - 1) if n > 1 else np.full(n, np.nan)
 
@@ -83,7 +83,7 @@ def mean_of_the_others(measured: Numbers) -> Numbers:
 def fitted_to_the_others(score: Numbers, measured: Numbers) -> Numbers:
     """Predict each measured number by a straight line through all others, shape (n,).
 
-    NaN where fewer than two others have different scores.
+    The prediction is NaN if fewer than two others have different scores.
     """
     predicted = np.full(len(score), np.nan)
     for index in range(len(score)):

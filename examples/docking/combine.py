@@ -21,11 +21,11 @@ ARGUMENTS: dict[str, Any] = {"kT": KT, "pred_scale": 1 / KT, "normalize": True}
 
 @dataclass(frozen=True)
 class Combined:
-    """What a combination makes of the poses.
+    """The scores and pose weights of one combination.
 
     Attributes
     ----------
-    arguments : of the combination
+    arguments : arguments of the combination
     scores : in kcal/mol, shape (n_ligands,)
     weights : ∂(score)/∂(pose energy), dimensionless, for each ligand of shape (n_poses,)
     """
@@ -36,10 +36,10 @@ class Combined:
 
 
 class PoseEnergies(torch.nn.Module):
-    """A pose model that looks poses up: what it trains is the table of their energies.
+    """A pose model that looks up poses in a table of energies, which is its parameter.
 
-    The gradient of a combined score with respect to this parameter is that of the pose weights,
-    whichever way the combination makes its gradients.
+    The gradient of a combined score with respect to this parameter is the pose weights, at every
+    depth of the combination.
     """
 
     def __init__(self, energies: Tensor) -> None:
@@ -52,7 +52,7 @@ class PoseEnergies(torch.nn.Module):
 
 
 def arguments_of(combination: type[Combination]) -> dict[str, Any]:
-    """Return those of ``ARGUMENTS`` that a combination takes."""
+    """Return the members of ``ARGUMENTS`` that a combination takes."""
     taken = inspect.signature(combination.__init__).parameters
     return {name: value for name, value in ARGUMENTS.items() if name in taken}
 
@@ -60,7 +60,7 @@ def arguments_of(combination: type[Combination]) -> dict[str, Any]:
 def combine(combination: Combination, docked: Sequence[Docked]) -> tuple[Tensor, list[Tensor]]:
     """Return the scores, shape (n_ligands,), and the pose weights of each ligand.
 
-    ``"stored"`` gradients, since a combination that overrides ``forward`` takes no others.
+    The gradients are ``"stored"``, because a combination that overrides ``forward`` needs that.
     """
     sizes = [len(ligand.energies) for ligand in docked]
     energies = [energy for ligand in docked for energy in ligand.energies]
@@ -72,7 +72,7 @@ def combine(combination: Combination, docked: Sequence[Docked]) -> tuple[Tensor,
 
 
 def combine_all(docked: Sequence[Docked]) -> tuple[dict[str, Combined], dict[str, str]]:
-    """Return what each registered combination gives, and why some give nothing, by name."""
+    """Return the results of all registered combinations, and the reasons of failures, by name."""
     results, refused = {}, {}
     for name in registry.names():
         try:

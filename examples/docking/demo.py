@@ -99,7 +99,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 def dock_ligands(
     system: System, folder: Path, options: argparse.Namespace
 ) -> tuple[list[Docked], dict[str, Any]]:
-    """Return the ligands with poses, in the order of the data, and how they were come by."""
+    """Return the ligands with poses, in the order of the data, and how they were obtained."""
     store = Store(
         folder / "poses", system, Search(options.exhaustiveness, options.poses, options.seed)
     )
@@ -128,7 +128,7 @@ def dock_ligands(
 def _docking(
     ligands: Sequence[Ligand], store: Store, folder: Path, processes: int
 ) -> Iterator[Docked | Failed]:
-    """Dock ligands, with a progress bar, of which a file or a pipe gets the last line alone."""
+    """Dock ligands, with a progress bar; a file or a pipe gets only its last line."""
     receptor = folder / "receptor.pdbqt"
     with console.status("preparing the protein"):
         left_out = prepare_receptor(store.system, receptor)
@@ -148,9 +148,9 @@ def _docking(
 
 
 def scores_of(docked: Sequence[Docked], results: Mapping[str, Combined]) -> dict[str, Numbers]:
-    """Return scores by name, lower for what should bind better, shape (n_ligands,) each.
+    """Return scores by name, shape (n_ligands,) each; lower means stronger binding.
 
-    In kcal/mol, but for the number of heavy atoms, negated.
+    They are in kcal/mol, except the number of heavy atoms, which is negated.
     """
     scores = {name: result.scores.numpy() for name, result in results.items()}
     scores[SIZE] = np.array([-float(ligand.ligand.n_heavy) for ligand in docked])
@@ -160,7 +160,7 @@ def scores_of(docked: Sequence[Docked], results: Mapping[str, Combined]) -> dict
 def show_correlations(
     scores: Mapping[str, Numbers], measured: Numbers
 ) -> dict[str, dict[str, Estimate]]:
-    """Print and return how scores and measured ΔG go together."""
+    """Print and return the correlations of scores and measured ΔG."""
     table = _table("score", *CORRELATIONS, title="Agreement with measured ΔG")
     found = {}
     for name, score in scores.items():
@@ -174,7 +174,7 @@ def show_correlations(
 
 
 def show_errors(scores: Mapping[str, Numbers], measured: Numbers) -> dict[str, dict[str, Estimate]]:
-    """Print and return the errors, in kcal/mol, of scores as they are and of lines through them."""
+    """Print and return the errors, in kcal/mol, of the scores and of fitted lines."""
     table = _table("score", "as it is", "line fitted to the others", title="RMSE (kcal/mol)")
     found = {}
     for name, score in scores.items():
@@ -195,7 +195,7 @@ def show_errors(scores: Mapping[str, Numbers], measured: Numbers) -> dict[str, d
 
 
 def show_poses(docked: Sequence[Docked], results: Mapping[str, Combined]) -> dict[str, Any]:
-    """Print and return how often poses are near the reference, and what weight those have."""
+    """Print and return how often poses are near the reference, and the weight of such poses."""
     near = [np.array(ligand.rmsds) <= NEAR for ligand in docked]
     counts = {
         "lowest": sum(bool(each[0]) for each in near),
@@ -217,7 +217,7 @@ def show_poses(docked: Sequence[Docked], results: Mapping[str, Combined]) -> dic
 
 
 def _mean_weight(result: Combined, near: Sequence[Any]) -> float:
-    """Return the summed weight of near poses, averaged over the ligands that have some."""
+    """Return the summed weight of near poses, averaged over the ligands that have any."""
     sums = [
         float(weights.numpy()[each].sum())
         for weights, each in zip(result.weights, near, strict=True)
@@ -229,7 +229,7 @@ def _mean_weight(result: Combined, near: Sequence[Any]) -> float:
 def write_files(
     folder: Path, system: System, docked: Sequence[Docked], results: Mapping[str, Combined]
 ) -> list[Path]:
-    """Write protein, reference poses and figures; return these and where the poses are."""
+    """Write protein, reference poses and figures; return their paths and the poses' folder."""
     (folder / "protein.pdb").write_text(system.protein, encoding="utf-8")
     with Chem.SDWriter(str(folder / "reference.sdf")) as writer:
         for ligand in docked:
@@ -258,7 +258,7 @@ def _combined_record(result: Combined) -> dict[str, Any]:
 
 
 def _plain(record: Any) -> Any:
-    """Return ``record`` as JSON has it: no NaN, estimates with the names of their parts."""
+    """Return ``record`` in a form for JSON: no NaN, and estimates as dictionaries."""
     if isinstance(record, Estimate):
         return _plain(record._asdict())
     if isinstance(record, Mapping):

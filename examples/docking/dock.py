@@ -30,7 +30,7 @@ PACKAGES = ("meeko", "rdkit", "vina")  # other versions may give other poses
 
 
 class ReceptorError(Exception):
-    """The protein cannot be made ready for docking; the message says why."""
+    """The protein cannot be prepared for docking; the message says why."""
 
 
 class LigandError(Exception):
@@ -52,9 +52,9 @@ class Docked:
 
     Attributes
     ----------
-    poses : one molecule for each, in the protein's frame
-    energies : Vina's, in kcal/mol, one for each pose
-    rmsds : to the reference pose, in place, heavy atoms, symmetry taken into account; in Å
+    poses : one molecule for each pose, in the protein's frame
+    energies : Vina's energy of each pose, in kcal/mol
+    rmsds : RMSD to the reference pose, in Å; in place, heavy atoms, corrected for symmetry
     reference_energy : Vina's energy of the reference pose after local minimisation, in kcal/mol
     """
 
@@ -74,7 +74,7 @@ class Failed:
 
 @dataclass(frozen=True)
 class Store:
-    """The folder with poses: an SDF file for each ligand, and a JSON file with what made it."""
+    """The folder with poses: for each ligand an SDF file, and a JSON file with its settings."""
 
     folder: Path
     system: System
@@ -85,7 +85,7 @@ class Store:
         return self.folder / f"{ligand.file_name}.sdf"
 
     def made_with(self, ligand: Ligand) -> dict[str, Any]:
-        """Return all that decides over the poses of a ligand."""
+        """Return everything that the poses of a ligand depend on."""
         return {
             "target": self.system.target,
             "protein": _digest(self.system.protein),
@@ -96,7 +96,7 @@ class Store:
         }
 
     def save(self, ligand: Ligand, text: str) -> Docked:
-        """Write the poses of a ligand, and read them again."""
+        """Write the poses of a ligand, and read them back."""
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.path(ligand)
         path.write_text(text, encoding="utf-8")
@@ -105,7 +105,7 @@ class Store:
         return read_poses(ligand, text)
 
     def load(self, ligand: Ligand) -> Docked | None:
-        """Return the poses kept, or None if there are none, made otherwise, or damaged."""
+        """Return the kept poses, or None if they are missing, outdated or damaged."""
         path = self.path(ligand)
         try:
             text = path.read_text(encoding="utf-8")
@@ -154,11 +154,11 @@ def _atoms(protein: str) -> list[str]:
 
 
 def dock_ligand(vina: Any, ligand: Ligand, search: Search) -> str:
-    """Dock a ligand from a conformer of its own, and return its poses as an SDF file.
+    """Dock a ligand from a new conformer, and return its poses as an SDF file.
 
     Parameters
     ----------
-    vina : with the receptor and the maps of the box
+    vina : Vina with the receptor and the maps of the box
     """
     from meeko import PDBQTMolecule, RDKitMolCreate
 
@@ -172,10 +172,10 @@ def dock_ligand(vina: Any, ligand: Ligand, search: Search) -> str:
 
 
 def fresh_conformer(mol: Chem.Mol) -> Chem.Mol:
-    """Return a molecule with an ETKDGv3 conformer, minimised with MMFF94, for its own.
+    """Return a copy whose conformer is from ETKDGv3, minimised with MMFF94.
 
-    Vina turns bonds and leaves rings, angles and lengths alone: docking the reference conformer
-    would give part of the answer away.
+    Vina turns bonds, but does not change rings, angles and lengths. The reference conformer would
+    give away part of the answer.
     """
     fresh = Chem.Mol(mol)
     parameters = ETKDGv3()
@@ -188,7 +188,7 @@ def fresh_conformer(mol: Chem.Mol) -> Chem.Mol:
 
 
 def _pdbqt(mol: Chem.Mol) -> str:
-    """Return a molecule as Vina takes it, with the bonds that turn."""
+    """Return a molecule in Vina's format, with its rotatable bonds."""
     from meeko import MoleculePreparation, PDBQTWriterLegacy
 
     (setup,) = MoleculePreparation()(mol)
@@ -227,7 +227,7 @@ def _begin(receptor: Path, box: Box, seed: int) -> None:
 
 
 def _dock(ligand: Ligand, search: Search) -> tuple[str, str]:
-    """Return the poses as SDF and "", or "" and why there are none."""
+    """Return the poses as SDF and "", or "" and the reason why there are none."""
     try:
         return dock_ligand(_vina, ligand, search), ""
     except Exception as error:  # whatever it is: the other ligands have a right to be docked
@@ -237,7 +237,7 @@ def _dock(ligand: Ligand, search: Search) -> tuple[str, str]:
 def dock_all(
     ligands: Sequence[Ligand], store: Store, receptor: Path, *, processes: int
 ) -> Iterator[Docked | Failed]:
-    """Dock ligands side by side and keep their poses, in the order in which they are done."""
+    """Dock ligands in parallel and keep their poses, in the order in which they finish."""
     died = []
     with _pool(store, receptor, min(processes, len(ligands))) as start:
         futures = start(ligands)
@@ -263,7 +263,7 @@ def _outcome(ligand: Ligand, future: Future[Any], store: Store) -> Docked | Fail
 
 @contextmanager
 def _pool(store: Store, receptor: Path, processes: int) -> Iterator[Any]:
-    """Give a function that starts docking ligands; an exception ends the processes at once."""
+    """Yield a function that starts to dock a ligand; an exception ends the processes at once."""
     context = multiprocessing.get_context("spawn")  # fork would copy torch's threads, half alive
     arguments = receptor, store.system.box, store.search.seed
     executor = ProcessPoolExecutor(processes, context, _begin, arguments)

@@ -85,7 +85,7 @@ def save_poses(path: Path, docked: Sequence[Docked], weights: Mapping[str, Seque
 
     Parameters
     ----------
-    weights : by the name of a combination, its weight of the lowest pose of each ligand
+    weights : for each combination name, the weight of each ligand's lowest pose
     """
     order = sorted(range(len(docked)), key=lambda index: docked[index].rmsds[0])
     chosen = np.unique(
@@ -118,7 +118,7 @@ def _draw_pose(axes: Axes, ligand: Docked, weights: Mapping[str, float]) -> None
 
 
 def picture(ligand: Docked) -> bytes:
-    """Return a PNG of the lowest pose over the reference, in the plane of their largest spread."""
+    """Return a PNG of the lowest pose over the reference, in the plane of largest spread."""
     reference, pose = Chem.RemoveHs(ligand.ligand.reference), Chem.RemoveHs(ligand.poses[0])
     both = Chem.CombineMols(reference, pose)
     positions = both.GetConformer().GetPositions()
@@ -130,7 +130,7 @@ def picture(ligand: Docked) -> bytes:
 
 
 def _drawn(both: Chem.Mol, n_atoms: int, n_bonds: int) -> bytes:
-    """Draw two molecules in one: the first ``n_atoms`` atoms in grey, the others in orange."""
+    """Draw two molecules together: the first ``n_atoms`` atoms in grey, the others in orange."""
     atom_colours = {i: REFERENCE if i < n_atoms else POSE for i in range(both.GetNumAtoms())}
     bond_colours = {i: REFERENCE if i < n_bonds else POSE for i in range(both.GetNumBonds())}
     drawer = MolDraw2DCairo(*PIXELS)

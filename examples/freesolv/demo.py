@@ -1,4 +1,4 @@
-"""Hydration free energies from conformers: plugins found, validated, trained with and compared.
+"""Hydration free energies from conformers: find, validate, train with and compare plugins.
 
     python demo.py --help
 
@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_plugins() -> dict[str, Combination]:
-    """List and validate every plugin installed; return the combinations to train with."""
+    """List and validate every installed plugin; return the combinations to train with."""
     table = Table("name", "distribution", "version", "arguments", "validated in", title="Plugins")
     for name in registry.names():
         arguments = COMBINATIONS.get(name, {})
@@ -129,7 +129,7 @@ def show_plugins() -> dict[str, Combination]:
 
 
 def make_molecules(options: argparse.Namespace) -> list[Molecule]:
-    """Embed the measured molecules; say which ones are left out because they have no conformer."""
+    """Embed the measured molecules; print which are left out because they have no conformer."""
     measurements = read_measurements()
     if options.molecules:
         n_molecules = min(options.molecules, len(measurements))
@@ -151,7 +151,7 @@ def make_molecules(options: argparse.Namespace) -> list[Molecule]:
 
 
 def first_conformers(molecules: Iterable[Molecule]) -> list[Molecule]:
-    """Return the molecules with their first conformer alone."""
+    """Return the molecules with only their first conformer."""
     return [replace(molecule, conformers=molecule.conformers[:1]) for molecule in molecules]
 
 
@@ -189,7 +189,7 @@ def show_accuracy(predicted: dict[str, Tensor], target: Tensor) -> dict[str, flo
 def show_differences(
     models: dict[str, MultiPoseModel], batch: Sequence[Molecule]
 ) -> dict[str, dict[str, float]]:
-    """Print and return how far the gradients are from plain autograd's, by model and mode."""
+    """Print and return the distance from plain autograd's gradients, by model and mode."""
     title = f"Gradients beside {PLAIN}"
     table = _table("model", *(f"gradients={mode!r}" for mode in MODES), title=title)
     differences = {}
@@ -233,7 +233,7 @@ def show_cost(
 
 
 def progress(description: str, steps: Iterable[T], total: int) -> Iterator[T]:
-    """Iterate with a progress bar, of which a file or a pipe gets the last line alone."""
+    """Iterate with a progress bar; a file or a pipe gets only its last line."""
     columns = (
         TextColumn("{task.description:<26}"),
         BarColumn(),

@@ -1,4 +1,4 @@
-"""The gradient modes beside plain autograd: the same numbers, at what price."""
+"""Compare the gradient modes with plain autograd: differences, time and memory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def combined(
     sizes: Sequence[int],
     way: str,
 ) -> Tensor:
-    """Combined predictions, shape (n_molecules,), made in a ``way``: ``PLAIN`` or a mode."""
+    """Return combined predictions, shape (n_molecules,); a ``way`` is ``PLAIN`` or a mode."""
     if way == PLAIN:
         per_molecule = pose_model(collate(poses)).split(sizes)
         return torch.stack([combination.combine(predictions) for predictions in per_molecule])
@@ -36,7 +36,7 @@ def combined(
 def loss_gradients(
     pose_model: torch.nn.Module, combination: Combination, molecules: Sequence[Molecule], way: str
 ) -> list[Tensor]:
-    """Gradient of the mean squared error, one tensor for each parameter of ``pose_model``."""
+    """Return the gradient of the mean squared error, a tensor per parameter of ``pose_model``."""
     poses, sizes = poses_and_sizes(molecules)
     prediction = combined(pose_model, combination, poses, sizes, way)
     loss = torch.nn.functional.mse_loss(prediction, measured(molecules).to(prediction.dtype))
@@ -44,7 +44,7 @@ def loss_gradients(
 
 
 def largest_differences(model: MultiPoseModel, molecules: Sequence[Molecule]) -> dict[str, float]:
-    """For each mode, max |g - g_plain| / max |g_plain| of the parameter where it is largest."""
+    """Return max |g - g_plain| / max |g_plain| of the worst parameter, for each mode."""
     # In float64: in float32 it would be the rounding of sums that were added in another order.
     pose_model = deepcopy(model.pose_model).double()
     combination = deepcopy(model.combination).double()
@@ -64,7 +64,7 @@ def largest_differences(model: MultiPoseModel, molecules: Sequence[Molecule]) ->
 def step_seconds(
     pose_model: torch.nn.Module, combination: Combination, molecule: Molecule, *, repeats: int = 7
 ) -> dict[str, float]:
-    """Median wall time of prediction and gradient of one molecule, for each way."""
+    """Return the median wall time of prediction and gradient of one molecule, for each way."""
     ways = (PLAIN, *MODES)
     seconds: dict[str, list[float]] = {way: [] for way in ways}
     for _ in range(repeats + 1):

@@ -1,4 +1,4 @@
-"""Peak memory of one gradient, measured in a process of its own: this file, run as a script."""
+"""Peak memory of one gradient, measured in a separate process that runs this file."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROCESS = Path("/proc/self")
 
 
 def peak_memory(way: str, smiles: str, n_conformers: int, *, threads: int) -> int | None:
-    """Bytes that one gradient of one molecule takes at its peak; None where it cannot be measured.
+    """Return the peak bytes of one gradient of one molecule; None if they cannot be measured.
 
     Parameters
     ----------
@@ -30,9 +30,9 @@ def peak_memory(way: str, smiles: str, n_conformers: int, *, threads: int) -> in
 
 
 def _resident(field: str) -> int:
-    """VmRSS (now) or VmHWM (peak) of this process, in bytes.
+    """Return VmRSS (now) or VmHWM (peak) of this process, in bytes.
 
-    Not ``getrusage``: on Linux, the ru_maxrss of a child starts at the peak of its parent.
+    ``getrusage`` does not work here: on Linux, a child's ru_maxrss starts at its parent's peak.
     """
     status = (PROCESS / "status").read_text()
     (kibibytes,) = re.findall(rf"^{field}:\s+(\d+) kB$", status, flags=re.MULTILINE)
@@ -40,7 +40,7 @@ def _resident(field: str) -> int:
 
 
 def _measure(way: str, smiles: str, n_conformers: int, threads: int) -> int:
-    """What :func:`peak_memory` returns, of the process that this runs in."""
+    """Return the result of :func:`peak_memory` for this process."""
     # Imported here, so that a Ctrl-C in the seconds that it takes is caught below.
     import torch
     from conformers import Conformer, Measurement, Molecule, embed, graphs

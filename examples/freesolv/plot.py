@@ -1,4 +1,4 @@
-"""The figure: predicted against measured, and how much each conformer counts."""
+"""The figure: predicted against measured ΔG, and the pose weights."""
 
 from __future__ import annotations
 
@@ -29,9 +29,9 @@ def save_figure(
 
     Parameters
     ----------
-    path : where to, with the suffix of its format
+    path : the file; its suffix decides the format
     test : the molecules that were predicted
-    results : by name, a combination and what the model trained with it predicts of ``test``
+    results : by name, a combination and the predictions of its trained model for ``test``
     """
     target = measured(test)
     everything = torch.cat([target, *(predictions.combined for _, predictions in results.values())])
@@ -90,6 +90,6 @@ def _draw_weights(
 
 
 def _write(axes: Axes, text: str, *, x: float) -> None:
-    """Write in the upper corner that is nearer to ``x``, a fraction of the width."""
+    """Write text in the upper corner nearer to ``x``, a fraction of the width."""
     side = "left" if x < 0.5 else "right"
     axes.text(x, 0.96, text, transform=axes.transAxes, va="top", ha=side, multialignment=side)

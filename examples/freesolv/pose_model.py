@@ -1,4 +1,4 @@
-"""The single-pose model: SchNet, a batch of conformers in, one ΔG each out."""
+"""The pose model: SchNet predicts one ΔG for each conformer of a batch."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ class ConformerSchNet(torch.nn.Module):
 
     Parameters
     ----------
-    mean, std : of the measured ΔG that it will be trained on, in kcal/mol. SchNet works on
-        standardised numbers; what comes out carries the unit, because kT needs it.
+    mean, std : mean and standard deviation of the training ΔG, in kcal/mol. SchNet works on
+        standardised numbers. The predictions are in kcal/mol, because kT needs the unit.
     """
 
     mean: Tensor
@@ -38,6 +38,6 @@ class ConformerSchNet(torch.nn.Module):
         self.register_buffer("std", torch.tensor(std))
 
     def forward(self, batch: Batch) -> Tensor:
-        """Predictions of shape (n_conformers,), in kcal/mol, in the dtype of the parameters."""
+        """Return predictions, shape (n_conformers,), in kcal/mol and the parameters' dtype."""
         edges = batch.edge_index, batch.edge_length.to(self.std.dtype)
         return self.mean + self.std * self.schnet(batch.z, edges, batch.owner).squeeze(-1)

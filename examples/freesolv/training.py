@@ -32,7 +32,7 @@ TEST_FRACTION = 0.2
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a trained model says of some molecules, in kcal/mol.
+    """The predictions of a trained model for some molecules, in kcal/mol.
 
     Attributes
     ----------
@@ -45,19 +45,19 @@ class Predictions:
 
 
 def split(molecules: Sequence[Molecule], *, seed: int) -> tuple[list[Molecule], list[Molecule]]:
-    """Training molecules and test molecules, drawn at random by ``seed``."""
+    """Return training molecules and test molecules, drawn at random by ``seed``."""
     order = torch.randperm(len(molecules), generator=torch.Generator().manual_seed(seed)).tolist()
     n_test = round(TEST_FRACTION * len(molecules))
     return [molecules[i] for i in order[n_test:]], [molecules[i] for i in order[:n_test]]
 
 
 def measured(molecules: Sequence[Molecule]) -> Tensor:
-    """Measured ΔG in kcal/mol, shape (n_molecules,)."""
+    """Return measured ΔG in kcal/mol, shape (n_molecules,)."""
     return torch.tensor([molecule.measurement.measured for molecule in molecules])
 
 
 def new_model(combination: Combination, train: Sequence[Molecule], *, seed: int) -> MultiPoseModel:
-    """Untrained model; the same ``seed`` gives the same initial weights for any combination."""
+    """Return a new model; one ``seed`` gives the same initial weights for any combination."""
     torch.manual_seed(seed)
     std, mean = torch.std_mean(measured(train))
     pose_model = ConformerSchNet(mean.item(), std.item())
@@ -65,13 +65,13 @@ def new_model(combination: Combination, train: Sequence[Molecule], *, seed: int)
 
 
 def poses_and_sizes(molecules: Sequence[Molecule]) -> tuple[list[Conformer], list[int]]:
-    """All conformers in one list, and how many of them each molecule has."""
+    """Return all conformers in one list, and their number for each molecule."""
     poses = [conformer for molecule in molecules for conformer in molecule.conformers]
     return poses, [len(molecule.conformers) for molecule in molecules]
 
 
 def n_steps(train: Sequence[Molecule], epochs: int) -> int:
-    """Number of steps that :func:`training_steps` makes."""
+    """Return the number of steps of :func:`training_steps`."""
     return epochs * math.ceil(len(train) / BATCH_SIZE)
 
 
@@ -107,12 +107,12 @@ def predict(model: MultiPoseModel, molecules: Sequence[Molecule]) -> Predictions
 
 
 def rmse(predicted: Tensor, target: Tensor) -> float:
-    """Root mean square error of two tensors of shape (n_molecules,), in their unit."""
+    """Return the root mean square error of two tensors, shape (n_molecules,), in their unit."""
     return (predicted - target).square().mean().sqrt().item()
 
 
 def rmse_error(predicted: Tensor, target: Tensor, *, draws: int = 2000) -> float:
-    """Standard error of :func:`rmse` by the bootstrap over molecules."""
+    """Return the standard error of :func:`rmse`, by the bootstrap over molecules."""
     squares = (predicted - target).square()
     chosen = torch.randint(
         len(squares), (draws, len(squares)), generator=torch.Generator().manual_seed(0)

@@ -1,8 +1,9 @@
-"""A synthetic data set in the shape of docking: made up, so that nothing has to be downloaded.
+"""A made-up data set that resembles docking, so that nothing has to be downloaded.
 
-A pocket of fixed atoms, compounds of a few atoms each, several poses of each compound. The energy
-of a pose is a sum of Morse terms over pairs of a ligand and a pocket atom. The ΔG of a compound is
-the energy of its best pose, with noise, and the best pose is known, as if from a crystal structure.
+It has a pocket of fixed atoms, compounds of a few atoms each, and several poses of each compound.
+The energy of a pose is a sum of Morse terms over pairs of a ligand atom and a pocket atom. The ΔG
+of a compound is the energy of its best pose, plus noise. The best pose is known, as if from a
+crystal structure.
 """
 
 from __future__ import annotations
@@ -44,7 +45,7 @@ class Compound(NamedTuple):
 
 
 class PoseBatch(NamedTuple):
-    """Several poses in one; ``owner`` is the pose that each atom belongs to, shape (n_atoms,)."""
+    """Several poses in one; ``owner`` is the pose of each atom, shape (n_atoms,)."""
 
     types: Tensor
     positions: Tensor
@@ -53,11 +54,11 @@ class PoseBatch(NamedTuple):
 
 
 class CompoundBatch(NamedTuple):
-    """What a :class:`MultiPoseModel` takes of several compounds, and what it should predict.
+    """The inputs of a :class:`MultiPoseModel` for several compounds, and their targets.
 
     Attributes
     ----------
-    poses : those of all compounds, one after the other
+    poses : the poses of all compounds, one after another
     sizes : the number of poses of each compound
     delta_g : in kcal/mol, shape (n_compounds,)
     crystal : for each compound the index of one of its poses
@@ -95,7 +96,7 @@ def _compound(random: torch.Generator) -> Compound:
 
 
 def _placed(ligand: Tensor, random: torch.Generator) -> Tensor:
-    """Return a ligand turned at random, a few Å from the bottom of the pocket."""
+    """Return a randomly rotated ligand, a few Å from the bottom of the pocket."""
     rotation = torch.linalg.qr(torch.randn(3, 3, generator=random))[0]
     shift = torch.randn(3, generator=random) - torch.tensor([0.0, 0.0, 1.5])
     return (ligand - ligand.mean(0)) @ rotation + shift
@@ -128,7 +129,7 @@ def collate_compounds(compounds: Sequence[Compound]) -> CompoundBatch:
 
 
 class PocketModel(torch.nn.Module):
-    """ΔG of each pose of a batch, in kcal/mol: a sum over pairs of a ligand and a pocket atom."""
+    """ΔG of each pose of a batch, in kcal/mol: a sum over pairs of ligand and pocket atoms."""
 
     pocket: Tensor
     centres: Tensor

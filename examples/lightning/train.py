@@ -59,7 +59,7 @@ class DockingModel(lightning.LightningModule):
     Parameters
     ----------
     combination : a name in ``COMBINATIONS``
-    learning_rate : of the first epoch
+    learning_rate : learning rate of the first epoch
 
     Attributes
     ----------
@@ -79,7 +79,7 @@ class DockingModel(lightning.LightningModule):
         self.losses: list[float] = []
 
     def training_step(self, batch: CompoundBatch, index: int) -> Tensor:
-        """Return the loss on ΔG, plus one that wants the pose of the crystal below the others."""
+        """Return the loss on ΔG, plus a loss that lowers the crystal's pose below the others."""
         out = self.model(batch.poses, sizes=batch.sizes)
         of_poses = [
             cross_entropy(-predictions / KT, torch.tensor(crystal, device=self.device))
@@ -94,7 +94,7 @@ class DockingModel(lightning.LightningModule):
         return loss
 
     def on_train_epoch_end(self) -> None:
-        """Keep the loss of the epoch, in checkpoints too."""
+        """Keep the loss of the epoch, also in checkpoints."""
         self.losses.append(self.trainer.callback_metrics["loss"].item())
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
@@ -106,24 +106,24 @@ class DockingModel(lightning.LightningModule):
         self.losses = checkpoint["losses"]
 
     def configure_optimizers(self) -> dict[str, Any]:
-        """Return Adam, and a schedule that does not depend on how many epochs were asked for."""
+        """Return Adam, and a schedule that does not depend on the number of epochs."""
         optimizer = torch.optim.Adam(self.parameters(), lr=self.hparams["learning_rate"])
         schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.9)
         return {"optimizer": optimizer, "lr_scheduler": schedule}
 
 
 class ShuffledByEpoch(Sampler[int]):
-    """An order that depends on the seed and the epoch alone, and so is that of a resumed run too.
+    """A random order that depends only on seed and epoch, so a resumed run has the same order.
 
-    ``shuffle=True`` draws from the global random state, which a checkpoint of Lightning does not
-    have.
+    ``shuffle=True`` draws from the global random state, which Lightning's checkpoints do not
+    contain.
     """
 
     def __init__(self, n_compounds: int, seed: int) -> None:
         self.n_compounds, self.seed, self.epoch = n_compounds, seed, 0
 
     def set_epoch(self, epoch: int) -> None:
-        """Take the order of this epoch; the Trainer calls it."""
+        """Set the epoch for the order; the Trainer calls this method."""
         self.epoch = epoch
 
     def __iter__(self) -> Iterator[int]:
@@ -230,7 +230,7 @@ def show_losses(**modules: DockingModel) -> None:
 
 
 def same_parameters(one: DockingModel, other: DockingModel) -> bool:
-    """Whether two models are equal, bit for bit."""
+    """Return whether two models are equal, bit for bit."""
     states = one.state_dict(), other.state_dict()
     return all(torch.equal(states[0][name], states[1][name]) for name in states[0] | states[1])
 
@@ -239,7 +239,7 @@ def same_parameters(one: DockingModel, other: DockingModel) -> bool:
 def show_accuracy(
     module: DockingModel, train: Sequence[Compound], test: Sequence[Compound]
 ) -> dict[str, float]:
-    """Print and return how well compounds are predicted that were not trained on."""
+    """Print and return the errors for compounds that the model was not trained on."""
     batch = collate_compounds(test)
     out = module.model(batch.poses, sizes=batch.sizes)
     best = [int(part.argmin()) for part in out.pose_predictions.split(batch.sizes)]
@@ -258,7 +258,7 @@ def show_accuracy(
 
 
 def refusal(checkpoint: Path, combination: str) -> str:
-    """Return what is said where a checkpoint is loaded with another combination."""
+    """Load a checkpoint with another combination and return the error message."""
     other = next(name for name in COMBINATIONS if name != combination)
     try:
         DockingModel.load_from_checkpoint(checkpoint, combination=other, weights_only=True)

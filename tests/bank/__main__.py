@@ -116,9 +116,9 @@ def page(text: str, rows: dict[str, list[str]], gradcheck: list[str]) -> str:
     lines = [
         "# Mistakes and the checks that catch them",
         "",
-        "Made by `tox run -e bank`. Each row is a wrong combination of `tests/bank`, at the scale",
-        "1 with seed 0; ● is a check that fails. `gradcheck` is `torch.autograd.gradcheck` with",
-        "its defaults, on three poses. What the checks are: [conformance](conformance.md).",
+        "`tox run -e bank` makes this page. Each row is a wrong combination of `tests/bank`, at",
+        "scale 1 and seed 0. A ● is a check that fails. `gradcheck` is `torch.autograd.gradcheck`",
+        "with its defaults, on three poses. [Conformance](conformance.md) explains the checks.",
         "",
         "```text",
         text,

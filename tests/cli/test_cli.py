@@ -458,7 +458,13 @@ def test_help_of_check_needs_no_torch():
     [
         # A pipe may take everything before it closes.
         pytest.param("| true", {0, 141}, "", id="closed pipe"),
-        pytest.param("2>&1 | true", {0, 141}, "", id="both in a closed pipe"),
+        pytest.param(
+            "2>&1 | true",
+            {0, 141},
+            "",
+            id="both in a closed pipe",
+            marks=pytest.mark.slow("both of its halves are tested"),
+        ),
         pytest.param(">&-", {0}, "", id="closed"),
         pytest.param(">/dev/full", {1}, "No space left on device", id="full disk"),
     ],

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 from packaging.requirements import Requirement
+from tiers import slow
 
 import mtenn_core
 from mtenn_core import registry
@@ -218,7 +219,9 @@ assert not [name for name in sys.modules if name.startswith("mtenn_") and name[:
     assert files_in(tmp_path / "mtenn-my-rule") == FILES
 
 
-@pytest.mark.parametrize("name", ["my-rule", "test-rule"])  # pytest collects what begins with Test
+@pytest.mark.parametrize(
+    "name", slow("my-rule", "test-rule", reason="tests/integration checks the package, too")
+)  # pytest collects Test…
 def test_its_own_tests_pass(new, name):
     assert new(name).exit_code == 0
     done = run_its_tests(Path(f"mtenn-{name}").resolve())

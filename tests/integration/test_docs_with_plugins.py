@@ -19,7 +19,7 @@ _SPEC.loader.exec_module(docs)
 package = docs.package
 
 
-@pytest.mark.parametrize("page", docs.PAGES_WITH_PLUGINS, ids=docs.name)
+@pytest.mark.parametrize("page", docs.to_run(docs.PAGES_WITH_PLUGINS), ids=docs.name)
 def test_page_shows_what_the_code_gives(page, package):
     docs.run_page(page, package)
 

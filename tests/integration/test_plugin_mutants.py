@@ -148,13 +148,22 @@ def arguments_of(test):
         yield dict(zip((name for name, _ in marks), values, strict=True))
 
 
+@pytest.mark.slow("the tests of each plugin run the same checks")
 @pytest.mark.parametrize("name", PLUGINS)
 def test_a_plugin_itself_passes(name):
     for mutant in mutation.unchanged(SOURCES[name]):
         assert seen_by_the_suite(name, mutant) == ""
 
 
-@pytest.mark.parametrize("change", MUTANTS, ids=str)
+def every_mutant():
+    """Yield all mistakes; the fast tier takes every sixth, and none that costs a whole suite."""
+    slow = pytest.mark.slow("a sixth of the mistakes is enough to see that mistakes are seen")
+    for i, change in enumerate(MUTANTS):
+        quick = i % 6 == 0 and change not in NOBODY_SEES and change not in OWN_TEST_SEES
+        yield pytest.param(change, id=change, marks=() if quick else slow)
+
+
+@pytest.mark.parametrize("change", [*every_mutant()])
 def test_the_suite_sees_what_is_not_listed(change):
     seen = seen_by_the_suite(*MUTANTS[change])
     if change in NOBODY_SEES or change in OWN_TEST_SEES:

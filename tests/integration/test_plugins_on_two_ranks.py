@@ -10,6 +10,7 @@ import sys
 from itertools import product
 from pathlib import Path
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.fsdp import fully_shard
@@ -30,6 +31,7 @@ WRAPS = [DistributedDataParallel, fully_shard]
 SIZES = {"spread": [[1, 5, 3], [4, 2]], "shared": [[2, 0, 3], [3, 2, 1]]}
 
 
+@pytest.mark.slow("tests/distributed runs the same code with combinations of the core's tests")
 def test_gradients_equal_plain_autograd():
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     done = subprocess.run(

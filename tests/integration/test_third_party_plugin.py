@@ -1,8 +1,6 @@
 """Somebody else's package, with the class of the field's guide, from pip install to uninstall."""
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 from textwrap import dedent
 
@@ -27,9 +25,24 @@ PYPROJECT = f"""
     [tool.hatch.build.targets.wheel]
     include = ["guide_lse.py"]
 """
-TRAIN = """
+USE = """
+    import json
     import torch
+    from click.testing import CliRunner
     from mtenn_core import MultiPoseModel, registry
+    from mtenn_core._cli import main
+
+    def mtenn(*command):
+        done = CliRunner().invoke(main, [*command, "--json"])
+        return done.exit_code, json.loads(done.stdout)
+
+    def failures(code, reports):
+        (report,) = reports
+        return code, [r["id"] for r in report["records"] if r["status"] in ("fail", "error")]
+
+    found = {"list": mtenn("list")[1]}
+    found["gate"] = failures(*mtenn("check", "guide-lse", "--level", "gate"))
+    found["check"] = failures(*mtenn("check", "guide-lse"))
 
     torch.manual_seed(0)
     poses, target = torch.randn(20, 5, 4), torch.randn(20)
@@ -38,7 +51,7 @@ TRAIN = """
     model = MultiPoseModel(pose_model, "guide-lse", gradients="stored")
     assert type(model.combination) is registry.get("guide_lse")
     optimizer = torch.optim.Adam(model.parameters(), lr=0.02)
-    losses = []
+    found["losses"] = []
     for epoch in range(15):
         optimizer.zero_grad()
         total = 0.0
@@ -48,62 +61,41 @@ TRAIN = """
             loss.backward()
             total += loss.item()
         optimizer.step()
-        losses.append(total)
+        found["losses"].append(total)
     last = torch.cat([pose_model(pose) for pose in poses[0]])
     torch.testing.assert_close(model(poses[0]).prediction, torch.logsumexp(last, 0))
-    print(losses[0], losses[-1])
+    print(json.dumps(found))
 """
 
 
 @pytest.fixture
-def run(tmp_path):
-    """Run python elsewhere: in the repository's root it would import the source tree."""
-
-    def run(*command, expect=0):
-        done = subprocess.run(
-            [sys.executable, *command], capture_output=True, text=True, cwd=tmp_path
-        )
-        assert done.returncode == expect, done.stdout + done.stderr
-        return done.stdout
-
-    return run
-
-
-@pytest.fixture
-def mtenn(run):
-    return lambda *args, **kwargs: run("-m", "mtenn_core", *args, **kwargs)
-
-
-@pytest.fixture
-def package(tmp_path, run):
+def package(tmp_path):
     """A distribution of its own, outside of this repository."""
     folder = tmp_path / "package"
     folder.mkdir()
     (folder / "pyproject.toml").write_text(dedent(PYPROJECT))
     (folder / "guide_lse.py").write_text(GUIDE.read_text())
-    yield folder
-    run("-m", "pip", "uninstall", "-q", "-y", NAME)
+    return folder
 
 
-def test_it_is_installed_listed_validated_trained_with_and_uninstalled(package, run, mtenn):
-    assert "guide-lse" not in mtenn("list")
-
+def test_it_is_installed_listed_validated_trained_with_and_uninstalled(package, run, pip):
     # Requirements are resolved, and met by what is installed: nothing is fetched.
-    run("-m", "pip", "install", "-q", "--no-build-isolation", str(package))
-    (record,) = [r for r in json.loads(mtenn("list", "--json")) if r["name"] == "guide-lse"]
+    pip("install", "-q", "--no-build-isolation", str(package))
+    found = json.loads(run("-c", dedent(USE)))
+
+    (record,) = [r for r in found["list"] if r["name"] == "guide-lse"]
     assert (record["distribution"], record["version"]) == (NAME, "1.2.3")
     assert record["target"] == "guide_lse:GuideCombination"
-
-    assert "passed" in mtenn("check", "guide-lse", "--level", "gate")
+    assert found["gate"] == [0, []]
     # As the guide has it, a second derivative is silently a part of the Hessian.
-    assert "A10" in mtenn("check", "guide-lse", expect=1)
-
-    first, last = map(float, run("-c", dedent(TRAIN)).split())
+    code, failures = found["check"]
+    assert code == 1
+    assert "A10" in failures
+    first, *_, last = found["losses"]
     assert last < first / 2
 
-    run("-m", "pip", "uninstall", "-q", "-y", NAME)
-    assert "guide-lse" not in mtenn("list")
-    assert (
-        "unknown combination"
-        in json.loads(mtenn("check", "guide-lse", "--json", expect=1))[0]["error"]["message"]
-    )
+    pip("uninstall", "-q", "-y", NAME)
+    records = json.loads(run("-m", "mtenn_core", "list", "--json"))
+    assert "guide-lse" not in [record["name"] for record in records]
+    (missing,) = json.loads(run("-m", "mtenn_core", "check", "guide-lse", "--json", expect=1))
+    assert "unknown combination" in missing["error"]["message"]

@@ -6,9 +6,10 @@ import shutil
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from installed import write_distribution
+from tiers import slow
 
 from mtenn_core import Registry
 
@@ -89,43 +90,43 @@ def alone(places):
     return places
 
 
-@settings(
-    max_examples=2000,
-    deadline=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture],
-)
-@given(
-    entry_points=files(lines),
-    metadata=files(fields) | st.just(b""),
-    copies=copies,
-    asked=st.lists(words, max_size=3),
-)
-def test_no_file_breaks_the_registry(alone, entry_points, metadata, copies, asked):
-    written = [
-        write_distribution(
-            alone.front if in_front else alone.site,
-            "demo-bad",
-            entry_points,
-            None,
-            version=version,
-            metadata=metadata,
-            egg=egg,
-        )
-        for version, egg, in_front in copies
-    ]
-    importlib.invalidate_caches()
-    try:
-        registry = Registry()
-        assert registry.info("demo-healthy:healthy").target == "demo_healthy:Good"
-        assert "healthy" in registry.names()
-        assert len(registry.records(everything=True)) >= len(registry)
-        for record in registry.records(everything=True):
-            json.dumps(record.to_json())
-            assert str(record)
-        for problem in registry.problems():
-            json.dumps(problem.to_json())
-        for word in asked:
-            word in registry  # noqa: B015 - must not raise
-    finally:
-        for info in written:
-            shutil.rmtree(info)
+@pytest.mark.parametrize("n_examples", [200, *slow(2000, reason="ten times as long")])
+def test_no_file_breaks_the_registry(alone, n_examples):
+    @settings(max_examples=n_examples, deadline=None)
+    @given(
+        entry_points=files(lines),
+        metadata=files(fields) | st.just(b""),
+        copies=copies,
+        asked=st.lists(words, max_size=3),
+    )
+    def check(entry_points, metadata, copies, asked):
+        written = [
+            write_distribution(
+                alone.front if in_front else alone.site,
+                "demo-bad",
+                entry_points,
+                None,
+                version=version,
+                metadata=metadata,
+                egg=egg,
+            )
+            for version, egg, in_front in copies
+        ]
+        importlib.invalidate_caches()
+        try:
+            registry = Registry()
+            assert registry.info("demo-healthy:healthy").target == "demo_healthy:Good"
+            assert "healthy" in registry.names()
+            assert len(registry.records(everything=True)) >= len(registry)
+            for record in registry.records(everything=True):
+                json.dumps(record.to_json())
+                assert str(record)
+            for problem in registry.problems():
+                json.dumps(problem.to_json())
+            for word in asked:
+                word in registry  # noqa: B015 - must not raise
+        finally:
+            for info in written:
+                shutil.rmtree(info)
+
+    check()

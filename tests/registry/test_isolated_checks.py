@@ -16,6 +16,8 @@ pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups
 
 MEMORY_LIMIT = 512
 
+ALIKE = pytest.mark.slow("a new interpreter, for a case that is like another one here")
+
 
 @pytest.fixture
 def write(tmp_path):
@@ -99,14 +101,20 @@ def test_it_finds_what_a_check_in_this_process_finds(write):
     ("code", "reason", "printed"),
     [
         pytest.param("ctypes.string_at(0)", "killed by SIGSEGV", "plugin.py", id="segfault"),
-        pytest.param("os.abort()", "killed by SIGABRT", "plugin.py", id="abort"),
+        pytest.param("os.abort()", "killed by SIGABRT", "plugin.py", id="abort", marks=ALIKE),
         pytest.param(
             "os.kill(os.getpid(), 9)", "killed by SIGKILL", "limit is 512 MiB", id="SIGKILL"
         ),
         pytest.param(
             "print('words'); os._exit(3)", "exited with 3 before it was done", "words", id="exit 3"
         ),
-        pytest.param("os._exit(0)", "exited with 0 before it was done", "", id="exit 0"),
+        pytest.param(
+            "os._exit(0)",
+            "exited with 0 before it was done",
+            "",
+            id="exit 0",
+            marks=ALIKE,
+        ),
         pytest.param(
             "os.closerange(3, 99)", "exited with 1 before", "Bad file", id="every file closed"
         ),
@@ -122,6 +130,7 @@ def test_what_ends_its_process_is_an_error_of_the_check_that_ran(write, code, re
     assert not report.passed
 
 
+@pytest.mark.slow("it waits for the time limit several times")
 def test_what_does_not_end_is_ended_with_the_place_where_it_was(write):
     report = check(write("while True: pass"), only=["A2", "A3", "B1"], time_limit=4)
     assert report.records[0].reason.startswith("did not end within 2 s")
@@ -133,7 +142,7 @@ def test_what_does_not_end_is_ended_with_the_place_where_it_was(write):
 @pytest.mark.parametrize(
     "code",
     [
-        pytest.param("torch.ones(2**28)", id="one tensor"),
+        pytest.param("torch.ones(2**28)", id="one tensor", marks=ALIKE),
         pytest.param("hoard = [bytearray(2**20) for _ in range(2**20)]", id="bit by bit"),
     ],
 )
@@ -148,7 +157,7 @@ def test_an_allocation_beyond_the_limit_is_an_error_that_names_the_limit(write, 
     "code",
     [
         pytest.param("once() and (os.close(1), os.close(2))", id="closes its output"),
-        pytest.param("print('flood ' * 10**6)", id="floods its output"),
+        pytest.param("print('flood ' * 10**6)", id="floods its output", marks=ALIKE),
         pytest.param(
             """
             for number in range(3, 64):
@@ -158,6 +167,7 @@ def test_an_allocation_beyond_the_limit_is_an_error_that_names_the_limit(write, 
                     pass
             """,
             id="writes to every file",
+            marks=ALIKE,
         ),
         pytest.param("os.fork()", id="a fork that goes on with the checks"),
     ],
@@ -215,7 +225,10 @@ def test_a_plugin_that_dies_while_it_is_imported_has_a_report(tmp_path):
 
 @pytest.mark.parametrize(
     ("path", "error"),
-    [("no-such-name", CombinationNotFoundError), ("no_such_module:Class", TargetError)],
+    [
+        ("no-such-name", CombinationNotFoundError),
+        pytest.param("no_such_module:Class", TargetError, marks=ALIKE),
+    ],
 )
 def test_what_cannot_be_loaded_raises_what_it_raises_in_this_process(path, error):
     with pytest.raises(error, match=r"no.such"):

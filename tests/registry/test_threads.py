@@ -13,6 +13,7 @@ import pytest
 import torch
 from conftest import forget_modules_in
 from installed import GOOD, write_distribution
+from tiers import slow
 
 import mtenn_core.testing
 from mtenn_core import Combination, Registry
@@ -20,7 +21,7 @@ from mtenn_core._process import locks
 from mtenn_core._registry import gate as gates
 from mtenn_core._registry import load as loading
 
-N_THREADS, N_NAMES, N_RUNS = 16, 50, 200
+N_THREADS, N_NAMES = 16, 50
 SECONDS = 60.0
 COUNTED = """
 import time
@@ -65,10 +66,11 @@ def _short_slices():
     sys.setswitchinterval(before)
 
 
-def test_no_name_is_lost_or_imported_twice_while_the_registry_changes(counts, places):
+@pytest.mark.parametrize("n_runs", [20, *slow(200, reason="ten times as long")])
+def test_no_name_is_lost_or_imported_twice_while_the_registry_changes(counts, places, n_runs):
     names = {f"rule-{i}" for i in range(N_NAMES)}
     with ThreadPoolExecutor(N_THREADS) as pool:
-        for run in range(N_RUNS):
+        for run in range(n_runs):
             registry = Registry()
             begin = threading.Barrier(N_THREADS, timeout=SECONDS)
             futures = [

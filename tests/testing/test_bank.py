@@ -6,11 +6,15 @@ from functools import partial
 
 import pytest
 from bank import RIGHT, WRONG, make_right, make_wrong
+from tiers import slow
 
 from mtenn_core.testing import CHECKS, check_combination
 
 # `tox run -e bank` tries every scale with every seed.
 SCALE_AND_SEED = ((1.0, 0), (10.0, 1), (1000.0, 2))
+# They take two thirds of the time.
+LONG = ("B3", "C1", "D4", "D5")
+SAMPLED = pytest.mark.slow("the fast tier takes a fixed part of them")
 # For each check, a mistake that no other check sees.
 ALONE = {
     "A1": "gradient keeps the axis of the poses",
@@ -49,39 +53,68 @@ def failed(make, **options):
     return [record.id for record in report.failures]
 
 
-@pytest.mark.parametrize("wrong", WRONG, ids=lambda wrong: wrong.name)
-def test_the_check_that_is_there_for_a_mistake_catches_it(wrong):
-    missed = [
-        (t, seed)
-        for t, seed in SCALE_AND_SEED
-        if not failed(partial(make_wrong, name=wrong.name, t=t), seed=seed, only=[wrong.check])
-    ]
-    assert not missed
+def wrong_scale_and_seed():
+    """Yield every mistake with every scale; the fast tier takes one scale of each, in turn."""
+    for i, wrong in enumerate(WRONG):
+        for j, (t, seed) in enumerate(SCALE_AND_SEED):
+            marks = () if j == i % len(SCALE_AND_SEED) else SAMPLED
+            yield pytest.param(wrong, t, seed, marks=marks, id=f"{wrong.name}, t = {t:g}")
 
 
-@pytest.mark.parametrize("check", CHECKS, ids=lambda check: check.id)
-def test_every_check_has_a_mistake_that_it_alone_catches(check):
-    assert failed(partial(make_wrong, name=ALONE[check.id], t=1.0)) == [check.id]
+@pytest.mark.parametrize(("wrong", "t", "seed"), [*wrong_scale_and_seed()])
+def test_the_check_that_is_there_for_a_mistake_catches_it(wrong, t, seed):
+    make = partial(make_wrong, name=wrong.name, t=t)
+    (record,) = check_combination(make, level="quality", seed=seed, only=[wrong.check]).records
+    assert record.failed
+    assert t != 1.0 or wrong.cause.lower() in str(record).lower()
 
 
-@pytest.mark.parametrize("right", RIGHT, ids=lambda right: right.name)
-def test_right_combinations_raise_no_alarm(right):
-    for seed in range(2):
-        report = check_combination(partial(make_right, name=right.name), seed=seed)
-        assert report.passed, str(report)
-
-
+@pytest.mark.slow("one check of each mistake, at the scale that the fast tier may leave out")
 def test_the_likely_cause_is_named_for_most_mistakes():
     named = 0
     for wrong in WRONG:
         make = partial(make_wrong, name=wrong.name, t=1.0)
         (record,) = check_combination(make, level="quality", only=[wrong.check]).failures
         named += bool(record.cause)
-        assert wrong.cause.lower() in str(record).lower(), wrong.name
     assert named >= 0.85 * len(WRONG)
 
 
-@pytest.mark.parametrize("check", ["A4", "B1", "C1", "D5"])
+def with_neighbours(check):
+    """Return the ids of a check and of those before and after it in the catalogue."""
+    ids = [each.id for each in CHECKS]
+    at = ids.index(check.id)
+    return ids[max(at - 1, 0) : at + 2]
+
+
+def check_and_others():
+    """Yield every check with its neighbours and with all others, which takes whole suites."""
+    for check in CHECKS:
+        yield pytest.param(check, with_neighbours(check), id=f"{check.id} and its neighbours")
+        yield pytest.param(check, None, id=check.id, marks=pytest.mark.slow("a whole suite"))
+
+
+@pytest.mark.parametrize(("check", "others"), [*check_and_others()])
+def test_every_check_has_a_mistake_that_it_alone_catches(check, others):
+    assert failed(partial(make_wrong, name=ALONE[check.id], t=1.0), only=others) == [check.id]
+
+
+def right_seed_and_checks():
+    """Yield every right one with two seeds; the fast tier leaves long checks out of most."""
+    short = [check.id for check in CHECKS if check.level != "quality" and check.id not in LONG]
+    for i, right in enumerate(RIGHT):
+        marks = () if i % 6 == 0 else SAMPLED
+        yield pytest.param(right, 0, short, id=f"{right.name}, short checks")
+        yield pytest.param(right, 1, None, marks=marks, id=f"{right.name}, all checks")
+        yield pytest.param(right, 0, LONG, marks=SAMPLED, id=f"{right.name}, long checks")
+
+
+@pytest.mark.parametrize(("right", "seed", "only"), [*right_seed_and_checks()])
+def test_right_combinations_raise_no_alarm(right, seed, only):
+    report = check_combination(partial(make_right, name=right.name), seed=seed, only=only)
+    assert report.passed, str(report)
+
+
+@pytest.mark.parametrize("check", ["B1", *slow("A4", "C1", "D5", reason="a new interpreter each")])
 def test_the_line_for_the_shell_reproduces_the_failure(check):
     make = partial(make_wrong, name=ALONE[check], t=1.0)
     (record,) = check_combination(make, only=[check]).failures

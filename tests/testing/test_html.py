@@ -11,6 +11,7 @@ from html.parser import HTMLParser
 import matplotlib
 import pytest
 import torch
+from tiers import slow
 
 from mtenn_core import Combination
 from mtenn_core.errors import MtennError
@@ -20,6 +21,8 @@ from mtenn_core.testing._html.page import render
 from mtenn_core.testing._probe.subject import Subject
 
 EVIL = "</pre><script>alert('&')</script><img src=x onerror=alert(1)>"
+
+PLOTS = "plots take most of the time of a page"
 
 
 class SmoothMax(Combination):
@@ -124,22 +127,28 @@ def off():
     return checked(Off())
 
 
+@pytest.fixture
+def plain(right):
+    """A report without curves: plots take most of the time of a page."""
+    return replace(right, curves={})
+
+
 def record(status, **changes):
     plain = {"title": "it holds", "level": "full", "reason": "", "cause": "", "metrics": {}}
     plain |= {"id": "C1", "seed": 7, "duration": 0.0123, "repro": "mtenn check it --only C1"}
     return Record(status=status, **plain | changes)
 
 
-def test_says_who_was_checked_how_and_with_what(right):
-    text = Page(render([right])).text
-    for shown in (right.name, right.combination, right.verdict, "0 to ∞", "permutation_invariant"):
+def test_says_who_was_checked_how_and_with_what(plain):
+    text = Page(render([plain])).text
+    for shown in (plain.name, plain.combination, plain.verdict, "0 to ∞", "permutation_invariant"):
         assert shown in text
-    for shown in (f"torch {torch.__version__}", "Python 3.", "mtenn-core ", right.suite_version):
+    for shown in (f"torch {torch.__version__}", "Python 3.", "mtenn-core ", plain.suite_version):
         assert shown in text
 
 
 def test_a_failure_is_unfolded_and_has_both_numbers_and_the_line_for_the_shell(off):
-    page = Page(render([off]))
+    page = Page(render([replace(off, curves={})]))
     assert off.failures[0].reason in page.text
     assert off.failures[0].repro in page.text
     assert ["open" in details for details in page.all("details")] == [True, False]
@@ -148,15 +157,15 @@ def test_a_failure_is_unfolded_and_has_both_numbers_and_the_line_for_the_shell(o
 @pytest.mark.parametrize(
     "status", ["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpass"]
 )
-def test_every_status_is_a_word_and_a_sign(right, status):
-    text = Page(render([replace(right, records=[record(status, reason="so it is")])])).text
+def test_every_status_is_a_word_and_a_sign(plain, status):
+    text = Page(render([replace(plain, records=[record(status, reason="so it is")])])).text
     assert re.search(rf"[✓✗!?–] {status}\b", text)
     assert "so it is" in text
 
 
-def test_failures_come_first(right):
+def test_failures_come_first(plain):
     records = [record("pass", id="A1"), record("fail", id="A2"), record("skip", id="A3")]
-    text = Page(render([replace(right, records=records)])).text
+    text = Page(render([replace(plain, records=records)])).text
     assert text.index("A2") < text.index("A1") < text.index("A3")
 
 
@@ -185,20 +194,18 @@ def test_what_a_plugin_says_is_text(right, change):
         assert not page.all("img")
 
 
-def test_text_that_is_no_unicode_can_still_be_written(right):
-    assert "\\ud800" in render([replace(right, combination="\ud800")])
+def test_text_that_is_no_unicode_can_still_be_written(plain):
+    assert "\\ud800" in render([replace(plain, combination="\ud800")])
 
 
 @pytest.mark.parametrize(
     "combination",
     [
-        SmoothMax(1000.0),
-        Positive(),
         NoNumber(),
-        Overflowing(300.0),
         Huge(),
         Constant(),
         ManyPoses(),
+        *slow(SmoothMax(1000.0), Positive(), Overflowing(300.0), reason=PLOTS),
     ],
     ids=repr,
 )
@@ -208,20 +215,22 @@ def test_draws_whatever_the_numbers_are(combination):
     assert all(svg["aria-label"] for svg in page.all("svg"))
 
 
-@pytest.mark.parametrize("combination", [NoNumber(), Overflowing(300.0)], ids=repr)
+@pytest.mark.parametrize(
+    "combination", [NoNumber(), *slow(Overflowing(300.0), reason=PLOTS)], ids=repr
+)
 def test_draws_the_same_from_json(combination):
     report = checked(combination)
     assert drawings(render([from_json(report)])) == drawings(render([report]))
 
 
-def test_metrics_are_short_and_may_be_no_numbers(right):
+def test_metrics_are_short_and_may_be_no_numbers(plain):
     metrics = {"error": 1.23456e-7, "largest": math.inf, "lost": None, "ways": ["a", "b"], "n": 3}
-    text = Page(render([replace(right, records=[record("pass", metrics=metrics)])])).text
+    text = Page(render([replace(plain, records=[record("pass", metrics=metrics)])])).text
     assert "error: 1.23e−07; largest: ∞; lost: no number; ways: a, b; n: 3" in text
 
 
-def test_the_domain_is_the_same_from_json(right):
-    assert "0 to ∞" in Page(render([from_json(right)])).text
+def test_the_domain_is_the_same_from_json(plain):
+    assert "0 to ∞" in Page(render([from_json(plain)])).text
 
 
 def test_plots_say_what_is_to_be_seen(off):

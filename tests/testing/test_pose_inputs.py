@@ -14,6 +14,7 @@ from bank.wrong import (
     ScoredClosedForm,
     WeightsWithoutInput,
 )
+from tiers import slow
 
 from mtenn_core import Combination, registry
 from mtenn_core.errors import CombinationContractError, GradientValidationError
@@ -29,7 +30,7 @@ def failures(combination, **options):
     return {record.id: record for record in report.failures}
 
 
-@pytest.mark.parametrize("seed", range(2, 6))
+@pytest.mark.parametrize("seed", [2, *slow(3, 4, 5, reason="whole suites")])
 @pytest.mark.parametrize("name", WITH_INPUTS)
 def test_a_right_one_passes_whatever_its_inputs(name, seed):
     report = check_combination(make_right(name), level="quality", seed=seed)

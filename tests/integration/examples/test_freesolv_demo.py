@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-FOLDER = Path(__file__).parents[2] / "examples" / "freesolv"
+FOLDER = Path(__file__).parents[3] / "examples" / "freesolv"
 MODULES = ("conformers", "pose_model", "training", "gradients", "memory", "plot", "demo")
 SMILES = ("CCO", "CCCCCCCO", "O")  # the atoms of octanol's ends are more than 6 Å apart
 

@@ -20,7 +20,7 @@ from rdkit import Chem
 
 from mtenn_core import Combination, registry
 
-FOLDER = Path(__file__).parents[2] / "examples" / "docking"
+FOLDER = Path(__file__).parents[3] / "examples" / "docking"
 MODULES = ("systems", "dock", "combine", "agreement", "figures", "demo")
 KT = 0.593
 SMALL = ["--ligands", "2", "--exhaustiveness", "1", "--poses", "3"]
@@ -260,6 +260,8 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(tmp_path):
         stderr=subprocess.PIPE,
         encoding="utf-8",
         start_new_session=True,  # a terminal sends Ctrl-C to all of its processes
+        # A shell starts what it runs in the background with interrupts ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     receptor = tmp_path / "tyk2" / "receptor.pdbqt"
     deadline = time.monotonic() + 120
@@ -267,7 +269,12 @@ def test_ctrl_c_ends_it_at_once_and_leaves_no_process(tmp_path):
         time.sleep(0.1)
     time.sleep(5)  # while processes start, Ctrl-C waits for the next one
     os.killpg(process.pid, signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    try:
+        _, errors = process.communicate(timeout=60)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)  # it would dock for an hour
+        process.communicate()
+        raise
     assert process.returncode == 130
     assert errors == "interrupted\n"
     assert all_have_ended(process.pid, deadline=time.monotonic() + 30)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parents[2] / "examples" / "lightning" / "train.py"
+SCRIPT = Path(__file__).parents[3] / "examples" / "lightning" / "train.py"
 
 
 # In a process of its own: Lightning sets seeds and warns, and warnings are errors here.
