@@ -40,7 +40,7 @@ nitpick_ignore = [
         "Source",
         "Tensor",
         "mtenn_core.testing._probe.subject.Subject",
-        "mtenn_core._registry.targets.Target",
+        "mtenn_core.testing._target.Target",
     )
 ]
 

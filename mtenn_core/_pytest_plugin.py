@@ -1,16 +1,14 @@
-"""What pytest knows of the conformance suite: how its failures look, and what a run has found.
+"""The plugin for pytest: it formats failed conformance checks and adds a line to the summary.
 
-Loaded into every run of pytest where mtenn-core is installed (entry point ``pytest11``), so it
-imports neither torch nor the suite.
+pytest loads it into every run where mtenn-core is installed (entry point ``pytest11``). For this
+reason it imports neither torch nor the conformance suite.
 """
 
 from __future__ import annotations
 
-import json
 import shlex
 from collections import Counter
 from collections.abc import Generator
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -18,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from mtenn_core.testing import Report
 
-# How the summary calls the outcomes, in this order.
+# The words of the summary for each status, in this order.
 WORDS = {
     "pass": "passed",
     "fail": "failed",
@@ -29,20 +27,20 @@ WORDS = {
     "skip": "skipped",
 }
 
-# What the running test has found: who was checked, whether by all tests of the class, the report.
-_noted: list[tuple[str, bool, dict[str, Any]]] = []
+# The results of the running test: name of the combination, whole_class, and plain data.
+_results: list[tuple[str, bool, dict[str, Any]]] = []
 
 
-_Failed: Any = pytest.fail.Exception  # pytest shows its message alone, without a traceback
+_Failed: Any = pytest.fail.Exception  # pytest shows only its message, without a traceback
 
 
 class ConformanceFailure(_Failed, AssertionError):
-    """A check does not hold.
+    """A failed conformance check.
 
     Parameters
     ----------
     message : the report
-    short : one line, for the summary; the first of ``message`` unless given
+    short : one line for the summary; by default, the first line of ``message``
     """
 
     def __init__(self, message: str, short: str = "") -> None:
@@ -50,39 +48,24 @@ class ConformanceFailure(_Failed, AssertionError):
         self.short = short or message.partition("\n")[0]
 
 
-def note(report: Report, who: str, *, whole_class: bool) -> None:
-    """Keep what the running test has found, for the summary and for ``--conformance-json``.
+def add_result(report: Report, name: str, *, whole_class: bool) -> None:
+    """Keep the result of the running test for the summary.
 
     Parameters
     ----------
-    who : the same for every check of a combination, and different for each combination
-    whole_class : whether the checks of one combination are the tests of a class; otherwise they are
-        the parameters of one test
+    name : the combination's name, unique within the test class or test function
+    whole_class : True if the checks of one combination are the tests of a class, False if they are
+        the parameters of one test function
     """
-    _noted.append((who, whole_class, report.to_json()))
-
-
-def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.getgroup("mtenn", "conformance of combinations").addoption(
-        "--conformance-json",
-        metavar="FILE",
-        type=Path,
-        help="write what the conformance tests of this run have found to FILE",
-    )
+    statuses = {record.id: record.status for record in report.records}
+    result = {"n_expected": report.n_expected, "statuses": statuses}
+    _results.append((name, whole_class, result))
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    path = config.getoption("--conformance-json")
-    if path is not None:
-        path = config.invocation_params.dir / path
-        if path.is_dir() or not path.parent.is_dir():
-            raise pytest.UsageError(
-                "--conformance-json: expected a file in a folder that exists; found"
-                f" {str(path)!r}; create the folder, or name another file"
-            )
-    # A worker of pytest-xdist sends its reports to the controller, which has them all.
+    # A worker of pytest-xdist sends its test reports to the controller, which makes the summary.
     if not hasattr(config, "workerinput"):
-        config.pluginmanager.register(ConformanceRun(path), "mtenn-conformance-run")
+        config.pluginmanager.register(ConformanceSummary(), "mtenn-conformance-summary")
 
 
 @pytest.hookimpl(wrapper=True)
@@ -90,84 +73,66 @@ def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
     test_report = yield
-    if call.when == "call" and _noted:
-        # An attribute of its own, which a report takes along from a worker to the controller.
+    if call.when == "call" and _results:
+        # pytest-xdist sends attributes of a test report from a worker to the controller.
         vars(test_report)["conformance"] = [
-            (f"{_scope(item, whole_class)} {who}", found) for who, whole_class, found in _noted
+            (f"{_scope(item, whole_class)} {name}", result)
+            for name, whole_class, result in _results
         ]
-        _noted.clear()
+        _results.clear()
     if call.excinfo and isinstance(call.excinfo.value, ConformanceFailure):
         crash = getattr(test_report.longrepr, "reprcrash", None)
-        if crash is not None:  # what the summary and a JUnit file say of it
+        if crash is not None:  # the text in the summary and in a JUnit file
             crash.message = call.excinfo.value.short
     return test_report
 
 
 def _scope(item: pytest.Item, whole_class: bool) -> str:
-    where = item.parent.nodeid if item.parent else ""
-    return where if whole_class else f"{where}::{getattr(item, 'originalname', item.name)}"
+    parent = item.parent.nodeid if item.parent else ""
+    return parent if whole_class else f"{parent}::{getattr(item, 'originalname', item.name)}"
 
 
-class ConformanceRun:
-    """Puts the checks of each combination together, from all tests of a run.
+class ConformanceSummary:
+    """Collects the results of all tests, by combination, and prints one line for the session."""
 
-    Parameters
-    ----------
-    path : of the JSON file to write, if any
-    """
-
-    def __init__(self, path: Path | None) -> None:
-        self._path = path
-        # By combination, its report as JSON; in that, the records by the id of the check.
-        self._found: dict[str, dict[str, Any]] = {}
+    def __init__(self) -> None:
+        self._statuses: dict[str, dict[str, str]] = {}  # by combination and id of the check
+        self._n_expected: dict[str, int] = {}
         self._failed: list[tuple[str, pytest.TestReport]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        for combination, found in getattr(report, "conformance", ()):
-            so_far = self._found.setdefault(combination, {**found, "records": {}})
-            so_far["records"] |= {record["id"]: record for record in found["records"]}
+        for combination, result in getattr(report, "conformance", ()):
+            self._statuses.setdefault(combination, {}).update(result["statuses"])
+            self._n_expected[combination] = result["n_expected"]
             if report.failed:
                 self._failed.append((combination, report))
 
     def pytest_sessionfinish(self) -> None:
-        # Before the terminal shows the failures: by now it is known what has passed.
+        # The terminal shows the failures after this hook, when all results are known.
         for combination, report in self._failed:
-            report.sections.append(("conformance", self._beside(combination, report)))
-        if self._path is not None:
-            self._path.write_text(json.dumps(self._document(), indent=2, allow_nan=False) + "\n")
+            report.sections.append(("conformance", self._context(combination, report)))
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
-        if self._found:
+        if self._statuses:
             terminalreporter.write_line(self._summary(), red=bool(self._failed))
 
-    def _beside(self, combination: str, report: pytest.TestReport) -> str:
-        records = self._found[combination]["records"].values()
-        passed = [record["id"] for record in records if record["status"] == "pass"]
+    def _context(self, combination: str, report: pytest.TestReport) -> str:
+        """Return the checks that passed, and the command that runs the failed test again."""
+        passed = [id for id, status in self._statuses[combination].items() if status == "pass"]
         lines = [f"passed: {', '.join(passed)}"] if passed else []
         return "\n".join([*lines, f"again: pytest {shlex.quote(report.nodeid)}"])
 
     def _summary(self) -> str:
-        records = [r for found in self._found.values() for r in found["records"].values()]
-        n_expected = sum(found["n_expected"] for found in self._found.values())
-        ran = f"{len(records)} of " if len(records) < n_expected else ""
-        counts = Counter(record["status"] for record in records)
+        counts = Counter(
+            status for statuses in self._statuses.values() for status in statuses.values()
+        )
+        n_expected, n_run = sum(self._n_expected.values()), counts.total()
+        part = f"{n_run} of " if n_run < n_expected else ""
         outcomes = [f"{counts[status]} {word}" for status, word in WORDS.items() if counts[status]]
         return (
-            f"conformance: {_plural(len(self._found), 'combination')},"
-            f" {ran}{_plural(n_expected, 'check')}: {', '.join(outcomes)}"
+            f"conformance: {_plural(len(self._statuses), 'combination')},"
+            f" {part}{_plural(n_expected, 'check')}: {', '.join(outcomes)}"
         )
-
-    def _document(self) -> dict[str, Any]:
-        if not self._found:
-            return {"suite_version": None, "reports": []}
-        from mtenn_core.testing import CHECKS, SUITE_VERSION, Report
-
-        order = [check.id for check in CHECKS]
-        reports = []
-        for found in self._found.values():
-            records = sorted(found["records"].values(), key=lambda r: order.index(r["id"]))
-            reports.append(Report.from_json({**found, "records": records}).to_json())
-        return {"suite_version": SUITE_VERSION, "reports": reports}
 
 
 def _plural(n: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Errors of mtenn-core: one base class, and one class per thing that a caller can do about it."""
+"""Errors of mtenn-core: one base class, and one class for each way that a caller can react."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ if TYPE_CHECKING:
 
 
 class MtennError(Exception):
-    """Base of every error that mtenn-core raises on purpose."""
+    """Base class of all errors that mtenn-core raises on purpose."""
 
 
 class PredictionError(MtennError, ValueError):
-    """Poses or their predictions cannot be combined: correct the input or the pose model.
+    """Poses or predictions cannot be combined. Correct the input or the pose model.
 
     Attributes
     ----------
@@ -31,7 +31,7 @@ class PredictionError(MtennError, ValueError):
 
 
 class GradientError(MtennError, ValueError):
-    """Gradients do not fit, or a mode would lose them: correct the ``grad_dict``, or the mode.
+    """Gradients are malformed, or a mode would lose them. Correct the ``grad_dict`` or the mode.
 
     Attributes
     ----------
@@ -48,31 +48,35 @@ class GradientError(MtennError, ValueError):
 
 
 class DoubleBackwardError(MtennError, RuntimeError):
-    """A second derivative was asked for of a gradient that was put together: use ``"graph"``."""
+    """A precomputed gradient has no second derivative. Use ``gradients="graph"``."""
 
 
 class ChangedBeforeBackwardError(MtennError, RuntimeError):
-    """A pose cannot be run again as it was: call backward before you change what it depends on."""
+    """A pose cannot run again, because the model or the pose changed. Call backward before that."""
 
 
 class CheckpointError(MtennError, RuntimeError):
-    """The checkpoint is of another combination: make the model with that one."""
+    """The checkpoint belongs to another combination. Make the model with that combination."""
 
 
 class CombinationContractError(MtennError, TypeError):
-    """A combination returned what its contract does not allow: tell its author."""
+    """A combination does not keep its contract. Tell its author."""
 
 
 class PluginWarning(RuntimeWarning):
-    """A plugin left traces or has another version, or a setting names none; it was done anyway."""
+    """A plugin or a setting has a problem, but the operation succeeded.
+
+    For example, a plugin changed global state, its version differs from the imported one, or a
+    setting matches no plugin.
+    """
 
 
 class TargetError(MtennError, LookupError):
-    """What ``mtenn check`` was given cannot be imported: correct the path."""
+    """A target of ``mtenn check`` cannot be imported. Correct the path."""
 
 
 class RegistryError(MtennError):
-    """Base of the registry's errors.
+    """Base class of the registry's errors.
 
     Attributes
     ----------
@@ -85,39 +89,39 @@ class RegistryError(MtennError):
 
 
 class CombinationNotFoundError(RegistryError, LookupError):
-    """No installed plugin has this name: correct the name or install the plugin."""
+    """No installed plugin has this name. Correct the name or install the plugin."""
 
 
 class CombinationConflictError(RegistryError):
-    """Several plugins have this name: ask for ``distribution:name``, or prefer one."""
+    """Several plugins have this name. Ask for ``distribution:name``, or prefer one."""
 
 
 class CombinationDisabledError(RegistryError, LookupError):
-    """The plugin is installed and not allowed: allow it, or take another."""
+    """The plugin is installed but not allowed. Allow it, or use another one."""
 
 
 class PluginPinError(RegistryError):
-    """The plugin is not the one that was pinned: install that one, or pin this one."""
+    """The plugin is not the pinned one. Install the pinned one, or pin this one."""
 
 
 class PluginIncompatibleError(RegistryError):
-    """The plugin was made for another version of mtenn-core: update one of the two."""
+    """The plugin requires another version of mtenn-core. Update one of the two."""
 
 
 class PluginLoadError(RegistryError, ImportError):
-    """The plugin could not be imported: repair or uninstall it."""
+    """The plugin cannot be imported. Repair or uninstall it."""
 
 
 class PluginSpecError(RegistryError, TypeError):
-    """The plugin was imported and does not keep the hook's contract: tell its author."""
+    """The plugin was imported but does not keep the contract of the hook. Tell its author."""
 
 
 class GradientValidationError(RegistryError):
-    """The combination's gradient is not the derivative of its value: do not train with it.
+    """The combination's gradient is not the derivative of its value. Do not train with it.
 
     Attributes
     ----------
-    report : every check that ran, with both numbers of those that failed
+    report : the results of all checks; failed checks contain both numbers
     """
 
     def __init__(

@@ -51,7 +51,6 @@ def install_plugin(tmp_path, monkeypatch):
 def places(tmp_path, monkeypatch):
     """Two folders on the path, with a healthy plugin in one."""
     monkeypatch.setattr(sys, "path", sys.path.copy())
-    monkeypatch.setenv("TORCH_DEVICE_BACKEND_AUTOLOAD", "1")  # which a scan may set
     before = set(sys.modules)
     found = Places(tmp_path / "site", tmp_path / "front")
     for folder in (found.site, found.front):

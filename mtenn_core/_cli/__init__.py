@@ -1,4 +1,4 @@
-"""The command ``mtenn``: what is installed, whether its gradients are right, and a new plugin.
+"""The command ``mtenn``: list combinations, check their gradients, and write a new plugin.
 
 $ mtenn list
 $ mtenn info boltzmann

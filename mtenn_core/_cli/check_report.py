@@ -1,4 +1,4 @@
-"""How ``mtenn check`` shows what was found."""
+"""Tables and text that ``mtenn check`` prints."""
 
 from __future__ import annotations
 
@@ -20,38 +20,47 @@ STYLES = {"pass": "green", "fail": "bold red", "error": "bold red", "inconclusiv
 
 @dataclass(frozen=True)
 class Outcome:
-    """What came of a target with one set of arguments; of an error, a report that tells it."""
+    """The result for a target with one set of arguments.
+
+    Attributes
+    ----------
+    target : path of the target
+    report : the report; after an error, it has one record with the error
+    arguments : arguments of the combination as text
+    error : the error that stopped the checks, or None
+    """
 
     target: str
     report: Report
+    arguments: str = ""
     error: Exception | None = None
 
     @property
     def verdict(self) -> Text:
-        """A few words, in colour."""
+        """The result in a few words, in color."""
         text = self.report.verdict if self.error is None else f"error: {type(self.error).__name__}"
         return Text(text, "green" if self.report.passed else "bold red")
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report, or the error, as JSON knows it."""
+        """Return the report or the error as JSON data."""
         if self.error is None:
             return self.report.to_json()
         return {"passed": False, "name": self.target, "error": error_to_json(self.error)}
 
 
 def show(console: Console, outcome: Outcome) -> None:
-    """Print what every check found, or the error."""
+    """Print the results of all checks, or the error."""
     report = outcome.report
     if outcome.error is not None:
         click.echo(f"error: {report.records[0].reason}", err=True)
         return
-    who = ", ".join(filter(None, [report.name, report.combination]))
-    console.print(Text(f"{who}: ") + outcome.verdict)
-    if declared := list(_declared(report.facts)):
+    name = ", ".join(filter(None, [report.name, report.combination]))
+    console.print(Text(f"{name}: ") + outcome.verdict)
+    if declared := list(_declared_facts(report.facts)):
         console.print(Text(f" declares: {', '.join(declared)}"))
     if report.records:
         console.print(_table(report))
-    for record in report.failures:  # below, where no column breaks their lines
+    for record in report.failures:  # below the table, where no column breaks their lines
         console.print()
         console.print(Text(str(record)), soft_wrap=True)
     console.print()
@@ -64,8 +73,10 @@ def _table(report: Report) -> Table:
     table.add_column("ms", justify="right")
     for record in report.records:
         status = Text(record.status, STYLES.get(record.status, "dim"))
-        why = f"\n{record.reason}" if record.reason and not record.failed else ""
-        table.add_row(record.id, status, Text(record.title + why), f"{1e3 * record.duration:.0f}")
+        title = record.title
+        if record.reason and not record.failed:
+            title += f"\n{record.reason}"
+        table.add_row(record.id, status, Text(title), f"{1e3 * record.duration:.0f}")
     return table
 
 
@@ -75,27 +86,21 @@ def show_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
     for title in ("name", "arguments", "verdict"):
         table.add_column(title, overflow="fold")
     for outcome in outcomes:
-        table.add_row(outcome.target, Text(_arguments(outcome.report)), outcome.verdict)
+        table.add_row(outcome.target, Text(outcome.arguments), outcome.verdict)
     console.print(table)
 
 
-def _arguments(report: Report) -> str:
-    """Return what is between the brackets of its ``repr``, on one line."""
-    _, bracket, inside = report.combination.partition("(")
-    return " ".join((inside.removesuffix(")") if bracket else report.combination).split())
-
-
-def _declared(facts: dict[str, Any]) -> Iterator[str]:
-    """Yield those facts that are not what every combination is until it declares another."""
+def _declared_facts(facts: dict[str, Any]) -> Iterator[str]:
+    """Yield the facts that differ from the defaults of Combination."""
     for fact, value in facts.items():
         default = getattr(Combination, fact, None)
         if isinstance(default, tuple | frozenset):
             default, value = list(default), list(value)
         if value != default:
-            yield f"{fact}={_plain(value)}"
+            yield f"{fact}={_fact_text(value)}"
 
 
-def _plain(value: Any) -> str:
+def _fact_text(value: Any) -> str:
     if isinstance(value, list | tuple):
-        return f"({', '.join(map(_plain, value))})"
+        return f"({', '.join(map(_fact_text, value))})"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -1,4 +1,4 @@
-"""Finds what is wrong with installed plugins, and shows it: what ``mtenn doctor`` does."""
+"""The command ``mtenn doctor``."""
 
 from __future__ import annotations
 
@@ -13,65 +13,93 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from mtenn_core._cli.output import console, own_stdout, print_json
+from mtenn_core._cli.output import (
+    console,
+    errors_to_exit_code,
+    json_option,
+    print_json,
+    separate_stdout,
+)
+from mtenn_core._cli.torch_import import torch_importable
 from mtenn_core._process.child import ChildDiedError
 from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
-from mtenn_core._registry.isolated_imports import import_apart
+from mtenn_core._registry.isolated_imports import import_isolated
 from mtenn_core.errors import PluginWarning, RegistryError
 
 
-def examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
-    """Print all problems and return whether there is none."""
-    # A strict one would stop at the first look.
+@click.command()
+@click.option("--no-import", is_flag=True, help="Find only problems that need no import.")
+@click.option(
+    "--time-limit",
+    type=click.FloatRange(0, min_open=True),
+    default=30.0,
+    show_default=True,
+    metavar="SECONDS",
+    help="Limit for the import of one plugin.",
+)
+@json_option
+@errors_to_exit_code
+def command(no_import: bool, time_limit: float, as_json: bool) -> None:
+    """Find problems with installed plugins, and say what to do.
+
+    Imports the plugins of each distribution in a child process, where a crash is a result. Exits
+    with 1 if there is a problem.
+    """
+    sys.exit(not _examine(imports=not no_import, time_limit=time_limit, as_json=as_json))
+
+
+def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
+    """Print all problems; return True if there are none."""
+    # Not strict: a strict registry would raise the first problem.
     lenient = Registry(registry.group, replace(registry.policy.resolved(), strict=False))
-    with own_stdout() as stdout, warnings.catch_warnings():
+    with separate_stdout() as stdout, warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # they are among the problems
         records = lenient.records()
         problems = lenient.problems()
         if imports:
-            problems += _import_problems(lenient, records, time_limit)
+            with torch_importable():
+                problems += _import_problems(records, lenient.policy.resolved(), time_limit)
         if as_json:
-            found = [problem.to_json() for problem in problems]
-            print_json({"combinations": len(records), "problems": found}, stdout)
+            documents = [problem.to_json() for problem in problems]
+            print_json({"combinations": len(records), "problems": documents}, stdout)
         else:
-            _show(console(stdout), problems)
+            _print_table(console(stdout), problems)
             click.echo(_summary(len(records), len(problems), imports=imports), file=stdout)
     return not problems
 
 
 def _import_problems(
-    known: Registry, records: list[PluginRecord], time_limit: float
+    records: list[PluginRecord], policy: Policy, time_limit: float
 ) -> Iterator[Problem]:
     if os.name != "posix":
         click.echo(f"nothing was imported: {sys.platform} cannot do it in isolation", err=True)
         return
-    policy = known.policy.resolved()
-    fit = [record for record in records if _may_be_imported(record, policy)]
-    visible = sys.stderr is not None and sys.stderr.isatty()
+    importable = [record for record in records if _may_be_imported(record, policy)]
+    is_terminal = sys.stderr is not None and sys.stderr.isatty()
     try:
         for _, problems in track(
-            import_apart(fit, time_limit),
+            import_isolated(importable, time_limit),
             "importing",
-            total=len(fit),
+            total=len(importable),
             console=Console(stderr=True),
             transient=True,
-            disable=not visible,
+            disable=not is_terminal,
         ):
             yield from problems
     except ChildDiedError as death:
-        text = f"the process that is to import plugins does not start, so none was tried: {death}"
+        text = f"no plugin was imported, because the child process does not start: {death}"
         yield Problem("does not start", text)
 
 
 def _may_be_imported(record: PluginRecord, policy: Policy) -> bool:
     try:
         policy.check(record)
-    except RegistryError:  # which is a problem already
+    except RegistryError:  # already among the problems
         return False
     return True
 
 
-def _show(console: Console, problems: list[Problem]) -> None:
+def _print_table(console: Console, problems: list[Problem]) -> None:
     table = Table(show_header=False, box=None, padding=(0, 2, 1, 0))
     table.add_column(style="bold red", no_wrap=True)
     table.add_column(overflow="fold")
@@ -82,5 +110,5 @@ def _show(console: Console, problems: list[Problem]) -> None:
 
 
 def _summary(n_combinations: int, n_problems: int, *, imports: bool) -> str:
-    how = "" if imports else ", none of them imported"
-    return f"combinations: {n_combinations}{how}; problems: {n_problems or 'none'}"
+    note = "" if imports else ", none of them imported"
+    return f"combinations: {n_combinations}{note}; problems: {n_problems or 'none'}"

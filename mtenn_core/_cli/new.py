@@ -1,4 +1,4 @@
-"""Writes a plugin to begin from: what ``mtenn new`` does."""
+"""The command ``mtenn new``."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from packaging.utils import canonicalize_name
 from packaging.version import Version
 
 from mtenn_core import __version__
-from mtenn_core._cli.output import print_json
+from mtenn_core._cli.output import errors_to_exit_code, json_option, print_json
 from mtenn_core._registry import registry
 from mtenn_core.errors import CombinationConflictError, MtennError
 
 TEMPLATES = resources.files("mtenn_core._cli") / "template"
-# With a suffix of their own: nothing that looks for Python or settings takes them for either.
+# With their own suffix, so that no tool mistakes them for Python files or settings.
 TEMPLATE_OF = {
     "mtenn_$snake/__init__.py": "__init__.py.template",
     "mtenn_$snake/py.typed": "py.typed.template",
@@ -30,38 +30,41 @@ TEMPLATE_OF = {
     ".gitignore": "gitignore.template",
 }
 NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
-LONGEST = 35  # a longer one makes lines of the package too long for its style
+MAX_LENGTH = 35  # a longer name makes lines of the package longer than its own style allows
 
 
-def new_plugin(name: str, folder: Path | None, *, as_json: bool) -> None:
-    """Write a package with a combination of this name, and say what to do next.
-
-    Raises
-    ------
-    click.BadParameter : it cannot be a name
-    CombinationConflictError : an installed distribution has it
-    MtennError : the folder is not empty, or it cannot be written
-    """
+@click.command()
+@click.argument("name")
+@click.option(
+    "--output",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="A new or empty folder for the package, instead of ./mtenn-NAME.",
+)
+@json_option
+@errors_to_exit_code
+def command(name: str, output: Path | None, as_json: bool) -> None:
+    """Write a new package with a combination NAME. It passes its own tests."""
     key = _key(name)
     _check_free(key)
-    folder = folder or Path(f"mtenn-{key}")
+    folder = output or Path(f"mtenn-{key}")
     paths = _write(folder, _files(key))
     if as_json:
         print_json({"name": key, "folder": str(folder), "files": [str(path) for path in paths]})
         return
     click.echo("".join(f"wrote {path}\n" for path in paths))
-    click.echo(f"Make it your own: change {paths[0]} where it says EDIT. Then")
-    for command in (f"cd {shlex.quote(str(folder))}", "tox", "pip install .", f"mtenn check {key}"):
-        click.echo(f"  {command}")
+    click.echo(f"Change {paths[0]} at the comments that say EDIT. Then run")
+    for line in (f"cd {shlex.quote(str(folder))}", "tox", "pip install .", f"mtenn check {key}"):
+        click.echo(f"  {line}")
 
 
 def _key(name: str) -> str:
-    """Return the name as the registry compares it, without the ``mtenn-`` of its distribution."""
+    """Return the name in the form that is compared, without the prefix ``mtenn-``."""
     key = canonicalize_name(name).removeprefix("mtenn-")
-    if not NAME.fullmatch(key) or len(key) > LONGEST:
+    if not NAME.fullmatch(key) or len(key) > MAX_LENGTH:
         raise click.BadParameter(
-            "a name begins with a letter, goes on with letters and digits, has '-', '_' and '.'"
-            f" inside only, and is at most {LONGEST} long; found {name!r}",
+            "a name must start with a letter, contain only letters and digits with '-', '_' and '.'"
+            f" between them, and have at most {MAX_LENGTH} characters; found {name!r}",
             param_hint="'NAME'",
         )
     return key
@@ -70,15 +73,18 @@ def _key(name: str) -> str:
 def _check_free(key: str) -> None:
     for record in registry.records(everything=True):
         if record.key == key:
-            message = f"the name {key!r} belongs to {record}; choose another"
+            message = f"the name {key!r} belongs to {record}; choose another name"
             raise CombinationConflictError(message, record=record)
-    with suppress(metadata.PackageNotFoundError):  # mtenn-core itself, say
+    with suppress(metadata.PackageNotFoundError):  # found for mtenn-core itself, for example
         version = metadata.version(f"mtenn-{key}")
-        raise MtennError(f"mtenn-{key} {version} is installed: choose another name than {key!r}")
+        raise MtennError(
+            f"the distribution of {key!r} would be mtenn-{key}; found mtenn-{key} {version}"
+            " installed; choose another name"
+        )
 
 
 def _files(key: str) -> dict[str, str]:
-    """Return the text of each file, by its path in the package."""
+    """Return the text of each file by its path in the package."""
     words = key.split("-")
     values = {
         "name": key,
@@ -95,7 +101,7 @@ def _files(key: str) -> dict[str, str]:
 
 
 def _versions_of_core(version: str) -> str:
-    """Return which versions of mtenn-core a plugin is for that is begun with this one."""
+    """Return the versions of mtenn-core for a plugin that is started with ``version``."""
     now = Version(version)
     first = now.public if now.is_prerelease else f"{now.major}.{now.minor}"
     below = f"{now.major + 1}" if now.major else f"0.{now.minor + 1}"
@@ -103,15 +109,17 @@ def _versions_of_core(version: str) -> str:
 
 
 def _write(folder: Path, files: dict[str, str]) -> list[Path]:
-    """Write all files into a folder that is new or empty, and return their paths."""
+    """Write all files into a new or empty folder, and return their paths."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise MtennError(f"{folder} is not empty, and nothing was written: name another folder")
+            raise MtennError(
+                f"{folder} must be empty; found files, and nothing was written; name another folder"
+            )
         for path, text in files.items():
             (folder / path).parent.mkdir(exist_ok=True)
             with (folder / path).open("x", encoding="utf-8", newline="\n") as file:
                 file.write(text)
     except OSError as error:
-        raise MtennError(f"cannot write all of {folder}: {error}") from error
+        raise MtennError(f"the package in {folder} is incomplete: {error}") from error
     return [folder / path for path in files]

@@ -1,1 +1,1 @@
-"""Child processes, and settings that belong to a process. Nothing here knows of combinations."""
+"""Child processes, process-wide settings, and locks. Nothing here knows about combinations."""

@@ -1,4 +1,4 @@
-"""A Python process that may die, hang or flood, and what it said until then."""
+"""A child process that may crash, hang or print without end, and the messages that it sent."""
 
 from __future__ import annotations
 
@@ -18,21 +18,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-KEPT_OUTPUT = 2**16
-LONGEST_WORD = 2**22
-SHOWN_LINES = 8
-SECONDS_BETWEEN_LOOKS = 0.05
-SECONDS_TO_SAY_WHERE = 5.0
+MAX_OUTPUT_BYTES = 2**16  # of standard output and error, the last ones
+MAX_MESSAGE_BYTES = 2**22
+MAX_SHOWN_LINES = 8
+POLL_INTERVAL = 0.05  # seconds
+TRACEBACK_TIMEOUT = 5.0  # seconds, to print where a process hangs
 
 Send = Callable[[str, Any], None]
 
 
 class ChildDiedError(Exception):
-    """The child ended before it was done; the message says how, and what it printed last.
+    """The child ended early. The message contains the cause and the last lines of its output.
 
     Attributes
     ----------
-    seconds : since its last word
+    seconds : time since its last message
     """
 
     def __init__(self, message: str, seconds: float) -> None:
@@ -41,164 +41,165 @@ class ChildDiedError(Exception):
 
 
 class Child:
-    """A process that runs ``module.main``, told in JSON what to do, and whatever it starts.
+    """A subprocess and its children. It takes a JSON job and sends (kind, content) messages.
 
-    It speaks in words, a name and a content each, through a pipe of its own. Its standard output
-    and error are kept, to be shown where it dies. At the end of the context it is killed, with all
-    processes of its group.
+    The messages come through a separate pipe. The end of its standard output and error is kept, and
+    shown if it dies. When the context ends, all processes of its group are killed.
 
     Parameters
     ----------
-    module : whose ``main(job, send)`` does it
-    time_limit : in seconds, from the word ``"ready"`` to ``"done"``
-    time_limit_of_step : in seconds, from one word to the next
+    module : name of the module whose ``main(job, send)`` runs in the child
+    job : JSON data for ``main``
+    time_limit : in seconds, from the message ``"ready"`` to ``"done"``
+    step_time_limit : in seconds, from one message to the next
 
     Attributes
     ----------
-    seconds : how long it ran, from the word ``"ready"`` on
+    seconds : how long the child ran, from the message ``"ready"`` on
     """
 
-    def __init__(
-        self, module: str, job: Any, *, time_limit: float, time_limit_of_step: float
-    ) -> None:
+    def __init__(self, module: str, job: Any, *, time_limit: float, step_time_limit: float) -> None:
         self.seconds = 0.0
         self._time_limit = time_limit
-        self._time_limit_of_step = time_limit_of_step
-        self._ready: float | None = None
-        self._last_word = time.monotonic()
+        self._step_time_limit = step_time_limit
+        self._ready_time: float | None = None
+        self._last_message_time = time.monotonic()
         self._token = secrets.token_hex(8)
-        self._words, words_end = os.pipe()
+        self._messages, messages_end = os.pipe()
         self._output, output_end = os.pipe()
-        self._buffers = {self._words: bytearray(), self._output: bytearray()}
+        self._buffers = {self._messages: bytearray(), self._output: bytearray()}
         self._selector = selectors.DefaultSelector()
         for file in self._buffers:
             self._selector.register(file, selectors.EVENT_READ)
         path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-        # As its input: an argument has a limit.
-        with tempfile.TemporaryFile("w+") as told:
-            json.dump([path, job], told)
-            told.seek(0)
+        # Through standard input, because the length of an argument is limited.
+        with tempfile.TemporaryFile("w+") as job_file:
+            json.dump([path, job], job_file)
+            job_file.seek(0)
             self._process = subprocess.Popen(
-                # -P: the folder that the shell is in may have a random.py.
-                [sys.executable, "-P", "-u", "-m", __name__, module, str(words_end), self._token],
-                stdin=told,
+                # -P: a file in the working directory may be named like a standard module.
+                [
+                    *(sys.executable, "-P", "-u", "-m", __name__),
+                    *(module, str(messages_end), self._token),
+                ],
+                stdin=job_file,
                 stdout=output_end,
                 stderr=output_end,
-                pass_fds=[words_end],
+                pass_fds=[messages_end],
                 start_new_session=True,
                 env=os.environ | {"PYTHONPATH": os.pathsep.join(path)},
             )
-        os.close(words_end)
+        os.close(messages_end)
         os.close(output_end)
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
-        if self._ready is not None:
-            self.seconds = time.monotonic() - self._ready
+        if self._ready_time is not None:
+            self.seconds = time.monotonic() - self._ready_time
         self._kill()
         self._process.wait()
         self._selector.close()
         for file in self._buffers:
             os.close(file)
 
-    def words(self) -> Iterator[tuple[str, Any]]:
-        """Yield each word; the last is ``"done"``.
+    def messages(self) -> Iterator[tuple[str, Any]]:
+        """Yield each message; the last is ``"done"``.
 
         Raises
         ------
-        ChildDiedError : it ended before it was done, or took too long
+        ChildDiedError : the child ended early, or took too long
         """
         while True:
-            dead = self._process.poll() is not None
-            if dead:
-                self._kill()  # what it has started may hold the pipes open
-            anything = self._read(0 if dead else SECONDS_BETWEEN_LOOKS)
-            for kind, content in self._complete_words():
-                self._last_word = time.monotonic()
+            is_dead = self._process.poll() is not None
+            if is_dead:
+                self._kill()  # processes that it started may keep the pipes open
+            has_output = self._read(0 if is_dead else POLL_INTERVAL)
+            for kind, content in self._complete_messages():
+                self._last_message_time = time.monotonic()
                 if kind == "ready":
-                    self._ready = self._last_word
+                    self._ready_time = self._last_message_time
                 yield kind, content
                 if kind == "done":
                     return
-            if dead and not anything:
-                raise self._death(_ending(self._process.returncode))
+            if is_dead and not has_output:
+                raise self._death(_exit_cause(self._process.returncode))
             self._check_time()
 
     def _read(self, timeout: float) -> bool:
-        """Wait for output and keep it; return whether there was any."""
+        """Wait for output and keep it; return True if there was any."""
         ready = self._selector.select(timeout)
         for key, _ in ready:
             chunk = os.read(key.fd, 2**16)
             if not chunk:
                 self._selector.unregister(key.fd)
             self._buffers[key.fd] += chunk
-            kept = LONGEST_WORD if key.fd == self._words else KEPT_OUTPUT
-            del self._buffers[key.fd][:-kept]
+            max_bytes = MAX_MESSAGE_BYTES if key.fd == self._messages else MAX_OUTPUT_BYTES
+            del self._buffers[key.fd][:-max_bytes]
         return bool(ready)
 
-    def _complete_words(self) -> Iterator[tuple[str, Any]]:
-        buffer = self._buffers[self._words]
+    def _complete_messages(self) -> Iterator[tuple[str, Any]]:
+        buffer = self._buffers[self._messages]
         if b"\n" not in buffer:
             return
         *lines, rest = buffer.split(b"\n")
         buffer[:] = rest
         token = self._token.encode()
         for line in lines:
-            if line.startswith(token):  # a plugin may write to any file that is open
+            if line.startswith(token):  # a plugin may write to any open file
                 kind, content = json.loads(line.removeprefix(token))
                 yield kind, content
 
     def _check_time(self) -> None:
-        if self._ready is None:  # Python and torch: as long as they need
+        if self._ready_time is None:  # Python and torch may start as slowly as they need
             return
         now = time.monotonic()
-        step, whole = now - self._last_word, now - self._ready
-        if step > self._time_limit_of_step:
-            how = f"did not end within {self._time_limit_of_step:g} s"
-        elif whole > self._time_limit:
-            how = f"did not end within {step:.2g} s, and then the time for all was over"
+        step, total = now - self._last_message_time, now - self._ready_time
+        if step > self._step_time_limit:
+            cause = f"did not end within {self._step_time_limit:g} s"
+        elif total > self._time_limit:
+            cause = f"did not end within {step:.2g} s, when the time limit for all was reached"
         else:
             return
-        self._process.send_signal(signal.SIGABRT)  # faulthandler prints where it is
-        while self._process.poll() is None and time.monotonic() < now + SECONDS_TO_SAY_WHERE:
-            self._read(SECONDS_BETWEEN_LOOKS)
-        raise self._death(how)
+        self._process.send_signal(signal.SIGABRT)  # faulthandler prints the traceback
+        while self._process.poll() is None and time.monotonic() < now + TRACEBACK_TIMEOUT:
+            self._read(POLL_INTERVAL)
+        raise self._death(cause)
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # macOS says the latter of the dead
+        with suppress(ProcessLookupError, PermissionError):  # the latter for a dead one, on macOS
             os.killpg(self._process.pid, signal.SIGKILL)
 
-    def _death(self, how: str) -> ChildDiedError:
-        seconds = time.monotonic() - self._last_word
+    def _death(self, cause: str) -> ChildDiedError:
+        seconds = time.monotonic() - self._last_message_time
         self._kill()
-        for _ in range(2**8):  # not for ever: a process outside its group may print on
+        for _ in range(2**8):  # bounded, because a process outside the group may print forever
             if not self._read(0):
                 break
-        printed = self._buffers[self._output].decode(errors="replace")
-        return ChildDiedError("\n".join([how, *_last_lines(printed)]), seconds)
+        output = self._buffers[self._output].decode(errors="replace")
+        return ChildDiedError("\n".join([cause, *_last_lines(output)]), seconds)
 
 
 def main() -> None:
-    """Be the child: do the job, and end without what a plugin does at the exit."""
+    """Run in the child: do the job, and exit without the exit handlers of plugins."""
     module, number, token = sys.argv[1:]
     del sys.argv[1:]
     path, job = json.load(sys.stdin)
-    # Whole: one with a colon in it is two in the environment.
+    # Not only through PYTHONPATH, where an entry with a colon would become two entries.
     sys.path += [entry for entry in path if entry not in sys.path]
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.set_inheritable(int(number), False)
-    words = os.fdopen(int(number), "w")
+    messages = os.fdopen(int(number), "w")
     pid = os.getpid()
-    # A file number of its own: a plugin may close standard error.
+    # A copy of the file descriptor, because a plugin may close standard error.
     faulthandler.enable(os.dup(2), all_threads=False)
 
     def send(kind: str, content: Any) -> None:
         if os.getpid() != pid:
-            os._exit(1)  # a plugin has forked, and its copy of this process came back
-        words.write(f"\n{token}{json.dumps([kind, content], default=repr)}\n")
-        words.flush()
+            os._exit(1)  # a plugin forked, and this is the copy of the process
+        messages.write(f"\n{token}{json.dumps([kind, content], default=repr)}\n")
+        messages.flush()
 
     importlib.import_module(module).main(job, send)
     send("done", None)
@@ -206,7 +207,10 @@ def main() -> None:
 
 
 def limit_memory(mebibytes: int) -> bool:
-    """Let this process take so much more memory, and dump no core; return whether it is limited."""
+    """Limit the additional memory of this process; return True if the platform can do it.
+
+    Core dumps are switched off.
+    """
     import resource
 
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -219,7 +223,7 @@ def limit_memory(mebibytes: int) -> bool:
     return True
 
 
-def _ending(returncode: int) -> str:
+def _exit_cause(returncode: int) -> str:
     if returncode >= 0:
         return f"exited with {returncode} before it was done"
     try:
@@ -229,11 +233,12 @@ def _ending(returncode: int) -> str:
     return f"killed by {name}"
 
 
-def _last_lines(printed: str) -> list[str]:
-    _, fatal, trace = printed.rpartition("Fatal Python error")
+def _last_lines(output: str) -> list[str]:
+    """Return the last lines of the output, or the first lines of faulthandler's traceback."""
+    _, fatal, trace = output.rpartition("Fatal Python error")
     lines = [line for line in (fatal + trace).splitlines() if line.strip()]
     lines = [line for line in lines if "importlib" not in line]
-    shown = lines[:SHOWN_LINES] if fatal else lines[-SHOWN_LINES:]
+    shown = lines[:MAX_SHOWN_LINES] if fatal else lines[-MAX_SHOWN_LINES:]
     return ["  " + "".join(c if c.isprintable() else " " for c in line[:200]) for line in shown]
 
 

@@ -1,4 +1,4 @@
-"""What belongs to the whole process, and what a plugin must leave as it is."""
+"""Process-wide settings, random states and functions of torch that a plugin must not change."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ class _Setting(NamedTuple):
 
 
 def _set_default_device(device: torch.device) -> None:
-    # "cpu" by name costs every later call of torch a detour, None does not.
+    # None, because with "cpu" every later call of torch takes a slower path.
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _numpy_state() -> Any:
     numpy = sys.modules.get("numpy")
-    # Pickled, since two of its tuples cannot be compared: they hold arrays.
+    # Pickled, because the tuple contains arrays, so that == would raise.
     return None if numpy is None else pickle.dumps(numpy.random.get_state())
 
 
@@ -35,18 +35,18 @@ def _set_numpy_state(state: Any) -> None:
         sys.modules["numpy"].random.set_state(pickle.loads(state))
 
 
-# Seeds apart: a stochastic combination moves the random state on, and may.
+# Separate from the settings, because a stochastic combination may advance the random state.
 RANDOM_STATES = {
     "torch's random state": _Setting(torch.get_rng_state, torch.set_rng_state),
     "the random state of `random`": _Setting(random.getstate, random.setstate),
     "numpy's random state": _Setting(_numpy_state, _set_numpy_state),
 }
-OF_THE_THREAD = {
+THREAD_SETTINGS = {
     "the grad mode": _Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     "torch's default device": _Setting(torch.get_default_device, _set_default_device),
     "torch's number of threads": _Setting(torch.get_num_threads, torch.set_num_threads),
 }
-OF_THE_PROCESS = {
+PROCESS_SETTINGS = {
     "torch's default dtype": _Setting(torch.get_default_dtype, torch.set_default_dtype),
     "torch's float32 precision": _Setting(
         torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
@@ -58,8 +58,8 @@ OF_THE_PROCESS = {
         torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly
     ),
 }
-SETTINGS = OF_THE_THREAD | OF_THE_PROCESS
-# Where a plugin that is imported may replace what everybody calls.
+SETTINGS = THREAD_SETTINGS | PROCESS_SETTINGS
+# A plugin may replace functions in these namespaces while it is imported.
 NAMESPACES = {
     "torch": torch,
     "torch.Tensor": torch.Tensor,
@@ -71,82 +71,83 @@ NAMESPACES = {
     "torch.special": torch.special,
 }
 
+# Of the overlapping `restoring_process_state` blocks.
 _lock = threading.Lock()
-_n_inside = 0
-_n_begun = 0
+_n_running = 0
+_n_started = 0
 _before: dict[str, Any] = {}
 
 
 @dataclass
-class Traces:
-    """What a block has left behind.
+class Changes:
+    """Changes of a block to process-wide settings.
 
     Attributes
     ----------
-    settings : which had changed, and were put back
-    alone : whether no other block ran at the same time, in this thread or another
+    settings : names of the settings that changed and were restored
+    ran_alone : True if no other block ran at the same time, in this thread or another
     """
 
     settings: list[str] = field(default_factory=list)
-    alone: bool = True
+    ran_alone: bool = True
 
 
 def process_state() -> dict[str, Any]:
-    """Return settings and random states by what they are called in a message."""
-    return _state(SETTINGS | RANDOM_STATES)
+    """Return all settings and random states, by their names in messages."""
+    return _values(SETTINGS | RANDOM_STATES)
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Return the names of what differs."""
+    """Return the names of the values that differ."""
     return [name for name in before if not _same(before[name], after[name])]
 
 
 @contextmanager
 def preserved_process_state() -> Iterator[None]:
-    """Put everything back at the end, whatever has changed it."""
+    """Restore all settings and random states when the block ends."""
     before = process_state()
     try:
         yield
     finally:
-        _put_back(SETTINGS | RANDOM_STATES, before)
+        _restore(SETTINGS | RANDOM_STATES, before)
 
 
 @contextmanager
-def undone_process_state() -> Iterator[Traces]:
-    """Put everything back at the end, and tell which settings had changed.
+def restoring_process_state() -> Iterator[Changes]:
+    """Restore settings when the block ends, and record which of them had changed.
 
-    Blocks may overlap, as imports in threads do: what belongs to the whole process is noted by the
-    first that begins, and put back by the last that ends. Random states are put back without a
-    word, since to make a layer draws from them; but where there are other threads, which may have
-    drawn as well, that of torch alone, and only if there is a new seed.
+    Blocks may overlap, because threads import plugins at the same time. The first block that starts
+    saves the process-wide settings, and the last one that ends restores them. Random states are
+    restored but not recorded, because making a layer draws random numbers. If other threads run,
+    which may have drawn numbers too, only torch's state is restored, and only after a new seed.
 
     Yields
     ------
-    filled at the end
+    the changes, which are filled in when the block ends
     """
-    global _before, _n_begun, _n_inside
-    found, seed = Traces(), torch.initial_seed()
-    of_the_thread = _state(OF_THE_THREAD)
+    global _before, _n_started, _n_running
+    changes, seed = Changes(), torch.initial_seed()
+    thread_before = _values(THREAD_SETTINGS)
     with _lock:
-        found.alone = _n_inside == 0
-        if found.alone:
-            _before = _state(OF_THE_PROCESS | RANDOM_STATES)
-        _n_inside += 1
-        _n_begun += 1
-        n_begun = _n_begun
+        changes.ran_alone = _n_running == 0
+        if changes.ran_alone:
+            _before = _values(PROCESS_SETTINGS | RANDOM_STATES)
+        _n_running += 1
+        _n_started += 1
+        n_started = _n_started
     try:
-        yield found
+        yield changes
     finally:
-        found.settings += _put_back(OF_THE_THREAD, of_the_thread)
+        changes.settings += _restore(THREAD_SETTINGS, thread_before)
         with _lock:
-            found.alone &= n_begun == _n_begun
-            _n_inside -= 1
-            if _n_inside == 0:
-                found.settings += _put_back(OF_THE_PROCESS, _before)
-                _put_back(_random_states_to_put_back(seed), _before)
+            changes.ran_alone &= n_started == _n_started
+            _n_running -= 1
+            if _n_running == 0:
+                changes.settings += _restore(PROCESS_SETTINGS, _before)
+                _restore(_random_states_to_restore(seed), _before)
 
 
-def _random_states_to_put_back(seed: int) -> dict[str, _Setting]:
+def _random_states_to_restore(seed: int) -> dict[str, _Setting]:
     if threading.active_count() == 1:
         return RANDOM_STATES
     reseeded = torch.initial_seed() != seed
@@ -154,12 +155,12 @@ def _random_states_to_put_back(seed: int) -> dict[str, _Setting]:
 
 
 def torch_functions() -> dict[str, dict[str, Any]]:
-    """Return what is in torch and most used, by namespace, to see later whether it was replaced."""
+    """Return the functions of common torch namespaces, for :func:`replaced_functions`."""
     return {name: dict(vars(namespace)) for name, namespace in NAMESPACES.items()}
 
 
-def replaced(before: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the names of public functions that somebody has replaced, other than torch itself."""
+def replaced_functions(before: dict[str, dict[str, Any]]) -> list[str]:
+    """Return the names of public functions that were replaced by something other than torch."""
     now = torch_functions()
     return [
         f"{namespace}.{name}"
@@ -167,13 +168,13 @@ def replaced(before: dict[str, dict[str, Any]]) -> list[str]:
         for name, function in functions.items()
         if now[namespace].get(name) is not function
         and (name == "__call__" or not name.startswith("_"))
-        and not _is_torchs(now[namespace].get(name), name)
+        and not _belongs_to_torch(now[namespace].get(name), name)
     ]
 
 
-def _is_torchs(function: Any, name: str) -> bool:
-    """Whether it is torch's own, by this name: it wraps some anew when its compiler is imported."""
-    # Of a wrapper, the module is that of what it wraps, and the code its own.
+def _belongs_to_torch(function: Any, name: str) -> bool:
+    """Return True for torch's own function of this name; its compiler wraps some when imported."""
+    # The code object of a wrapper is its own; its __module__ is that of the wrapped function.
     code = getattr(function, "__code__", None)
     if name == "Storage":
         return True  # an alias, which follows the default dtype
@@ -182,16 +183,17 @@ def _is_torchs(function: Any, name: str) -> bool:
     return bool(code.co_filename.startswith(torch.__path__[0]))
 
 
-def _state(settings: dict[str, _Setting]) -> dict[str, Any]:
-    return {name: each.get() for name, each in settings.items()}
+def _values(settings: dict[str, _Setting]) -> dict[str, Any]:
+    return {name: setting.get() for name, setting in settings.items()}
 
 
-def _put_back(settings: dict[str, _Setting], before: dict[str, Any]) -> list[str]:
-    now = _state(settings)
-    found = [name for name in now if not _same(before[name], now[name])]
-    for name in found:
+def _restore(settings: dict[str, _Setting], before: dict[str, Any]) -> list[str]:
+    """Restore settings and return the names of those that had changed."""
+    now = _values(settings)
+    names = [name for name in now if not _same(before[name], now[name])]
+    for name in names:
         settings[name].set(before[name])
-    return found
+    return names
 
 
 def _same(one: Any, other: Any) -> bool:

@@ -1,6 +1,6 @@
-"""Find, load, validate and hand out combination plugins.
+"""Find, load and validate combination plugins.
 
-Nothing here imports torch, and :mod:`importlib_metadata` is imported by the first scan alone.
+Nothing here imports torch at module level. Only a scan imports :mod:`importlib_metadata`.
 """
 
 from mtenn_core._registry.lookup import Registry, registry

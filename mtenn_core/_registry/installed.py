@@ -1,320 +1,177 @@
-"""What is installed: the one module that reads the metadata of distributions."""
+"""A scan of the path: all installed plugins, and problems with their metadata.
+
+Only this package imports :mod:`importlib_metadata`, and only inside :func:`scan`.
+"""
 
 from __future__ import annotations
 
 import itertools
 import os
-import re
 import sys
-import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from operator import attrgetter
+from typing import Any
 
-from mtenn_core._registry.record import PluginRecord, Problem, canonical, shown, told
-from mtenn_core.errors import PluginWarning
-
-if TYPE_CHECKING:
-    from importlib_metadata import Distribution
-    from packaging.version import Version
-
-_BACKENDS = "TORCH_DEVICE_BACKEND_AUTOLOAD"
-# Others could not be named in a setting, or be taken for `distribution:name`.
-_NAME = re.compile(r"\w([\w.-]*\w)?")
-_ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
+from mtenn_core._registry.messages import describe_error, describe_value
+from mtenn_core._registry.metadata import Metadata
+from mtenn_core._registry.record import PluginRecord, Problem
 
 
 @dataclass(frozen=True)
 class Scan:
-    """What a look at the path has found.
+    """The result of a scan.
 
     Attributes
     ----------
-    key : what changes when something is installed
-    records : every plugin, those of shadowed copies included
-    problems : what could not be read, and names that nobody can reach
+    key : changes when a distribution is installed or removed
+    records : all plugins, including those of shadowed copies
+    problems : unreadable metadata, and names that cannot be reached
+    stops_torch : metadata folders with an ``entry_points.txt`` at which ``import torch`` raises
     """
 
     key: tuple[Any, ...]
     records: tuple[PluginRecord, ...]
     problems: tuple[Problem, ...]
+    stops_torch: tuple[str, ...] = ()
 
 
 def path_key() -> tuple[Any, ...]:
-    """Return what changes when something is installed: the path, and the times of its folders."""
-    return tuple((entry, _modified(entry)) for entry in sys.path)
+    """Return a value that changes when a distribution is installed or removed."""
+    return tuple((entry, _modification_time(entry)) for entry in sys.path)
 
 
 def scan(group: str) -> Scan:
-    """Return the entry points of ``group`` in every installed distribution, sorted by name."""
-    # Inside the function: importing it replaces the metadata finder of the process.
-    import importlib_metadata
-
+    """Find the entry points of ``group`` in all installed distributions, sorted by name."""
     key = path_key()
     problems: list[Problem] = []
-    # Without what is not there, such as the zip file that is on every path: the finder would import
-    # a library for it.
-    path = [entry for entry, modified in key if modified is not None]
+    # Without missing entries, such as the zip file that is on every path: the finder would import a
+    # library to open it.
+    copies = _find_copies([entry for entry, time in key if time is not None], group, problems)
+    names = {copy.name for copy in copies if copy.mentions_group}
+    relevant = sorted((copy for copy in copies if copy.name in names), key=attrgetter("name"))
+    records: list[PluginRecord] = []
+    for _, same_name in itertools.groupby(relevant, key=attrgetter("name")):
+        records += _distribution_records(_sort_copies(list(same_name)), problems)
+    stops_torch = [copy for copy in copies if copy.stops_torch]
+    problems += _torch_problems(stops_torch, problems)
+    return Scan(
+        key,
+        tuple(sorted(records, key=PluginRecord.sort_key)),
+        tuple(sorted(problems, key=attrgetter("message"))),
+        tuple(map(str, stops_torch)),
+    )
+
+
+def _find_copies(path: list[Any], group: str, problems: list[Problem]) -> list[Metadata]:
+    # Inside the function: the import replaces the metadata finder of the process.
+    import importlib_metadata
+
     try:
-        copies = _copies(importlib_metadata.distributions(path=path), group, problems)
-    except Exception as error:  # of a finder of somebody else's
+        return _read_copies(importlib_metadata.distributions(path=path), group, problems)
+    except Exception as error:  # of a third-party finder
         problems.append(
             Problem(
                 "unreadable",
-                f"a finder of distributions fails ({told(error)}, raised in {_raised_in(error)}),"
-                " and is left out: repair or uninstall what has put it into sys.meta_path",
+                f"a finder of distributions raises {describe_error(error)} in"
+                f" {_place_of(error)}, and is ignored; repair or uninstall the package that added"
+                " it to sys.meta_path",
             )
         )
         context = importlib_metadata.DistributionFinder.Context(path=path)
-        found = importlib_metadata.MetadataPathFinder.find_distributions(context)
-        copies = _copies(found, group, problems)
-    offers = {copy.name for copy in copies if copy.offers_any}
-    records: list[PluginRecord] = []
-    for _, same in itertools.groupby(
-        sorted((c for c in copies if c.name in offers), key=lambda copy: copy.name),
-        key=lambda copy: copy.name,
-    ):
-        records += _of_one_distribution(_in_order(list(same)), problems)
-    _let_torch_start([copy for copy in copies if copy.stops_torch], problems)
-    records.sort(key=PluginRecord.sort_key)
-    return Scan(key, tuple(records), tuple(sorted(problems, key=lambda p: p.message)))
+        distributions = importlib_metadata.MetadataPathFinder.find_distributions(context)
+        return _read_copies(distributions, group, problems)
 
 
-def _copies(distributions: Iterable[Any], group: str, problems: list[Problem]) -> list[_Copy]:
+def _read_copies(
+    distributions: Iterable[Any], group: str, problems: list[Problem]
+) -> list[Metadata]:
     copies = []
     for distribution in distributions:
         try:
-            copy = _Copy(distribution, group)
+            copy = Metadata(distribution, group)
         except Exception as error:
-            text = f"a distribution cannot be read ({told(error)}): {shown(distribution)}"
+            text = (
+                f"a distribution cannot be read ({describe_error(error)}):"
+                f" {describe_value(distribution)}"
+            )
             problems.append(Problem("unreadable", text))
             continue
         if not copy.is_leftover:
             copies.append(copy)
-        elif copy.offers_any:
-            text = f"{copy} is what an interrupted pip has left behind, and is left out: delete it"
+        elif copy.mentions_group:
+            text = f"{copy} was left behind by an interrupted pip, and is ignored; delete it"
             problems.append(Problem("leftover", text))
     return copies
 
 
-class _Copy:
-    """The metadata of a distribution in one place; there may be another place."""
+def _sort_copies(copies: list[Metadata]) -> list[Metadata]:
+    """Return the copies of one distribution; the copy that Python imports comes first.
 
-    def __init__(self, distribution: Distribution, group: str) -> None:
-        self.distribution = distribution
-        self.group = group
-        path = getattr(distribution, "_path", None)  # None for a finder of somebody else's
-        self._is_folder = isinstance(path, Path)
-        self.metadata = str(path or distribution.locate_file("")).rstrip(os.sep)
-        self.folder, file_name = os.path.split(self.metadata)
-        if file_name == "EGG-INFO":  # in a folder, or a zip file, that has the name
-            file_name = os.path.basename(self.folder)
-        stem, suffix = os.path.splitext(file_name)
-        self.is_egg = suffix != ".dist-info"
-        # The metadata's own name would cost a file for each distribution.
-        self.name = canonical(stem.partition("-")[0] if path else str(distribution.name))
-        self._version = stem.partition("-")[2]
-        self.text = self._read("entry_points.txt")
-        self.offers_any = group in self.text
-        self.is_leftover = stem.startswith("~")  # so pip renames what it is about to delete
-
-    @property
-    def stops_torch(self) -> bool:
-        """Whether torch, which looks for entry points when it is imported, stops at this file."""
-        return "\ufffd" in self.text or any("=" not in line for _, _, line in self._lines())
-
-    def _read(self, name: str) -> str:
-        """Return the text of a file, with a mark for what is no text; empty if there is no file."""
-        if not self._is_folder:
-            return self.distribution.read_text(name) or ""
-        path = os.path.join(self.metadata, name)
-        try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                return file.read()
-        except OSError:
-            return ""
-
-    def version(self) -> Version:
-        """Return what the name of the folder says."""
-        from packaging.version import InvalidVersion, Version
-
-        try:
-            return Version(self._version)
-        except InvalidVersion:
-            return Version("0")
-
-    def records(self, problems: list[Problem]) -> list[PluginRecord]:
-        """Return a record for each line of the group, and append those that make none."""
-        if not self.offers_any:
-            return []
-        name, version, requires = self._metadata(problems)
-        return [
-            PluginRecord(
-                name=entry_point,
-                target=target,
-                distribution=name,
-                version=version,
-                location=self.folder,
-                metadata=self.metadata,
-                requires=requires,
-            )
-            for entry_point, target in dict.fromkeys(self._offers(f"{name} {version}", problems))
-        ]
-
-    def _metadata(self, problems: list[Problem]) -> tuple[str, str | None, tuple[str, ...]]:
-        fields = _header(self._read("METADATA") or self._read("PKG-INFO"))
-        name, version = fields.get("name", [""])[0], fields.get("version", [""])[0]
-        requires = self._requirements() if self.is_egg else fields.get("requires-dist", [])
-        on_core = tuple(filter(_ON_CORE.match, requires))
-        if name and version and "\ufffd" not in name + version:
-            # Whoever sets what is allowed must not be misled by a borrowed name.
-            if canonical(name) == self.name or not self._is_folder:
-                return name, version, on_core
-            found = f"say that they are those of {name!r}"
-        else:
-            found, version = "tell no name or no version", ""
-        problems.append(
-            Problem(
-                "no metadata",
-                f"{self.name}: the metadata in {self.metadata} {found}; reinstall it:"
-                f" pip install --force-reinstall {self.name}",
-            )
-        )
-        return self.name, version or None, on_core
-
-    def has_metadata(self) -> bool:
-        """Whether there is the file that names the distribution."""
-        return bool(self._read("METADATA") or self._read("PKG-INFO"))
-
-    def _requirements(self) -> list[str]:
-        try:
-            return list(self.distribution.requires or ())
-        except Exception:  # what a parser says of what is no requirement
-            return []
-
-    def _lines(self) -> Iterator[tuple[str, int, str]]:
-        """Yield group, number and text of each line of ``entry_points.txt`` that is in a group."""
-        group = ""
-        for number, line in enumerate(map(str.strip, self.text.splitlines()), 1):
-            if line.startswith("[") and line.endswith("]"):
-                group = line[1:-1].strip()
-            elif group and line and not line.startswith("#"):
-                yield group, number, line
-
-    def _offers(self, who: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
-        """Yield name and target of each entry point of our group.
-
-        Line by line, since the parsers of :mod:`importlib_metadata` give up a whole file, and all
-        good names in it, for one line without an equals sign.
-        """
-        for group, number, line in self._lines():
-            if group != self.group or line.startswith(";"):  # a comment, for some parsers
-                continue
-            name, equals, target = (part.strip() for part in line.partition("="))
-            if equals and _NAME.fullmatch(name) and "\ufffd" not in line:
-                yield name, target
-                continue
-            file = os.path.join(self.metadata, "entry_points.txt")
-            problems.append(
-                Problem(
-                    "malformed",
-                    f"{who}: expected 'name = module:attribute' in line {number} of {file};"
-                    f" found {line!r}: tell its author",
-                )
-            )
-
-    def __str__(self) -> str:
-        return self.metadata
-
-
-def _header(text: str) -> dict[str, list[str]]:
-    """Return the fields in front of the first blank line, by their names in lower case.
-
-    The parser of :mod:`email`, which :mod:`importlib_metadata` takes for this, takes longer to
-    import than the whole scan.
-    """
-    fields: dict[str, list[str]] = {}
-    for line in itertools.takewhile(str.strip, text.splitlines()):
-        name, colon, value = line.partition(":")
-        if colon and not line[0].isspace():
-            fields.setdefault(name.lower(), []).append(value.strip())
-    return fields
-
-
-def _in_order(copies: list[_Copy]) -> list[_Copy]:
-    """Return the copies of one distribution, the one that an import finds first in front.
-
-    Those in one folder cannot be told by the path: egg-info is what older tools leave behind, and
-    of the others the newest counts.
+    Python decides between folders by their order on the path. Within one folder, egg-info comes
+    last, because older tools leave it behind, and the newest version comes first.
     """
     if len(copies) == 1:
         return copies
-    # A folder that is on the path twice, by a link say, is one folder.
-    unique = list({os.path.realpath(copy.metadata): copy for copy in reversed(copies)}.values())
+    # A folder that is on the path twice, for example through a link, counts once.
+    unique = list({os.path.realpath(copy.path): copy for copy in reversed(copies)}.values())
     folders = list(dict.fromkeys(copy.folder for copy in copies))
-    newest_first = sorted(unique, key=lambda copy: (copy.version(), copy.metadata), reverse=True)
+    newest_first = sorted(unique, key=lambda copy: (copy.version(), copy.path), reverse=True)
     return sorted(
         newest_first,
-        key=lambda copy: (folders.index(copy.folder), not copy.has_metadata(), copy.is_egg),
+        key=lambda copy: (folders.index(copy.folder), not copy.has_header, copy.is_egg),
     )
 
 
-def _of_one_distribution(copies: list[_Copy], problems: list[Problem]) -> list[PluginRecord]:
-    """Return the records of all copies; those of all but the first are shadowed."""
+def _distribution_records(copies: list[Metadata], problems: list[Problem]) -> list[PluginRecord]:
+    """Return the records of all copies of a distribution. The first copy shadows the others."""
     winner, *others = copies
     shadows = tuple(map(str, others))
-    found = [replace(record, shadows=shadows) for record in winner.records(problems)]
-    offered = {record.key for record in found}
+    records = [replace(record, shadows=shadows) for record in winner.records(problems)]
+    keys = {record.key for record in records}
     for copy in others:
-        reason = f"{winner} comes first on the path; if it is stale, delete it"
-        hidden = [
+        reason = f"{winner} comes first on the path; delete it if it is stale"
+        shadowed = [
             replace(record, status="shadowed", reason=reason) for record in copy.records(problems)
         ]
-        found += hidden
-        lost = [record for record in hidden if record.key not in offered]
+        records += shadowed
+        unreachable = [record for record in shadowed if record.key not in keys]
         problems += [
             Problem("shadowed", f"{record} in {copy} cannot be reached: {reason}", record)
-            for record in lost
+            for record in unreachable
         ]
-        if hidden and not lost and hidden[0].version != found[0].version:
-            text = f"{hidden[0].origin} in {copy} is not used, {winner} is; delete what is stale"
-            problems.append(Problem("stale copy", text, hidden[0]))
-    return found
-
-
-def _let_torch_start(stopping: list[_Copy], problems: list[Problem]) -> None:
-    """Keep torch from what ends its import: it looks for entry points, and stops at such a file."""
-    told_already = [problem.message for problem in problems if problem.kind == "malformed"]
-    for copy in stopping:
-        if not any(copy.metadata in message for message in told_already):
+        if shadowed and not unreachable and shadowed[0].version != records[0].version:
             text = (
-                f"{copy} has an entry_points.txt with a line that is no 'name = value' in UTF-8:"
-                f" the import of torch fails at it, if {_BACKENDS} is not 0; repair or uninstall"
-                f" {copy.name}"
+                f"{shadowed[0].origin} in {copy} is not used, because {winner} comes first; delete"
+                " the stale one"
             )
-            problems.append(Problem("malformed", text))
-    if not stopping or os.environ.get(_BACKENDS) == "0":
-        return
-    os.environ[_BACKENDS] = "0"  # for child processes, too
-    if "torch" not in sys.modules:
-        warnings.warn(
-            f"{stopping[0]} has an entry_points.txt with a line that is no 'name = value' in UTF-8,"
-            f" at which the import of torch fails; so {_BACKENDS}=0 is set for this process, and"
-            " torch goes without what others add to it; repair or uninstall that distribution",
-            PluginWarning,
-            stacklevel=6,
+            problems.append(Problem("stale copy", text, shadowed[0]))
+    return records
+
+
+def _torch_problems(stops_torch: list[Metadata], known: list[Problem]) -> list[Problem]:
+    """Return a problem for each distribution that stops ``import torch`` and has none already."""
+    malformed = [problem.message for problem in known if problem.kind == "malformed"]
+    return [
+        Problem(
+            "malformed",
+            f"{copy} has an entry_points.txt with a line that is not 'name = value' in UTF-8;"
+            " import torch fails at this line unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set; repair"
+            f" or uninstall {copy.name}",
         )
+        for copy in stops_torch
+        if not any(copy.path in message for message in malformed)
+    ]
 
 
-def _raised_in(error: Exception) -> str:
-    import traceback  # for what happens seldom
+def _place_of(error: Exception) -> str:
+    import traceback  # rarely needed
 
     frame = traceback.extract_tb(error.__traceback__)[-1]
     return f"{frame.filename}:{frame.lineno}"
 
 
-def _modified(entry: Any) -> int | None:
+def _modification_time(entry: Any) -> int | None:
     try:
         return os.stat(entry or ".").st_mtime_ns if isinstance(entry, str) else None
     except (OSError, ValueError):

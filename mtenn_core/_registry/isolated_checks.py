@@ -1,7 +1,7 @@
-"""Checks in a child process: a plugin that crashes, hangs or fills the memory is a result, too.
+"""Checks in a child process, where a plugin that crashes, hangs or fills the memory is a result.
 
-The child tells each result as it has it. Where it dies, the check that was running has failed, and
-another child goes on with those that are left.
+The child sends each result at once. If it dies, the check that was running is an error, and another
+child continues with the remaining checks.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from typing import Any
 from mtenn_core import errors
 from mtenn_core._process.child import Child, ChildDiedError, Send, limit_memory
 from mtenn_core._registry import PluginRecord, Registry, registry
-from mtenn_core._registry.targets import Target, parse_argument
+from mtenn_core._registry.targets import make_combinations
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import CHECKS, chosen_checks
 from mtenn_core.testing._checks.check import Level
 from mtenn_core.testing._report import Record, Report
 from mtenn_core.testing._runner import check_combination
+from mtenn_core.testing._target import Target, parse_argument
 
-# Each costs the seconds in which Python and torch start.
-MOST_DEATHS = 5
+MAX_DEATHS = 5  # each new process takes seconds to import torch
 TITLES = {
     "import": "it can be imported and made",
     **{check.id: check.title for check in CHECKS},
@@ -39,29 +39,30 @@ OUT_OF_MEMORY = re.compile(
 
 
 def check_target(
-    target: Target, known: Registry = registry, *, isolated: bool = False, **options: Any
-) -> Iterator[Report]:
-    """Check what ``target`` names, with each set of its arguments.
+    target: Target, registry: Registry = registry, *, isolated: bool = False, **options: Any
+) -> Iterator[tuple[str, Report]]:
+    """Check the combination that ``target`` names, with each set of its arguments.
 
     Parameters
     ----------
-    known : where to look a name up
-    isolated : whether to do it in a child process, which looks it up in the default registry
+    registry : the registry that knows the names
+    isolated : True to run the checks in a child process, which uses the default registry
     **options : for :func:`~mtenn_core.testing.check_combination` or :func:`check_isolated`
 
     Yields
     ------
-    each report when it is finished
+    the constructor's arguments as text, and the report when it is complete
 
     Raises
     ------
-    MtennError : whatever ``target.combinations()`` raises
+    MtennError : see :func:`~mtenn_core._registry.targets.make_combinations`
     """
     if isolated:
         yield from check_isolated(target, **options)
         return
-    for name, this, combination in target.combinations(known):
-        yield check_combination(combination, name=name, target=this, **options)
+    for name, instance_target, combination in make_combinations(target, registry):
+        report = check_combination(combination, name=name, target=instance_target, **options)
+        yield _arguments_text(combination), report
 
 
 def check_isolated(
@@ -73,50 +74,47 @@ def check_isolated(
     time_limit: float = 60.0,
     memory_limit: int = 4096,
     on_record: Callable[[Record], object] = lambda record: None,
-) -> Iterator[Report]:
-    """Check in a child process what ``target`` names, with each set of its arguments.
-
-    A check that ends its process is an ``"error"`` that says how, and those after it run in a new
-    one, up to a number of deaths. What was not run shows in ``n_expected``. Needs POSIX; the limit
-    of memory needs Linux.
+) -> Iterator[tuple[str, Report]]:
+    """Check the combination that ``target`` names in a child process.
 
     Parameters
     ----------
     level, seed, only, on_record : see :func:`~mtenn_core.testing.check_combination`
-    time_limit : in seconds, for all that the target does; one check, or the import, may take half
-        of it
-    memory_limit : in MiB, beyond the address space of a process that has imported torch
+    time_limit : in seconds, for the whole target; one check, or the import, may take half of it
+    memory_limit : in MiB, in addition to the address space of a process that has imported torch
 
     Yields
     ------
-    each report when it is finished; one with the record ``"import"`` if no check could begin
+    the constructor's arguments as text, and the report when it is complete; if no check could
+    start, a report with the record ``"import"``
 
     Raises
     ------
-    MtennError : whatever ``target.combinations()`` raises; or the platform is not POSIX
-    ValueError : there is no such level, or no check of such an id
+    MtennError : see :func:`~mtenn_core._registry.targets.make_combinations`; or the platform is not
+        POSIX
+    ValueError : the level or the id of a check is unknown
     """
     if os.name != "posix":
         raise errors.MtennError(
-            f"isolated checks need a POSIX system; found {sys.platform}: check without isolation"
+            f"isolated checks need a POSIX system; found {sys.platform}; check without isolation"
         )
-    findings = _Findings(target, level, seed, only, memory_limit, on_record)
-    limits = {"time_limit": time_limit, "time_limit_of_step": time_limit / 2}
-    while limits["time_limit"] > 0 and not findings.complete:
-        with Child(__name__, findings.job(), **limits) as child:
+    results = _Results(target, level, seed, only, memory_limit, on_record)
+    limits = {"time_limit": time_limit, "step_time_limit": time_limit / 2}
+    while limits["time_limit"] > 0 and not results.are_complete:
+        with Child(__name__, results.job(), **limits) as child:
             try:
-                for kind, content in child.words():
-                    findings.take(kind, content)
-                    yield from findings.pop_finished()
+                for kind, content in child.messages():
+                    results.add_message(kind, content)
+                    yield from results.pop_finished()
             except ChildDiedError as death:
-                findings.take_death(death)
+                results.add_death(death)
         limits["time_limit"] -= child.seconds
-    yield from findings.pop_all()
+    yield from results.pop_all()
 
 
 @dataclass
-class _Findings:
-    """What the children of one target have told so far."""
+class _Results:
+    """Results that the child processes of one target have sent."""
 
     target: Target
     level: Level
@@ -127,17 +125,18 @@ class _Findings:
 
     def __post_init__(self) -> None:
         self.ids = [check.id for check in chosen_checks(self.level, self.only)]
-        self.complete = False
+        self.are_complete = False
         self._reports: list[Report] = []
+        self._arguments: list[str] = []
         self._commands: list[str] = []
-        self._begun = False
+        self._has_started = False
         self._n_finished = 0
         self._n_popped = 0
         self._n_deaths = 0
 
     def job(self) -> dict[str, Any]:
-        """Return what is left to do, for a new child."""
-        self._begun = False
+        """Return the remaining work, for a new child."""
+        self._has_started = False
         return {
             "path": self.target.path,
             "arguments": self.target.argument_texts(),
@@ -145,71 +144,80 @@ class _Findings:
             "seed": self.seed,
             "only": None if self.only is None else self.ids,
             "ids": self.ids,
-            "left": [self._left(report) for report in self._reports],
+            "remaining": [self._remaining(report) for report in self._reports],
             "memory_limit": self.memory_limit,
         }
 
-    def take(self, kind: str, content: Any) -> None:
-        """Write down a word of a child."""
+    def add_message(self, kind: str, content: Any) -> None:
+        """Add a message of a child."""
         match kind:
             case "ready":
-                self._warn_of_no_limit(is_limited=content)
-            case "made":
-                self._begun = True
+                self._warn_if_unlimited(is_limited=content)
+            case "combinations":
+                self._has_started = True
                 if not self._reports:
-                    self._reports = [Report(**header) for header, _ in content]
-                    self._commands = [command for _, command in content]
+                    self._reports = [Report(**header) for header, _, _ in content]
+                    self._arguments = [arguments for _, arguments, _ in content]
+                    self._commands = [command for _, _, command in content]
             case "record":
                 index, record = content
-                self._add(index, Record(**record))
+                self._add_record(index, Record(**record))
             case "finished":
                 index, curves = content
                 self._reports[index].curves.update(curves)
                 self._n_finished = index + 1
             case "error":
                 name, message = content
-                message = self._about_memory(message)
+                message = self._with_memory_hint(message)
                 raise getattr(errors, name, errors.MtennError)(message)
             case "done":
-                self.complete = True
+                self.are_complete = True
 
-    def take_death(self, death: ChildDiedError) -> None:
-        """Write down that the child died, as the outcome of what it was doing."""
+    def add_death(self, death: ChildDiedError) -> None:
+        """Add the death of a child as the result of the check that was running."""
         self._n_deaths += 1
-        if not self._begun:
-            # Another child would die of the same.
-            plugin = self._plugin()
-            self._reports = self._reports or [self._empty_report(plugin)]
-            record = self._error("import", death)
-            if plugin is not None:
-                record = replace(record, reason=f"{record.reason}\n{plugin.remedy}")
-            self._add(self._n_finished, record)
-            self.complete = True
+        if not self._has_started:
+            self._add_import_death(death)
             return
         if self._n_finished == len(self._reports):
             return
-        left = self._left(self._reports[self._n_finished])
-        self._add(self._n_finished, self._error(left[0] if left else "curves", death))
-        self._n_finished += len(left) < 2
-        self.complete = self._n_deaths == MOST_DEATHS or self._n_finished == len(self._reports)
+        remaining = self._remaining(self._reports[self._n_finished])
+        id = remaining[0] if remaining else "curves"
+        self._add_record(self._n_finished, self._death_record(id, death))
+        if len(remaining) < 2:
+            self._n_finished += 1
+        all_finished = self._n_finished == len(self._reports)
+        self.are_complete = self._n_deaths == MAX_DEATHS or all_finished
 
-    def pop_finished(self) -> Iterator[Report]:
-        """Yield reports to which nothing will be added, each once."""
+    def pop_finished(self) -> Iterator[tuple[str, Report]]:
+        """Yield each complete report once, with the text of the arguments."""
         while self._n_popped < self._n_finished:
+            index = self._n_popped
             self._n_popped += 1
-            yield self._reports[self._n_popped - 1]
+            yield self._arguments[index], self._reports[index]
 
-    def pop_all(self) -> Iterator[Report]:
-        """Yield the other reports, finished or not, each once."""
+    def pop_all(self) -> Iterator[tuple[str, Report]]:
+        """Yield each of the other reports once, complete or not."""
         self._n_finished = len(self._reports)
         return self.pop_finished()
 
-    def _left(self, report: Report) -> list[str]:
-        found = {record.id for record in report.records}
-        return [id for id in self.ids if id not in found]
+    def _add_import_death(self, death: ChildDiedError) -> None:
+        """Add the death of a child before any check. Another child would die in the same way."""
+        plugin = self._plugin()
+        if not self._reports:
+            self._reports, self._arguments = [self._empty_report(plugin)], [""]
+        record = self._death_record("import", death)
+        if plugin is not None:
+            record = replace(record, reason=f"{record.reason}\n{plugin.remedy}")
+        self._add_record(self._n_finished, record)
+        self.are_complete = True
+
+    def _remaining(self, report: Report) -> list[str]:
+        finished = {record.id for record in report.records}
+        return [id for id in self.ids if id not in finished]
 
     def _plugin(self) -> PluginRecord | None:
-        """Return the plugin that the target names, if it names one."""
+        """Return the plugin that the target names, or None if it names a module or file."""
         with suppress(errors.RegistryError):
             return registry.info(self.target.path)
         return None
@@ -218,30 +226,29 @@ class _Findings:
         name = self.target.path if plugin is None else str(plugin)
         return Report(name, "", {}, self.level, len(self.ids))
 
-    def _add(self, index: int, record: Record) -> None:
+    def _add_record(self, index: int, record: Record) -> None:
         if record.status == "error":
-            record = replace(
-                record,
-                reason=self._about_memory(record.reason),
-                repro=self._command(index, record.id),
-            )
+            reason = self._with_memory_hint(record.reason)
+            record = replace(record, reason=reason, repro=self._command(index, record.id))
         self._reports[index].records.append(record)
         self.on_record(record)
 
     def _command(self, index: int, id: str) -> str:
-        """Return the line for the shell that meets an error again, in isolation as well."""
+        """Return the shell command that reproduces an error, also in isolation."""
         if id not in self.ids:
             return self.target.command("--isolated")
         return f"{self._commands[index]} --only {id} --seed {self.seed}"
 
-    def _error(self, id: str, death: ChildDiedError) -> Record:
-        no_more = f"\nthis was death {MOST_DEATHS}: what is left is not run"
+    def _death_record(self, id: str, death: ChildDiedError) -> Record:
+        reason = str(death)
+        if self._n_deaths == MAX_DEATHS:
+            reason += f"\nthis was death {MAX_DEATHS}; the remaining checks are not run"
         return Record(
             id=id,
             title=TITLES[id],
             level=self.level,
             status="error",
-            reason=str(death) + (no_more if self._n_deaths == MOST_DEATHS else ""),
+            reason=reason,
             cause="",
             metrics={},
             seed=self.seed,
@@ -249,20 +256,22 @@ class _Findings:
             repro="",
         )
 
-    def _about_memory(self, reason: str) -> str:
+    def _with_memory_hint(self, reason: str) -> str:
         if OUT_OF_MEMORY.search(reason):
             return f"{reason}\nperhaps not enough memory: the limit is {self.memory_limit} MiB"
         return reason
 
-    def _warn_of_no_limit(self, *, is_limited: bool) -> None:
+    def _warn_if_unlimited(self, *, is_limited: bool) -> None:
         if not is_limited:
             warnings.warn(
-                f"memory has no limit: {sys.platform} cannot set one", RuntimeWarning, stacklevel=4
+                f"the memory has no limit, because {sys.platform} cannot set one",
+                RuntimeWarning,
+                stacklevel=4,
             )
 
 
 def main(job: dict[str, Any], send: Send) -> None:
-    """Be the child: check, and tell."""
+    """Run in the child process: run the checks and send the results."""
     send("ready", limit_memory(job["memory_limit"]))
     try:
         _check(job, send)
@@ -272,19 +281,19 @@ def main(job: dict[str, Any], send: Send) -> None:
 
 def _check(job: dict[str, Any], send: Send) -> None:
     target = Target(job["path"], dict(map(parse_argument, job["arguments"])))
-    made = list(target.combinations())
-    send("made", [_header(job, *each) for each in made])
-    for index, (name, this, combination) in enumerate(made):
-        left = job["left"][index] if job["left"] else job["ids"]
-        if not left:
+    combinations = list(make_combinations(target, registry))
+    send("combinations", [_header(job, *each) for each in combinations])
+    for index, (name, instance_target, combination) in enumerate(combinations):
+        remaining = job["remaining"][index] if job["remaining"] else job["ids"]
+        if not remaining:
             continue
         report = check_combination(
             combination,
             level=job["level"],
             seed=job["seed"],
-            only=job["only"] if left == job["ids"] else left,
+            only=job["only"] if remaining == job["ids"] else remaining,
             name=name,
-            target=this,
+            target=instance_target,
             on_record=partial(_send_record, send, index),
         )
         send("finished", [index, report.curves])
@@ -292,12 +301,20 @@ def _check(job: dict[str, Any], send: Send) -> None:
 
 def _header(
     job: dict[str, Any], name: str, target: Target, combination: Combination
-) -> tuple[dict[str, Any], str]:
-    """Return the report before any check, and the command that checks this one alone."""
+) -> tuple[dict[str, Any], str, str]:
+    """Return the empty report, the text of the arguments, and the command for this instance."""
     empty = check_combination(combination, level="gate", only=(), name=name)
     report = replace(empty, level=job["level"], n_expected=len(job["ids"]))
-    return asdict(report), target.command("--isolated")
+    return asdict(report), _arguments_text(combination), target.command("--isolated")
 
 
 def _send_record(send: Send, index: int, record: Record) -> None:
     send("record", [index, asdict(record)])
+
+
+def _arguments_text(combination: Combination) -> str:
+    """Return the constructor's arguments on one line; empty if the class cannot show them."""
+    try:
+        return " ".join(combination.extra_repr().split())
+    except Exception:
+        return ""

@@ -1,8 +1,9 @@
 """Pins: the distributions that may be imported, each with its version and the hash of its files.
 
-A line of a pins file reads ``distribution==version RECORD=sha256:…``. The hash is that of the
-distribution's RECORD (https://packaging.python.org/specifications/recording-installed-packages/),
-of those lines that are the same on every machine; the files themselves are held to these lines.
+A line of a pins file has the form ``distribution==version RECORD=sha256:…``. The hash covers the
+lines of the distribution's RECORD that are the same on every machine
+(https://packaging.python.org/specifications/recording-installed-packages/). A check also compares
+the files themselves with these lines.
 """
 
 from __future__ import annotations
@@ -24,21 +25,22 @@ from mtenn_core.errors import PluginPinError
 
 Rows = list[tuple[str, str]]
 _LINE = re.compile(r"([\w.-]+)==(\S+)\s+RECORD=sha256:([0-9a-f]{64})")
-# Whoever installs writes these, differently each time; so are scripts, outside of the folder.
-_OF_THE_INSTALLER = {"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"}
+# Installers write these files, with different content each time.
+_INSTALLER_FILES = {"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"}
 
 
 def pin(record: PluginRecord) -> str:
-    """Return the line of a pins file for what is installed now.
+    """Return the line of a pins file for the installed distribution of a plugin.
 
     Raises
     ------
-    PluginPinError : it has no RECORD or no version, is installed as editable, or differs from its
-        RECORD
+    PluginPinError : the distribution has no RECORD or no version, is an editable install, or
+        differs from its RECORD
     """
     if record.version is None:
         raise PluginPinError(
-            f"{record}{record.where} cannot be pinned: its metadata tell no version; reinstall it",
+            f"{record}{record.where} cannot be pinned: its metadata contain no version; reinstall"
+            " it",
             record=record,
         )
     digest = _digest(record, _rows(record))
@@ -46,17 +48,17 @@ def pin(record: PluginRecord) -> str:
 
 
 def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
-    """Return the hashes of each distribution and version; there may be a wheel for each platform.
+    """Return the hashes of each distribution and version. Each wheel of a version has its own hash.
 
     Raises
     ------
-    PluginPinError : the file cannot be read, or a line is no pin
+    PluginPinError : the file cannot be read, or a line is malformed
     """
     try:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PluginPinError(
-            f"the pins cannot be read as UTF-8 ({error}), so that no plugin may be imported: name"
+            f"the pins file cannot be read as UTF-8 ({error}), so no plugin may be imported; name"
             f" another file (MTENN_PINS), or write it with: mtenn list --pins > {file}"
         ) from error
     pins: dict[tuple[str, str], set[str]] = {}
@@ -66,19 +68,19 @@ def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
         match = _LINE.fullmatch(line)
         if match is None:
             raise PluginPinError(
-                f"{file}:{number}: expected 'distribution==version RECORD=sha256:…', as `mtenn list"
-                f" --pins` writes it; found {line!r}"
+                f"{file}:{number}: a pin must have the form 'distribution==version"
+                f" RECORD=sha256:…'; found {line!r}; `mtenn list --pins` writes such lines"
             )
         pins.setdefault((canonical(match[1]), match[2]), set()).add(match[3])
     return pins
 
 
 def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
-    """Check that a plugin is one of those that were pinned.
+    """Check that the installed distribution of a plugin is a pinned one.
 
     Raises
     ------
-    PluginPinError : it is not, cannot be, or the file is no list of pins
+    PluginPinError : it is not pinned or cannot be pinned, or the pins file is malformed
     """
     try:
         pins = read_pins(file)
@@ -95,23 +97,23 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
     if record.version not in versions:
         raise PluginPinError(
             f"{record}{record.where} is pinned to {' or '.join(versions)} in {os.fspath(file)};"
-            f" install that: pip install {record.distribution}=={versions[0]}",
+            f" install the pinned version: pip install {record.distribution}=={versions[0]}",
             record=record,
         )
     rows = _rows(record)
     found, expected = _digest(record, rows), pins[record.owner, record.version]
     if found not in expected:
         raise PluginPinError(
-            f"{record}{record.where} is another build than the one that is pinned in"
-            f" {os.fspath(file)}: expected RECORD=sha256:{' or '.join(sorted(expected))}; found"
-            f" {found}; reinstall it, or pin this one if you trust it",
+            f"{record}{record.where} differs from the build pinned in {os.fspath(file)}: expected"
+            f" RECORD=sha256:{' or '.join(sorted(expected))}; found {found}; reinstall the pinned"
+            " build, or pin this one if you trust it",
             record=record,
         )
     _check_found_by_import(record, rows)
 
 
 def _check_found_by_import(record: PluginRecord, rows: Rows) -> None:
-    """Check that an import of the target finds files of the distribution, and no others."""
+    """Check that an import of the target loads only files of the distribution."""
     folder = Path(record.location or "")
     own = {os.path.realpath(folder / path) for path, _ in rows}
     module, _ = record.parsed_target()
@@ -119,20 +121,20 @@ def _check_found_by_import(record: PluginRecord, rows: Rows) -> None:
     for name in itertools.accumulate(module.split("."), "{}.{}".format):
         spec = _spec(name, path)
         if spec is None:
-            return  # which the import tells better
+            return  # the import will raise a better error
         origin, path = spec.origin, spec.submodule_search_locations
         is_namespace = origin is None and path is not None
         if not is_namespace and (origin is None or os.path.realpath(origin) not in own):
             raise PluginPinError(
-                f"{record}{record.where} is pinned, and {name!r} would be imported from"
-                f" {origin or spec.loader}, which is no file of it; move that away, or change the"
-                " path",
+                f"{record}{record.where} is pinned, but {name!r} would be imported from"
+                f" {origin or spec.loader}, which is not a file of this distribution; remove that"
+                " module, or change sys.path",
                 record=record,
             )
 
 
 def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """Return what an import would find, or has found; packages above are not imported."""
+    """Return the spec that an import would find or has found, without importing parent packages."""
     if name in sys.modules:
         loaded = sys.modules[name]
         file = getattr(loaded, "__file__", None)
@@ -142,7 +144,7 @@ def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 
 
 def _rows(record: PluginRecord) -> Rows:
-    """Return path and hash of the files that are the same wherever it is installed, sorted."""
+    """Return path and hash of the files that are the same on every machine, sorted."""
     _refuse_editable(record, Path(record.metadata or ""))
     file = Path(record.metadata or "", "RECORD")
     try:
@@ -152,21 +154,22 @@ def _rows(record: PluginRecord) -> Rows:
     kept = sorted((r[0], r[1]) for r in rows if len(r) > 1 and r[1] and not _varies(r[0]))
     if not kept:
         raise PluginPinError(
-            f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of its files;"
-            " install it from a wheel",
+            f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of the files;"
+            " install the distribution from a wheel",
             record=record,
         )
     return kept
 
 
 def _digest(record: PluginRecord, rows: Rows) -> str:
-    """Return the hash of what RECORD says of the files, after a look at the files."""
+    """Compare the files with their lines in RECORD, and return the hash of these lines."""
     folder = Path(record.location or "")
     for path, hash in rows:
         if _hash_of(folder / path, hash.partition("=")[0]) != hash:
             raise PluginPinError(
-                f"{record}: {folder / path} is not as it was installed; find out why, or reinstall:"
-                f" pip install --force-reinstall {record.distribution}=={record.version}",
+                f"{record}: {folder / path} has changed since it was installed; find out why, or"
+                f" reinstall: pip install --force-reinstall"
+                f" {record.distribution}=={record.version}",
                 record=record,
             )
     return hashlib.sha256("".join(f"{path},{hash}\n" for path, hash in rows).encode()).hexdigest()
@@ -180,24 +183,25 @@ def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
         return
     if editable:
         raise PluginPinError(
-            f"{record} cannot be pinned: it is installed as editable from {origin.get('url')}, and"
-            " may be another one each time; install it from a wheel",
+            f"{record} cannot be pinned: it is an editable install from {origin.get('url')}, whose"
+            " files may change; install it from a wheel",
             record=record,
         )
 
 
 def _varies(path: str) -> bool:
+    """Return True for files that differ between machines: those of the installer, and scripts."""
     parts = Path(path).parts
     return (
         not parts
         or ".." in parts
-        or (parts[0].endswith(".dist-info") and parts[-1] in _OF_THE_INSTALLER)
+        or (parts[0].endswith(".dist-info") and parts[-1] in _INSTALLER_FILES)
     )
 
 
 def _hash_of(file: Path, algorithm: str) -> str | None:
-    """Return what RECORD has for such a file, or None if it is not there."""
-    if algorithm not in ("sha256", "sha384", "sha512"):  # as the specification wants it
+    """Return the hash of a file as RECORD writes it, or None if it cannot be computed."""
+    if algorithm not in ("sha256", "sha384", "sha512"):  # the specification demands one of these
         return None
     try:
         with file.open("rb") as opened:

@@ -1,4 +1,4 @@
-"""Which plugins may be imported: what the user says by arguments or in the environment."""
+"""Policies: the user's rules for which plugins may be imported."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from mtenn_core import __version__
-from mtenn_core._registry.record import PluginRecord, canonical, told
+from mtenn_core._registry.messages import describe_error, suggestion
+from mtenn_core._registry.record import PluginRecord, canonical
 from mtenn_core.errors import PluginIncompatibleError, RegistryError
 
 ALLOWED = "MTENN_PLUGINS"
@@ -23,19 +24,19 @@ _BOOLEANS = {
 
 @dataclass(frozen=True)
 class Policy:
-    """Which of the installed plugins a registry may import; it acts before any import.
+    """Rules for which installed plugins a registry may import. They apply before any import.
 
-    An entry is a combination's name, a distribution, or ``distribution:name``. What is None is read
-    from the environment. What is registered by a call is always allowed.
+    An entry is a combination's name, a distribution, or ``distribution:name``. A rule that is None
+    comes from the environment. Combinations that a program registers itself are always allowed.
 
     Attributes
     ----------
-    allowed : entries that may be imported, all others may not; ``MTENN_PLUGINS``, all if unset
-    disabled : entries that may not, even if they are allowed; ``MTENN_DISABLE_PLUGINS``
-    strict : whether a problem with any plugin is an error; ``MTENN_STRICT``
-    prefer : entries that are taken where several distributions have one name
-    pins : file of the distributions that may be imported, each with its version and the hash of its
-        files; ``MTENN_PINS``
+    allowed : entries that may be imported, and no others; ``MTENN_PLUGINS``, or all if unset
+    disabled : entries that may not be imported, even if allowed; ``MTENN_DISABLE_PLUGINS``
+    strict : True to raise an error for a problem with any plugin; ``MTENN_STRICT``
+    prefer : entries to choose if several distributions offer one name
+    pins : file with the distributions that may be imported, each with its version and the hash of
+        its files; ``MTENN_PINS``
     """
 
     allowed: tuple[str, ...] | None = None
@@ -48,16 +49,19 @@ class Policy:
         for field in ("allowed", "disabled", "prefer"):
             entries = getattr(self, field)
             if isinstance(entries, str):
-                raise TypeError(f"{field} takes several entries: {field}=({entries!r},)")
+                raise TypeError(
+                    f"{field} must be a tuple of entries; found {entries!r}; write:"
+                    f" {field}=({entries!r},)"
+                )
             if entries is not None:
                 object.__setattr__(self, field, tuple(entries))
 
     def resolved(self) -> Policy:
-        """Return the policy with what the environment says.
+        """Return a policy in which the environment has replaced each rule that was None.
 
         Raises
         ------
-        RegistryError : ``MTENN_STRICT`` is neither yes nor no, or ``MTENN_PINS`` is empty
+        RegistryError : ``MTENN_STRICT`` is not a boolean, or ``MTENN_PINS`` is empty
         """
         return replace(
             self,
@@ -68,30 +72,32 @@ class Policy:
         )
 
     def reason_against(self, record: PluginRecord) -> str:
-        """Return why an installed plugin may not be imported, or nothing; of a resolved policy."""
+        """Return why a resolved policy disables an installed plugin; empty if it does not."""
         if any(map(record.matches, self.disabled or ())):
-            return f"{self._source('disabled', DISABLED)} names it"
+            return f"{self._source('disabled', DISABLED)} contains it"
         if self.allowed is not None and not any(map(record.matches, self.allowed)):
-            return f"{self._source('allowed', ALLOWED)} does not name it"
+            return f"{self._source('allowed', ALLOWED)} does not contain it"
         return ""
 
     def check(self, record: PluginRecord) -> None:
-        """Check what can be known of a plugin before its code runs; of a resolved policy.
+        """Check a plugin against a resolved policy before its code runs.
 
         Raises
         ------
-        PluginIncompatibleError, PluginPinError, PluginLoadError : the last of a malformed target
+        PluginIncompatibleError : the distribution requires another version of mtenn-core
+        PluginPinError : the distribution is not the pinned one
+        PluginLoadError : the entry point is malformed
         """
         if record.distribution is not None:
             self.check_distribution(record)
             record.parsed_target()
 
     def check_distribution(self, record: PluginRecord) -> None:
-        """Check what is the same for all plugins of a distribution.
+        """Do the checks that are the same for all plugins of a distribution.
 
         Raises
         ------
-        PluginIncompatibleError, PluginPinError
+        PluginIncompatibleError, PluginPinError : see :meth:`check`
         """
         _check_compatible(record)
         if self.pins is not None:
@@ -100,23 +106,23 @@ class Policy:
             check_pin(record, self.pins)
 
     def preferred(self, candidates: Sequence[PluginRecord]) -> Sequence[PluginRecord]:
-        """Return those of several plugins with one name that are preferred, if any is."""
-        chosen = [record for record in candidates if any(map(record.matches, self.prefer))]
-        return chosen or candidates
+        """Return the preferred plugins of several with one name, or all if none is preferred."""
+        preferred = [record for record in candidates if any(map(record.matches, self.prefer))]
+        return preferred or candidates
 
     def unknown(self, records: Iterable[PluginRecord]) -> list[str]:
-        """Return, for each entry that means no plugin, what to say of it; of a resolved policy."""
+        """Return a message for each entry of a resolved policy that matches no plugin."""
         sources = {
             self._source("allowed", ALLOWED): self.allowed or (),
             self._source("disabled", DISABLED): self.disabled or (),
-            "prefer": self.prefer,
+            "the policy's `prefer`": self.prefer,
         }
         if not any(sources.values()):
             return []
         known = {word for record in records for word in record.words}
         return [
-            f"{source} names {entry!r}, and no plugin or distribution is called so."
-            + closest(entry, sorted(known))
+            f"{source} contains {entry!r}, which matches no plugin or distribution."
+            + suggestion(entry, sorted(known))
             for source, entries in sources.items()
             for entry in entries
             if canonical(entry) not in known
@@ -136,10 +142,10 @@ def _check_compatible(record: PluginRecord) -> None:
 
     try:
         specifier = record.requires_core
-    except Exception as error:  # of the parser, in several kinds
+    except Exception as error:  # any of several errors of the parser
         raise PluginIncompatibleError(
-            f"{record}{record.where}: what it requires cannot be read"
-            f" ({told(error).splitlines()[0]}); {record.remedy}",
+            f"{record}{record.where}: its requirement on mtenn-core cannot be parsed"
+            f" ({describe_error(error).splitlines()[0]}); {record.remedy}",
             record=record,
         ) from error
     if not SpecifierSet(specifier).contains(__version__, prereleases=True):
@@ -151,15 +157,6 @@ def _check_compatible(record: PluginRecord) -> None:
         )
 
 
-def closest(name: str, known: Iterable[str]) -> str:
-    """Return a question with the name that looks most like ``name``, or nothing."""
-    import difflib  # not for those who ask for what is there
-
-    by_key = {canonical(each): each for each in known}
-    close = difflib.get_close_matches(canonical(name), by_key, n=1)
-    return f" Did you mean {by_key[close[0]]!r}?" if close else ""
-
-
 def _entries(variable: str) -> tuple[str, ...] | None:
     value = os.environ.get(variable)
     return None if value is None else tuple(value.replace(",", " ").split())
@@ -167,8 +164,8 @@ def _entries(variable: str) -> tuple[str, ...] | None:
 
 def _pins_file() -> Path | None:
     value = os.environ.get(PINS)
-    if value is not None and not value.strip():  # a guard that is off without a word is none
-        raise RegistryError(f"{PINS} is empty: name a file, or unset it")
+    if value is not None and not value.strip():  # an empty value must not silently allow all
+        raise RegistryError(f"{PINS} must name a file; found an empty value; name one, or unset it")
     return None if value is None else Path(value)
 
 
@@ -177,4 +174,4 @@ def _boolean(variable: str) -> bool:
     try:
         return _BOOLEANS[value.strip().lower()]
     except KeyError:
-        raise RegistryError(f"{variable} is 1 or 0; found {value!r}") from None
+        raise RegistryError(f"{variable} must be 1 or 0; found {value!r}") from None

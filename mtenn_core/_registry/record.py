@@ -1,4 +1,4 @@
-"""What is known of a plugin before it is imported, and what may be wrong with it."""
+"""Facts about a plugin before its import, and problems with plugins and settings."""
 
 from __future__ import annotations
 
@@ -15,58 +15,36 @@ from mtenn_core.errors import (
     RegistryError,
 )
 
-# Extras behind it are allowed, and mean nothing any more.
+# Extras may follow the attribute; entry points no longer use them.
 _TARGET = re.compile(r"(?P<module>[\w.]+)(\s*:\s*(?P<attribute>[\w.]+))?(\s*\[.*\])?")
-_LONGEST = 500  # of what a message quotes
 Status = Literal["available", "disabled", "shadowed"]
 
 
 def canonical(name: str) -> str:
-    """Return a name as names are compared (PEP 503): in lower case, ``-``, ``_`` and ``.`` as one.
+    """Return a name in the form that is compared (PEP 503): lower case, ``_`` and ``.`` as ``-``.
 
-    ``packaging.utils`` has the same function, and takes longer to import than a scan does.
+    ``packaging.utils`` has the same function, but its import takes longer than a scan.
     """
     return re.sub(r"[-_.]+", "-", name).lower()
 
 
-def told(error: BaseException) -> str:
-    """Return the type of an error and what it says, if it can say it."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "(it cannot be printed)"
-    return f"{type(error).__name__}: {_cut(text)}"
-
-
-def shown(value: object) -> str:
-    """Return the ``repr`` of what a plugin has made, cut, or the type of what has none."""
-    try:
-        return _cut(repr(value))
-    except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]}…"
-
-
 @dataclass(frozen=True)
 class PluginRecord:
-    """What is known of a combination plugin before it is imported.
+    """Facts about a combination plugin, read without importing it.
 
     Attributes
     ----------
-    name : the combination's name, which is the name of the entry point
-    target : where it is, ``"module:attribute"``
-    distribution, version, location : the package that offers it and its folder; None for a
-        combination that was registered by a call
-    metadata : the folder of the distribution's metadata, ``….dist-info`` as a rule
-    requires : what the distribution requires of mtenn-core, as its metadata has it
-    plugin : the object itself, where it was registered by a call
-    status : ``"available"``; ``"disabled"`` by the :class:`~mtenn_core.Policy`; or ``"shadowed"``,
-        there is another copy of the distribution, which an import finds first
-    reason : why it is not available
-    shadows : the other copies of its distribution, if any
+    name : name of the combination and of its entry point
+    target : what the entry point refers to, ``"module:attribute"``
+    distribution, version, location : the distribution, its version and its folder; None for a
+        combination that :meth:`~mtenn_core.Registry.register` added
+    metadata : folder of the distribution's metadata, usually ``….dist-info``
+    requires : the distribution's requirements on mtenn-core, as in its metadata
+    plugin : the object itself, for a combination that :meth:`~mtenn_core.Registry.register` added
+    status : ``"available"``, ``"disabled"`` by the :class:`~mtenn_core.Policy`, or ``"shadowed"``
+        by another copy of the distribution, which Python imports instead
+    reason : why the plugin is not available
+    shadows : metadata folders of other copies of the distribution
     """
 
     name: str
@@ -83,24 +61,24 @@ class PluginRecord:
 
     @cached_property
     def key(self) -> str:
-        """The name as names are compared."""
+        """The name in the form that is compared."""
         return canonical(self.name)
 
     @cached_property
     def owner(self) -> str:
-        """The distribution's name as names are compared."""
+        """The distribution's name in the form that is compared."""
         return canonical(self.distribution or "")
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """What an entry of a policy may call it, as names are compared."""
+        """All policy entries that refer to this plugin, in the form that is compared."""
         if self.distribution is None:
             return (self.key,)
         return self.key, self.owner, f"{self.owner}:{self.key}"
 
     @property
     def qualified_name(self) -> str:
-        """``distribution:name``, which no other distribution can share."""
+        """``distribution:name``, which no other distribution can use."""
         return f"{self.distribution}:{self.name}" if self.distribution else self.name
 
     @property
@@ -112,11 +90,11 @@ class PluginRecord:
 
     @property
     def where(self) -> str:
-        """The folder of the metadata, for a message; nothing if there is none."""
+        """`` in`` and the metadata folder, for a message; empty without such a folder."""
         return f" in {self.metadata}" if self.metadata else ""
 
     def parsed_target(self) -> tuple[str, str]:
-        """Return module and attribute; a target may have no attribute.
+        """Return module and attribute. The attribute may be empty.
 
         Raises
         ------
@@ -125,7 +103,7 @@ class PluginRecord:
         match = _TARGET.fullmatch(self.target.strip())
         if match is None:
             raise PluginLoadError(
-                f"{self}{self.where}: its entry point must read 'module:attribute'; found"
+                f"{self}{self.where}: its entry point must have the form 'module:attribute'; found"
                 f" {self.target!r}; {self.remedy}",
                 record=self,
             )
@@ -133,11 +111,11 @@ class PluginRecord:
 
     @property
     def requires_core(self) -> str:
-        """The version specifier that the distribution sets on mtenn-core.
+        """The version specifier that the distribution requires of mtenn-core.
 
         Raises
         ------
-        whatever ``packaging`` raises of what is no requirement
+        any error of ``packaging``, for a malformed requirement
         """
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
@@ -150,22 +128,19 @@ class PluginRecord:
 
     @property
     def remedy(self) -> str:
-        """What to do where the plugin does not work."""
+        """What to do if the plugin does not work."""
         if self.distribution is None:
             return "register another class"
         if self.shadows:
-            return (
-                f"{self.metadata} hides {' and '.join(self.shadows)}: if it is the stale one of"
-                " them, delete it"
-            )
+            return f"{self.metadata} hides {' and '.join(self.shadows)}; delete it if it is stale"
         return f"repair it, or remove it with: pip uninstall {self.distribution}"
 
     def sort_key(self) -> tuple[str, ...]:
-        """Return what records are sorted by: nothing of it depends on the order of folders."""
+        """Return the key that records are sorted by; it does not depend on the order of folders."""
         return self.key, self.qualified_name, self.target, self.metadata or ""
 
     def matches(self, entry: str) -> bool:
-        """Whether an entry of a policy means this plugin.
+        """Return True if an entry of a policy refers to this plugin.
 
         Parameters
         ----------
@@ -174,11 +149,14 @@ class PluginRecord:
         return canonical(entry) in self.words
 
     def to_json(self) -> dict[str, Any]:
-        """Return all but the object as JSON knows it."""
+        """Return all facts except the object as JSON data."""
         facts = "name", "target", "distribution", "version", "location", "metadata"
-        plain: dict[str, Any] = {fact: getattr(self, fact) for fact in facts}
-        rest = {"requires": list(self.requires), "status": self.status, "reason": self.reason}
-        return plain | rest
+        data: dict[str, Any] = {fact: getattr(self, fact) for fact in facts}
+        return data | {
+            "requires": list(self.requires),
+            "status": self.status,
+            "reason": self.reason,
+        }
 
     def __str__(self) -> str:
         return f"plugin {self.name!r} ({self.origin})"
@@ -186,13 +164,13 @@ class PluginRecord:
 
 @dataclass(frozen=True)
 class Problem:
-    """Something that is wrong with an installed plugin, or with a setting.
+    """A problem with an installed plugin or with a setting.
 
     Attributes
     ----------
-    kind : in a word or two
+    kind : the kind of problem, in one to three words
     message : who, what was found, and what to do
-    record : the plugin, if it is about one
+    record : the plugin, if the problem is about one
     """
 
     kind: str
@@ -201,7 +179,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: RegistryError) -> Problem:
-        """Return the problem that an error is about."""
+        """Return an error as a problem."""
         kinds = {
             PluginIncompatibleError: "incompatible",
             PluginPinError: "not pinned",
@@ -211,6 +189,6 @@ class Problem:
         return cls(kinds.get(type(error), "error"), str(error), error.record)
 
     def to_json(self) -> dict[str, Any]:
-        """Return it as JSON knows it."""
+        """Return the problem as JSON data."""
         record = self.record and self.record.to_json()
         return {"kind": self.kind, "message": self.message, "plugin": record}

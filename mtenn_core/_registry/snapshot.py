@@ -1,4 +1,4 @@
-"""What is known of all plugins at a time: who answers to a name, and what is wrong."""
+"""A snapshot of all plugins: installed and registered records, and the names they answer to."""
 
 from __future__ import annotations
 
@@ -6,9 +6,11 @@ import itertools
 import sys
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from mtenn_core._registry.installed import Scan
-from mtenn_core._registry.policy import Policy, closest
+from mtenn_core._registry.messages import suggestion
+from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord, Problem, canonical
 from mtenn_core.errors import (
     CombinationConflictError,
@@ -20,15 +22,15 @@ from mtenn_core.errors import (
 
 
 @dataclass(frozen=True)
-class Known:
-    """What is known at a time; never changed, so that threads may read it without a lock.
+class Snapshot:
+    """All plugins at one time. It never changes, so threads read it without a lock.
 
     Attributes
     ----------
-    scan : what is installed
-    policy : which of it may be imported, the environment included
-    records : all, sorted, with their status
-    available : those that can be asked for, by their name as names are compared
+    scan : the installed plugins
+    policy : the resolved policy
+    records : all plugins, sorted, with their status
+    available : the plugins that can be looked up, by their name in the form that is compared
     """
 
     scan: Scan
@@ -37,98 +39,125 @@ class Known:
     available: Mapping[str, tuple[PluginRecord, ...]]
 
     @classmethod
-    def of(
+    def build(
         cls,
         scan: Scan,
         policy: Policy,
         registered: Iterable[PluginRecord],
         replaced: Collection[str],
-    ) -> Known:
-        """Put together what is installed and what was registered by a call.
+    ) -> Snapshot:
+        """Combine installed plugins with registered ones.
 
         Parameters
         ----------
-        replaced : names, as names are compared, that what is installed does not answer to
+        replaced : names, in the form that is compared, that installed plugins do not answer to
         """
         installed = [_with_status(record, policy) for record in scan.records]
         records = sorted([*installed, *registered], key=PluginRecord.sort_key)
         available: dict[str, tuple[PluginRecord, ...]] = {}
         for record in records:
-            hidden = record.distribution and record.key in replaced
-            if record.status == "available" and not hidden:
+            is_replaced = record.distribution and record.key in replaced
+            if record.status == "available" and not is_replaced:
                 available[record.key] = (*available.get(record.key, ()), record)
         return cls(scan, policy, tuple(records), available)
 
-    def names(self) -> list[str]:
-        """Return the names that can be asked for, sorted."""
-        return [found[0].name for found in self.available.values()]
+    def available_records(self) -> list[PluginRecord]:
+        """Return the plugins that can be looked up, sorted by name."""
+        return list(itertools.chain(*self.available.values()))
 
-    def named(self, name: str) -> list[PluginRecord]:
-        """Return the plugins that may be meant by ``name``: one, if it is right."""
+    def names(self) -> list[str]:
+        """Return the names that can be looked up, sorted."""
+        return [records[0].name for records in self.available.values()]
+
+    def find(self, name: str) -> list[PluginRecord]:
+        """Return the plugins that ``name`` may refer to; exactly one if the name is right."""
         found = list(self.policy.preferred(self.available.get(canonical(name), ())))
-        distribution, colon, bare = name.rpartition(":")
+        distribution, colon, bare_name = name.rpartition(":")
         if found or not colon:
             return found
-        owner, key = canonical(distribution), canonical(bare)
+        owner, key = canonical(distribution), canonical(bare_name)
         owned = [
             record
             for record in self.records
             if record.status == "available" and (record.owner, record.key) == (owner, key)
         ]
-        # Two names of one distribution may be the same but for case, '-', '_' and '.'.
-        return [record for record in owned if record.name == bare] or owned
+        # Two names of one distribution may differ only in case, '-', '_' and '.'.
+        return [record for record in owned if record.name == bare_name] or owned
 
-    def error(self, name: str, group: str) -> RegistryError:
-        """Return what is wrong with a name to which no plugin answers, or several."""
-        if found := self.named(name):
+    def lookup_error(self, name: str, group: str) -> RegistryError:
+        """Return the error for a name that refers to no plugin or to several."""
+        if found := self.find(name):
             return CombinationConflictError(_conflict(name, found), record=found[0])
-        meant = {record.status: record for record in self.records if record.matches(name)}
-        if record := meant.get("disabled"):
-            text = f"{record}{record.where} is disabled: {record.reason}; to allow it, change that"
-            return CombinationDisabledError(text, record=record)
-        if record := meant.get("shadowed"):
+        by_status = {record.status: record for record in self.records if record.matches(name)}
+        if record := by_status.get("disabled"):
+            text = f"{record}{record.where} is disabled: {record.reason}; change this setting to"
+            return CombinationDisabledError(f"{text} allow it", record=record)
+        if record := by_status.get("shadowed"):
             text = f"{record}{record.where} cannot be reached: {record.reason}"
             return CombinationNotFoundError(text, record=record)
         if not self.available:
             return CombinationNotFoundError(
-                f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (none has an"
-                f" entry point of the group {group!r}); install one with pip"
+                f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (no"
+                f" distribution has an entry point in the group {group!r}); install one with pip"
             )
         names, qualified = self.names(), [record.qualified_name for record in self.records]
-        more = " There are problems: see `mtenn doctor`." if self.scan.problems else ""
+        hint = " There are problems: see `mtenn doctor`." if self.scan.problems else ""
         return CombinationNotFoundError(
             f"unknown combination {name!r}; installed: {', '.join(names)}."
-            f"{closest(name, names) or closest(name, qualified)}{more}"
+            f"{suggestion(name, names) or suggestion(name, qualified)}{hint}"
         )
 
     def problems(self) -> Iterator[Problem]:
-        """Yield what is wrong, as far as no import is needed."""
+        """Yield all problems that can be found without importing a plugin."""
         yield from self.scan.problems
         for text in self.policy.unknown(self.records):
             yield Problem("unknown setting", text)
-        for name, found in self.available.items():
-            if len(self.policy.preferred(found)) > 1:
-                yield Problem("conflict", _conflict(name, found), found[0])
+        for name, records in self.available.items():
+            if len(self.policy.preferred(records)) > 1:
+                yield Problem("conflict", _conflict(name, records), records[0])
+        yield from self._distribution_problems()
+
+    def _distribution_problems(self) -> Iterator[Problem]:
         policy = self.policy
         if policy.pins is not None:
             from mtenn_core._registry.pins import read_pins
 
             try:
                 read_pins(policy.pins)
-            except PluginPinError as error:  # once, and not for each plugin
+            except PluginPinError as error:  # reported once, instead of for each plugin
                 yield Problem.of(error)
                 policy = replace(policy, pins=None)
-        distributions = set()
-        for record in itertools.chain(*self.available.values()):
+        checked = set()
+        for record in self.available_records():
             if record.distribution is None:
                 continue
             try:
-                if record.metadata not in distributions:  # which may have a thousand names
-                    distributions.add(record.metadata)
+                if record.metadata not in checked:  # a distribution may have a thousand names
+                    checked.add(record.metadata)
                     policy.check_distribution(record)
                 record.parsed_target()
             except RegistryError as error:
                 yield Problem.of(error)
+
+    def check_strictly(self) -> None:
+        """Raise an error if there is a problem. A success is remembered, a failure is not.
+
+        Raises
+        ------
+        RegistryError : there are problems
+        """
+        _ = self._has_no_problems
+
+    @cached_property
+    def _has_no_problems(self) -> bool:
+        problems = list(self.problems())
+        if problems:  # not cached: the user may repair a file without a new scan
+            raise RegistryError(
+                f"the policy is strict (MTENN_STRICT), and plugins have {len(problems)}"
+                " problem(s):\n" + "\n".join(f"- {problem.message}" for problem in problems),
+                record=problems[0].record,
+            )
+        return True
 
 
 def _with_status(record: PluginRecord, policy: Policy) -> PluginRecord:
@@ -139,20 +168,24 @@ def _with_status(record: PluginRecord, policy: Policy) -> PluginRecord:
 
 
 def _conflict(name: str, candidates: Sequence[PluginRecord]) -> str:
-    shown = [f"{r.qualified_name!r} ({r.origin}, {r.target}{r.where})" for r in candidates]
+    offers = [f"{r.qualified_name!r} ({r.origin}, {r.target}{r.where})" for r in candidates]
+    return (
+        f"combination {name!r} is offered by {len(candidates)} plugins: {', '.join(offers)};"
+        f" {_conflict_remedy(name, candidates)}"
+    )
+
+
+def _conflict_remedy(name: str, candidates: Sequence[PluginRecord]) -> str:
     installed = [record for record in candidates if record.distribution]
     qualified = installed[0].qualified_name
     if len({(record.owner, record.name) for record in candidates}) < len(candidates):
-        remedy = f"no name tells them apart: tell the author of {installed[0].distribution}"
-    elif len(installed) < len(candidates):
-        remedy = (
-            f"ask for {qualified!r}, or take back what was registered in this process:"
+        return f"no name distinguishes them; tell the author of {installed[0].distribution}"
+    if len(installed) < len(candidates):
+        return (
+            f"ask for {qualified!r}, or remove the combination that this process registered:"
             f" registry.unregister({name!r})"
         )
-    else:
-        remedy = (
-            "ask for one of these, disable or uninstall all but one, or prefer one: registry.policy"
-            f" = Policy(prefer=({qualified!r},))"
-        )
-    offers = f"combination {name!r} is offered by {len(candidates)} plugins"
-    return f"{offers}: {', '.join(shown)}; {remedy}"
+    return (
+        "ask for one of these names, disable or uninstall all but one, or prefer one:"
+        f" registry.policy = Policy(prefer=({qualified!r},))"
+    )

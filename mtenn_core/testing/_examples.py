@@ -1,8 +1,9 @@
-"""The combinations that tests are made for, and what they are called there."""
+"""Arguments of combinations under test, and the names of these combinations in the tests."""
 
 from __future__ import annotations
 
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,9 +23,9 @@ class Case:
 
     Attributes
     ----------
-    source : an instance, or what makes one
-    arguments : for what makes it
-    label : who it is, in the name of a test
+    source : an instance, a class, or a function that makes an instance
+    arguments : the arguments for a class or function
+    label : the combination in the name of a test
     """
 
     source: Source
@@ -43,39 +44,50 @@ class Case:
 
 
 def cases_of(sources: Iterable[Source]) -> list[Case]:
-    """Return what there is to test, each with a label of its own: all examples of a class.
+    """Return a case, with a unique label, for each instance and each example of a class.
 
     Raises
     ------
-    CombinationContractError : a class declares examples that are none
+    CombinationContractError : the ``examples`` of a class are malformed
     """
-    times: Counter[str] = Counter()
+    counts: Counter[str] = Counter()
     cases = []
     for source in sources:
-        for arguments in _examples(source):
+        for arguments in _arguments(source):
             label = _label(source, arguments)
-            times[label] += 1
-            again = f"#{times[label]}" if times[label] > 1 else ""
-            cases.append(Case(source, arguments, label + again))
+            counts[label] += 1
+            suffix = f"#{counts[label]}" if counts[label] > 1 else ""
+            cases.append(Case(source, arguments, label + suffix))
     return cases
 
 
-def _examples(source: Source) -> Sequence[Mapping[str, Any]]:
-    if isinstance(source, Combination):
-        return [constructor_arguments(source)]
-    examples: Any = getattr(source, "examples", None) or ({},)
-    if not (isinstance(examples, list | tuple) and all(isinstance(e, Mapping) for e in examples)):
+def declared_examples(source: Callable[..., Combination]) -> Sequence[Mapping[str, Any]]:
+    """Return the ``examples`` of a class. A function that declares none has ``({},)``.
+
+    Raises
+    ------
+    CombinationContractError : they are not a nonempty tuple of dicts
+    """
+    examples: Any = getattr(source, "examples", ({},))
+    is_sequence = isinstance(examples, list | tuple) and len(examples) > 0
+    if not (is_sequence and all(isinstance(example, Mapping) for example in examples)):
         raise CombinationContractError(
-            f"{_name(source)}.examples must be a tuple of dicts, examples = ({{'name': value}},);"
-            f" found {examples!r}"
+            f"{_name(source)}.examples must be a tuple of at least one dict of constructor"
+            f" arguments; found {reprlib.repr(examples)}; write: examples = ({{'name': value}},)"
         )
     return examples
+
+
+def _arguments(source: Source) -> Sequence[Mapping[str, Any]]:
+    if isinstance(source, Combination):
+        return [constructor_arguments(source)]
+    return declared_examples(source)
 
 
 def _label(source: Any, arguments: Mapping[str, Any]) -> str:
     while isinstance(source, partial):
         source, arguments = source.func, source.keywords | arguments
-    given = ", ".join(f"{name}={_shown(value)}" for name, value in arguments.items())
+    given = ", ".join(f"{name}={_short_repr(value)}" for name, value in arguments.items())
     return f"{_name(source)}({given})" if given else _name(source)
 
 
@@ -84,7 +96,7 @@ def _name(source: Source) -> str:
     return getattr(named, "__name__", type(source).__name__)
 
 
-def _shown(value: Any) -> str:
+def _short_repr(value: Any) -> str:
     """Return an argument for the name of a test: one line, and the same in every process."""
     text = repr(value)
     return text if re.fullmatch(r"(?!.* at 0x).{0,40}", text) else type(value).__name__

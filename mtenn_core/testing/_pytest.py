@@ -1,6 +1,6 @@
 """The conformance suite as tests: a class to inherit from, and a decorator.
 
-pytest is imported when a test runs, so that ``mtenn_core.testing`` does without it.
+This module imports pytest only inside functions, so ``mtenn_core.testing`` does not require it.
 """
 
 from __future__ import annotations
@@ -26,51 +26,51 @@ if TYPE_CHECKING:
 
 Expected = Mapping[str, str]
 
-# In the place of a test that a class has no use for: pytest collects what can be called.
-_NOT_FOR_THIS_CLASS = object()
+# Replaces a test that does not apply to a class. pytest does not collect it, as it is not callable.
+_NO_TEST = object()
 
 
 @dataclass(frozen=True)
 class BoundCheck:
-    """A check of the suite as the body of a test; called, it passes, fails, skips or xfails.
+    """A check of the suite as the body of a test. A call passes, fails, skips or xfails.
 
     Attributes
     ----------
-    check : of the catalogue
+    check : a check of the catalogue
     level : how thoroughly to probe
-    seed : of the numbers to probe with
-    why : the reason if a failure is expected
-    who : the combination that it is for, in the summary
-    whole_class : whether all tests of a class are one suite
+    seed : seed of the random numbers that the check probes with
+    expected_failure : why the check may fail, or None
+    label : name of the combination in the summary
+    whole_class : True if the checks of one combination are the tests of a class
     """
 
     check: Check
     level: Level
     seed: int
-    why: str | None
-    who: str
+    expected_failure: str | None
+    label: str
     whole_class: bool = False
 
     def __call__(self, combination: Source) -> None:
         __tracebackhide__ = True
         import pytest
 
-        from mtenn_core._pytest_plugin import ConformanceFailure, note
+        from mtenn_core._pytest_plugin import ConformanceFailure, add_result
 
         report = self._report(combination)
-        note(report, self.who, whole_class=self.whole_class)
+        add_result(report, self.label, whole_class=self.whole_class)
         (record,) = report.records
         if record.status == "skip":
             pytest.skip(record.reason)
         if record.status == "xfail":
             pytest.xfail(record.reason)
         if record.status != "pass":
-            block = f"{report.name}, {report.combination}\n{record}"
+            message = f"{report.name}, {report.combination}\n{record}"
             short = record.cause or record.reason.partition("\n")[0]
             if record.status == "xpass":
-                short = f"it passes: take {record.id!r} out of expected_failures"
-                block += f"\n    {short}"
-            raise ConformanceFailure(block, short=f"{record.id} {record.status}: {short}")
+                short = f"the check passes; remove {record.id!r} from expected_failures"
+                message += f"\n    {short}"
+            raise ConformanceFailure(message, short=f"{record.id} {record.status}: {short}")
 
     def _report(self, combination: Source) -> Report:
         __tracebackhide__ = True
@@ -82,28 +82,30 @@ class BoundCheck:
                 report = check_combination(
                     combination,
                     level=self.level,
-                    expected_failures={} if self.why is None else {id: self.why},
+                    expected_failures=_reason_by_id(id, self.expected_failure),
                     seed=self.seed,
                     only=[id],
                 )
-        except Exception as error:  # not of a check: those are in the report
+        except Exception as error:  # errors inside of a check are in the report
             what, where = described(error).rsplit("\n", 1)
-            advice = (
-                "; arguments that its constructor needs are declared in the class:"
-                " examples = ({'name': value},)"
-            )
-            # From None: beside a message without a traceback, pytest would show this one twice.
-            raise ConformanceFailure(
-                f"{self.who} cannot be checked: {what}"
-                f"{'' if isinstance(error, MtennError) else advice}\n{where}"
-            ) from None
+            if not isinstance(error, MtennError):
+                what += (
+                    "; declare the arguments that the constructor needs in the class:"
+                    " examples = ({'name': value},)"
+                )
+            # From None: pytest would show this error twice, next to a message without a traceback.
+            raise ConformanceFailure(f"{self.label} cannot be checked: {what}\n{where}") from None
         return replace(report, n_expected=len(chosen_checks(self.level)))
+
+
+def _reason_by_id(id: str, reason: str | None) -> Expected:
+    return {} if reason is None else {id: reason}
 
 
 def _test_of(check: Check) -> Callable[[CombinationConformance, Case], None]:
     def test(self: CombinationConformance, case: Case) -> None:
-        why = self.expected_failures.get(check.id)
-        bound = BoundCheck(check, self.level, self.seed, why, case.label, whole_class=True)
+        reason = self.expected_failures.get(check.id)
+        bound = BoundCheck(check, self.level, self.seed, reason, case.label, whole_class=True)
         bound(case.maker)
 
     test.__name__ = "test_" + re.sub(r"[^a-z0-9]+", "_", f"{check.id} {check.title}".lower())
@@ -115,26 +117,26 @@ def _test_of(check: Check) -> Callable[[CombinationConformance, Case], None]:
 _TEST_OF = {check: _test_of(check) for check in CHECKS}
 
 
-def _found(cls: type, test: Callable[..., None]) -> object:
-    """Return what a class has under the name of a test."""
+def _attribute(cls: type, test: Callable[..., None]) -> object:
+    """Return the attribute of a class that has the name of a test."""
     return getattr(cls, test.__name__, None)
 
 
 class CombinationConformance:
-    """Inherit from it, and pytest holds a combination to the conformance suite.
+    """A base class for tests: pytest runs the conformance suite on a combination.
 
-    One test for each check, and for each of the ``examples`` of a class:
+    There is one test for each check and each of the ``examples`` of a class:
 
     >>> class TestPowerMean(CombinationConformance):
     ...     combination = PowerMean
 
     Attributes
     ----------
-    combination : a class, an instance, or a function that makes one
-    level : of the checks, see :func:`check_combination`; there are no tests for those above it
-    seed : of the numbers to probe with
-    expected_failures : for the id of each check that may fail, why; with such a reason its test may
-        also be replaced or set to None
+    combination : a class, an instance, or a function that makes an instance
+    level : level of the checks, see :func:`check_combination`; checks above it have no test
+    seed : seed of the random numbers that the checks probe with
+    expected_failures : maps the id of each check that may fail to the reason; such a test may also
+        be replaced or set to None
     """
 
     combination: ClassVar[Source]
@@ -146,46 +148,46 @@ class CombinationConformance:
         super().__init_subclass__(**kwargs)
         if cls.test_no_check_was_taken_out is not _GUARD:
             raise TypeError(f"{cls.__name__} must not replace test_no_check_was_taken_out")
-        nothing_to_test = _about_source(cls._source())
-        for _, test, wanted in cls._tests():
-            found = _found(cls, test)
-            if found is test or found is _NOT_FOR_THIS_CLASS:
-                wanted = _NOT_FOR_THIS_CLASS if nothing_to_test else wanted
-                setattr(cls, test.__name__, wanted)
+        has_no_source = bool(_source_problems(cls._source()))
+        for _, test, expected in cls._tests():
+            attribute = _attribute(cls, test)
+            if attribute is test or attribute is _NO_TEST:
+                setattr(cls, test.__name__, _NO_TEST if has_no_source else expected)
 
     def pytest_generate_tests(self, metafunc: pytest.Metafunc) -> None:
-        """Run the tests of the suite for each of the examples; pytest calls it."""
+        """Parametrize the tests of the suite with the examples; pytest calls this hook."""
         if metafunc.function in _TEST_OF.values():
             metafunc.parametrize("case", cases_of([self._source()]), ids=str)
 
     def test_no_check_was_taken_out(self) -> None:
-        """The suite is whole, and what may fail has a reason."""
+        """No test of the suite is missing, and each expected failure has a reason."""
         from mtenn_core._pytest_plugin import ConformanceFailure
 
-        wrong = _about_source(self._source()) or self._about_tests()
-        wrong += _about_expected(self.expected_failures)
-        if wrong:
-            raise ConformanceFailure("\n".join(f"{type(self).__name__}: {what}" for what in wrong))
+        problems = _source_problems(self._source()) or self._test_problems()
+        problems += _expectation_problems(self.expected_failures)
+        if problems:
+            name = type(self).__name__
+            raise ConformanceFailure("\n".join(f"{name}: {problem}" for problem in problems))
 
     @classmethod
     def _source(cls) -> Any:
-        # Of the class: a function among the attributes of an instance would be a method.
+        # Looked up on the class: on an instance, a function would become a bound method.
         return getattr(cls, "combination", None)
 
     @classmethod
     def _tests(cls) -> Iterator[tuple[Check, Callable[..., None], object]]:
-        """Yield every check, its test, and what belongs in its place at the level of this class."""
+        """Yield every check, its test, and the attribute that this class must have for it."""
         chosen = chosen_checks(cls.level)
         for check, test in _TEST_OF.items():
-            yield check, test, test if check in chosen else _NOT_FOR_THIS_CLASS
+            yield check, test, test if check in chosen else _NO_TEST
 
     @classmethod
-    def _about_tests(cls) -> list[str]:
+    def _test_problems(cls) -> list[str]:
         return [
-            f"{test.__name__} is not that of the suite; found {_found(cls, test)!r}; remove it, or"
-            f" say why: expected_failures = {{{check.id!r}: 'the reason'}}"
-            for check, test, wanted in cls._tests()
-            if _found(cls, test) is not wanted and check.id not in cls.expected_failures
+            f"{test.__name__} must be the test of the suite; found {_attribute(cls, test)!r};"
+            f" remove it, or give the reason: expected_failures = {{{check.id!r}: 'the reason'}}"
+            for check, test, expected in cls._tests()
+            if _attribute(cls, test) is not expected and check.id not in cls.expected_failures
         ]
 
 
@@ -201,7 +203,7 @@ def parametrize_with_checks(
     seed: int = 0,
     expected_failures: Expected | Callable[[Combination], Expected] | None = None,
 ) -> pytest.MarkDecorator:
-    """Run a test for each check of each combination.
+    """Parametrize a test with each check of each combination.
 
     >>> @parametrize_with_checks([Mean, PowerMean(power=3)])
     ... def test_conformance(combination, check):
@@ -209,16 +211,16 @@ def parametrize_with_checks(
 
     Parameters
     ----------
-    combinations : each a class, of which every one of the ``examples`` is made, an instance, or a
-        function that makes one
-    level : of the checks, see :func:`check_combination`
-    seed : of the numbers to probe with
-    expected_failures : for the id of each check that may fail, why; or a function that returns that
-        for a combination
+    combinations : classes, each tested with all of its ``examples``, instances, or functions that
+        make an instance
+    level : level of the checks, see :func:`check_combination`
+    seed : seed of the random numbers that the checks probe with
+    expected_failures : maps the id of each check that may fail to the reason; or a function that
+        returns this mapping for a combination
 
     Raises
     ------
-    ValueError : there is no such level, no check of an expected failure's id, or no reason for one
+    ValueError : the level is unknown, or an expected failure has an unknown id or no reason
     """
     import pytest
 
@@ -226,44 +228,47 @@ def parametrize_with_checks(
     parameters = []
     for case in cases_of(combinations):
         with _seeded(seed):
-            made = case.maker if isinstance(case.maker, Combination) else case.maker()
-        expected = expected_failures(made) if callable(expected_failures) else expected_failures
-        if wrong := _about_expected(expected or {}):
-            raise ValueError("; ".join(wrong))
+            combination = case.maker if isinstance(case.maker, Combination) else case.maker()
+        expected = expected_failures
+        if callable(expected):
+            expected = expected(combination)
+        expected = expected or {}
+        if problems := _expectation_problems(expected):
+            raise ValueError("; ".join(problems))
         for check in checks:
-            bound = BoundCheck(check, level, seed, (expected or {}).get(check.id), case.label)
-            parameters.append(pytest.param(made, bound, id=f"{case}-{check.id}"))
+            bound = BoundCheck(check, level, seed, expected.get(check.id), case.label)
+            parameters.append(pytest.param(combination, bound, id=f"{case}-{check.id}"))
     return pytest.mark.parametrize(("combination", "check"), parameters)
 
 
-def _about_source(source: object) -> list[str]:
-    """Return what is wrong with the ``combination`` of a test class."""
+def _source_problems(source: object) -> list[str]:
+    """Return the problems with the ``combination`` of a test class."""
     if isinstance(source, Combination) or callable(source):
         return []
     return [
-        "it must say what to test, combination = MyCombination: a class, an instance, or a function"
-        f" that makes one; found {source!r}"
+        "combination must be a class, an instance, or a function that makes an instance; found"
+        f" {source!r}; write: combination = MyCombination"
     ]
 
 
-def _about_expected(expected: Expected) -> list[str]:
-    """Return what is wrong with expected failures."""
+def _expectation_problems(expected: Expected) -> list[str]:
+    """Return the problems with expected failures: unknown ids and missing reasons."""
     known = [check.id for check in CHECKS]
     return [
-        f"expected_failures: no check is called {id!r}; known: {', '.join(known)}"
+        f"expected_failures: no check has the id {id!r}; known ids: {', '.join(known)}"
         for id in expected
         if id not in known
     ] + [
-        f"expected_failures: {id!r} needs a reason, in words; found {why!r}"
-        for id, why in expected.items()
-        if not (isinstance(why, str) and why.strip())
+        f"expected_failures: {id!r} needs a reason in words; found {reason!r}"
+        for id, reason in expected.items()
+        if not (isinstance(reason, str) and reason.strip())
     ]
 
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Make combinations that draw random parameters the same in each test."""
-    # devices=[]: combinations are made on the CPU, and asking for the GPUs' states starts CUDA.
+    """Set the seed, so that random parameters are the same in each test; restore the old state."""
+    # devices=[]: combinations are made on the CPU; to ask for the GPUs' states would start CUDA.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

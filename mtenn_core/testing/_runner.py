@@ -17,13 +17,13 @@ import torch
 import mtenn_core
 from mtenn_core._engine.declarations import check_facts
 from mtenn_core._process.settings import preserved_process_state
-from mtenn_core._registry.targets import Target, target_of
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
 from mtenn_core.testing._checks.check import Check, Level, Verdict
 from mtenn_core.testing._html.curves import curves
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
+from mtenn_core.testing._target import Target, target_of
 
 FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties", "pose_inputs")
 

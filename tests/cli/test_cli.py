@@ -12,7 +12,7 @@ from click.testing import CliRunner
 from installed import write_distribution
 
 from mtenn_core import registry
-from mtenn_core._cli import commands, main
+from mtenn_core._cli import check, main
 from mtenn_core.errors import MtennError
 from mtenn_core.testing import CHECKS, LEVELS
 
@@ -83,7 +83,9 @@ def test_list_goes_to_json(mtenn):
 
 
 def test_an_empty_list_says_what_to_do(monkeypatch):
-    monkeypatch.setattr(commands, "registry", type(registry)("no.such.group"))
+    for command in ("list", "check"):
+        elsewhere = type(registry)("no.such.group")
+        monkeypatch.setattr(f"mtenn_core._cli.{command}.registry", elsewhere)
     result = CliRunner().invoke(main, ["list"])
     assert result.exit_code == 0
     assert "no combination is installed" in result.output
@@ -149,7 +151,7 @@ def test_list_shows_what_is_disabled_or_shadowed_if_asked(places, monkeypatch):
     assert "demo-healthy" not in result.stdout
     assert result.stderr == "1 problem: see `mtenn doctor`\n"
     result = CliRunner().invoke(main, ["list", "--all"])
-    assert "disabled: MTENN_DISABLE_PLUGINS=other names it" in result.stdout
+    assert "disabled: MTENN_DISABLE_PLUGINS=other contains it" in result.stdout
     assert re.search(
         r"healthy +demo-healthy +1\.0 .*shadowed: .*front.* comes first", result.stdout
     )
@@ -170,8 +172,8 @@ def test_a_warning_about_plugins_is_one_line(places, monkeypatch):
     registry.refresh()
     result = CliRunner().invoke(main, ["list"])
     assert result.stderr.splitlines() == [
-        "warning: MTENN_PLUGINS=healthy helthy names 'helthy', and no plugin or distribution is"
-        " called so. Did you mean 'healthy'?",
+        "warning: MTENN_PLUGINS=healthy helthy contains 'helthy', which matches no plugin or"
+        " distribution. Did you mean 'healthy'?",
         "1 problem: see `mtenn doctor`",
     ]
 
@@ -211,7 +213,7 @@ def test_a_strict_policy_says_why_another_plugin_was_imported(places, monkeypatc
     result = CliRunner().invoke(main, ["check", "healthy", *GATE])
     assert result.exit_code == 1
     assert "ZeroDivisionError" in result.stderr
-    assert "since the policy is strict" in result.stderr
+    assert "because the policy is strict" in result.stderr
 
 
 @pytest.mark.parametrize("command", ["list", "doctor", "check --all"])
@@ -219,7 +221,7 @@ def test_a_setting_that_makes_no_sense_is_an_error(monkeypatch, command):
     monkeypatch.setenv("MTENN_STRICT", "perhaps")
     result = CliRunner().invoke(main, command.split())
     assert result.exit_code == 1
-    assert result.stderr == "error: MTENN_STRICT is 1 or 0; found 'perhaps'\n"
+    assert result.stderr == "error: MTENN_STRICT must be 1 or 0; found 'perhaps'\n"
 
 
 @posix
@@ -303,7 +305,7 @@ def test_check_runs_the_checks_that_were_asked_for(mtenn):
 
 
 def test_the_levels_are_those_of_the_checks():
-    assert commands.LEVELS == LEVELS
+    assert check.LEVELS == LEVELS
 
 
 def test_check_in_isolation_survives_what_ends_its_process(mtenn, tmp_path):
@@ -414,10 +416,13 @@ def test_names_are_never_cut_off(mtenn, monkeypatch):
         (("info",), "Missing argument 'NAME'"),
         (("check",), "expected a combination .* or --all; found neither"),
         (("check", "right", "--all"), "or --all; found both"),
-        (("check", "right", "wrong", "--arg", "shift=1"), "--arg is for one combination"),
-        (("check", "--all", "--arg", "shift=1"), "--arg is for one combination"),
+        (("check", "right", "wrong", "--arg", "shift=1"), "--arg applies to one combination"),
+        (("check", "--all", "--arg", "shift=1"), "--arg applies to one combination"),
         (("check", "right", "--arg", "shift"), "expected name=value"),
-        (("check", "right", "--only", "C1", "--only", "Z9"), "no check is called Z9; known: .*C1"),
+        (
+            ("check", "right", "--only", "C1", "--only", "Z9"),
+            "no check has the id Z9; known ids: .*C1",
+        ),
         (("check", "right", "--level", "all"), "'all' is not one of 'gate', 'full', 'quality'"),
         (("check", "right", "--seed", "9" * 30), "--seed"),
         (("check", "right", "--time-limit", "9"), "--time-limit needs --isolated"),

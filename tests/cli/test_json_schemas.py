@@ -13,8 +13,6 @@ from referencing import Registry, Resource
 from mtenn_core import registry
 from mtenn_core._cli import main
 
-pytest_plugins = "pytester"
-
 SCHEMAS = Path(__file__).parents[2] / "docs/reference/schemas"
 DOCUMENTS = {path.stem: json.loads(path.read_text("utf-8")) for path in SCHEMAS.glob("*.json")}
 WRONG = """
@@ -79,27 +77,6 @@ def test_document_is_as_its_schema_says(arguments, status, part, plugins, tmp_pa
     assert result.exit_code == status
     assert part in result.stdout
     validator(arguments[0]).validate(json.loads(result.stdout))
-
-
-def test_conformance_tests_write_what_the_schema_says(pytester):
-    pytester.makepyfile(
-        """
-        from mtenn_core import Combination
-        from mtenn_core.testing import CombinationConformance
-
-        class Mean(Combination):
-            def combine(self, predictions):
-                return predictions.mean()
-
-        class TestMean(CombinationConformance):
-            combination = Mean
-            level = "gate"
-        """
-    )
-    pytester.runpytest("--conformance-json", "found.json")
-    found = json.loads((pytester.path / "found.json").read_text())
-    assert found["reports"]
-    validator("conformance").validate(found)
 
 
 # A schema that lets everything pass would prove nothing.

@@ -17,7 +17,7 @@ from mtenn_core._cli import main
 from mtenn_core._cli import new as command
 
 CORE = Path(__file__).parents[2] / "pyproject.toml"
-TOO_LONG = "n" * (command.LONGEST + 1)
+TOO_LONG = "n" * (command.MAX_LENGTH + 1)
 FILES = [
     ".gitignore",
     "README.md",
@@ -77,7 +77,7 @@ def test_it_writes_a_package_and_says_what_to_do_next(new):
     assert files_in("mtenn-my-rule") == FILES
     wrote = re.findall(r"^wrote (.+)$", result.stdout, re.MULTILINE)
     assert sorted(Path(path).relative_to("mtenn-my-rule").as_posix() for path in wrote) == FILES
-    assert f"change {Path('mtenn-my-rule/mtenn_my_rule/__init__.py')} where it" in result.stdout
+    assert f"Change {Path('mtenn-my-rule/mtenn_my_rule/__init__.py')} at the " in result.stdout
     commands = re.findall(r"^  (.+)$", result.stdout, re.MULTILINE)
     assert commands == ["cd mtenn-my-rule", "tox", "pip install .", "mtenn check my-rule"]
 
@@ -101,9 +101,9 @@ def test_json_has_the_files(new, tmp_path):
         ("mtenn-my-rule", "my-rule", "my_rule", "MyRule"),
         ("MTENN_lse", "lse", "lse", "Lse"),
         (
-            "n" * command.LONGEST,
-            "n" * command.LONGEST,
-            "n" * command.LONGEST,
+            "n" * command.MAX_LENGTH,
+            "n" * command.MAX_LENGTH,
+            "n" * command.MAX_LENGTH,
             "N" + "n" * 34,
         ),
     ],
@@ -137,7 +137,7 @@ def test_one_name_makes_all_names(new, given, name, snake, camel):
 def test_what_cannot_be_a_name_is_wrong_usage(new, name):
     result = new("--", name)
     assert result.exit_code == 2
-    assert "'NAME': a name begins with a letter" in " ".join(result.stderr.split())
+    assert "'NAME': a name must start with a letter" in " ".join(result.stderr.split())
     assert files_in(".") == []
 
 
@@ -156,10 +156,10 @@ def test_a_distribution_of_the_same_name_is_not_replaced(new, install_plugin):
     install_plugin("mtenn-my-rule", {"another-name": "mtenn_my_rule:Rule"})
     result = new("my-rule")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: mtenn-my-rule 1.0 is installed: choose another name")
+    assert "found mtenn-my-rule 1.0 installed; choose another name" in result.stderr
     result = new("core")
     assert result.exit_code == 1
-    assert f"mtenn-core {mtenn_core.__version__} is installed" in result.stderr
+    assert f"found mtenn-core {mtenn_core.__version__} installed" in result.stderr
     assert files_in(".") == []
 
 
@@ -168,7 +168,9 @@ def test_nothing_in_a_folder_is_overwritten(new):
     Path("mtenn-my-rule/README.md").write_text("mine")
     result = new("my-rule")
     assert result.exit_code == 1
-    assert "error: mtenn-my-rule is not empty, and nothing was written" in result.stderr
+    assert (
+        "error: mtenn-my-rule must be empty; found files, and nothing was written" in result.stderr
+    )
     assert files_in(".") == ["mtenn-my-rule/README.md"]
     assert Path("mtenn-my-rule/README.md").read_text() == "mine"
 
@@ -187,7 +189,7 @@ def test_a_file_is_no_folder(new):
     assert "is a file" in result.stderr
     result = new("my-rule", "--output", "file/folder")
     assert result.exit_code == 1
-    assert "error: cannot write all of " in result.stderr
+    assert "error: the package in file/folder is incomplete: " in result.stderr
 
 
 def test_a_full_disk_is_an_error_that_says_where(new, monkeypatch):
@@ -199,7 +201,7 @@ def test_a_full_disk_is_an_error_that_says_where(new, monkeypatch):
     monkeypatch.setattr(Path, "open", open_full)
     result = new("my-rule")
     assert result.exit_code == 1
-    assert result.stderr.startswith("error: cannot write all of mtenn-my-rule: ")
+    assert result.stderr.startswith("error: the package in mtenn-my-rule is incomplete: ")
     assert "No space left on device" in result.stderr
     assert "pyproject.toml" in result.stderr
 

@@ -7,7 +7,7 @@ import sys
 
 import pytest
 
-from mtenn_core._cli.new import LONGEST
+from mtenn_core._cli.new import MAX_LENGTH
 
 
 @pytest.fixture
@@ -35,7 +35,7 @@ def test_it_is_installed_and_checked(package, offers_the_core, pip, mtenn):
     assert "passed" in mtenn("check", "my-rule")
 
 
-@pytest.mark.parametrize("name", ["x", "my-rule", "n" * LONGEST])
+@pytest.mark.parametrize("name", ["x", "my-rule", "n" * MAX_LENGTH])
 def test_its_style_is_clean_however_long_the_name_is(name, tmp_path, run, mtenn):
     mtenn("new", name)
     folder = tmp_path / f"mtenn-{name}"

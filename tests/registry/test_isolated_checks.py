@@ -5,11 +5,12 @@ from textwrap import dedent, indent
 
 import pytest
 
-from mtenn_core._registry import isolated_checks
+from mtenn_core._registry import isolated_checks, registry
 from mtenn_core._registry.isolated_checks import check_isolated
-from mtenn_core._registry.targets import Target
+from mtenn_core._registry.targets import make_combinations
 from mtenn_core.errors import CombinationNotFoundError, MtennError, TargetError
 from mtenn_core.testing import check_combination
+from mtenn_core.testing._target import Target
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="needs process groups")
 
@@ -59,7 +60,7 @@ def write(tmp_path):
 
 def check(target, **options):
     """Return the one report of a target."""
-    (report,) = check_isolated(target, **{"memory_limit": MEMORY_LIMIT} | options)
+    ((_, report),) = check_isolated(target, **{"memory_limit": MEMORY_LIMIT} | options)
     return report
 
 
@@ -80,10 +81,11 @@ def ends(pid: int) -> bool:
 
 def test_it_finds_what_a_check_in_this_process_finds(write):
     target = write()
-    ((name, this, made),) = target.combinations()
+    ((name, this, made),) = make_combinations(target, registry)
     here = check_combination(made, name=name, target=this)
     records = []
-    (there,) = check_isolated(target, on_record=records.append)
+    ((arguments, there),) = check_isolated(target, on_record=records.append)
+    assert arguments == "name='', scale=1.0"
     assert [(r.id, r.status) for r in there.records] == [(r.id, r.status) for r in here.records]
     assert records == there.records
     assert (there.combination, there.level, there.n_expected) == (
@@ -187,10 +189,10 @@ def test_what_hangs_once_leaves_time_for_the_others(write):
 
 
 def test_after_some_deaths_the_rest_is_not_run(write, monkeypatch):
-    monkeypatch.setattr(isolated_checks, "MOST_DEATHS", 2)
+    monkeypatch.setattr(isolated_checks, "MAX_DEATHS", 2)
     report = check(write("os._exit(3)"), only=["A2", "A3", "C1"])
     assert [record.status for record in report.records] == ["error", "error"]
-    assert "what is left is not run" in report.records[-1].reason
+    assert "the remaining checks are not run" in report.records[-1].reason
     assert report.verdict == "ran 2 of 3 checks, 2 failed"
 
 
@@ -201,9 +203,14 @@ def test_every_example_is_checked_although_one_crashes(write, tmp_path):
         file.read_text().replace("super().__init__()", "super().__init__(); self.name = name")
         + "\n    examples = ({}, {'name': 'bad'}, {'scale': 2.0})\n"
     )
-    reports = list(check_isolated(Target(f"{file}:Mean"), only=["A2"]))
-    assert [report.passed for report in reports] == [True, False, True]
-    assert "--arg name=bad --isolated" in reports[1].records[0].repro
+    checked = list(check_isolated(Target(f"{file}:Mean"), only=["A2"]))
+    assert [report.passed for _, report in checked] == [True, False, True]
+    assert [arguments for arguments, _ in checked] == [
+        "name='', scale=1.0",
+        "name='bad', scale=1.0",
+        "name='', scale=2.0",
+    ]
+    assert "--arg name=bad --isolated" in checked[1][1].records[0].repro
 
 
 def test_a_plugin_that_dies_while_it_is_imported_has_a_report(tmp_path):

@@ -187,7 +187,7 @@ def test_create_validates_with_its_arguments(registry):
 def test_get_needs_examples_for_required_arguments(registry):
     with (
         registry.temporary({"scaled": Scaled}),
-        pytest.raises(PluginSpecError, match=r"Scaled cannot be built with \{\}.*examples = \("),
+        pytest.raises(PluginSpecError, match=r"Scaled cannot be made with \{\}.*examples = \("),
     ):
         registry.get("scaled")
 
@@ -303,7 +303,9 @@ def test_examples_that_are_none_are_no_validation(registry, examples):
     wrong = type("Wrong", (Mean,), {"examples": examples})
     with (
         registry.temporary({"wrong": wrong}),
-        pytest.raises(PluginSpecError, match=r"Wrong\.examples must be a tuple of dicts"),
+        pytest.raises(
+            PluginSpecError, match=r"Wrong\.examples must be a tuple of at least one dict"
+        ),
     ):
         registry.get("wrong")
 
@@ -338,7 +340,7 @@ def test_a_qualified_name_is_the_installed_one_whatever_hides_it(registry, insta
 
 @pytest.mark.parametrize("name", ["a:b", "", " x ", "-a", "ä"])
 def test_only_names_can_be_registered(registry, name):
-    with pytest.raises(PluginSpecError, match="a name is letters and digits"):
+    with pytest.raises(PluginSpecError, match="a name consists of letters and digits"):
         registry.register(name, Mean)
 
 

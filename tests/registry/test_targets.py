@@ -4,8 +4,10 @@ import sys
 import pytest
 
 from mtenn_core import Combination
-from mtenn_core._registry.targets import Target, parse_argument, target_of
+from mtenn_core._registry import registry
+from mtenn_core._registry.targets import make_combinations
 from mtenn_core.errors import CombinationNotFoundError, TargetError
+from mtenn_core.testing._target import Target, parse_argument, target_of
 
 MODULE = """
 from mtenn_core import Combination
@@ -48,7 +50,7 @@ def module(tmp_path, monkeypatch):
 
 
 def shown(target: Target) -> list[str]:
-    return [repr(made) for _, _, made in target.combinations()]
+    return [repr(made) for _, _, made in make_combinations(target, registry)]
 
 
 @pytest.mark.parametrize("path", ["targets:Scaled", "targets.py:Scaled", "./targets.py:Scaled"])
@@ -70,13 +72,13 @@ def test_a_file_in_a_package_is_imported_as_its_module(module, tmp_path):
     (package / "__init__.py").touch()
     (package / "scaled.py").write_text("from .base import Scaled")
     (package / "base.py").write_text(MODULE)
-    ((_, _, made), _) = Target("folder/package/scaled.py:Scaled").combinations()
+    ((_, _, made), _) = make_combinations(Target("folder/package/scaled.py:Scaled"), registry)
     assert type(made).__module__ == "package.base"
 
 
 def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
     install_plugin("demo-target", {"targeted": "demo_target:Scaled"}, MODULE)
-    first, second = Target("targeted").combinations()
+    first, second = make_combinations(Target("targeted"), registry)
     assert first[0] == "plugin 'targeted' (demo-target 1.0)"
     assert first[1].path == "demo-target:targeted"
     assert repr(second[2]) == "Scaled(scale=2.0)"
@@ -90,12 +92,18 @@ def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
         ("targets:Scaaled", "has no attribute 'Scaaled'"),
         ("no_such_module:Scaled", "No module named 'no_such_module'"),
         ("no_such_file.py:Scaled", "there is no file 'no_such_file.py'"),
-        ("targets.py", "names no class or function in it: add :Class"),
-        ("targets:", "names no class or function in it: add :Class"),
-        ("targets:no_combination", "must be a subclass .* it gave 3"),
+        ("targets.py", "must name a class or function; add :Class"),
+        ("targets:", "must name a class or function; add :Class"),
+        ("targets:no_combination", "must be a subclass .* it returned 3"),
         ("targets:not_callable", "cannot be called with {}: TypeError"),
-        ("targets:Nothing", r"its `examples` must be a tuple of dicts, at least one; found \(\)"),
-        ("targets:Listed", "its `examples` must be a tuple of dicts"),
+        (
+            "targets:Nothing",
+            r"Nothing\.examples must be a tuple of at least one dict .*; found \(\);",
+        ),
+        (
+            "targets:Listed",
+            r"Listed\.examples must be a tuple of at least one dict .*; found \(\{\}, 3\);",
+        ),
     ],
 )
 def test_what_is_no_combination_is_an_error_that_names_it(module, path, message):
@@ -113,7 +121,7 @@ def test_a_file_whose_name_another_module_has_is_not_taken_for_it(module, tmp_pa
     shown(Target("targets.py:Scaled"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "targets.py").write_text(MODULE.replace("Scaled", "Other"))
-    with pytest.raises(TargetError, match=r"the name 'targets' belongs to .*: rename the file"):
+    with pytest.raises(TargetError, match=r"the name 'targets' belongs to .*; rename the file"):
         shown(Target("other/targets.py:Scaled"))
 
 
@@ -154,7 +162,7 @@ def test_a_command_can_be_copied_into_a_shell():
 
 
 def test_a_combination_is_named_so_that_it_is_found_again(module):
-    ((_, _, made),) = Target("targets:Scaled", {"scale": 5.0}).combinations()
+    ((_, _, made),) = make_combinations(Target("targets:Scaled", {"scale": 5.0}), registry)
     target = target_of(made)
     assert target == Target("targets.py:Scaled", {"scale": 5.0})
     assert shown(target) == [repr(made)]

@@ -17,8 +17,9 @@ from tiers import slow
 
 import mtenn_core.testing
 from mtenn_core import Combination, Registry
+from mtenn_core._process import locks
+from mtenn_core._registry import gate as gates
 from mtenn_core._registry import load as loading
-from mtenn_core._registry import lookup
 
 N_THREADS, N_NAMES = 16, 50
 SECONDS = 60.0
@@ -143,7 +144,7 @@ def test_what_waits_at_the_gate_finds_what_has_passed(places, monkeypatch):
         return run(*args, **kwargs)
 
     monkeypatch.setattr(mtenn_core.testing, "check_combination", check_combination)
-    monkeypatch.setattr(lookup, "_gate", Gate())
+    monkeypatch.setattr(gates, "_lock", Gate())
     registry = Registry()
     with ThreadPoolExecutor(2) as pool:
         list(pool.map(registry.get, ["healthy"] * 2, timeout=SECONDS))
@@ -208,7 +209,7 @@ def test_a_setting_that_one_import_changes_is_put_back_where_two_overlap(places)
         second.result(SECONDS)
     assert torch.get_default_dtype() == torch.float32
     (warning,) = warned
-    assert "or another that was imported at the same time" in str(warning.message)
+    assert "or another plugin that was imported at the same time" in str(warning.message)
     assert "torch's default dtype" in str(warning.message)
 
 
@@ -233,7 +234,7 @@ def test_two_threads_that_wait_for_each_other_end(places, monkeypatch):
 
     Python then lets one of the two go on with half a module, or fail.
     """
-    monkeypatch.setattr(lookup, "PATIENCE", 0.5)
+    monkeypatch.setattr(locks, "TIMEOUT", 0.5)
     (places.site / "demo_gate.py").write_text(
         "import threading\nmeet = threading.Barrier(2, timeout=30)\nregistry = None\n"
     )

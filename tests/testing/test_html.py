@@ -239,7 +239,7 @@ def test_plots_say_what_is_to_be_seen(off):
     assert 1e-4 < largest < 1e-3
     smallest = float(re.search(r"Smallest: (\S+),", steps)[1])
     assert 1e-5 < smallest < 1e-3
-    assert "no number" in render([checked(NoNumber())])
+    assert "are not numbers" in render([checked(NoNumber())])
 
 
 def test_without_curves_there_are_no_plots(right):

@@ -3,11 +3,12 @@
 import json
 import subprocess
 import sys
+from xml.etree import ElementTree
 
 import pytest
 
-from mtenn_core._pytest_plugin import ConformanceRun
-from mtenn_core.testing import CHECKS, CombinationConformance, Report
+from mtenn_core._pytest_plugin import ConformanceSummary
+from mtenn_core.testing import CHECKS, CombinationConformance
 from mtenn_core.testing._catalogue import chosen_checks
 
 pytest_plugins = "pytester"
@@ -37,7 +38,7 @@ RULES = """
             return predictions.pow(self.power).mean().pow(1 / self.power)
 
     class NeedsArguments(PowerMean):
-        examples = ()
+        examples = ({},)
 
     def cube():
         return PowerMean(3.0)
@@ -183,7 +184,7 @@ def test_a_constructor_that_needs_arguments_says_where_to_declare_them(pytest_on
     result = pytest_on(of_class("combination = NeedsArguments"), "-k", "c1")
     assert counted(result)["failed"] == 1
     result.stdout.fnmatch_lines(
-        ["*'power'; arguments * declared in the class: examples = ({'name': value},)"]
+        ["*'power'; declare the arguments * in the class: examples = ({'name': value},)"]
     )
 
 
@@ -193,11 +194,13 @@ def test_a_fact_that_cannot_be_is_named(pytest_on):
     result.stdout.fnmatch_lines(["Mean cannot be checked: *Mean.min_poses must be * found 0"])
 
 
-def test_examples_that_are_none_are_named(pytest_on):
-    tests = "PowerMean.examples = {'power': 2.0}\n" + of_class("combination = PowerMean")
+@pytest.mark.parametrize("examples", ["{'power': 2.0}", "()"])
+def test_malformed_examples_are_named(pytest_on, examples):
+    tests = f"PowerMean.examples = {examples}\n" + of_class("combination = PowerMean")
     result = pytest_on(tests)
     assert counted(result) == {"errors": 1}
-    result.stdout.fnmatch_lines(["*PowerMean.examples must be a tuple of dicts*found {'power'*"])
+    message = f"*PowerMean.examples must be a tuple of at least one dict*found {examples};*"
+    result.stdout.fnmatch_lines([message])
 
 
 def test_a_skipped_check_says_why(pytest_on):
@@ -220,7 +223,10 @@ def test_an_unexpected_pass_fails_and_says_what_to_remove(pytest_on):
     result = pytest_on(of_class(body))
     assert counted(result)["failed"] == 1
     result.stdout.fnmatch_lines(
-        ["*it passes: take 'C1' out of expected_failures", "conformance: *1 passed unexpectedly*"]
+        [
+            "*the check passes; remove 'C1' from expected_failures",
+            "conformance: *1 passed unexpectedly*",
+        ]
     )
 
 
@@ -248,7 +254,7 @@ TAKEN_OUT = {
 def test_a_check_that_was_taken_out_is_a_failure(pytest_on, case):
     result = pytest_on(TAKEN_OUT[case] + "\n    combination = Mean", "-k", "taken_out")
     assert counted(result)["failed"] == 1
-    result.stdout.fnmatch_lines([f"TestRule: {C1} is not that of the suite; found *'C1': *"])
+    result.stdout.fnmatch_lines([f"TestRule: {C1} must be the test of the suite; found *'C1': *"])
 
 
 def test_a_check_may_be_taken_out_with_a_reason(pytest_on):
@@ -267,15 +273,15 @@ def test_the_test_that_watches_over_the_others_cannot_be_taken_out(pytest_on):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("pass", "combination = MyCombination: a class, *found None"),
-        ("combination = 'mean'", "combination = MyCombination: a class, *found 'mean'"),
+        ("pass", "combination must be a class, * found None; write: combination = MyComb*"),
+        ("combination = 'mean'", "combination must be a class, * found 'mean'; write: *"),
         (
             "combination = Mean\n    expected_failures = {'C99': 'why'}",
-            "expected_failures: no check is called 'C99'; known: *C1*",
+            "expected_failures: no check has the id 'C99'; known ids: *C1*",
         ),
         (
             "combination = Mean\n    expected_failures = {'C1': ' '}",
-            "expected_failures: 'C1' needs a reason, in words; found ' '",
+            "expected_failures: 'C1' needs a reason in words; found ' '",
         ),
     ],
 )
@@ -355,7 +361,7 @@ def test_the_decorator_takes_expected_failures(pytest_on, expected):
 @pytest.mark.parametrize(
     ("more", "message"),
     [
-        (", expected_failures={'C99': 'why'}", "no check is called 'C99'"),
+        (", expected_failures={'C99': 'why'}", "no check has the id 'C99'"),
         (", expected_failures={'C1': ''}", "'C1' needs a reason"),
     ],
 )
@@ -365,30 +371,24 @@ def test_the_decorator_refuses_what_cannot_be_expected(pytest_on, more, message)
     result.stdout.fnmatch_lines([f"*ValueError: expected_failures: *{message}*"])
 
 
-def test_all_records_go_to_json_when_tests_fail_too(pytest_on, pytester):
+def test_a_junit_file_has_a_case_for_each_check(pytest_on, pytester):
     tests = of_class("combination = Wrong") + decorated("[Mean]")
-    assert pytest_on(tests, "--conformance-json", "found.json").ret == pytest.ExitCode.TESTS_FAILED
-    document = json.loads((pytester.path / "found.json").read_text())
-    wrong, right = map(Report.from_json, document["reports"])
-    assert document["suite_version"] == wrong.suite_version
-    assert [record.id for record in wrong.failures] == ["C1"]
-    assert right.passed
-    for report in wrong, right:
-        assert [record.id for record in report.records] == [check.id for check in GATE]
+    assert pytest_on(tests, "--junitxml", "found.xml").ret == pytest.ExitCode.TESTS_FAILED
+    cases = ElementTree.parse(pytester.path / "found.xml").findall(".//testcase")
+    ids = [check.id for check in GATE]
+    of_decorator = [case.get("name") for case in cases if case.get("classname") == "test_rules"]
+    assert of_decorator == [f"test_rule[Mean-{id}]" for id in ids]
+    of_class_ = [case for case in cases if case.get("classname") == "test_rules.TestRule"]
+    found = [case.get("name").split("_")[1].upper() for case in of_class_]
+    assert [id for id in found if id != "NO"] == ids
+    (failure,) = [failure for case in cases for failure in case.findall("failure")]
+    assert failure.get("message").startswith("C1 fail: ")
+    assert "finite difference" in failure.text
 
 
-def test_a_report_of_which_checks_were_deselected_is_no_pass(pytest_on, pytester):
-    pytest_on(of_class("combination = Mean"), "-k", "c1", "--conformance-json", "found.json")
-    (report,) = json.loads((pytester.path / "found.json").read_text())["reports"]
-    assert (len(report["records"]), report["n_expected"]) == (1, len(GATE))
-    assert report["passed"] is False
-
-
-@pytest.mark.parametrize("path", ["none/found.json", "."])
-def test_a_json_file_that_cannot_be_is_refused_before_the_run(pytest_on, path):
-    result = pytest_on(of_class("combination = Mean"), "--conformance-json", path)
-    assert result.ret == pytest.ExitCode.USAGE_ERROR
-    assert "a file in a folder that exists; found " in result.stderr.str()
+def test_the_summary_says_how_many_checks_ran(pytest_on):
+    result = pytest_on(of_class("combination = Mean"), "-k", "c1")
+    result.stdout.fnmatch_lines([f"conformance: 1 combination, 1 of {len(GATE)} checks: 1 passed"])
 
 
 def test_reports_of_workers_come_together_in_the_controller(pytest_on, pytester):
@@ -408,16 +408,22 @@ def test_reports_of_workers_come_together_in_the_controller(pytest_on, pytester)
                 print(json.dumps(report._to_json()), file=sent)
         """
     )
-    result = pytest_on(of_class("combination = Wrong"), "--conformance-json", "found.json")
+    result = pytest_on(of_class("combination = Wrong"))
     result.stdout.no_fnmatch_line("conformance: *")
-    assert not (pytester.path / "found.json").exists()
 
-    controller = ConformanceRun(pytester.path / "found.json")
-    for line in reversed((pytester.path / "sent").read_text().splitlines()):
-        controller.pytest_runtest_logreport(pytest.TestReport._from_json(json.loads(line)))
+    controller = ConformanceSummary()
+    sent = (pytester.path / "sent").read_text().splitlines()
+    reports = [pytest.TestReport._from_json(json.loads(line)) for line in reversed(sent)]
+    for report in reports:
+        controller.pytest_runtest_logreport(report)
     controller.pytest_sessionfinish()
-    (report,) = json.loads((pytester.path / "found.json").read_text())["reports"]
-    assert [record["id"] for record in report["records"]] == [check.id for check in GATE]
+    (context,) = [content for report in reports for title, content in report.sections]
+    n_passed = context.partition("\n")[0].count(",") + 1
+    n_skipped = len(GATE) - n_passed - 1
+    assert controller._summary() == (
+        f"conformance: 1 combination, {len(GATE)} checks: {n_passed} passed, 1 failed,"
+        f" {n_skipped} skipped"
+    )
 
 
 HEAVY = ("torch", "importlib_metadata", "mtenn_core.testing", "mtenn_core._registry")
@@ -430,15 +436,13 @@ def test_a_run_without_conformance_tests_loads_nothing_heavy(pytester):
         import sys
 
         def test_light(pytestconfig):
-            assert pytestconfig.pluginmanager.has_plugin("mtenn-conformance-run")
+            assert pytestconfig.pluginmanager.has_plugin("mtenn-conformance-summary")
             assert not set({HEAVY}) & set(sys.modules)
         """
     )
-    result = pytester.runpytest_subprocess("-W", "error", "--conformance-json", "found.json")
+    result = pytester.runpytest_subprocess("-W", "error")
     result.assert_outcomes(passed=1)
     result.stdout.no_fnmatch_line("conformance: *")
-    document = json.loads((pytester.path / "found.json").read_text())
-    assert document == {"suite_version": None, "reports": []}
 
 
 def loaded_by(code):

@@ -1,4 +1,4 @@
-"""Reports as one HTML page that needs nothing beside itself."""
+"""Reports as one HTML page that loads no other files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from mtenn_core import __version__
 from mtenn_core.errors import MtennError
 from mtenn_core.testing._report import Record, Report
 
-# A sign of its own for each status: colour alone does not reach everybody.
+# A sign for each status, because not everybody can distinguish the colors.
 SIGNS = {
     "pass": "✓",
     "fail": "✗",
@@ -28,20 +28,20 @@ SIGNS = {
 
 
 def render(reports: Sequence[Report]) -> str:
-    """Return a page that shows what the checks found, with plots of the gradients.
+    """Return a page with the results of the checks and plots of the gradients.
 
-    It loads nothing: styles and plots are part of it. It encodes to UTF-8, whatever a plugin says
-    of itself.
+    Styles and plots are part of the page. It can be encoded as UTF-8, whatever text a plugin
+    contains.
 
     Parameters
     ----------
-    reports : in the order in which to show them
+    reports : the reports, in the order on the page
 
     Raises
     ------
     MtennError : matplotlib or Jinja2 is not installed
     """
-    jinja2, plots = _extra()
+    jinja2, plots = _import_optional()
     environment = jinja2.Environment(
         autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True
     )
@@ -61,54 +61,57 @@ def render(reports: Sequence[Report]) -> str:
     return str(page.encode(errors="backslashreplace").decode())
 
 
-def _extra() -> tuple[Any, Any]:
-    """Import what only this page needs."""
+def _import_optional() -> tuple[Any, Any]:
+    """Import the packages that only this page needs."""
     try:
         import jinja2
 
         from mtenn_core.testing._html.plots import plots
     except ImportError as error:
         raise MtennError(
-            f"an HTML report needs matplotlib and Jinja2: {error}; install them with"
+            f"an HTML report needs matplotlib and Jinja2; found: {error}; install them with:"
             ' pip install "mtenn-core[html]"'
         ) from error
     return jinja2, plots
 
 
 def _groups(report: Report) -> list[tuple[str, list[Record], bool]]:
-    """Return the records under headings, what failed first, and whether to unfold them."""
-    rest = [record for record in report.records if not record.failed]
+    """Return the records by group, failures first: heading, records, True to unfold them."""
+
+    def with_status(*statuses: str) -> list[Record]:
+        return [r for r in report.records if r.status in statuses]
+
     groups = [
         ("Failed", report.failures, True),
-        ("Expected to fail", [r for r in rest if r.status in ("xfail", "xpass")], True),
-        ("Passed", [r for r in rest if r.status == "pass"], not report.failures),
-        ("Does not apply", [r for r in rest if r.status == "skip"], False),
+        ("Expected to fail", with_status("xfail", "xpass"), True),
+        ("Passed", with_status("pass"), not report.failures),
+        ("Does not apply", with_status("skip"), False),
     ]
     return [group for group in groups if group[1]]
 
 
-def _fact(value: Any, name: str) -> str:
+def _fact_text(value: Any, name: str) -> str:
     """Return a declared fact as text; in a report from JSON, infinite ends of a domain are None."""
     if name == "domain":
         ends = zip((-math.inf, math.inf), value, strict=True)
-        return " to ".join(_shown(default if end is None else end) for default, end in ends)
+        return " to ".join(_value_text(default if end is None else end) for default, end in ends)
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return _shown(value)
+    return _value_text(value)
 
 
-def _metrics(metrics: Mapping[str, Any]) -> str:
-    return "; ".join(f"{name}: {_shown(value)}" for name, value in metrics.items())
+def _metrics_text(metrics: Mapping[str, Any]) -> str:
+    return "; ".join(f"{name}: {_value_text(value)}" for name, value in metrics.items())
 
 
-def _shown(value: Any) -> str:
-    """Return three digits of a float, or of each in a list."""
+def _value_text(value: Any) -> str:
+    """Return a value as text, with three digits of each float."""
     if value is None:
         return "no number"
     if isinstance(value, float):
         return f"{value:.3g}".replace("inf", "∞").replace("-", "−")
     if isinstance(value, list | tuple):
-        return ", ".join(map(_shown, value)) or "none"
+        return ", ".join(map(_value_text, value)) or "none"
     return str(value)
 
 
@@ -116,4 +119,9 @@ def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
 
 
-FILTERS = {"fact": _fact, "groups": _groups, "metrics": _metrics, "milliseconds": _milliseconds}
+FILTERS = {
+    "fact": _fact_text,
+    "groups": _groups,
+    "metrics": _metrics_text,
+    "milliseconds": _milliseconds,
+}

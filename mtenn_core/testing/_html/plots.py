@@ -1,4 +1,4 @@
-"""Plots of a report as inline SVG, drawn by matplotlib."""
+"""Plots of a report as inline SVG, drawn with matplotlib."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-# Draws numbers of a report; returns title, finding and reading, as Plot has them.
+# Draws numbers of a report; returns title, finding and explanation, see Plot.
 Draw = Callable[[Figure, Any], tuple[str, str, str]]
 
-# Colours that stand for the page's own, which differ between light and dark.
+# Placeholders for the CSS variables of the page, which differ between light and dark mode.
 INK, BACKWARD, DIFFERENCES = "#010101", "#010102", "#010103"
 VARIABLES = {INK: "var(--ink)", BACKWARD: "var(--backward)", DIFFERENCES: "var(--differences)"}
 STYLE = {
@@ -36,44 +36,46 @@ STYLE = {
     "legend.frameon": False,
     "legend.labelcolor": INK,
     "savefig.transparent": True,
-    "svg.fonttype": "none",  # text as text, to be searched and copied
+    "svg.fonttype": "none",  # text that can be searched and copied
     "xtick.color": INK,
     "ytick.color": INK,
 }
 SIZE = (4.0, 3.3)  # inches; about as wide as the screen of a phone
-# On a logarithmic axis zero has to be somewhere, too: it is drawn as the least that is.
-LEAST, MOST = 1e-17, 1e17
-# Always in view, so that right and wrong gradients do not look alike on different scales.
-USUAL = np.array([1e-13, 0.1])
-# What matplotlib would say of itself in each picture.
+# Limits of a logarithmic axis; zero is drawn at the lower one.
+LOWEST, HIGHEST = 1e-17, 1e17
+# Always visible, so that right and wrong gradients do not look alike on different scales.
+REFERENCE_RANGE = np.array([1e-13, 0.1])
+# Fields that matplotlib would write into each picture.
 METADATA = ("Creator", "Date", "Format", "Type")
 SUPERSCRIPT = str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹")
 
 
 class Plot(NamedTuple):
-    """A picture with its words.
+    """A plot with its texts.
 
     Attributes
     ----------
-    svg : an element, to be put into a page that has the colours of ``VARIABLES``
-    finding : what is to be seen, as a sentence; may be empty
-    reading : how to read it
+    title : what the plot shows
+    svg : an element for a page that defines the colors in ``VARIABLES``
+    finding : the result as a sentence; may be empty
+    explanation : how to read the plot
     """
 
     title: str
     svg: Markup
     finding: str
-    reading: str
+    explanation: str
 
 
 def plots(curves: dict[str, Any], prefix: str) -> list[Plot]:
-    """Draw the numbers of a report (:mod:`mtenn_core.testing._html.curves`).
+    """Draw the numbers of a report.
 
     Parameters
     ----------
-    prefix : what the ids in these plots have and those of other reports on the page have not
+    curves : see :func:`mtenn_core.testing._html.curves.curves`
+    prefix : prefix of the ids in these plots, unique on the page
     """
-    # As matplotlib comes, whatever its user has set; pyplot would add windows and global state.
+    # Without the user's settings of matplotlib. pyplot would add windows and global state.
     with matplotlib.style.context(STYLE, after_reset=True):
         return [
             _plot(draw, curves[name], f"{prefix}-{name}")
@@ -84,8 +86,8 @@ def plots(curves: dict[str, Any], prefix: str) -> list[Plot]:
 
 def _plot(draw: Draw, curve: Any, salt: str) -> Plot:
     figure = Figure(figsize=SIZE)
-    title, finding, reading = draw(figure, curve)
-    return Plot(title, _svg(figure, f"{title}. {finding}", salt), finding, reading)
+    title, finding, explanation = draw(figure, curve)
+    return Plot(title, _svg(figure, f"{title}. {finding}", salt), finding, explanation)
 
 
 def _draw_weights(figure: Figure, groups: list[dict[str, Any]]) -> tuple[str, str, str]:
@@ -96,7 +98,7 @@ def _draw_weights(figure: Figure, groups: list[dict[str, Any]]) -> tuple[str, st
     places = _places(groups)
     top, bottom = _panels(figure)
     top.bar(places, differences, color=DIFFERENCES, alpha=0.4, label="finite difference")
-    # Against an uncertainty of more than 1 no weight would be seen.
+    # Limited, because a larger error bar would make the weights invisible.
     uncertainty = np.fmin(errors, 1)
     top.errorbar(places, differences, uncertainty, fmt="none", ecolor=DIFFERENCES, capsize=3)
     top.plot(places, backward, "o", color=BACKWARD, markersize=5, label="backward")
@@ -109,15 +111,16 @@ def _draw_weights(figure: Figure, groups: list[dict[str, Any]]) -> tuple[str, st
     _label_poses(bottom, places, groups)
     return (
         "Pose weights",
-        _largest(off, errors),
-        "Above, each dot belongs on the end of its bar. Below is how far off it is, and as a bar"
-        " the uncertainty of the finite difference: a dot far above its bar is a wrong weight.",
+        _largest_difference(off, errors),
+        "In the upper plot, each dot should be at the end of its bar. The lower plot shows the"
+        " difference as a dot, and the uncertainty of the finite difference as a bar. A dot far"
+        " above its bar is a wrong weight.",
     )
 
 
 def _draw_differences(axes: Axes, places: Numbers, off: Numbers, errors: Numbers) -> None:
     shown, bars = _visible(off), _visible(errors)
-    _logarithmic(axes, "y", np.concatenate([shown, bars, USUAL]), n_ticks=4)
+    _logarithmic(axes, "y", np.concatenate([shown, bars, REFERENCE_RANGE]), n_ticks=4)
     floor = axes.get_ylim()[0]
     axes.bar(places, bars - floor, bottom=floor, color=DIFFERENCES, alpha=0.4)
     axes.plot(places, shown, "o", color=BACKWARD, markersize=5)
@@ -128,7 +131,7 @@ def _draw_steps(figure: Figure, curve: dict[str, Any]) -> tuple[str, str, str]:
     steps, errors = _array(curve["step"]), _array(curve["error"])
     axes = figure.subplots()
     _logarithmic(axes, "x", steps)
-    _logarithmic(axes, "y", np.concatenate([_visible(errors), USUAL]))
+    _logarithmic(axes, "y", np.concatenate([_visible(errors), REFERENCE_RANGE]))
     axes.plot(steps, _visible(errors), "o-", color=BACKWARD, markersize=3.5, linewidth=1.2)
     axes.set(xlabel="step (kT)", ylabel="|finite difference − backward|")
     finding = "None of the differences is a number."
@@ -138,9 +141,9 @@ def _draw_steps(figure: Figure, curve: dict[str, Any]) -> tuple[str, str, str]:
     return (
         f"Error over step, pose {curve['pose']}",
         finding,
-        "A V is right: the error falls with the step until roundoff lifts it again; where the value"
-        " is linear, there is roundoff alone. A flat floor high up is a wrong gradient, as high as"
-        " it is wrong.",
+        "A correct gradient gives a V: the error decreases with the step until roundoff increases"
+        " it again. If the value is linear, there is only roundoff. A wrong gradient gives a flat"
+        " line; its height is the error of the gradient.",
     )
 
 
@@ -163,8 +166,8 @@ def _draw_scan(figure: Figure, curve: dict[str, Any]) -> tuple[str, str, str]:
     return (
         f"Value over the prediction of pose {curve['pose']}",
         _missing(np.concatenate([values, slopes])),
-        "The other poses stay where they are. Each stroke belongs along the curve, and each dot on"
-        " the line below.",
+        "The other poses are fixed. Each short line should be tangent to the curve, and each dot"
+        " should be on the line in the lower plot.",
     )
 
 
@@ -189,14 +192,14 @@ def _mark_missing(axes: Axes, places: Numbers, values: Numbers) -> None:
 
 
 def _widen(axes: Axes) -> None:
-    """Show what is flat but for roundoff as flat."""
+    """Widen the y axis of a curve that is flat except for roundoff, so that it looks flat."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
-    if high - low < (least := 1e-3 * (right - left)):
-        axes.set_ylim(low - least, high + least)
+    if high - low < (margin := 1e-3 * (right - left)):
+        axes.set_ylim(low - margin, high + margin)
 
 
 def _tangents(axes: Axes, x: Numbers, y: Numbers, slopes: Numbers) -> LineCollection:
-    """Return short strokes of equal length on the screen."""
+    """Return short tangents that have equal length on the screen."""
     (left, right), (low, high) = axes.get_xlim(), axes.get_ylim()
     aspect = (high - low) / (right - left)
     dx = 0.03 * (right - left) / np.hypot(1, slopes / aspect)
@@ -207,7 +210,7 @@ def _tangents(axes: Axes, x: Numbers, y: Numbers, slopes: Numbers) -> LineCollec
 
 
 def _places(groups: Sequence[dict[str, Any]]) -> Numbers:
-    """Return where on the axis each pose is, with a gap between the groups."""
+    """Return the x position of each pose, with a gap between the groups."""
     sizes = [len(group["backward"]) for group in groups]
     gaps = np.repeat(np.arange(len(sizes)), sizes)
     return np.arange(sum(sizes)) + 1.0 * gaps
@@ -225,18 +228,18 @@ def _label_poses(axes: Axes, places: Numbers, groups: Sequence[dict[str, Any]]) 
     axes.set_xlabel("pose, by the spread of the predictions")
 
 
-def _largest(off: Numbers, errors: Numbers) -> str:
+def _largest_difference(off: Numbers, errors: Numbers) -> str:
     missing = _missing(off)
     if not np.isfinite(off).any():
         return missing
     worst = int(np.nanargmax(off))
-    found = f"Largest difference: {_short(off[worst])}, uncertain by {_short(errors[worst])}."
-    return f"{found} {missing}".rstrip()
+    largest = f"Largest difference: {_short(off[worst])}, uncertain by {_short(errors[worst])}."
+    return f"{largest} {missing}".rstrip()
 
 
 def _missing(numbers: Numbers) -> str:
     n_missing = int(np.isnan(numbers).sum())
-    return f"{n_missing} of {len(numbers)} are no numbers (×)." if n_missing else ""
+    return f"{n_missing} of {len(numbers)} are not numbers (×)." if n_missing else ""
 
 
 def _short(number: float) -> str:
@@ -246,17 +249,17 @@ def _short(number: float) -> str:
 
 
 def _array(numbers: Sequence[float | None]) -> Numbers:
-    """Return the numbers with NaN for what is none, as null in JSON, or not finite."""
+    """Return the numbers as an array. None (null in JSON) and infinite values become NaN."""
     array = np.array(numbers, dtype=np.float64)
-    return np.where(np.isfinite(array), array, np.nan).clip(-MOST, MOST)
+    return np.where(np.isfinite(array), array, np.nan).clip(-HIGHEST, HIGHEST)
 
 
 def _visible(numbers: Numbers) -> Numbers:
-    return numbers.clip(LEAST, MOST)
+    return numbers.clip(LOWEST, HIGHEST)
 
 
 def _logarithmic(axes: Axes, which: Literal["x", "y"], numbers: Numbers, n_ticks: int = 7) -> None:
-    """Give an axis a tick at each power of ten, or every few, and limits around the numbers."""
+    """Make an axis logarithmic, with ticks at powers of ten and limits around the numbers."""
     exponents = np.log10(numbers[np.isfinite(numbers)])
     low, high = (exponents.min(), exponents.max()) if len(exponents) else (-1.0, 0.0)
     limits = (10.0 ** math.floor(low - 0.3), 10.0 ** math.ceil(high + 0.3))
@@ -272,15 +275,16 @@ def _power(value: float, _position: int) -> str:
 
 
 def _svg(figure: Figure, description: str, salt: str) -> Markup:
-    """Return the figure as an element of a page, with ids that no other ``salt`` gives."""
+    """Return the figure as an SVG element. Its ids depend on ``salt``."""
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
-    drawing = buffer.getvalue().partition("</defs>")[2]  # after the header and a style for all
-    # Only markers and clip paths are referred to; the others' ids are the same in every figure.
+    # Without the XML header and the first <defs>, whose style would apply to the whole page.
+    drawing = buffer.getvalue().partition("</defs>")[2]
+    # Groups have the same ids in every figure, and nothing refers to them.
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
-    for colour, variable in VARIABLES.items():
-        drawing = drawing.replace(colour, variable)
+    for color, variable in VARIABLES.items():
+        drawing = drawing.replace(color, variable)
     width, height = (72 * inches for inches in figure.get_size_inches())
     opening = '<svg role="img" aria-label="{}" viewBox="0 0 {:g} {:g}">'
     return Markup(opening).format(description, width, height) + Markup(drawing)

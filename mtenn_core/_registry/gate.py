@@ -1,0 +1,141 @@
+"""The gate: a combination is validated before the registry returns it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Collection, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from mtenn_core._process.locks import hold
+from mtenn_core._registry.messages import describe_error, describe_value
+from mtenn_core._registry.record import PluginRecord
+from mtenn_core.errors import CombinationContractError, GradientValidationError, PluginSpecError
+
+if TYPE_CHECKING:
+    from mtenn_core.combination import Combination
+
+# One for all registries: validation sets random states and warning filters of the whole process.
+_lock = threading.RLock()
+
+
+class Gate:
+    """Validates combinations, once per class, arguments and version of the distribution."""
+
+    def __init__(self) -> None:
+        self._passed: set[Any] = set()
+        self._passed_lock = threading.Lock()
+
+    def validate_class(self, record: PluginRecord, combination: type[Combination]) -> None:
+        """Validate a class with each of its ``examples``.
+
+        Raises
+        ------
+        PluginSpecError : the examples are malformed, or an instance cannot be made
+        GradientValidationError : a check failed
+        """
+        for arguments in class_examples(record, combination):
+
+            def make(arguments: Mapping[str, Any] = arguments) -> Combination:
+                return make_example(record, combination, arguments)
+
+            self._validate(_key(record, combination, (), arguments), record, make)
+
+    def validate_instance(
+        self,
+        record: PluginRecord,
+        combination: Combination,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> None:
+        """Validate an instance, which was made with these arguments.
+
+        Raises
+        ------
+        GradientValidationError : a check failed
+        """
+        key = _key(record, type(combination), args, kwargs)
+        self._validate(key, record, lambda: combination)
+
+    def forget(self, classes: Collection[type[Combination]]) -> None:
+        """Forget that these classes were validated."""
+        with self._passed_lock:
+            self._passed = {key for key in self._passed if key[0] not in classes}
+
+    def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
+        """Run the checks, unless they have passed for ``key`` before. A key of None never has."""
+        from mtenn_core.testing import check_combination
+        from mtenn_core.testing._target import target_of
+
+        if key in self._passed:
+            return
+        combination = make()
+        # A shell does not know a name that this process registered.
+        path = record.qualified_name if record.distribution else None
+        target = target_of(combination, path)
+        with hold(_lock):
+            if key in self._passed:
+                return  # another thread has validated it
+            report = check_combination(combination, level="gate", name=str(record), target=target)
+            if report.passed and key is not None:
+                # Before the lock is released: a waiting thread looks here once.
+                with self._passed_lock:
+                    self._passed.add(key)
+        if not report.passed:
+            author = f" Tell its author; it is installed{record.where}." if record.where else ""
+            raise GradientValidationError(
+                f"{report}\nThe registry does not return a combination that fails. Use"
+                f" validate=False to get it unchecked.{author}",
+                record=record,
+                report=report,
+            )
+
+
+def class_examples(
+    record: PluginRecord, combination: type[Combination]
+) -> Sequence[Mapping[str, Any]]:
+    """Return the ``examples`` of a plugin's class.
+
+    Raises
+    ------
+    PluginSpecError : they are malformed
+    """
+    from mtenn_core.testing._examples import declared_examples
+
+    try:
+        return declared_examples(combination)
+    except CombinationContractError as error:
+        raise PluginSpecError(f"{record}{record.where}: {error}", record=record) from error
+
+
+def make_example(
+    record: PluginRecord, combination: type[Combination], arguments: Mapping[str, Any]
+) -> Combination:
+    """Return an instance with one of the ``examples``. The random state does not change.
+
+    Raises
+    ------
+    PluginSpecError : the constructor raises
+    """
+    import torch
+
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return combination(**arguments)
+    except (Exception, SystemExit) as error:
+        raise PluginSpecError(
+            f"{record}{record.where}: {combination.__name__} cannot be made with"
+            f" {describe_value(arguments)}, one of its `examples` ({describe_error(error)});"
+            " declare valid arguments: examples = ({'name': value},)",
+            record=record,
+        ) from error
+
+
+def _key(
+    record: PluginRecord, combination: type, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Any:
+    """Return the key of a validation, or None if an argument is mutable."""
+    arguments = [(None, arg) for arg in args] + sorted(kwargs.items())
+    if not all(isinstance(value, int | float | str | None) for _, value in arguments):
+        return None
+    # With the types, because True == 1 == 1.0.
+    return combination, record.version, tuple((n, type(v), v) for n, v in arguments)
