@@ -42,6 +42,22 @@ EXCEPTIONS = {
         "mtenn_core._engine.checkpoint",
         "mtenn_core._registry",
     ): "a checkpoint stores the plugin and version of its combination",
+    (
+        "mtenn_core.combination",
+        "mtenn_core._engine.declarations",
+    ): "the repr of a combination shows the arguments of its constructor",
+    (
+        "mtenn_core.combination",
+        "mtenn_core._engine.evaluation",
+    ): "the default pose_weights and forward of the base class are the engine's",
+    (
+        "mtenn_core.combination",
+        "mtenn_core._engine.mtenn_adapter",
+    ): "as_mtenn_combination is public here, next to the class that it takes",
+    (
+        "mtenn_core.gradients",
+        "mtenn_core._engine.known_gradients",
+    ): "attach_gradients is public here, and its autograd function is the engine's",
 }
 
 
