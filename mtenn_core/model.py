@@ -142,6 +142,47 @@ class MultiPoseModel(torch.nn.Module):
             run = torch.compiler.disable(run)
         return run(poses, sizes, pose_inputs, collated, group)
 
+    def _predict(
+        self,
+        poses: Iterable[Any],
+        sizes: Sequence[int] | None,
+        pose_inputs: Mapping[str, Any] | None,
+        collated: bool,
+        group: Group | None,
+    ) -> MultiPoseOutput:
+        """Return the output of :meth:`forward`: check the call, run all poses, combine them."""
+        options = self._options()
+        mode = MODES[options.gradients]
+        mode.check_options(options)
+        chunk_size = mode.chunk_size(options)
+        arguments = partial(checked_call, options, chunk_size, poses, sizes, pose_inputs, collated)
+        if group is None:
+            call = arguments()
+            shares = [call.sizes]
+        else:
+            # Its import takes time, and few need it.
+            from mtenn_core._engine.process_group import exchange_sizes, gather_poses
+
+            mode.check_group(options)
+            call, shares = exchange_sizes(arguments, group)
+        n_poses = total_sizes(options.combination, shares, sizes)
+        predictions, gradients = mode.predict(options, call)
+        inputs = inputs_like(predictions, call.inputs)
+        if group is not None:
+            predictions = torch.cat(gather_poses(predictions, shares, group))
+            inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
+        if options.check_finite:
+            check_finite(predictions, inputs, n_poses)
+        combined = combine_compounds(
+            options.combination,
+            predictions,
+            inputs,
+            n_poses,
+            gradients,
+            closed_form=mode.uses_closed_form,
+        )
+        return MultiPoseOutput(combined[0] if sizes is None else torch.stack(combined), predictions)
+
     def estimate(
         self,
         poses: Iterable[Any],
@@ -180,46 +221,6 @@ class MultiPoseModel(torch.nn.Module):
     def set_extra_state(self, state: Any) -> None:
         """Raise a ``CheckpointError`` if the checkpoint was made with another combination."""
         checkpoint.check(state, self.combination)
-
-    def _predict(
-        self,
-        poses: Iterable[Any],
-        sizes: Sequence[int] | None,
-        pose_inputs: Mapping[str, Any] | None,
-        collated: bool,
-        group: Group | None,
-    ) -> MultiPoseOutput:
-        options = self._options()
-        mode = MODES[options.gradients]
-        mode.check_options(options)
-        chunk_size = mode.chunk_size(options)
-        arguments = partial(checked_call, options, chunk_size, poses, sizes, pose_inputs, collated)
-        if group is None:
-            call = arguments()
-            shares = [call.sizes]
-        else:
-            # Its import takes time, and few need it.
-            from mtenn_core._engine.process_group import exchange_sizes, gather_poses
-
-            mode.check_group(options)
-            call, shares = exchange_sizes(arguments, group)
-        n_poses = total_sizes(options.combination, shares, sizes)
-        predictions, gradients = mode.predict(options, call)
-        inputs = inputs_like(predictions, call.inputs)
-        if group is not None:
-            predictions = torch.cat(gather_poses(predictions, shares, group))
-            inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
-        if options.check_finite:
-            check_finite(predictions, inputs, n_poses)
-        combined = combine_compounds(
-            options.combination,
-            predictions,
-            inputs,
-            n_poses,
-            gradients,
-            closed_form=mode.uses_closed_form,
-        )
-        return MultiPoseOutput(combined[0] if sizes is None else torch.stack(combined), predictions)
 
     def _options(self) -> Options:
         """Return the options, checked each time, since they can be set."""
