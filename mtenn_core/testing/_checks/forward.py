@@ -11,6 +11,7 @@ from torch import Tensor
 from mtenn_core.combination import Combination, overrides
 from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
 from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._probe.meta_device import ShapesFromCpu
 from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
 
 
@@ -263,7 +264,8 @@ def value_of_predictions(subject: Subject) -> Metrics:
 def device(subject: Subject) -> Metrics:
     """On torch's meta device, which holds no numbers but refuses to mix with the CPU."""
     try:
-        devices = [tensor.device.type for tensor in _on_meta(subject)]
+        with ShapesFromCpu():
+            devices = [tensor.device.type for tensor in _on_meta(subject)]
     except MemoryError:
         raise
     except Exception as error:

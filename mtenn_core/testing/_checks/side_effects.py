@@ -196,10 +196,13 @@ def repeatable(subject: Subject) -> Metrics:
             if subject.combination.stochastic
             else "random numbers (declare stochastic = True), or state left by the first call",
         )
-    go = torch.tensor(-3.7, dtype=torch.float64)  # 1 would hide a multiplication in place
-    once = gradients_of(first, step.params, grad_outputs=go, retain_graph=True)
-    twice = gradients_of(first, step.params, grad_outputs=go, retain_graph=True)
-    again = gradients_of(second, step.params, grad_outputs=go)
+    go = torch.tensor(-3.7, dtype=first.dtype)  # 1 would hide a multiplication in place
+    for value in (first, second):
+        # Not as grad_outputs: to compare its shape, torch imports sympy, which takes a second.
+        value.register_hook(lambda _: go)
+    once = gradients_of(first, step.params, retain_graph=True)
+    twice = gradients_of(first, step.params, retain_graph=True)
+    again = gradients_of(second, step.params)
     for name, gradient in once.items():
         if not _equal(gradient, again[name]):
             raise Verdict(

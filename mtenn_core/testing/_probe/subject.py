@@ -16,6 +16,7 @@ from mtenn_core.combination import (
     Combination,
     autograd_weights,
     backward_weights,
+    combined_prediction,
     first_of_pair,
     overrides,
 )
@@ -204,7 +205,14 @@ class Subject:
     def weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
         with self.forgetting():
-            return backward_weights(self.combination, poses.predictions, poses.handed())
+            if self.full_depth:
+                return backward_weights(self.combination, poses.predictions, poses.handed())
+            # Past attach_gradients, which takes M² numbers; B1 checks that it uses these weights.
+            with torch.inference_mode(False), torch.enable_grad():
+                y = poses.predictions.detach().clone().requires_grad_()
+                value = combined_prediction(self.combination, y, poses.handed())
+                (weights,) = torch.autograd.grad(value, y)
+                return weights
 
     def autograd_weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
@@ -282,7 +290,7 @@ class Subject:
     def forgetting(self) -> Iterator[None]:
         """Replay the random state and put buffers back, so that no call sees another."""
         if self.combination.stochastic:
-            torch.manual_seed(self.seed)
+            torch.default_generator.manual_seed(self.seed)
         try:
             yield
         finally:
