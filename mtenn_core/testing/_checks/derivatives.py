@@ -223,14 +223,15 @@ def _losses(
     subject: Subject, network: _Network, poses: Poses, features: Tensor, thetas: Tensor
 ) -> Tensor:
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    rows = []
-    for theta in thetas:
+
+    def row(theta: Tensor) -> Tensor:
         parts = theta.split([shape.numel() for shape in shapes.values()])
         params = {n: part.view(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
-        with torch.no_grad():
-            predictions = torch.func.functional_call(network, params, (features,))
-        rows.append(poses.at(predictions).row())
-    return _loss(subject.values(torch.stack(rows)))
+        return poses.at(torch.func.functional_call(network, params, (features,))).row()
+
+    with torch.no_grad():
+        rows = torch.func.vmap(row)(thetas)
+    return _loss(subject.values(rows))
 
 
 def _loss(value: Tensor) -> Tensor:

@@ -47,10 +47,13 @@ def _only_on_meta(args: Any, kwargs: Any) -> bool:
 def _makes_new_tensors(func: Any) -> bool:
     """Whether an operation returns new tensors, and no numbers that are read from tensors."""
     returns = func._schema.returns
-    return all(
-        each.alias_info is None and isinstance(each.type, torch.TensorType | torch.ListType)
-        for each in returns
-    ) and torch.Tag.dynamic_output_shape not in func.tags
+    return (
+        all(
+            each.alias_info is None and isinstance(each.type, torch.TensorType | torch.ListType)
+            for each in returns
+        )
+        and torch.Tag.dynamic_output_shape not in func.tags
+    )
 
 
 def _on_cpu(each: Any) -> Any:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ from mtenn_core.combination import (
     first_of_pair,
     overrides,
 )
+from mtenn_core.testing._probe.forward_alone import ForwardAlone
 from mtenn_core.testing._probe.poses import Poses
 
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
@@ -172,17 +174,24 @@ class Subject:
 
     def values(self, rows: Tensor) -> Tensor:
         """Return the value for many poses: shape (batch, :meth:`Poses.row`) to (batch,)."""
-        if not (self.full_depth or self.combination.stochastic or self._buffers):
+        if not (self.combination.stochastic or self._buffers):
             try:
-                with torch.no_grad():
-                    return torch.func.vmap(self._combined)(rows.clone())
+                # A copy: what forward keeps on self would be a tensor of vmap, and break later.
+                combination = copy.deepcopy(self.combination)
+                with torch.no_grad(), ForwardAlone():
+                    return torch.func.vmap(partial(self._value, combination))(rows.clone())
             except Exception:  # control flow that depends on the data, say: one by one, then
                 pass
         return torch.stack([self.value(self._poses_of(row)) for row in rows])
 
-    def _combined(self, row: Tensor) -> Tensor:
+    def _value(self, combination: Combination, row: Tensor) -> Tensor:
         poses = self._poses_of(row)
-        return self.combination.combine(poses.predictions, **poses.inputs)
+        if not self.full_depth:
+            return combination.combine(poses.predictions, **poses.inputs)
+        zeros = [torch.zeros(1, dtype=row.dtype) for _ in poses.predictions]
+        param = torch.zeros(1, dtype=row.dtype, requires_grad=True)
+        step = list(poses.predictions), {"probe": zeros}, ["probe"], param
+        return first_of_pair(combination(*step, **poses.inputs))
 
     def _poses_of(self, row: Tensor) -> Poses:
         names = self.combination.pose_inputs
@@ -193,14 +202,9 @@ class Subject:
 
     def value(self, poses: Poses) -> Tensor:
         """Return the combined prediction, shape (), without a graph."""
-        predictions, inputs = poses.predictions.clone(), poses.handed()
+        row = poses.row()  # a copy
         with self.forgetting(), torch.no_grad():
-            if not self.full_depth:
-                return self.combination.combine(predictions, **inputs)
-            zeros = [torch.zeros(1, dtype=predictions.dtype) for _ in predictions]
-            param = torch.zeros(1, dtype=predictions.dtype, requires_grad=True)
-            step = list(predictions), {"probe": zeros}, ["probe"], param
-            return first_of_pair(self.combination(*step, **inputs))
+            return self._value(self.combination, row)
 
     def weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
@@ -266,7 +270,22 @@ class Subject:
 
     def values_of_parameter(self, name: str, poses: Poses, settings: Tensor) -> Tensor:
         """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
+        module, _, own = name.rpartition(".")
+        parameters = self.combination.get_submodule(module)._parameters
         param = self.combination.get_parameter(name)
+
+        def value(setting: Tensor) -> Tensor:
+            parameters[own] = setting.view_as(param)  # type: ignore[assignment]
+            return self._value(self.combination, poses.row())
+
+        if not (self.full_depth or self.combination.stochastic or self._buffers):
+            try:
+                with torch.no_grad():
+                    return torch.func.vmap(value)(settings.clone())
+            except Exception:  # one by one, then
+                pass
+            finally:
+                parameters[own] = param
         before, values = param.detach().clone(), []
         with torch.no_grad():
             for setting in settings:
