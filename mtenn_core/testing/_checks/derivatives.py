@@ -17,7 +17,9 @@ from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,
     central_differences,
+    climb,
     directional_derivatives,
+    extrapolate,
 )
 from mtenn_core.testing._probe.likely_causes import NOT_FINITE, Point, cause_in_weights
 from mtenn_core.testing._probe.poses import Poses
@@ -81,19 +83,14 @@ def _probes(subject: Subject) -> list[Poses]:
 
 def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Comparison], str]:
     """Return the comparisons for some poses, and the likely cause if some are wrong."""
-    groups: dict[int, list[Poses]] = {}
-    for poses in points:
-        groups.setdefault(len(poses), []).append(poses)
     comparisons, known = [], []
-    for n_poses, group in groups.items():
-        directions = directions_for(subject, n_poses)
-        for poses, numerical in _derivatives(subject, group, directions):
-            found = _compare(subject.weights, numerical, directions, poses, "pose")
-            if subject.two_derivatives:
-                unit = "autograd of combine, pose"
-                found += _compare(subject.autograd_weights, numerical, directions, poses, unit)
-            comparisons += found
-            known.append((found, numerical))
+    for poses, directions, numerical in _derivatives(subject, points):
+        found = _compare(subject.weights, numerical, directions, poses, "pose")
+        if subject.two_derivatives:
+            unit = "autograd of combine, pose"
+            found += _compare(subject.autograd_weights, numerical, directions, poses, unit)
+        comparisons += found
+        known.append((found, numerical))
     if not any(comparison.wrong for comparison in comparisons):
         return comparisons, ""
     return comparisons, _cause(subject, known)
@@ -110,19 +107,29 @@ def _compare(
     return compare(weights_at, fd, directions, poses.predictions, unit, poses.inputs)
 
 
-def _derivatives(
-    subject: Subject, points: list[Poses], directions: Tensor
-) -> Iterator[tuple[Poses, Estimate]]:
-    steps = torch.tensor([subject.first_step(poses.predictions) for poses in points])
-    fd = directional_derivatives(
-        subject.values,
-        torch.stack([poses.row() for poses in points]).repeat_interleave(len(directions), dim=0),
-        directions.repeat(len(points), 1),
-        steps.repeat_interleave(len(directions)),
-    )
-    by_point = (column.view(len(points), -1) for column in fd)
-    for poses, derivatives, errors in zip(points, *by_point, strict=True):
-        yield poses, Estimate(derivatives, errors)
+def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses, Tensor, Estimate]]:
+    """Yield poses, in groups of equal number, their directions, and the derivatives along them."""
+    groups: dict[int, list[Poses]] = {}
+    for poses in points:
+        groups.setdefault(len(poses), []).append(poses)
+    directions = {n_poses: directions_for(subject, n_poses) for n_poses in groups}
+    ladders = []
+    for n_poses, group in groups.items():
+        along = directions[n_poses]
+        steps = torch.tensor([subject.first_step(poses.predictions) for poses in group])
+        ladders.append(
+            climb(
+                subject.values,
+                torch.stack([poses.row() for poses in group]).repeat_interleave(len(along), dim=0),
+                along.repeat(len(group), 1),
+                steps.repeat_interleave(len(along)),
+            )
+        )
+    sizes = [len(directions[n_poses]) for n_poses, group in groups.items() for _ in group]
+    by_point = (column.split(sizes) for column in extrapolate(ladders))
+    ordered = [poses for group in groups.values() for poses in group]
+    for poses, derivatives, errors in zip(ordered, *by_point, strict=True):
+        yield poses, directions[len(poses)], Estimate(derivatives, errors)
 
 
 def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:

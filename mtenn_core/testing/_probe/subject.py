@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -68,6 +68,13 @@ def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) ->
     wanted = {name: param for name, param in params.items() if param.requires_grad}
     found = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True, **options)
     return dict(zip(wanted, found, strict=True))
+
+
+def _agree(batched: Tensor, one_by_one: Iterable[Tensor], predictions: Tensor) -> bool:
+    """Whether some of a batch are what they are one by one: no state is left by the call before."""
+    expected = torch.stack(list(one_by_one))
+    size = float(predictions.abs().amax())
+    return torch.allclose(batched, expected, rtol=1e-9, atol=1e-9 * size, equal_nan=True)
 
 
 def telling_shapes(n_poses: int) -> dict[str, tuple[int, ...]]:
@@ -177,14 +184,19 @@ class Subject:
         if not (self.combination.stochastic or self._buffers):
             try:
                 # A copy: what forward keeps on self would be a tensor of vmap, and break later.
-                combination = copy.deepcopy(self.combination)
+                combination = copy.deepcopy(self.combination) if self.full_depth else None
                 with torch.no_grad(), ForwardAlone():
-                    return torch.func.vmap(partial(self._value, combination))(rows.clone())
+                    batched = torch.func.vmap(partial(self._value, combination))(rows.clone())
             except Exception:  # control flow that depends on the data, say: one by one, then
                 pass
+            else:
+                first_and_last = (self.value(self._poses_of(rows[i])) for i in (0, -1))
+                if not self.full_depth or _agree(batched[[0, -1]], first_and_last, rows):
+                    return batched
         return torch.stack([self.value(self._poses_of(row)) for row in rows])
 
-    def _value(self, combination: Combination, row: Tensor) -> Tensor:
+    def _value(self, combination: Combination | None, row: Tensor) -> Tensor:
+        combination = combination or self.combination
         poses = self._poses_of(row)
         if not self.full_depth:
             return combination.combine(poses.predictions, **poses.inputs)
@@ -204,7 +216,7 @@ class Subject:
         """Return the combined prediction, shape (), without a graph."""
         row = poses.row()  # a copy
         with self.forgetting(), torch.no_grad():
-            return self._value(self.combination, row)
+            return self._value(None, row)
 
     def weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
@@ -276,23 +288,30 @@ class Subject:
 
         def value(setting: Tensor) -> Tensor:
             parameters[own] = setting.view_as(param)  # type: ignore[assignment]
-            return self._value(self.combination, poses.row())
+            return self._value(None, poses.row())
+
+        def one_by_one(settings: Tensor) -> Tensor:
+            before, values = param.detach().clone(), []
+            with torch.no_grad():
+                for setting in settings:
+                    param.copy_(setting.view_as(param))
+                    values.append(self.value(poses))
+                param.copy_(before)
+            return torch.stack(values)
 
         if not (self.full_depth or self.combination.stochastic or self._buffers):
             try:
                 with torch.no_grad():
-                    return torch.func.vmap(value)(settings.clone())
-            except Exception:  # one by one, then
-                pass
+                    batched = torch.func.vmap(value)(settings.clone())
+            except Exception:
+                batched = None
             finally:
                 parameters[own] = param
-        before, values = param.detach().clone(), []
-        with torch.no_grad():
-            for setting in settings:
-                param.copy_(setting.view_as(param))
-                values.append(self.value(poses))
-            param.copy_(before)
-        return torch.stack(values)
+            if batched is not None:
+                first_and_last = one_by_one(settings[[0, -1]])
+                if _agree(batched[[0, -1]], first_and_last, poses.predictions):
+                    return batched
+        return one_by_one(settings)
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
         """Return the gradient of an own parameter that training would use, flat."""
