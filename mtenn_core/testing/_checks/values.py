@@ -397,16 +397,14 @@ def _hold_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     """Return the error of a value in low precision, in tolerances."""
     expected = subject.value(poses)
     size = max(float(poses.predictions.abs().amax()), abs(float(expected)))
+    moved = float(_moved(subject.value, poses, expected))
     limits = torch.finfo(value.dtype)
     if abs(float(expected)) > limits.max / 2:
         return 0.0
     # Half precision is rounded once, at the end; float32 may be rounded at each step.
     digits = 256 if value.dtype == torch.float32 else 4
-    tolerance = digits * limits.eps * size
+    tolerance = digits * limits.eps * size + 8 * moved
     off = ratio(abs(float(value) - float(expected)), tolerance)
-    if not off <= 1:  # it may be stiff here
-        tolerance += 8 * float(_moved(subject.value, poses, expected))
-        off = ratio(abs(float(value) - float(expected)), tolerance)
     if not off <= 1:
         raise Verdict(
             "fail",
