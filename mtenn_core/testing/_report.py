@@ -36,12 +36,12 @@ class Record:
     title: str
     level: str
     status: Status
-    reason: str
-    cause: str
-    metrics: dict[str, Any]
-    seed: int
-    duration: float
-    repro: str
+    reason: str = ""
+    cause: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    duration: float = 0.0
+    repro: str = ""
 
     @property
     def failed(self) -> bool:
@@ -74,10 +74,10 @@ class Report:
     """
 
     name: str
-    combination: str
-    facts: dict[str, Any]
-    level: str
-    n_expected: int
+    combination: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    level: str = "full"
+    n_expected: int = 0
     records: list[Record] = field(default_factory=list)
     curves: dict[str, Any] = field(default_factory=dict)
     suite_version: str = SUITE_VERSION

@@ -19,7 +19,7 @@ from mtenn_core._process.settings import preserved_process_state
 from mtenn_core._registry.targets import Target, target_of
 from mtenn_core.combination import Combination, check_facts
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
-from mtenn_core.testing._checks.check import Check, Level, Verdict
+from mtenn_core.testing._checks.check import Check, Level, Outcome
 from mtenn_core.testing._html.curves import curves
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
@@ -115,9 +115,9 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
     try:
         with _undisturbed(seed):
             metrics = check.run(make())
-    except Verdict as verdict:
-        status, reason = verdict.status, str(verdict)
-        cause, metrics = verdict.cause, verdict.metrics
+    except Outcome as outcome:
+        status, reason = outcome.status, str(outcome)
+        cause, metrics = outcome.cause, outcome.metrics
     except (Exception, SystemExit) as error:
         status, reason = "error", described(error)
     return Record(

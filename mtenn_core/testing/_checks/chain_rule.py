@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, check
 from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
 from mtenn_core.testing._probe.finite_differences import resolution
@@ -85,8 +85,7 @@ def many_poses(subject: Subject) -> Metrics:
         judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
     growth = _work(subject, 128) / max(_work(subject, 32), 1)
     if growth > 8:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"four times as many poses took {growth:.1f} times the work on their gradients",
             cause="the gradients are gone through once per pose, or multiplied by a matrix of poses"
             " × poses: one weighted sum is enough",
@@ -156,7 +155,7 @@ def hold_to_chain_rule(
 
     Raises
     ------
-    Verdict : they differ
+    Fail : they differ
     """
     weights = subject.weights(step.poses)
     # Of values, not of the weights: those of a mean of four are the same number in every dtype.
@@ -172,7 +171,7 @@ def hold_to_chain_rule(
             if gradient is None and go == 0:
                 continue
             if gradient is None:
-                raise Verdict("fail", f"parameter {name!r}: backward returned no gradient")
+                raise Fail(f"parameter {name!r}: backward returned no gradient")
             worst = max(worst, _hold(subject, step, name, go, gradient, weights, eps))
     return worst
 
@@ -198,8 +197,7 @@ def _hold(
         tolerance += 8 * abs(go) * torch.tensordot(slack, gradients.abs(), dims=1)
     if not (error <= tolerance).all():
         at = int((error - tolerance).nan_to_num(torch.inf).argmax())
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"parameter {name!r}, entry {at}, {len(weights)} poses, gradient of the loss {go:g}:\n"
             f"    your backward      {found.flatten()[at]:.17g}\n"
             f"    go · Σ w_i g_i     {expected.flatten()[at]:.17g} ± {tolerance.flatten()[at]:.1e}",

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mtenn_core.combination import Combination, constructor_arguments, overrides
 from mtenn_core.model import MultiPoseModel
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,
@@ -268,7 +268,7 @@ def own_parameters(subject: Subject) -> Metrics:
     _no_hidden_parameters(subject.combination)
     own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
     if not own:
-        raise Verdict("skip", "it has no parameters of its own")
+        raise Skip("it has no parameters of its own")
     comparisons = _of_own_parameters(subject, list(own))
     if subject.thorough:
         with torch.no_grad():
@@ -314,8 +314,7 @@ def _no_hidden_parameters(combination: Combination) -> None:
                 continue
             for tensor in _tensors_in(value):
                 if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
-                    raise Verdict(
-                        "fail",
+                    raise Fail(
                         f"{name!r} requires a gradient and is not among parameters(): no optimizer"
                         " finds it",
                         cause="hold it as a torch.nn.Parameter, several in a ParameterList",

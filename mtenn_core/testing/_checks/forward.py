@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mtenn_core.combination import Combination, overrides
 from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
 from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
 
@@ -19,7 +19,7 @@ from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
 def raw_return(subject: Subject) -> Metrics:
     """What backward returns, before autograd sums it to shape or casts it."""
     if not subject.full_depth:
-        raise Verdict("skip", "it has no forward of its own")
+        raise Skip("it has no forward of its own")
     for dtype in (torch.float64, torch.float32):
         _hold_to_form(subject.step().to(dtype), subject, dtype)
     return {}
@@ -28,7 +28,7 @@ def raw_return(subject: Subject) -> Metrics:
 def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     value = subject.call(step, combination=subject.copy(dtype))
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
-        raise Verdict("skip", "the output is not that of an autograd.Function")
+        raise Skip("the output is not that of an autograd.Function")
     # Of a pair (combined, pose predictions), no loss is on the second.
     others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
     with torch.no_grad():  # as in an ordinary backward
@@ -36,8 +36,7 @@ def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     returned = returned if isinstance(returned, tuple) else (returned,)
     n_params = len(step.params)
     if len(returned) < n_params:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"expected {n_params} gradients, one per parameter; found {len(returned)}",
             cause="backward must return a gradient for each of *model_params",
         )
@@ -45,8 +44,7 @@ def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
         expected = (tuple(param.shape), param.dtype)
         found = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else None
         if found != expected:
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"parameter {name!r}: backward must return {expected}; found {found}",
                 cause=_wrong_form(gradient, param, len(step.poses)),
             )
@@ -77,8 +75,7 @@ def output(subject: Subject) -> Metrics:
             where = f"{n_poses} pose(s) of shape {shape}"
             if not isinstance(found, Tensor) or found.shape != ():
                 what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{where}: expected a tensor of shape (); found {what}",
                     cause="return the combined prediction alone, as a tensor"
                     if not isinstance(found, Tensor)
@@ -86,14 +83,12 @@ def output(subject: Subject) -> Metrics:
                     " (1,): reshape(()) it, and do not squeeze() the predictions",
                 )
             if found.dtype != torch.float64:
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{where}: expected torch.float64, as predicted; found {found.dtype}",
                     cause="the dtype of the predictions is not kept",
                 )
             if not found.requires_grad:
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{where}: the output has no gradient",
                     cause="is it detached, computed under no_grad, or made by item() or numpy()?",
                 )
@@ -117,8 +112,7 @@ def _takes_its_inputs(combination: Combination) -> None:
         except ValueError:  # a builtin has none
             continue
         except TypeError as error:
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"pose_inputs = {names}: {method} must take ({', '.join([*first, *names])}); found"
                 f" {method}{signature(getattr(combination, method))}: {error}",
                 cause="pose_inputs must name every argument that combine, pose_weights, reference"
@@ -133,8 +127,7 @@ def _keeps_dtype(subject: Subject) -> None:
     except Exception:  # float32 parameters beside float64 predictions may be refused
         return
     if isinstance(value, Tensor) and value.dtype != torch.float64:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"parameters in float32: expected torch.float64, as predicted; found {value.dtype}",
             cause="the output takes its dtype from the parameters, not from the predictions",
         )
@@ -167,8 +160,7 @@ def bad_input(subject: Subject) -> Metrics:
                 gradients_of(value, step.params)
         except Exception:
             continue
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"{what}: expected an error; found the value {_number(value)}",
             cause=_UNCHECKED,
         )
@@ -184,8 +176,7 @@ def errors_that_name(subject: Subject) -> Metrics:
             torch.autograd.grad(value, list(step.params.values()))
         except Exception as error:
             if "'w10'" in what and "w10" not in str(error):
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{what}: the error does not name it: {type(error).__name__}: {error}",
                     cause=_UNCHECKED,
                 ) from None
@@ -200,7 +191,7 @@ def errors_that_name(subject: Subject) -> Metrics:
             subject.gradients(step, grad_dict=grad_dict)
         except Exception:
             continue
-        raise Verdict("fail", f"{what}: expected an error", cause=_UNCHECKED)
+        raise Fail(f"{what}: expected an error", cause=_UNCHECKED)
     return {}
 
 
@@ -252,8 +243,7 @@ def value_of_predictions(subject: Subject) -> Metrics:
     )
     for what, other in found.items():
         if not torch.equal(value, other):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"with {what}: expected the value {value.item():.17g}; found {other.item():.17g}",
                 cause="the value uses something else than the predictions",
             )
@@ -270,16 +260,15 @@ def device(subject: Subject) -> Metrics:
         raise
     except Exception as error:
         if "expected device" in str(error) or "same device" in str(error):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"predictions on another device than the CPU: {error}",
                 cause="a tensor is made without device=predictions.device, or held as a plain"
                 " attribute: use register_buffer, new_zeros, zeros_like or arange(…, device=…)",
             ) from None
         # Numbers may decide what it does, and there are none on this device.
-        raise Verdict("skip", f"it needs numbers to run: {type(error).__name__}") from None
+        raise Skip(f"it needs numbers to run: {type(error).__name__}") from None
     if set(devices) != {"meta"}:
-        raise Verdict("fail", "the output is on the CPU, not where the predictions are")
+        raise Fail("the output is on the CPU, not where the predictions are")
     return {}
 
 

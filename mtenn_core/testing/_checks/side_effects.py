@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
 from mtenn_core.combination import Combination, constructor_arguments, overrides
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._checks.values import alternatives
 from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
 
@@ -57,8 +57,7 @@ def purity(subject: Subject) -> Metrics:
         grad = before["grads"][f".grad of parameter {name!r}"]
         expected = gradients[name] + (0 if grad is None else grad)
         if param.grad is None or not torch.allclose(param.grad, expected):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"parameter {name!r}: backward must add its gradient to .grad once",
                 cause=".grad is written or zeroed by the combination: return gradients instead, so"
                 " that they accumulate",
@@ -79,7 +78,7 @@ def _keeps_poses(subject: Subject) -> None:
                 getattr(subject.combination, method)(poses.predictions, **poses.inputs)
             for name, numbers in poses.named().items():
                 if not _equal(before.named()[name], numbers):
-                    raise Verdict("fail", f"{method} changed the {name}", cause=_change_cause(name))
+                    raise Fail(f"{method} changed the {name}", cause=_change_cause(name))
 
 
 def _contents(
@@ -133,8 +132,7 @@ def _nothing_changed(
     left = changed(state, process_state())
     found += [n for n in left if not (n in RANDOM_STATES and subject.combination.stochastic)]
     if found:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"{when} changed {', '.join(found[:4])}{', …' if len(found) > 4 else ''}",
             cause=_change_cause(found[0]),
         )
@@ -155,8 +153,7 @@ def _change_cause(what: str) -> str:
 def _no_alias(what: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> None:
     for name, other in inputs.items():
         if tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{what} shares its memory with {name}",
                 cause="a view or the tensor itself is returned: whoever changes one changes both;"
                 " clone it",
@@ -170,8 +167,7 @@ def _not_reseeded(subject: Subject, step: Step) -> None:
         _call_unguarded(subject.combination, step)
         states.append(torch.get_rng_state())
     if torch.equal(*states):
-        raise Verdict(
-            "fail",
+        raise Fail(
             "after two different seeds the random state is the same",
             cause="it seeds the generator itself (manual_seed): draw from the state that there is",
         )
@@ -189,8 +185,7 @@ def repeatable(subject: Subject) -> Metrics:
     step = subject.step(spread=1e-3)
     first, second = subject.call(step), subject.call(step)
     if not _equal(first, second):
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"the same call gave {first.item():.17g} and then {second.item():.17g}",
             cause="random numbers from elsewhere than torch's global state, which alone is replayed"
             if subject.combination.stochastic
@@ -205,14 +200,12 @@ def repeatable(subject: Subject) -> Metrics:
     again = gradients_of(second, step.params)
     for name, gradient in once.items():
         if not _equal(gradient, again[name]):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"parameter {name!r}: the same call gave two gradients",
                 cause="random numbers or a counter in backward, or state left by the first call",
             )
         if not _equal(gradient, twice[name]):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"parameter {name!r}: backward twice (retain_graph=True) gave two gradients",
                 cause="backward changes what forward has saved, in place",
             )
@@ -237,7 +230,7 @@ def isolated(subject: Subject) -> Metrics:
         for n_poses, spread in ((5, 1.0), (3, 1e-3)):
             _two_live_calls(subject, what, combination, n_poses, spread)
         if not all(map(_equal, before, _value_and_gradients(subject, step))):
-            raise Verdict("fail", f"other numbers once there is {what}", cause=_SHARED)
+            raise Fail(f"other numbers once there is {what}", cause=_SHARED)
     _weights_of_their_own(subject)
     _inputs_of_this_call(subject)
     buffers = dict(subject.combination.named_buffers())
@@ -258,8 +251,7 @@ def _weights_of_their_own(subject: Subject) -> None:
             subject.combination.combine(two.predictions, **two.inputs)
         found = subject.combination.pose_weights(one.predictions, **one.inputs)
     if not _equal(expected, found):
-        raise Verdict(
-            "fail",
+        raise Fail(
             "pose_weights(y) gave other weights after combine of other predictions",
             cause="state that combine leaves on self: compute it from the argument",
         )
@@ -275,8 +267,7 @@ def _inputs_of_this_call(subject: Subject) -> None:
         subject.call(step)
         found = subject.call(other)
         if not _equal(expected, found):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{other.poses}: expected the value {expected.item():.17g}; found"
                 f" {found.item():.17g} after a call with another {name!r}",
                 cause=_SHARED,
@@ -305,8 +296,7 @@ def _two_live_calls(
         found = gradients_of(value, one.params)
         for name, gradient in expected.items():
             if not _equal(gradient, found[name]):
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"parameter {name!r}: another gradient after {what} between forward and"
                     " backward",
                     cause="state on self, the class or the module, which belongs to the last call:"
@@ -314,14 +304,12 @@ def _two_live_calls(
                 )
     gradients_of(subject.call(two, combination=other), two.params)
     if any(not _equal(held[name], expected[name]) for name in held):
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"gradients that were handed out have changed after {what}",
             cause="a buffer that every backward writes to: return a tensor of its own",
         )
     if not _equal(subject.call(one), value):
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"another value after {what}",
             cause=_SHARED,
         )
@@ -334,8 +322,7 @@ def _in_threads(subject: Subject) -> None:
         found = list(pool.map(partial(_value_and_gradients, subject), 5 * steps))
     for one, other in zip(5 * alone, found, strict=True):
         if not all(map(_equal, one, other)):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{N_THREADS} threads at once gave other numbers than one after the other",
                 cause="state that the threads share",
             )
@@ -355,8 +342,7 @@ def modes(subject: Subject) -> Metrics:
     with torch.no_grad():
         found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
         if found["under no_grad"].requires_grad:
-            raise Verdict(
-                "fail",
+            raise Fail(
                 "under no_grad: the output requires a gradient",
                 cause="the grad mode is switched on in forward (enable_grad, set_grad_enabled)",
             )
@@ -365,8 +351,7 @@ def modes(subject: Subject) -> Metrics:
     found["with no parameters"] = subject.call(nothing)
     for what, other in found.items():
         if not _equal(value, other):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{what}: expected the value {value.item():.17g}; found {other.item():.17g}",
             )
     _frozen(subject, step)
@@ -378,7 +363,7 @@ def modes(subject: Subject) -> Metrics:
 def _without_elements(subject: Subject) -> None:
     step = subject.step({"w": (2,), "empty": (0, 2)})
     if subject.gradients(step)["empty"].shape != (0, 2):
-        raise Verdict("fail", "a parameter without elements: its gradient has another shape")
+        raise Fail("a parameter without elements: its gradient has another shape")
 
 
 def _frozen(subject: Subject, step: Step) -> None:
@@ -387,8 +372,7 @@ def _frozen(subject: Subject, step: Step) -> None:
     found = subject.gradients(Step(step.poses, step.gradients, params))
     for name, gradient in found.items():
         if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"parameter {name!r}: another gradient while 'w2' is frozen",
                 cause="frozen parameters are dropped, and the gradients no longer line up",
             )
@@ -399,8 +383,7 @@ def _unused(subject: Subject, step: Step) -> None:
     value = subject.call(replace(step, gradients=zero))
     (found,) = torch.autograd.grad(value, step.params["w2"], allow_unused=True)
     if found is None or not (found == 0).all():
-        raise Verdict(
-            "fail",
+        raise Fail(
             "parameter 'w2', unused by every pose: expected a gradient of 0; found"
             f" {found if found is None else found.flatten()[0].item()}",
             cause="return zeros, not None"
@@ -424,8 +407,7 @@ def memory(subject: Subject) -> Metrics:
         return {}
     gc.collect()
     alive = sum(ref() is not None for ref in inputs)
-    raise Verdict(
-        "fail",
+    raise Fail(
         f"after backward, {alive or 'all'} of {len(inputs)} predictions, pose inputs and gradients"
         f" are still alive{'' if alive else ' until the garbage collector runs'}",
         cause="kept on self, the class or in a cache"
@@ -445,8 +427,7 @@ def freed_by_backward(subject: Subject) -> Metrics:
     del pred_list, grad_dict
     alive = sum(ref() is not None for ref in inputs)
     if alive:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"after backward, with the value kept, {alive} of {len(inputs)} gradients are alive",
             cause="they are attributes of ctx: ctx.save_for_backward lets them go after backward",
         )
@@ -474,8 +455,7 @@ def copies(subject: Subject) -> Metrics:
             ours, theirs = (Subject(c, subject.seed, copied=False) for c in (original, other))
             same = _equal(ours.value(poses), theirs.value(poses))
             if not (same and _equal(ours.weights(poses), theirs.weights(poses))):
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"after {how}: expected the value {ours.value(poses).item():.17g}; found"
                     f" {theirs.value(poses).item():.17g}",
                     cause="an argument is lost on the way: keep what the value depends on in"
@@ -488,8 +468,7 @@ def _load(original: Combination, anew: Combination) -> None:
     try:
         anew.load_state_dict(original.state_dict())
     except RuntimeError as error:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"its state_dict does not fit a new instance: {error}",
             cause="a parameter or buffer is made by a call: make it in __init__",
         ) from None
@@ -514,13 +493,12 @@ def shows_arguments(subject: Subject) -> Metrics:
     """Two instances that differ look different."""
     for name, other in alternatives(subject):
         if repr(other) == repr(subject.original):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"instances with different {name!r} have the same repr: {other!r}",
                 cause="remove extra_repr: the base class shows the arguments",
             )
     if not constructor_arguments(subject.original, defaults=True):
-        raise Verdict("skip", "it takes no arguments")
+        raise Skip("it takes no arguments")
     return {}
 
 
@@ -536,8 +514,7 @@ def double_backward(subject: Subject) -> Metrics:
         (loss + gradient.square().sum()).backward()
     except Exception:
         return {}
-    raise Verdict(
-        "fail",
+    raise Fail(
         f"a second backward made the gradient {param.grad}, without an error, of a part of the"
         " Hessian alone",
         cause="decorate backward with torch.autograd.function.once_differentiable, or raise where"

@@ -20,7 +20,7 @@ from mtenn_core.combination import (
     constructor_signature,
     overrides,
 )
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._probe.comparison import FLOAT32, compare, judge, ratio
 from mtenn_core.testing._probe.finite_differences import Estimate, resolution
@@ -61,7 +61,7 @@ def reference(subject: Subject) -> Metrics:
     if subject.full_depth and overrides(type(combination), "combine"):
         statements["combine"] = lambda p: combination.combine(p.predictions, **p.handed())
     if not statements:
-        raise Verdict("skip", "it declares no reference")
+        raise Skip("it declares no reference")
     worst = 0.0
     for n in (1, 2, 3, 4, 9):
         for base, spread in SPREADS:
@@ -78,8 +78,7 @@ def _hold_to(subject: Subject, what: str, statement: Statement, poses: Poses) ->
         found = subject.value(poses)
         off = _off(subject, found, expected.detach(), poses, statement)
         if off > 1:
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{poses}\n"
                 f"    your value         {found.item():.12g}\n"
                 f"    {what:<18} {expected.item():.12g}",
@@ -207,12 +206,11 @@ def properties(subject: Subject) -> Metrics:
     declared = sorted(subject.combination.properties)
     unknown = [name for name in declared if name not in PROPERTIES]
     if unknown:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"unknown properties {unknown}; those that can be tested: {', '.join(PROPERTIES)}",
         )
     if not declared:
-        raise Verdict("skip", "it declares no properties")
+        raise Skip("it declares no properties")
     worst = 0.0
     for name in declared:
         sides, cause = PROPERTIES[name]
@@ -227,8 +225,7 @@ def _hold_property(subject: Subject, name: str, sides: Property, cause: str, pos
     pair = sides(subject, poses)
     off = _off(subject, pair[0], pair[1], poses)
     if off > 1:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"{name}: {poses}\n"
             f"    found              {pair[0].item():.12g}\n"
             f"    expected           {pair[1].item():.12g}",
@@ -253,8 +250,7 @@ def extremes(subject: Subject) -> Metrics:
     for what, poses in cases.items():
         value, weights = subject.value(poses), subject.weights(poses)
         if not (value.isfinite() and weights.isfinite().all()):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{what}, {poses}: expected finite numbers; found the value {value.item():g}"
                 f" and the weights [{listed(weights)}]",
                 cause=_infinite_cause(what, value),
@@ -293,8 +289,7 @@ def _nan_shows(subject: Subject, poses: Poses) -> None:
     for pose, broken, value in unseen:
         if selects and _passed_over(subject, broken, value):
             continue
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
             cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison): a broken pose"
             " would go unseen; where that is meant, declare properties = {'ignores_nan'}",
@@ -347,18 +342,17 @@ def _hold_precision(subject: Subject, step: Step, poses: Poses) -> float:
     wide = narrow.to(torch.float64)
     value = subject.call(narrow, combination=subject.copy(), **_views(narrow))
     if value.dtype != dtype:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"predictions in {dtype}: expected the value in that dtype; found {value.dtype}",
             cause="cast the result back: value.to(predictions.dtype)",
         )
     if subject.combination.stochastic:  # the random numbers are others in another dtype
         return 0.0
     off = _hold_value(subject, value, wide.poses)
-    expected = subject.gradients(wide, **_views(wide))
-    weights = subject.weights(wide.poses)
     # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
     usual = float(subject.weights(subject.poses(subject.n_poses(4))).abs().amax())
+    expected = subject.gradients(wide, **_views(wide))
+    weights = subject.weights(wide.poses)
     digits = 2048 if dtype == torch.float32 else 16
     slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * FLOAT32 * usual
     limits = torch.finfo(dtype)
@@ -376,8 +370,7 @@ def _hold_precision(subject: Subject, step: Step, poses: Poses) -> float:
             tolerance = limits.tiny + torch.tensordot(slack + moved, sizes, dims=1)
         if not ((error <= tolerance) | allowed).all():
             at = int((error - tolerance).nan_to_num(math.inf).argmax())
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{poses} in {dtype}, parameter {name!r}, entry {at}\n"
                 f"    your backward      {gradient.flatten()[at].item():.8g}\n"
                 f"    in float64         {expected[name].flatten()[at].item():.8g}"
@@ -406,8 +399,7 @@ def _hold_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     tolerance = digits * limits.eps * size + 8 * moved
     off = ratio(abs(float(value) - float(expected)), tolerance)
     if not off <= 1:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"{poses} in {value.dtype}\n"
             f"    your value         {value.item():.8g}\n"
             f"    in float64         {expected.item():.8g} ± {tolerance:.1e}",
@@ -448,13 +440,12 @@ def arguments(subject: Subject) -> Metrics:
     unused = [f"argument {name!r}" for name, effect in tried.items() if not effect]
     unused += [f"pose input {name!r}" for name in inputs if not _input_shows(subject, name)]
     if unused:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"{unused[0]} changes neither value nor weights at any probe",
             cause="it is ignored, or overwritten by a constant",
         )
     if not (tried or inputs):
-        raise Verdict("skip", "it takes no arguments of which others can be guessed")
+        raise Skip("it takes no arguments of which others can be guessed")
     return {"arguments": sorted([*tried, *inputs])}
 
 
@@ -474,7 +465,7 @@ def refused_arguments(subject: Subject) -> Metrics:
     given = constructor_arguments(subject.original, defaults=True)
     numbers = [name for name, value in given.items() if type(value) in (int, float)]
     if not numbers:
-        raise Verdict("skip", "it takes no numbers")
+        raise Skip("it takes no numbers")
     for name, bad in itertools.product(numbers, (math.nan, 0.0)):
         try:
             made = Subject(type(subject.original)(**{**given, name: bad}), subject.seed)
@@ -482,8 +473,7 @@ def refused_arguments(subject: Subject) -> Metrics:
         except Exception:
             continue
         if not value.isfinite():
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"{name}={bad} is accepted, and the value is {value.item()}",
                 cause="raise a ValueError in __init__ that names the argument and what it may be",
             )

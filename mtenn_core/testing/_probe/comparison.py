@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core.combination import NO_INPUTS, PoseInputs
-from mtenn_core.testing._checks.check import Metrics, Verdict
+from mtenn_core.testing._checks.check import Fail, Inconclusive, Metrics
 from mtenn_core.testing._probe.finite_differences import Estimate
 from mtenn_core.testing._probe.poses import Poses, listed
 
@@ -150,7 +150,8 @@ def judge(
 
     Raises
     ------
-    Verdict : some are wrong, or most are too uncertain to tell
+    Fail : some are wrong
+    Inconclusive : most are too uncertain to tell
     """
     if not comparisons:
         return {"comparisons": 0}
@@ -162,11 +163,10 @@ def judge(
     }
     if wrong:
         worst = max(wrong, key=_telling)
-        raise Verdict("fail", f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
+        raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
     # Most probes of what computes in float32, or of a stiff value, are far from where it is told.
     if metrics["inconclusive"] > 0.75 * len(comparisons):
-        raise Verdict(
-            "inconclusive",
+        raise Inconclusive(
             f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
             " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
             " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
