@@ -11,7 +11,19 @@ from __future__ import annotations
 
 from collections.abc import Collection
 
-from mtenn_core.testing._checks import chain_rule, derivatives, forward, side_effects, values
+from mtenn_core.testing._checks import (
+    arguments,
+    bad_input,
+    chain_rule,
+    copies,
+    derivatives,
+    extremes_and_nan,
+    forward,
+    precision,
+    repeated_calls,
+    side_effects,
+    values,
+)
 from mtenn_core.testing._checks.check import LEVELS, Check, Level
 
 CHECKS: tuple[Check, ...] = (
@@ -23,26 +35,26 @@ CHECKS: tuple[Check, ...] = (
     derivatives.own_parameters,
     values.reference,
     values.properties,
-    values.extremes,
-    values.low_precision,
-    values.arguments,
+    extremes_and_nan.extremes,
+    precision.low_precision,
+    arguments.arguments,
     derivatives.end_to_end,
     chain_rule.layout_of_gradients,
     chain_rule.many_poses,
     side_effects.purity,
-    side_effects.repeatable,
-    side_effects.isolated,
-    side_effects.modes,
+    repeated_calls.repeatable,
+    repeated_calls.isolated,
+    forward.modes,
     side_effects.memory,
-    side_effects.copies,
-    side_effects.double_backward,
-    forward.bad_input,
+    copies.copies,
+    derivatives.double_backward,
+    bad_input.bad_input,
     forward.value_of_predictions,
     forward.device,
-    forward.errors_that_name,
+    bad_input.errors_that_name,
     side_effects.freed_by_backward,
-    side_effects.shows_arguments,
-    values.refused_arguments,
+    copies.shows_arguments,
+    arguments.refused_arguments,
 )
 
 

@@ -10,7 +10,11 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import Combination, constructor_arguments, overrides
+from mtenn_core.combination import (
+    Combination,
+    constructor_arguments,
+    overrides,
+)
 from mtenn_core.model import MultiPoseModel
 from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
@@ -40,6 +44,8 @@ PROBES = (
     (6, 0.0, 1e-3),
     (6, 0.0, 30.0),
 )
+
+
 # ΔG in kT and in kcal/mol, pIC50, all of one sign, and numbers of poses beyond a handful.
 MORE_PROBES = (
     (3, -8.0, 2.0),
@@ -347,3 +353,23 @@ def step_table(subject: Subject, comparison: Comparison) -> str:
     rows = ("  ".join(column) for column in zip(*columns, strict=True))
     names = ("step size", "|error|  ")
     return "\n".join(f"    {name}  {row}" for name, row in zip(names, rows, strict=True))
+
+
+@check("A10", "double backward is right or an error")
+def double_backward(subject: Subject) -> Metrics:
+    """The gradients of the poses are numbers here: a second derivative cannot be right."""
+    step = subject.step({"w": (2,)})
+    (param,) = step.params.values()
+    # Not linear in the value: else its own derivative hides that of the combination.
+    loss = subject.call(step).square()
+    try:
+        (gradient,) = torch.autograd.grad(loss, param, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+    except Exception:
+        return {}
+    raise Fail(
+        f"a second backward made the gradient {param.grad}, without an error, of a part of the"
+        " Hessian alone",
+        cause="decorate backward with torch.autograd.function.once_differentiable, or raise where"
+        " torch.is_grad_enabled()",
+    )

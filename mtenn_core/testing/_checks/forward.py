@@ -1,4 +1,4 @@
-"""A, the form: what goes into ``forward`` and what comes out of it and of backward."""
+"""A: what goes into ``forward``, and what comes out of it and of backward."""
 
 from __future__ import annotations
 
@@ -8,11 +8,17 @@ from inspect import signature
 import torch
 from torch import Tensor
 
-from mtenn_core.combination import Combination, overrides
+from mtenn_core.combination import (
+    Combination,
+    overrides,
+)
 from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
 from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._probe.comparison import (
+    equal_with_nan,
+)
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Step, Subject
 
 
 @check("A1", "backward returns one gradient per parameter", "gate")
@@ -144,85 +150,6 @@ def order_of_names(subject: Subject) -> Metrics:
     return {"largest error in tolerances": hold_to_chain_rule(subject, shuffled, (1.0,))}
 
 
-_UNCHECKED = (
-    "lengths and names are not checked (zip stops at the shorter one, an empty list is a sum of 0):"
-    " call mtenn_core.gradients.check_gradients"
-)
-
-
-@check("A11", "bad input is an error")
-def bad_input(subject: Subject) -> Metrics:
-    """No number comes out of what does not fit together."""
-    for what, step, pred_list, grad_dict in _bad_inputs(subject):
-        try:
-            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
-            if value.requires_grad:
-                gradients_of(value, step.params)
-        except Exception:
-            continue
-        raise Fail(
-            f"{what}: expected an error; found the value {_number(value)}",
-            cause=_UNCHECKED,
-        )
-    return {}
-
-
-@check("A11q", "errors about bad input name what is wrong", "quality")
-def errors_that_name(subject: Subject) -> Metrics:
-    """The message names the parameter, where one is at fault."""
-    for what, step, pred_list, grad_dict in _bad_inputs(subject):
-        try:
-            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
-            torch.autograd.grad(value, list(step.params.values()))
-        except Exception as error:
-            if "'w10'" in what and "w10" not in str(error):
-                raise Fail(
-                    f"{what}: the error does not name it: {type(error).__name__}: {error}",
-                    cause=_UNCHECKED,
-                ) from None
-    step = subject.step({"w1": (2,), "w10": (2,)})
-    given = step.grad_dict()
-    odd = {
-        "gradients for 'w2', which is no parameter": given | {"w2": given["w1"]},
-        "gradients of 'w10' in float32": given | {"w10": [g.float() for g in given["w10"]]},
-    }
-    for what, grad_dict in odd.items():
-        try:
-            subject.gradients(step, grad_dict=grad_dict)
-        except Exception:
-            continue
-        raise Fail(f"{what}: expected an error", cause=_UNCHECKED)
-    return {}
-
-
-def _bad_inputs(
-    subject: Subject,
-) -> list[tuple[str, Step, list[Tensor], dict[str, list[Tensor]]]]:
-    """Return what is wrong, and a step with its ``pred_list`` and ``grad_dict``."""
-    step = subject.step({"w1": (2,), "w10": (2,)}, subject.n_poses(2) + 1)
-    full, predictions = step.grad_dict(), step.pred_list()
-    first, last = {"w1": full["w1"]}, full["w10"]
-    return [
-        ("no pose", step, [], {"w1": [], "w10": []}),
-        ("no pose, but gradients", step, [], full),
-        ("a gradient too few for 'w10'", step, predictions, {**first, "w10": last[:-1]}),
-        ("a gradient too many for 'w10'", step, predictions, {**first, "w10": [*last, last[0]]}),
-        ("a prediction too few", step, predictions[:-1], full),
-        ("a prediction too many", step, [*predictions, predictions[0]], full),
-        ("no gradients for 'w10'", step, predictions, first),
-        ("predictions of shape (3,)", step, [p.expand(3).clone() for p in predictions], full),
-    ]
-
-
-def _for(step: Step, pred_list: list[Tensor]) -> Step:
-    """Return the step with inputs for as many poses: their number alone would be an error."""
-    return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
-
-
-def _number(value: object) -> object:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
 @check("A12", "the value depends on the predictions alone")
 def value_of_predictions(subject: Subject) -> Metrics:
     """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
@@ -291,3 +218,62 @@ def _on_meta(subject: Subject) -> list[Tensor]:
         value = combination(*given, **inputs)
         made += [value, *torch.autograd.grad(value, params)]
     return made
+
+
+@check("A7", "it works without gradients, and with frozen and unused parameters")
+def modes(subject: Subject) -> Metrics:
+    """Under no_grad and inference_mode; parameters that are frozen, unused, or not there."""
+    step = subject.step()
+    value = subject.call(step)
+    nothing = Step(step.poses, {}, {})
+    with torch.no_grad():
+        found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
+        if found["under no_grad"].requires_grad:
+            raise Fail(
+                "under no_grad: the output requires a gradient",
+                cause="the grad mode is switched on in forward (enable_grad, set_grad_enabled)",
+            )
+    with torch.inference_mode():
+        found["under inference_mode"] = subject.call(step).clone()
+    found["with no parameters"] = subject.call(nothing)
+    for what, other in found.items():
+        if not equal_with_nan(value, other):
+            raise Fail(
+                f"{what}: expected the value {value.item():.17g}; found {other.item():.17g}",
+            )
+    _frozen(subject, step)
+    _unused(subject, step)
+    _without_elements(subject)
+    return {}
+
+
+def _without_elements(subject: Subject) -> None:
+    step = subject.step({"w": (2,), "empty": (0, 2)})
+    if subject.gradients(step)["empty"].shape != (0, 2):
+        raise Fail("a parameter without elements: its gradient has another shape")
+
+
+def _frozen(subject: Subject, step: Step) -> None:
+    expected = subject.gradients(step)
+    params = {n: p.detach().requires_grad_(n != "w2") for n, p in step.params.items()}
+    found = subject.gradients(Step(step.poses, step.gradients, params))
+    for name, gradient in found.items():
+        if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
+            raise Fail(
+                f"parameter {name!r}: another gradient while 'w2' is frozen",
+                cause="frozen parameters are dropped, and the gradients no longer line up",
+            )
+
+
+def _unused(subject: Subject, step: Step) -> None:
+    zero = {n: torch.zeros_like(g) if n == "w2" else g for n, g in step.gradients.items()}
+    value = subject.call(replace(step, gradients=zero))
+    (found,) = torch.autograd.grad(value, step.params["w2"], allow_unused=True)
+    if found is None or not (found == 0).all():
+        raise Fail(
+            "parameter 'w2', unused by every pose: expected a gradient of 0; found"
+            f" {found if found is None else found.flatten()[0].item()}",
+            cause="return zeros, not None"
+            if found is None
+            else "a division by the size of the gradient, or something added to it (weight decay)",
+        )

@@ -184,6 +184,13 @@ def _telling(comparison: Comparison) -> tuple[bool, bool, bool, int]:
     return one_of_several, along_one, small, math.frexp(min(comparison.off_by, 1e300))[1] // 4
 
 
+def equal_with_nan(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are the same to the last bit, NaN in the same places."""
+    return torch.equal(one, other) or (
+        one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    )
+
+
 def ratio(error: float, tolerance: float) -> float:
     """Return error / tolerance, 0 for no error, and infinity for one that is not a number."""
     if error == 0 or (tolerance == math.inf and not math.isnan(error)):

@@ -1,0 +1,171 @@
+"""A5 and A6: the same call gives the same numbers, whatever was called before or meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtenn_core.combination import (
+    Combination,
+    overrides,
+)
+from mtenn_core.testing._checks.arguments import alternatives
+from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._probe.comparison import (
+    equal_with_nan,
+)
+from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+
+N_THREADS = 8
+
+
+@check("A5", "the same call gives the same numbers")
+def repeatable(subject: Subject) -> Metrics:
+    """Forward twice, and backward twice with ``retain_graph``, to the last bit."""
+    step = subject.step(spread=1e-3)
+    first, second = subject.call(step), subject.call(step)
+    if not equal_with_nan(first, second):
+        raise Fail(
+            f"the same call gave {first.item():.17g} and then {second.item():.17g}",
+            cause="random numbers from elsewhere than torch's global state, which alone is replayed"
+            if subject.combination.stochastic
+            else "random numbers (declare stochastic = True), or state left by the first call",
+        )
+    go = torch.tensor(-3.7, dtype=first.dtype)  # 1 would hide a multiplication in place
+    for value in (first, second):
+        # Not as grad_outputs: to compare its shape, torch imports sympy, which takes a second.
+        value.register_hook(lambda _: go)
+    once = gradients_of(first, step.params, retain_graph=True)
+    twice = gradients_of(first, step.params, retain_graph=True)
+    again = gradients_of(second, step.params)
+    for name, gradient in once.items():
+        if not equal_with_nan(gradient, again[name]):
+            raise Fail(
+                f"parameter {name!r}: the same call gave two gradients",
+                cause="random numbers or a counter in backward, or state left by the first call",
+            )
+        if not equal_with_nan(gradient, twice[name]):
+            raise Fail(
+                f"parameter {name!r}: backward twice (retain_graph=True) gave two gradients",
+                cause="backward changes what forward has saved, in place",
+            )
+    return {}
+
+
+_SHARED = "a cache, or state that a call leaves behind on self, the class or the module"
+
+
+@check("A6", "calls do not disturb one another")
+def isolated(subject: Subject) -> Metrics:
+    """Two live calls, backward in both orders; two instances; threads."""
+    step = subject.step(spread=1e-3)
+    before = _value_and_gradients(subject, step)
+    others: list[tuple[str, Combination]] = [("a copy", subject.copy(torch.float64))]
+    others += [
+        (f"an instance with another {n!r}", Subject(c, subject.seed).combination)
+        for n, c in itertools.islice(alternatives(subject), 1)
+        if c.pose_inputs == subject.combination.pose_inputs
+    ]
+    for what, combination in (("a second call", subject.combination), *others):
+        for n_poses, spread in ((5, 1.0), (3, 1e-3)):
+            _two_live_calls(subject, what, combination, n_poses, spread)
+        if not all(map(equal_with_nan, before, _value_and_gradients(subject, step))):
+            raise Fail(f"other numbers once there is {what}", cause=_SHARED)
+    _weights_of_their_own(subject)
+    _inputs_of_this_call(subject)
+    buffers = dict(subject.combination.named_buffers())
+    if not (subject.combination.stochastic or buffers):
+        _in_threads(subject)
+    return {}
+
+
+def _weights_of_their_own(subject: Subject) -> None:
+    """Hold ``pose_weights`` to its argument, whatever ``combine`` was called with before."""
+    if not overrides(type(subject.combination), "pose_weights"):
+        return
+    n_poses = subject.n_poses(3)
+    one, two = subject.poses(n_poses), subject.poses(n_poses)
+    expected = subject.weights(one)
+    with subject.forgetting(), torch.no_grad():
+        if overrides(type(subject.combination), "combine"):
+            subject.combination.combine(two.predictions, **two.inputs)
+        found = subject.combination.pose_weights(one.predictions, **one.inputs)
+    if not equal_with_nan(expected, found):
+        raise Fail(
+            "pose_weights(y) gave other weights after combine of other predictions",
+            cause="state that combine leaves on self: compute it from the argument",
+        )
+
+
+def _inputs_of_this_call(subject: Subject) -> None:
+    """Hold the value to its pose inputs, whatever those of an earlier call were."""
+    step = subject.step(spread=1e-3)
+    for name in step.poses.inputs:
+        numbers = subject.poses(len(step.poses)).inputs[name]
+        other = replace(step, poses=step.poses.with_input(name, numbers))
+        expected = subject.call(other, combination=subject.copy(torch.float64))
+        subject.call(step)
+        found = subject.call(other)
+        if not equal_with_nan(expected, found):
+            raise Fail(
+                f"{other.poses}: expected the value {expected.item():.17g}; found"
+                f" {found.item():.17g} after a call with another {name!r}",
+                cause=_SHARED,
+            )
+
+
+def _two_live_calls(
+    subject: Subject, what: str, other: Combination, n_poses: int, spread: float
+) -> None:
+    one = subject.step(spread=spread)
+    two = subject.step(n_poses=max(n_poses, other.min_poses), spread=spread)
+    held = subject.gradients(one)
+    expected = {name: gradient.clone() for name, gradient in held.items()}
+    for other_first in (False, True):
+        value = subject.call(one)
+        meanwhile = subject.call(two, combination=other)
+        if other_first:
+            gradients_of(meanwhile, two.params)
+        found = gradients_of(value, one.params)
+        for name, gradient in expected.items():
+            if not equal_with_nan(gradient, found[name]):
+                raise Fail(
+                    f"parameter {name!r}: another gradient after {what} between forward and"
+                    " backward",
+                    cause="state on self, the class or the module, which belongs to the last call:"
+                    " keep it on ctx",
+                )
+    gradients_of(subject.call(two, combination=other), two.params)
+    if any(not equal_with_nan(held[name], expected[name]) for name in held):
+        raise Fail(
+            f"gradients that were handed out have changed after {what}",
+            cause="a buffer that every backward writes to: return a tensor of its own",
+        )
+    if not equal_with_nan(subject.call(one), value):
+        raise Fail(
+            f"another value after {what}",
+            cause=_SHARED,
+        )
+
+
+def _in_threads(subject: Subject) -> None:
+    steps = [subject.step() for _ in range(N_THREADS)]
+    alone = [_value_and_gradients(subject, step) for step in steps]
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        found = list(pool.map(partial(_value_and_gradients, subject), 5 * steps))
+    for one, other in zip(5 * alone, found, strict=True):
+        if not all(map(equal_with_nan, one, other)):
+            raise Fail(
+                f"{N_THREADS} threads at once gave other numbers than one after the other",
+                cause="state that the threads share",
+            )
+
+
+def _value_and_gradients(subject: Subject, step: Step) -> list[Tensor]:
+    value = subject.call(step)
+    return [value.detach(), *gradients_of(value, step.params).values()]
