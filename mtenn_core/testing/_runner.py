@@ -89,7 +89,7 @@ def check_combination(
             report.records.append(record)
             on_record(record)
         if level != "gate" and not only:
-            with _undisturbed(seed):
+            with _restored_process_state(seed):
                 report.curves.update(curves(partial(_subject, combination, level, seed)))
     return report
 
@@ -100,7 +100,7 @@ def _subject(combination: Combination, level: Level, seed: int) -> Subject:
 
 
 @contextmanager
-def _undisturbed(seed: int) -> Iterator[None]:
+def _restored_process_state(seed: int) -> Iterator[None]:
     with preserved_process_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # probes go where a user's numbers do not
         # Not torch.manual_seed, which takes a millisecond: it looks for devices to seed.
@@ -113,7 +113,7 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
     status: Status = "pass"
     reason, cause, metrics = "", "", {}
     try:
-        with _undisturbed(seed):
+        with _restored_process_state(seed):
             metrics = check.run(make())
     except Outcome as outcome:
         status, reason = outcome.status, str(outcome)

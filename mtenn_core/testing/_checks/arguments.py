@@ -41,7 +41,7 @@ def arguments(subject: Subject) -> Metrics:
         effect = _differs(subject, with_other)
         tried[name] = tried.get(name, False) or effect
         if effect:
-            _hold_derivative(with_other, subject)
+            _check_derivative(with_other, subject)
     inputs = subject.combination.pose_inputs
     unused = [f"argument {name!r}" for name, effect in tried.items() if not effect]
     unused += [f"pose input {name!r}" for name in inputs if not _input_shows(subject, name)]
@@ -58,7 +58,7 @@ def arguments(subject: Subject) -> Metrics:
 def _input_shows(subject: Subject, name: str) -> bool:
     """Whether other numbers for a pose input change the value, or the weights."""
     for n, base, spread in EFFECTS:
-        poses, other = (subject.poses(subject.n_poses(n), base, spread) for _ in range(2))
+        poses, other = (subject.probes.poses(n, base, spread) for _ in range(2))
         changed = poses.with_input(name, other.inputs[name])
         if not all(torch.equal(f(poses), f(changed)) for f in (subject.value, subject.weights)):
             return True
@@ -75,7 +75,7 @@ def refused_arguments(subject: Subject) -> Metrics:
     for name, bad in itertools.product(numbers, (math.nan, 0.0)):
         try:
             made = Subject(type(subject.original)(**{**given, name: bad}), subject.seed)
-            value = made.value(made.poses(made.n_poses(3)))
+            value = made.value(made.probes.poses(3))
         except Exception:
             continue
         if not value.isfinite():
@@ -86,10 +86,10 @@ def refused_arguments(subject: Subject) -> Metrics:
     return {}
 
 
-def _hold_derivative(subject: Subject, before: Subject) -> None:
+def _check_derivative(subject: Subject, before: Subject) -> None:
     """Hold a combination to its derivative where another instance was called before it."""
     points = [
-        subject.poses(subject.n_poses(n), base, spread)
+        subject.probes.poses(n, base, spread)
         for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.1), (3, 0.0, 1e-3), (5, 7.0, 0.01))
     ]
     for poses in points:
@@ -115,12 +115,12 @@ def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
         return
     for name, value in given.items():
         if name in parameters and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
-            for other in _others(value, parameters[name].annotation):
-                yield from _made(subject, name, cls, {**given, name: other})
+            for other in _other_values(value, parameters[name].annotation):
+                yield from _valid_instance(subject, name, cls, {**given, name: other})
     for example in cls.examples if isinstance(cls.examples, list | tuple) else ():
         for name in example:
             if not _same_argument(given.get(name), example[name]):
-                yield from _made(subject, name, cls, {**given, **example})
+                yield from _valid_instance(subject, name, cls, {**given, **example})
 
 
 def _same_argument(one: Any, other: Any) -> bool:
@@ -130,21 +130,21 @@ def _same_argument(one: Any, other: Any) -> bool:
         return one is other
 
 
-def _made(
+def _valid_instance(
     subject: Subject, name: str, cls: type[Combination], arguments: dict[str, Any]
 ) -> Iterator[tuple[str, Combination]]:
     try:
         made = cls(**arguments)
         probe = Subject(made, subject.seed)
-        value = probe.value(probe.poses(probe.n_poses(3)))
-        weights = probe.weights(probe.poses(probe.n_poses(3)))
+        value = probe.value(probe.probes.poses(3))
+        weights = probe.weights(probe.probes.poses(3))
     except Exception:  # a guess need not be allowed
         return
     if value.isfinite() and weights.isfinite().all():
         yield name, made
 
 
-def _others(value: Any, annotation: Any) -> list[Any]:
+def _other_values(value: Any, annotation: Any) -> list[Any]:
     """Return other values for an argument."""
     others: list[Any] = []
     if isinstance(value, bool):
@@ -171,7 +171,9 @@ def _differs(subject: Subject, other: Subject) -> bool:
     if any(getattr(ours, fact) != getattr(theirs, fact) for fact in facts):
         return True
     for n, base, spread in EFFECTS:
-        poses = subject.poses(max(subject.n_poses(n), other.n_poses(n)), base, spread)
+        poses = subject.probes.poses(
+            max(subject.probes.n_poses(n), other.probes.n_poses(n)), base, spread
+        )
         try:
             same = torch.equal(subject.value(poses), other.value(poses)) and torch.equal(
                 subject.weights(poses), other.weights(poses)
@@ -187,7 +189,7 @@ def _same_after_calls(subject: Subject, other: Subject) -> bool:
     """Whether two combinations are left with the same buffers by the same calls."""
     one, two = subject.copy(torch.float64), other.copy(torch.float64)
     for _ in range(2):
-        step = subject.step(n_poses=max(subject.n_poses(3), other.n_poses(3)))
+        step = subject.probes.step(n_poses=max(subject.probes.n_poses(3), other.probes.n_poses(3)))
         subject.call(step, combination=one)
         subject.call(step, combination=two)
     buffers = zip(one.buffers(), two.buffers(), strict=True)

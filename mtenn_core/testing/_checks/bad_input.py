@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from mtenn_core.testing._checks.check import Fail, Metrics, check
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 _UNCHECKED = (
     "lengths and names are not checked (zip stops at the shorter one, an empty list is a sum of 0):"
@@ -21,7 +22,9 @@ def bad_input(subject: Subject) -> Metrics:
     """No number comes out of what does not fit together."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):
         try:
-            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
+            value = subject.call(
+                _step_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict
+            )
             if value.requires_grad:
                 gradients_of(value, step.params)
         except Exception:
@@ -38,7 +41,9 @@ def errors_that_name(subject: Subject) -> Metrics:
     """The message names the parameter, where one is at fault."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):
         try:
-            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
+            value = subject.call(
+                _step_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict
+            )
             torch.autograd.grad(value, list(step.params.values()))
         except Exception as error:
             if "'w10'" in what and "w10" not in str(error):
@@ -46,7 +51,7 @@ def errors_that_name(subject: Subject) -> Metrics:
                     f"{what}: the error does not name it: {type(error).__name__}: {error}",
                     cause=_UNCHECKED,
                 ) from None
-    step = subject.step({"w1": (2,), "w10": (2,)})
+    step = subject.probes.step({"w1": (2,), "w10": (2,)})
     given = step.grad_dict()
     odd = {
         "gradients for 'w2', which is no parameter": given | {"w2": given["w1"]},
@@ -65,7 +70,7 @@ def _bad_inputs(
     subject: Subject,
 ) -> list[tuple[str, Step, list[Tensor], dict[str, list[Tensor]]]]:
     """Return what is wrong, and a step with its ``pred_list`` and ``grad_dict``."""
-    step = subject.step({"w1": (2,), "w10": (2,)}, subject.n_poses(2) + 1)
+    step = subject.probes.step({"w1": (2,), "w10": (2,)}, subject.probes.n_poses(2) + 1)
     full, predictions = step.grad_dict(), step.pred_list()
     first, last = {"w1": full["w1"]}, full["w10"]
     return [
@@ -80,7 +85,7 @@ def _bad_inputs(
     ]
 
 
-def _for(step: Step, pred_list: list[Tensor]) -> Step:
+def _step_for(step: Step, pred_list: list[Tensor]) -> Step:
     """Return the step with inputs for as many poses: their number alone would be an error."""
     return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
 

@@ -19,7 +19,9 @@ from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
 from mtenn_core.testing._probe.finite_differences import resolution
 from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.tensors import tensors_in
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # A loss hands backward any number; 1 and 0 alone would not show abs, square, sign or clamp of it.
 GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
@@ -29,7 +31,7 @@ GradDict = dict[str, list[Tensor]]
 @check("B1", "backward is the chain rule", "gate")
 def chain_rule(subject: Subject) -> Metrics:
     """For random gradients of the poses and of the loss."""
-    worst = hold_to_chain_rule(subject, subject.step(), GRAD_OUTPUTS)
+    worst = check_chain_rule(subject, subject.probes.step(), GRAD_OUTPUTS)
     return {"largest error in tolerances": worst}
 
 
@@ -38,15 +40,15 @@ def layout_of_gradients(subject: Subject) -> Metrics:
     """Transposed, strided, offset and expanded gradients, and views of one buffer."""
     worst = 0.0
     for layout in (_transposed, _strided, _offset, _of_one_buffer):
-        step = subject.step()
-        worst = max(worst, hold_to_chain_rule(subject, step, (1.0,), layout=layout))
-    step = subject.step()
+        step = subject.probes.step()
+        worst = max(worst, check_chain_rule(subject, step, (1.0,), layout=layout))
+    step = subject.probes.step()
     for equal in (
         {n: g[..., :1].expand_as(g) if g.dim() > 1 else g for n, g in step.gradients.items()},
         {n: g[:1].expand_as(g) for n, g in step.gradients.items()},
     ):
         same = replace(step, gradients=equal)
-        worst = max(worst, hold_to_chain_rule(subject, same, (1.0,), layout=_as_it_is))
+        worst = max(worst, check_chain_rule(subject, same, (1.0,), layout=_as_it_is))
     return {"largest error in tolerances": worst}
 
 
@@ -78,9 +80,9 @@ def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
 @check("B3", "a thousand poses work, in linear work")
 def many_poses(subject: Subject) -> Metrics:
     """Derivative and chain rule for many poses, and work that grows with their number."""
-    step = subject.step({"w": (3,), "b": ()}, 1000)
-    worst = hold_to_chain_rule(subject, step, (1.0,))
-    comparisons, cause = compare_weights(subject, [subject.poses(subject.n_poses(300))])
+    step = subject.probes.step({"w": (3,), "b": ()}, 1000)
+    worst = check_chain_rule(subject, step, (1.0,))
+    comparisons, cause = compare_weights(subject, [subject.probes.poses(300)])
     if any(comparison.wrong for comparison in comparisons):
         judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
     growth = _work(subject, 128) / max(_work(subject, 32), 1)
@@ -107,9 +109,9 @@ class _Elements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = _tensors(args)
+        inputs = list(tensors_in(args))
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        outputs = _tensors(result if isinstance(result, list | tuple) else (result,))
+        outputs = list(tensors_in(result))
         views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
         if not views or func._schema.is_mutable:
             self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
@@ -118,21 +120,11 @@ class _Elements(TorchDispatchMode):
         return result
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
-
-
 def _work(subject: Subject, n_poses: int) -> int:
     """Return the elements handled for 256 entries of a parameter more."""
     counts = []
     for size in (16, 272):
-        step = subject.step({"w": (size,)}, n_poses)
+        step = subject.probes.step({"w": (size,)}, n_poses)
         pred_list, grad_dict = step.pred_list(), step.grad_dict()
         with _Elements() as elements:
             gradients_of(subject.call(step, pred_list=pred_list, grad_dict=grad_dict), step.params)
@@ -140,7 +132,7 @@ def _work(subject: Subject, n_poses: int) -> int:
     return counts[1] - counts[0]
 
 
-def hold_to_chain_rule(
+def check_chain_rule(
     subject: Subject,
     step: Step,
     grad_outputs: Sequence[float],
@@ -159,7 +151,7 @@ def hold_to_chain_rule(
     """
     weights = subject.weights(step.poses)
     # Of values, not of the weights: those of a mean of four are the same number in every dtype.
-    probes = [subject.poses(len(weights)).row() for _ in range(8)]
+    probes = [subject.probes.poses(len(weights)).row() for _ in range(8)]
     eps = resolution(subject.values(torch.stack(probes)))
     worst = 0.0
     for go in grad_outputs:
@@ -172,11 +164,11 @@ def hold_to_chain_rule(
                 continue
             if gradient is None:
                 raise Fail(f"parameter {name!r}: backward returned no gradient")
-            worst = max(worst, _hold(subject, step, name, go, gradient, weights, eps))
+            worst = max(worst, _check_parameter(subject, step, name, go, gradient, weights, eps))
     return worst
 
 
-def _hold(
+def _check_parameter(
     subject: Subject,
     step: Step,
     name: str,

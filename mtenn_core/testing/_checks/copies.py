@@ -16,7 +16,7 @@ from mtenn_core.combination import (
 )
 from mtenn_core.testing._checks.arguments import alternatives
 from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
-from mtenn_core.testing._checks.side_effects import _call_unguarded
+from mtenn_core.testing._checks.side_effects import call_keeping_state
 from mtenn_core.testing._probe.comparison import (
     equal_with_nan,
 )
@@ -27,19 +27,19 @@ from mtenn_core.testing._probe.subject import Subject
 def copies(subject: Subject) -> Metrics:
     """deepcopy, pickle, and state_dict into an instance that is made anew."""
     original = subject.copy(torch.float64)
-    step = subject.step()
+    step = subject.probes.step()
     for _ in range(2):  # what it learns or counts by being called must be kept, too
-        _call_unguarded(original, step)
+        call_keeping_state(original, step)
     made = {"deepcopy": copy.deepcopy(original)}
     if _importable(type(original)):
         made["pickle"] = pickle.loads(pickle.dumps(original))
-    anew = _anew(subject)
+    anew = _new_instance(subject)
     if anew is not None:
         _load(original, anew)
         made["state_dict"] = anew
     for how, other in made.items():
         for spread in (1.0, 0.1):
-            poses = subject.poses(subject.n_poses(3), 0.0, spread)
+            poses = subject.probes.poses(3, 0.0, spread)
             # Not of copies: what a copy loses, two copies lose.
             ours, theirs = (Subject(c, subject.seed, copied=False) for c in (original, other))
             same = equal_with_nan(ours.value(poses), theirs.value(poses))
@@ -69,7 +69,7 @@ def _importable(cls: type) -> bool:
     return found is cls
 
 
-def _anew(subject: Subject) -> Combination | None:
+def _new_instance(subject: Subject) -> Combination | None:
     try:
         args, kwargs = vars(subject.original)["_arguments"]
         return type(subject.original)(*copy.deepcopy(args), **copy.deepcopy(kwargs)).double()

@@ -27,7 +27,9 @@ from mtenn_core.testing._probe.finite_differences import (
 )
 from mtenn_core.testing._probe.likely_causes import NOT_FINITE, Point, cause_in_weights
 from mtenn_core.testing._probe.poses import Poses
-from mtenn_core.testing._probe.subject import LARGEST_STEP, Subject
+from mtenn_core.testing._probe.probes import LARGEST_STEP
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.tensors import tensors_in
 
 # (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
 PROBES = (
@@ -77,9 +79,9 @@ def pose_weights(subject: Subject) -> Metrics:
 
 def _probes(subject: Subject) -> list[Poses]:
     probes = PROBES + MORE_PROBES if subject.thorough else PROBES
-    points = [subject.poses(subject.n_poses(n), base, spread) for n, base, spread in probes]
+    points = [subject.probes.poses(n, base, spread) for n, base, spread in probes]
     if subject.thorough:
-        poses = subject.poses(subject.n_poses(4))
+        poses = subject.probes.poses(4)
         ascending = poses.predictions.argsort().tolist()
         points += [poses[ascending], poses[ascending[::-1]]]
         if subject.combination.smooth:
@@ -122,7 +124,7 @@ def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses,
     ladders = []
     for n_poses, group in groups.items():
         along = directions[n_poses]
-        steps = torch.tensor([subject.first_step(poses.predictions) for poses in group])
+        steps = torch.tensor([subject.probes.first_step(poses.predictions) for poses in group])
         ladders.append(
             climb(
                 subject.values,
@@ -184,8 +186,8 @@ def scales_of(combination: Combination) -> dict[str, float]:
 @check("C2", "a whole model trains with it")
 def end_to_end(subject: Subject) -> Metrics:
     """A small network, a nonlinear loss, by stored gradients and by autograd, all parameters."""
-    poses = subject.poses(subject.n_poses(4), 0.0, 0.5)
-    features = torch.cat([subject.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
+    poses = subject.probes.poses(4, 0.0, 0.5)
+    features = torch.cat([subject.probes.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
     network = _Network(subject, poses.predictions)
     theta = torch.cat([p.detach().flatten() for p in network.parameters()])
     directions = _by_parameter(subject, network)
@@ -223,9 +225,13 @@ class _Network(torch.nn.Module):
             torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1), torch.nn.Tanh()
         ).double()
         for param in self.parameters():
-            param.data.copy_(torch.round(subject.randn(*param.shape) * 2**10) / 2**10)
+            param.data.copy_(torch.round(subject.probes.randn(*param.shape) * 2**10) / 2**10)
         # Within the domain, and without changing the order of poses where that has kinks.
-        room = subject.first_step(means) if subject.bounded or not subject.combination.smooth else 1
+        room = (
+            subject.probes.first_step(means)
+            if subject.bounded or not subject.combination.smooth
+            else 1
+        )
         self.size = min(0.5, room / 2)
 
     def forward(self, pose: Tensor) -> Tensor:
@@ -257,21 +263,21 @@ def _gradient(
     params = list(network.parameters())
     torch.nn.utils.vector_to_parameters(theta, params)
     model = MultiPoseModel(network, subject.combination, gradients=mode)  # type: ignore[arg-type]
-    with subject.forgetting():
-        prediction = model(list(features), pose_inputs=poses.handed()).prediction
+    with subject.restored_state():
+        prediction = model(list(features), pose_inputs=poses.copied_inputs()).prediction
     return torch.cat([g.flatten() for g in torch.autograd.grad(_loss(prediction), params)])
 
 
 def _by_parameter(subject: Subject, network: _Network) -> Tensor:
     """Return one random direction within each parameter, shape (n_params, n_entries)."""
-    blocks = [subject.randn(1, p.numel()).sign() for p in network.parameters()]
+    blocks = [subject.probes.randn(1, p.numel()).sign() for p in network.parameters()]
     return torch.block_diag(*blocks)
 
 
 @check("C3", "own parameters have their gradient", "gate")
 def own_parameters(subject: Subject) -> Metrics:
     """A learnable temperature, say; at the level full, at other settings than the first too."""
-    _no_hidden_parameters(subject.combination)
+    _check_no_hidden_parameters(subject.combination)
     own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
     if not own:
         raise Skip("it has no parameters of its own")
@@ -280,7 +286,7 @@ def own_parameters(subject: Subject) -> Metrics:
         with torch.no_grad():
             for param in own.values():
                 # Near by and of the same sign, since not all numbers need be allowed.
-                factor = 1 + 0.3 * subject.randn(*param.shape).tanh()
+                factor = 1 + 0.3 * subject.probes.randn(*param.shape).tanh()
                 param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
         comparisons += _of_own_parameters(subject, list(own))
         more, cause = compare_weights(subject, _probes(subject)[:6])
@@ -297,7 +303,7 @@ def own_parameters(subject: Subject) -> Metrics:
 def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     comparisons = []
     for spread in (1.0, 0.1, 1e-3):
-        poses = subject.poses(subject.n_poses(3), 0.0, spread)
+        poses = subject.probes.poses(3, 0.0, spread)
         for name in names:
             param = subject.combination.get_parameter(name)
             directions = directions_for(subject, param.numel())
@@ -312,13 +318,13 @@ def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     return comparisons
 
 
-def _no_hidden_parameters(combination: Combination) -> None:
+def _check_no_hidden_parameters(combination: Combination) -> None:
     known = {id(param) for param in combination.parameters()}
     for module in combination.modules():
         for name, value in vars(module).items():
             if name == "_arguments":
                 continue
-            for tensor in _tensors_in(value):
+            for tensor in tensors_in(value):
                 if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
                     raise Fail(
                         f"{name!r} requires a gradient and is not among parameters(): no optimizer"
@@ -327,24 +333,17 @@ def _no_hidden_parameters(combination: Combination) -> None:
                     )
 
 
-def _tensors_in(value: object) -> list[Tensor]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    values = value if isinstance(value, list | tuple) else [value]
-    return [each for each in values if isinstance(each, Tensor)]
-
-
 def directions_for(subject: Subject, n: int) -> Tensor:
     """Return every axis for few inputs, else two random directions; shape (n_directions, n)."""
     if n <= (6 if subject.thorough else 4):
         return torch.eye(n, dtype=torch.float64)
     # Entries ±1/2 and ±1: steps along them are exact.
-    return subject.randn(2, n).sign() * (3 + subject.randn(2, n).sign()) / 4
+    return subject.probes.randn(2, n).sign() * (3 + subject.probes.randn(2, n).sign()) / 4
 
 
 def step_table(subject: Subject, comparison: Comparison) -> str:
     """Return |central difference - weight| against step size, as text."""
-    first_step = subject.first_step(comparison.predictions)
+    first_step = subject.probes.first_step(comparison.predictions)
     steps, differences = central_differences(
         subject.values, comparison.poses.row(), comparison.direction, first_step
     )
@@ -358,7 +357,7 @@ def step_table(subject: Subject, comparison: Comparison) -> str:
 @check("A10", "double backward is right or an error")
 def double_backward(subject: Subject) -> Metrics:
     """The gradients of the poses are numbers here: a second derivative cannot be right."""
-    step = subject.step({"w": (2,)})
+    step = subject.probes.step({"w": (2,)})
     (param,) = step.params.values()
     # Not linear in the value: else its own derivative hides that of the combination.
     loss = subject.call(step).square()

@@ -16,14 +16,14 @@ from mtenn_core.testing._probe.subject import Subject
 @check("D3", "extreme predictions are survived")
 def extremes(subject: Subject) -> Metrics:
     """Finite at 1e4 and for ties; NaN for NaN."""
-    n = subject.n_poses(3)
+    n = subject.probes.n_poses(3)
     cases = {
-        "predictions near 1e4": subject.poses(n, 1e4, 1.0),
-        "predictions near -1e4": subject.poses(n, -1e4, 1.0),
-        "predictions from -1e4 to 1e4": subject.poses(n, 0.0, 1e4),
+        "predictions near 1e4": subject.probes.poses(n, 1e4, 1.0),
+        "predictions near -1e4": subject.probes.poses(n, -1e4, 1.0),
+        "predictions from -1e4 to 1e4": subject.probes.poses(n, 0.0, 1e4),
     }
     if subject.combination.smooth:
-        poses = subject.poses(n)
+        poses = subject.probes.poses(n)
         cases["equal predictions"] = poses.tied()
         cases["the same pose twice"] = poses[[0, *range(n - 1)]]
     for what, poses in cases.items():
@@ -34,9 +34,9 @@ def extremes(subject: Subject) -> Metrics:
                 f" and the weights [{listed(weights)}]",
                 cause=_infinite_cause(what, value),
             )
-    poses = subject.poses(n)
+    poses = subject.probes.poses(n)
     for turn in range(n):  # so that the best pose stands in each place
-        _nan_shows(subject, poses.map(partial(torch.roll, shifts=turn)))
+        _check_nan(subject, poses.map(partial(torch.roll, shifts=turn)))
     return {}
 
 
@@ -51,7 +51,7 @@ def _infinite_cause(what: str, value: Tensor) -> str:
     return "a division by the spread of the predictions, which is 0 for ties"
 
 
-def _nan_shows(subject: Subject, poses: Poses) -> None:
+def _check_nan(subject: Subject, poses: Poses) -> None:
     """NaN among the predictions must be NaN in the value, or else selected away as any other."""
     if "ignores_nan" in subject.combination.properties:
         return
@@ -66,7 +66,7 @@ def _nan_shows(subject: Subject, poses: Poses) -> None:
     # The best k may leave a pose out, as long as NaN is the worst in whatever place it stands.
     selects = not (subject.combination.smooth or any(value.isnan() for *_, value in values))
     for pose, broken, value in unseen:
-        if selects and _passed_over(subject, broken, value):
+        if selects and _selects_around_nan(subject, broken, value):
             continue
         raise Fail(
             f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
@@ -75,7 +75,7 @@ def _nan_shows(subject: Subject, poses: Poses) -> None:
         )
 
 
-def _passed_over(subject: Subject, broken: Poses, value: Tensor) -> bool:
+def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
     """Whether the value is that with the lowest or the highest number in the place of NaN."""
     low, high = subject.combination.domain
     ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)

@@ -12,13 +12,14 @@ from mtenn_core.combination import (
     Combination,
     overrides,
 )
-from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
+from mtenn_core.testing._checks.chain_rule import check_chain_rule
 from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._probe.comparison import (
     equal_with_nan,
 )
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
-from mtenn_core.testing._probe.subject import Step, Subject
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step
 
 
 @check("A1", "backward returns one gradient per parameter", "gate")
@@ -27,11 +28,11 @@ def raw_return(subject: Subject) -> Metrics:
     if not subject.full_depth:
         raise Skip("it has no forward of its own")
     for dtype in (torch.float64, torch.float32):
-        _hold_to_form(subject.step().to(dtype), subject, dtype)
+        _check_returned(subject.probes.step().to(dtype), subject, dtype)
     return {}
 
 
-def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
+def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     value = subject.call(step, combination=subject.copy(dtype))
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
         raise Skip("the output is not that of an autograd.Function")
@@ -71,11 +72,11 @@ def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
 @check("A2", "the output is a scalar with a gradient", "gate")
 def output(subject: Subject) -> Metrics:
     """Shape (), dtype of the predictions, attached to the parameters."""
-    _takes_its_inputs(subject.combination)
-    _keeps_dtype(subject)
-    for n_poses in sorted({subject.n_poses(n) for n in (1, 2, 3)}):
+    _check_signatures(subject.combination)
+    _check_dtype(subject)
+    for n_poses in sorted({subject.probes.n_poses(n) for n in (1, 2, 3)}):
         for shape in ((), (1,)):
-            step = subject.step({"p": (2,)}, n_poses)
+            step = subject.probes.step({"p": (2,)}, n_poses)
             pred_list = [prediction.reshape(shape) for prediction in step.pred_list()]
             found = subject.call(step, pred_list=pred_list)
             where = f"{n_poses} pose(s) of shape {shape}"
@@ -101,7 +102,7 @@ def output(subject: Subject) -> Metrics:
     return {}
 
 
-def _takes_its_inputs(combination: Combination) -> None:
+def _check_signatures(combination: Combination) -> None:
     """Hold what its methods take, beside the predictions, to what it declares."""
     handed: dict[str, tuple[str, ...]] = {
         "combine": ("predictions",),
@@ -126,8 +127,8 @@ def _takes_its_inputs(combination: Combination) -> None:
             ) from None
 
 
-def _keeps_dtype(subject: Subject) -> None:
-    step = subject.step()
+def _check_dtype(subject: Subject) -> None:
+    step = subject.probes.step()
     try:
         value = subject.call(replace(step.to(torch.float32), poses=step.poses))
     except Exception:  # float32 parameters beside float64 predictions may be refused
@@ -144,18 +145,20 @@ def order_of_names(subject: Subject) -> Metrics:
     """``param_names`` and the keys of ``grad_dict`` are ordered independently."""
     # All of one shape: autograd itself would notice another. In no order that sorting gives.
     names = ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight")
-    step = subject.step(dict.fromkeys(names, (3,)))
-    order = subject.permutation(len(names))
+    step = subject.probes.step(dict.fromkeys(names, (3,)))
+    order = subject.probes.permutation(len(names))
     shuffled = Step(step.poses, step.gradients, {names[i]: step.params[names[i]] for i in order})
-    return {"largest error in tolerances": hold_to_chain_rule(subject, shuffled, (1.0,))}
+    return {"largest error in tolerances": check_chain_rule(subject, shuffled, (1.0,))}
 
 
 @check("A12", "the value depends on the predictions alone")
 def value_of_predictions(subject: Subject) -> Metrics:
     """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
-    step = subject.step()
-    params = {name: subject.randn(*p.shape).requires_grad_() for name, p in step.params.items()}
-    gradients = {name: 100 * subject.randn(*g.shape) for name, g in step.gradients.items()}
+    step = subject.probes.step()
+    params = {
+        name: subject.probes.randn(*p.shape).requires_grad_() for name, p in step.params.items()
+    }
+    gradients = {name: 100 * subject.probes.randn(*g.shape) for name, g in step.gradients.items()}
     others = {
         "other gradients": Step(step.poses, gradients, step.params),
         "other parameters": Step(step.poses, step.gradients, params),
@@ -202,7 +205,7 @@ def device(subject: Subject) -> Metrics:
 def _on_meta(subject: Subject) -> list[Tensor]:
     """Return what a copy on the meta device makes of predictions there."""
     combination = subject.copy(torch.float64).to("meta")
-    step = subject.step()
+    step = subject.probes.step()
     poses = step.poses.map(lambda numbers: numbers.to("meta"))
     predictions, inputs = poses.predictions.requires_grad_(), poses.inputs
     made = []
@@ -223,7 +226,7 @@ def _on_meta(subject: Subject) -> list[Tensor]:
 @check("A7", "it works without gradients, and with frozen and unused parameters")
 def modes(subject: Subject) -> Metrics:
     """Under no_grad and inference_mode; parameters that are frozen, unused, or not there."""
-    step = subject.step()
+    step = subject.probes.step()
     value = subject.call(step)
     nothing = Step(step.poses, {}, {})
     with torch.no_grad():
@@ -241,19 +244,19 @@ def modes(subject: Subject) -> Metrics:
             raise Fail(
                 f"{what}: expected the value {value.item():.17g}; found {other.item():.17g}",
             )
-    _frozen(subject, step)
-    _unused(subject, step)
-    _without_elements(subject)
+    _check_frozen(subject, step)
+    _check_unused(subject, step)
+    _check_without_elements(subject)
     return {}
 
 
-def _without_elements(subject: Subject) -> None:
-    step = subject.step({"w": (2,), "empty": (0, 2)})
+def _check_without_elements(subject: Subject) -> None:
+    step = subject.probes.step({"w": (2,), "empty": (0, 2)})
     if subject.gradients(step)["empty"].shape != (0, 2):
         raise Fail("a parameter without elements: its gradient has another shape")
 
 
-def _frozen(subject: Subject, step: Step) -> None:
+def _check_frozen(subject: Subject, step: Step) -> None:
     expected = subject.gradients(step)
     params = {n: p.detach().requires_grad_(n != "w2") for n, p in step.params.items()}
     found = subject.gradients(Step(step.poses, step.gradients, params))
@@ -265,7 +268,7 @@ def _frozen(subject: Subject, step: Step) -> None:
             )
 
 
-def _unused(subject: Subject, step: Step) -> None:
+def _check_unused(subject: Subject, step: Step) -> None:
     zero = {n: torch.zeros_like(g) if n == "w2" else g for n, g in step.gradients.items()}
     value = subject.call(replace(step, gradients=zero))
     (found,) = torch.autograd.grad(value, step.params["w2"], allow_unused=True)

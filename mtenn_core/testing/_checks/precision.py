@@ -14,7 +14,8 @@ from torch import Tensor
 from mtenn_core.testing._checks.check import Fail, Metrics, check
 from mtenn_core.testing._probe.comparison import FLOAT32, ratio
 from mtenn_core.testing._probe.poses import Poses
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # (poses, base, spread); of many poses, some have nearly the same prediction
 LOW_PRECISION_PROBES = (
@@ -34,18 +35,18 @@ def low_precision(subject: Subject) -> Metrics:
         for n, base, spread in LOW_PRECISION_PROBES:
             if base < -256 and dtype != torch.float16:
                 continue  # where float16 overflows in a square
-            poses = _in_domain(subject, subject.poses(subject.n_poses(n), base, spread), dtype)
+            poses = _in_domain(subject, subject.probes.poses(n, base, spread), dtype)
             # Rounding makes ties, at which a value with kinks has several derivatives.
             if subject.combination.smooth or len(poses.predictions.unique()) == len(poses):
-                step = subject.step(n_poses=len(poses))
-                worst = max(worst, _hold_precision(subject, step, poses))
+                step = subject.probes.step(n_poses=len(poses))
+                worst = max(worst, _check_precision(subject, step, poses))
         if dtype == torch.float32 or not subject.combination.smooth:
             continue
         # Many small terms of one sign: a sum in half precision stops growing.
-        step = subject.step({"w": (4,)}, 1000)
+        step = subject.probes.step({"w": (4,)}, 1000)
         step.gradients["w"].abs_()
-        poses = _in_domain(subject, subject.poses(len(step.poses), -9.0, 0.0), dtype)
-        worst = max(worst, _hold_precision(subject, step, poses))
+        poses = _in_domain(subject, subject.probes.poses(len(step.poses), -9.0, 0.0), dtype)
+        worst = max(worst, _check_precision(subject, step, poses))
     return {"largest error in tolerances": worst}
 
 
@@ -55,10 +56,10 @@ def _in_domain(subject: Subject, poses: Poses, dtype: torch.dtype) -> Poses:
     poses = poses.map(lambda numbers: numbers.to(dtype))
     y = poses.predictions
     inside = (y > low) & (y < high) & y.isfinite()
-    return poses.at(torch.where(inside, y, subject.predictions(1).to(dtype)))
+    return poses.at(torch.where(inside, y, subject.probes.predictions(1).to(dtype)))
 
 
-def _hold_precision(subject: Subject, step: Step, poses: Poses) -> float:
+def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
     dtype = poses.predictions.dtype
     narrow = replace(step.to(dtype), poses=poses)
     wide = narrow.to(torch.float64)
@@ -70,9 +71,9 @@ def _hold_precision(subject: Subject, step: Step, poses: Poses) -> float:
         )
     if subject.combination.stochastic:  # the random numbers are others in another dtype
         return 0.0
-    off = _hold_value(subject, value, wide.poses)
+    off = _check_value(subject, value, wide.poses)
     # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
-    usual = float(subject.weights(subject.poses(subject.n_poses(4))).abs().amax())
+    usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
     expected = subject.gradients(wide, **_views(wide))
     weights = subject.weights(wide.poses)
     digits = 2048 if dtype == torch.float32 else 16
@@ -88,7 +89,7 @@ def _hold_precision(subject: Subject, step: Step, poses: Poses) -> float:
         allowed = beyond | ~expected[name].isfinite()
         if not ((error <= tolerance) | allowed).all():  # it may be stiff here
             if moved is None:
-                moved = 8 * _moved(subject.weights, wide.poses, weights)
+                moved = 8 * _change_by_last_digit(subject.weights, wide.poses, weights)
             tolerance = limits.tiny + torch.tensordot(slack + moved, sizes, dims=1)
         if not ((error <= tolerance) | allowed).all():
             at = int((error - tolerance).nan_to_num(math.inf).argmax())
@@ -108,11 +109,11 @@ def _views(step: Step) -> dict[str, Any]:
     return {"pred_list": list(step.poses.predictions.clone()), "grad_dict": gradients}
 
 
-def _hold_value(subject: Subject, value: Tensor, poses: Poses) -> float:
+def _check_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     """Return the error of a value in low precision, in tolerances."""
     expected = subject.value(poses)
     size = max(float(poses.predictions.abs().amax()), abs(float(expected)))
-    moved = float(_moved(subject.value, poses, expected))
+    moved = float(_change_by_last_digit(subject.value, poses, expected))
     limits = torch.finfo(value.dtype)
     if abs(float(expected)) > limits.max / 2:
         return 0.0
@@ -130,7 +131,7 @@ def _hold_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     return off
 
 
-def _moved(function: Callable[[Poses], Tensor], poses: Poses, at: Tensor) -> Tensor:
+def _change_by_last_digit(function: Callable[[Poses], Tensor], poses: Poses, at: Tensor) -> Tensor:
     """Return how much a result changes where its numbers move by a last digit of float32."""
 
     def nearby(numbers: Tensor, sign: int) -> Tensor:

@@ -19,7 +19,8 @@ from mtenn_core.testing._checks.check import Fail, Metrics, check
 from mtenn_core.testing._probe.comparison import (
     equal_with_nan,
 )
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 N_THREADS = 8
 
@@ -27,7 +28,7 @@ N_THREADS = 8
 @check("A5", "the same call gives the same numbers")
 def repeatable(subject: Subject) -> Metrics:
     """Forward twice, and backward twice with ``retain_graph``, to the last bit."""
-    step = subject.step(spread=1e-3)
+    step = subject.probes.step(spread=1e-3)
     first, second = subject.call(step), subject.call(step)
     if not equal_with_nan(first, second):
         raise Fail(
@@ -63,7 +64,7 @@ _SHARED = "a cache, or state that a call leaves behind on self, the class or the
 @check("A6", "calls do not disturb one another")
 def isolated(subject: Subject) -> Metrics:
     """Two live calls, backward in both orders; two instances; threads."""
-    step = subject.step(spread=1e-3)
+    step = subject.probes.step(spread=1e-3)
     before = _value_and_gradients(subject, step)
     others: list[tuple[str, Combination]] = [("a copy", subject.copy(torch.float64))]
     others += [
@@ -73,25 +74,25 @@ def isolated(subject: Subject) -> Metrics:
     ]
     for what, combination in (("a second call", subject.combination), *others):
         for n_poses, spread in ((5, 1.0), (3, 1e-3)):
-            _two_live_calls(subject, what, combination, n_poses, spread)
+            _check_two_live_calls(subject, what, combination, n_poses, spread)
         if not all(map(equal_with_nan, before, _value_and_gradients(subject, step))):
             raise Fail(f"other numbers once there is {what}", cause=_SHARED)
-    _weights_of_their_own(subject)
-    _inputs_of_this_call(subject)
+    _check_weights_without_state(subject)
+    _check_pose_inputs_without_state(subject)
     buffers = dict(subject.combination.named_buffers())
     if not (subject.combination.stochastic or buffers):
-        _in_threads(subject)
+        _check_threads(subject)
     return {}
 
 
-def _weights_of_their_own(subject: Subject) -> None:
+def _check_weights_without_state(subject: Subject) -> None:
     """Hold ``pose_weights`` to its argument, whatever ``combine`` was called with before."""
     if not overrides(type(subject.combination), "pose_weights"):
         return
-    n_poses = subject.n_poses(3)
-    one, two = subject.poses(n_poses), subject.poses(n_poses)
+    n_poses = subject.probes.n_poses(3)
+    one, two = subject.probes.poses(n_poses), subject.probes.poses(n_poses)
     expected = subject.weights(one)
-    with subject.forgetting(), torch.no_grad():
+    with subject.restored_state(), torch.no_grad():
         if overrides(type(subject.combination), "combine"):
             subject.combination.combine(two.predictions, **two.inputs)
         found = subject.combination.pose_weights(one.predictions, **one.inputs)
@@ -102,11 +103,11 @@ def _weights_of_their_own(subject: Subject) -> None:
         )
 
 
-def _inputs_of_this_call(subject: Subject) -> None:
+def _check_pose_inputs_without_state(subject: Subject) -> None:
     """Hold the value to its pose inputs, whatever those of an earlier call were."""
-    step = subject.step(spread=1e-3)
+    step = subject.probes.step(spread=1e-3)
     for name in step.poses.inputs:
-        numbers = subject.poses(len(step.poses)).inputs[name]
+        numbers = subject.probes.poses(len(step.poses)).inputs[name]
         other = replace(step, poses=step.poses.with_input(name, numbers))
         expected = subject.call(other, combination=subject.copy(torch.float64))
         subject.call(step)
@@ -119,11 +120,11 @@ def _inputs_of_this_call(subject: Subject) -> None:
             )
 
 
-def _two_live_calls(
+def _check_two_live_calls(
     subject: Subject, what: str, other: Combination, n_poses: int, spread: float
 ) -> None:
-    one = subject.step(spread=spread)
-    two = subject.step(n_poses=max(n_poses, other.min_poses), spread=spread)
+    one = subject.probes.step(spread=spread)
+    two = subject.probes.step(n_poses=max(n_poses, other.min_poses), spread=spread)
     held = subject.gradients(one)
     expected = {name: gradient.clone() for name, gradient in held.items()}
     for other_first in (False, True):
@@ -153,8 +154,8 @@ def _two_live_calls(
         )
 
 
-def _in_threads(subject: Subject) -> None:
-    steps = [subject.step() for _ in range(N_THREADS)]
+def _check_threads(subject: Subject) -> None:
+    steps = [subject.probes.step() for _ in range(N_THREADS)]
     alone = [_value_and_gradients(subject, step) for step in steps]
     with ThreadPoolExecutor(N_THREADS) as pool:
         found = list(pool.map(partial(_value_and_gradients, subject), 5 * steps))

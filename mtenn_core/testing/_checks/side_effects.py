@@ -20,20 +20,21 @@ from mtenn_core.testing._checks.check import Fail, Metrics, check
 from mtenn_core.testing._probe.comparison import (
     equal_with_nan,
 )
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
 @check("A4", "it leaves alone what it is given, and the process")
 def purity(subject: Subject) -> Metrics:
     """Predictions, inputs, gradients, parameters, ``.grad``, random states, settings; no alias."""
-    step = subject.step(n_poses=5)  # few enough would be in order by chance
+    step = subject.probes.step(n_poses=5)  # few enough would be in order by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
     given: dict[str, Any] = {
         "pred_list": step.pred_list(),
         "grad_dict": step.grad_dict(),
         "param_names": list(step.params),
-        "pose_inputs": step.poses.handed(),
+        "pose_inputs": step.poses.copied_inputs(),
     }
     for name in ("w1", "scalar", "rows"):  # the others have no .grad yet
         step.params[name].grad = torch.ones_like(step.params[name])
@@ -41,13 +42,13 @@ def purity(subject: Subject) -> Metrics:
     before, state = _contents(subject, step, **given), process_state()
     value = subject.call(step, **given)
     after = _contents(subject, step, **given)
-    _nothing_changed("forward", before, after, subject, state)
-    _no_alias("the value", value, before["tensors"])
+    _check_unchanged("forward", before, after, subject, state)
+    _check_no_alias("the value", value, before["tensors"])
     gradients = gradients_of(value, step.params)
     for name, gradient in gradients.items():
-        _no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
+        _check_no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
     after = _contents(subject, step, **given)
-    _nothing_changed("backward", before, after, subject, state)
+    _check_unchanged("backward", before, after, subject, state)
     subject.call(step).backward()
     for name in gradients:
         param = step.params[name]
@@ -59,19 +60,19 @@ def purity(subject: Subject) -> Metrics:
                 cause=".grad is written or zeroed by the combination: return gradients instead, so"
                 " that they accumulate",
             )
-    _keeps_poses(subject)
+    _check_poses_unchanged(subject)
     if subject.combination.stochastic:
-        _not_reseeded(subject, step)
+        _check_not_reseeded(subject, step)
     return {}
 
 
-def _keeps_poses(subject: Subject) -> None:
+def _check_poses_unchanged(subject: Subject) -> None:
     """Hold ``combine`` and ``pose_weights`` to leave predictions and pose inputs alone."""
     for method in ("combine", "pose_weights"):
         if overrides(type(subject.combination), method):
-            poses = subject.poses(subject.n_poses(3))
+            poses = subject.probes.poses(3)
             before = poses.map(torch.clone)
-            with subject.forgetting():
+            with subject.restored_state():
                 getattr(subject.combination, method)(poses.predictions, **poses.inputs)
             for name, numbers in poses.named().items():
                 if not equal_with_nan(before.named()[name], numbers):
@@ -110,7 +111,7 @@ def _contents(
     }
 
 
-def _nothing_changed(
+def _check_unchanged(
     when: str, before: dict[str, Any], after: dict[str, Any], subject: Subject, state: Any
 ) -> None:
     found = []
@@ -147,7 +148,7 @@ def _change_cause(what: str) -> str:
     return "an operation in place (add_, mul_, *=, sort, pop) on what belongs to the caller: copy"
 
 
-def _no_alias(what: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> None:
+def _check_no_alias(what: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> None:
     for name, other in inputs.items():
         if tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
             raise Fail(
@@ -157,11 +158,11 @@ def _no_alias(what: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> None:
             )
 
 
-def _not_reseeded(subject: Subject, step: Step) -> None:
+def _check_not_reseeded(subject: Subject, step: Step) -> None:
     states = []
     for seed in (1, 2):
         torch.manual_seed(seed)
-        _call_unguarded(subject.combination, step)
+        call_keeping_state(subject.combination, step)
         states.append(torch.get_rng_state())
     if torch.equal(*states):
         raise Fail(
@@ -170,17 +171,21 @@ def _not_reseeded(subject: Subject, step: Step) -> None:
         )
 
 
-def _call_unguarded(combination: Combination, step: Step) -> None:
-    """Call ``forward`` without forgetting what it leaves behind."""
+def call_keeping_state(combination: Combination, step: Step) -> None:
+    """Call ``forward`` without restored_state what it leaves behind."""
     given = step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
-    combination(*given, **step.poses.handed())
+    combination(*given, **step.poses.copied_inputs())
 
 
 @check("A8", "memory is given back")
 def memory(subject: Subject) -> Metrics:
     """Predictions and gradients of the poses die once the value is gone."""
-    step = subject.step()
-    pred_list, grad_dict, pose_inputs = step.pred_list(), step.grad_dict(), step.poses.handed()
+    step = subject.probes.step()
+    pred_list, grad_dict, pose_inputs = (
+        step.pred_list(),
+        step.grad_dict(),
+        step.poses.copied_inputs(),
+    )
     tensors = pred_list + [gradient for each in grad_dict.values() for gradient in each]
     tensors += pose_inputs.values()
     inputs = [weakref.ref(tensor) for tensor in tensors]
@@ -203,7 +208,7 @@ def memory(subject: Subject) -> Metrics:
 @check("A8q", "gradients of the poses are freed by backward", "quality")
 def freed_by_backward(subject: Subject) -> Metrics:
     """While the value lives on, for a log or a mean over the epoch."""
-    step = subject.step()
+    step = subject.probes.step()
     pred_list, grad_dict = step.pred_list(), step.grad_dict()
     inputs = [weakref.ref(gradient) for each in grad_dict.values() for gradient in each]
     value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -40,26 +41,32 @@ def reference(subject: Subject) -> Metrics:
     combination = subject.combination
     statements: dict[str, Statement] = {}
     if overrides(type(combination), "reference"):
-        statements["reference"] = lambda p: combination.reference(p.predictions, **p.handed())
+        statements["reference"] = lambda p: combination.reference(
+            p.predictions, **p.copied_inputs()
+        )
     if subject.full_depth and overrides(type(combination), "combine"):
-        statements["combine"] = lambda p: combination.combine(p.predictions, **p.handed())
+        statements["combine"] = partial(_statement, combination.combine)
     if not statements:
         raise Skip("it declares no reference")
     worst = 0.0
     for n in (1, 2, 3, 4, 9):
         for base, spread in SPREADS:
-            poses = subject.poses(subject.n_poses(n), base, spread)
+            poses = subject.probes.poses(n, base, spread)
             for what, statement in statements.items():
-                worst = max(worst, _hold_to(subject, what, statement, poses))
+                worst = max(worst, _check_statement(subject, what, statement, poses))
     return {"largest error in tolerances": worst}
 
 
-def _hold_to(subject: Subject, what: str, statement: Statement, poses: Poses) -> float:
-    with subject.forgetting(), torch.enable_grad():
+def _statement(method: Callable[..., Tensor], poses: Poses) -> Tensor:
+    return method(poses.predictions, **poses.copied_inputs())
+
+
+def _check_statement(subject: Subject, what: str, statement: Statement, poses: Poses) -> float:
+    with subject.restored_state(), torch.enable_grad():
         leaf = poses.predictions.clone().requires_grad_()
         expected = statement(poses.at(leaf))
         found = subject.value(poses)
-        off = _off(subject, found, expected.detach(), poses, statement)
+        off = _error_in_tolerances(subject, found, expected.detach(), poses, statement)
         if off > 1:
             raise Fail(
                 f"{poses}\n"
@@ -81,7 +88,7 @@ def _hold_to(subject: Subject, what: str, statement: Statement, poses: Poses) ->
     return off
 
 
-def _off(
+def _error_in_tolerances(
     subject: Subject,
     found: Tensor,
     expected: Tensor,
@@ -100,11 +107,11 @@ def _off(
         tolerance = max(VALUE_DIGITS, 64 * len(y) * eps) * size
     if not difference <= tolerance:  # what cancels inside of either shows around y
         each = [value_at, *([poses.fixed(statement)] if statement else [])]
-        tolerance += 8 * sum(_scatter(function, y) for function in each)
+        tolerance += 8 * sum(_roundoff(function, y) for function in each)
     return ratio(difference, tolerance)
 
 
-def _scatter(function: Callable[[Tensor], Tensor], y: Tensor) -> float:
+def _roundoff(function: Callable[[Tensor], Tensor], y: Tensor) -> float:
     """Return how far from a straight line a value is where ``y`` hardly moves: its roundoff."""
     near = torch.stack([function(y * (1 + k * 2.0**-33)).detach() for k in range(9)])
     return float(near.diff().diff().abs().amax().nan_to_num(0.0))
@@ -133,12 +140,12 @@ Property = Callable[[Subject, Poses], tuple[Tensor, Tensor]]
 
 
 def _permuted(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
-    return subject.value(poses[subject.permutation(len(poses))]), subject.value(poses)
+    return subject.value(poses[subject.probes.permutation(len(poses))]), subject.value(poses)
 
 
 def _translated(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
     y = poses.predictions
-    by = min(2.0, subject.first_step(y)) if subject.bounded else 2.5
+    by = min(2.0, subject.probes.first_step(y)) if subject.bounded else 2.5
     return subject.value(poses.at(y + by)), subject.value(poses) + by
 
 
@@ -199,14 +206,16 @@ def properties(subject: Subject) -> Metrics:
         sides, cause = PROPERTIES[name]
         for n in (2, 3, 7, 20):
             for base, spread in SPREADS:
-                poses = subject.poses(subject.n_poses(n), base, spread)
-                worst = max(worst, _hold_property(subject, name, sides, cause, poses))
+                poses = subject.probes.poses(n, base, spread)
+                worst = max(worst, _check_property(subject, name, sides, cause, poses))
     return {"largest error in tolerances": worst}
 
 
-def _hold_property(subject: Subject, name: str, sides: Property, cause: str, poses: Poses) -> float:
+def _check_property(
+    subject: Subject, name: str, sides: Property, cause: str, poses: Poses
+) -> float:
     pair = sides(subject, poses)
-    off = _off(subject, pair[0], pair[1], poses)
+    off = _error_in_tolerances(subject, pair[0], pair[1], poses)
     if off > 1:
         raise Fail(
             f"{name}: {poses}\n"

@@ -162,7 +162,7 @@ def judge(
         "largest error in tolerances": max(comparison.off_by for comparison in comparisons),
     }
     if wrong:
-        worst = max(wrong, key=_telling)
+        worst = max(wrong, key=_display_priority)
         raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
     # Most probes of what computes in float32, or of a stiff value, are far from where it is told.
     if metrics["inconclusive"] > 0.75 * len(comparisons):
@@ -175,7 +175,7 @@ def judge(
     return metrics
 
 
-def _telling(comparison: Comparison) -> tuple[bool, bool, bool, int]:
+def _display_priority(comparison: Comparison) -> tuple[bool, bool, bool, int]:
     """Sort by what teaches a reader most; the first probes, the plainest, win a tie."""
     # The weight of a single pose is 1 for most combinations. A direction mixes poses.
     one_of_several = len(comparison.predictions) > 1

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core.testing._probe.poses import Poses
-from mtenn_core.testing._probe.subject import Step
+from mtenn_core.testing._probe.training_step import Step
 
 NOT_FINITE = (
     "a weight is not finite: an exponential overflows (shift by the extreme first, as torch.softmax"

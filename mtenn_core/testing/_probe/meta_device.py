@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter, tree_map
+from torch.utils._pytree import tree_map
+
+from mtenn_core.testing._probe.tensors import tensors_in
 
 META = torch.device("meta")
 
@@ -39,8 +41,8 @@ class ShapesFromCpu(TorchDispatchMode):
 
 
 def _only_on_meta(args: Any, kwargs: Any) -> bool:
-    devices = {each.device for each in tree_iter((args, kwargs)) if isinstance(each, Tensor)}
-    devices |= {each for each in tree_iter(kwargs) if isinstance(each, torch.device)}
+    devices = {tensor.device for tensor in tensors_in((args, kwargs))}
+    devices |= {each for each in kwargs.values() if isinstance(each, torch.device)}
     return devices == {META}
 
 

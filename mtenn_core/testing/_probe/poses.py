@@ -59,7 +59,7 @@ class Poses:
         """Return a function of poses as one of the predictions alone: the inputs are these."""
         return lambda predictions: function(self.at(predictions))
 
-    def handed(self) -> dict[str, Tensor]:
+    def copied_inputs(self) -> dict[str, Tensor]:
         """Return the inputs as a combination takes them, each a tensor of its own."""
         return {name: numbers.clone() for name, numbers in self.inputs.items()}
 

@@ -8,7 +8,7 @@ from torch._functorch.autograd_function import custom_function_call
 from torch.overrides import TorchFunctionMode
 
 
-class ForwardAlone(TorchFunctionMode):
+class ForwardOnly(TorchFunctionMode):
     """Calls the ``forward`` of an autograd function inside of ``torch.func.vmap``, and no more.
 
     Without it, vmap asks each function for a rule, ``generate_vmap_rule``, which is about backward.
