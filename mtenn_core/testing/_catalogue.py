@@ -2,9 +2,9 @@
 
 The gradient of a combined prediction is go · Σ_i w_i g_i, with go the gradient of the loss, w_i the
 pose weights and g_i the gradients of the poses. So w is read off backward, with unit vectors for
-g_i, and held against finite differences of the value alone (C); that backward is this sum for any
-go and g_i is linear algebra, which is held to roundoff (B). What neither sees is the value itself
-(D), the form (A1 to A3, A11 to A13) and the conduct (A4 to A10).
+g_i, and compared with finite differences of the value (C); that backward is this sum for any
+go and g_i is linear algebra, which is checked to roundoff (B). Neither sees a wrong value (D),
+arguments and results of the wrong form (A1 to A3, A11 to A13), or side effects (A4 to A10).
 """
 
 from __future__ import annotations

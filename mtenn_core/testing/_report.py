@@ -1,4 +1,4 @@
-"""What a run of checks found."""
+"""The results of a run of checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = Literal["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpas
 
 @dataclass(frozen=True)
 class Record:
-    """What one check found.
+    """The result of one check.
 
     Attributes
     ----------
@@ -59,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Report:
-    """What all checks found about one combination.
+    """The results of all checks of one combination.
 
     Attributes
     ----------
@@ -120,7 +120,7 @@ class Report:
         return f"passed {counts['pass']} of {self.n_expected} checks{''.join(others)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON knows it, with null for what is infinite or no number."""
+        """Return the report as JSON, with null for infinite numbers and NaN."""
         plain: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
         return plain
 

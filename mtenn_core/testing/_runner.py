@@ -1,4 +1,4 @@
-"""Runs checks on a combination and writes down what they found."""
+"""Runs checks on a combination and records the results."""
 
 from __future__ import annotations
 
@@ -144,7 +144,7 @@ def described(error: BaseException) -> str:
 
 
 def _expected(record: Record, why: str | None) -> Record:
-    """Return the record of a check of which a failure was expected, if ``why`` is given."""
+    """Return the record as an expected failure if there is a reason, ``why``."""
     if why is None or record.status == "skip":
         return record
     if record.status == "pass":

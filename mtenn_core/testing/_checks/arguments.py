@@ -32,7 +32,7 @@ EFFECTS = (
 )
 
 
-@check("D5", "every argument does something, and right")
+@check("D5", "every argument has an effect and a correct derivative")
 def arguments(subject: Subject) -> Metrics:
     """Each argument and pose input changes the output; the derivative is right off defaults."""
     tried: dict[str, bool] = {}
@@ -65,7 +65,7 @@ def _input_shows(subject: Subject, name: str) -> bool:
     return False
 
 
-@check("D5q", "arguments that are no number are refused", "quality")
+@check("D5q", "invalid numbers are refused as arguments", "quality")
 def refused_arguments(subject: Subject) -> Metrics:
     """NaN for each number, and 0 where the value is then none."""
     given = constructor_arguments(subject.original, defaults=True)

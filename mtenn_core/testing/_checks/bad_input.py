@@ -36,7 +36,7 @@ def bad_input(subject: Subject) -> Metrics:
     return {}
 
 
-@check("A11q", "errors about bad input name what is wrong", "quality")
+@check("A11q", "errors about bad input name the parameter", "quality")
 def errors_that_name(subject: Subject) -> Metrics:
     """The message names the parameter, where one is at fault."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):

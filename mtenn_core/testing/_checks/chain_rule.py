@@ -1,7 +1,7 @@
-"""B, the chain rule: backward is go · Σ_i w_i g_i, to roundoff.
+"""B: backward is go · Σ_i w_i g_i, to roundoff.
 
 The weights w are read off backward itself, with unit vectors for the gradients g_i of the poses;
-that they are the derivative of the value is C's to say. What is held here is linear algebra.
+the checks C show whether they are the derivative of the value. These are about linear algebra.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
 GradDict = dict[str, list[Tensor]]
 
 
-@check("B1", "backward is the chain rule", "gate")
+@check("B1", "backward follows the chain rule", "gate")
 def chain_rule(subject: Subject) -> Metrics:
     """For random gradients of the poses and of the loss."""
     worst = check_chain_rule(subject, subject.probes.step(), GRAD_OUTPUTS)
@@ -77,7 +77,7 @@ def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
     return [row[size:].view(gradients.shape[1:]) for row in rows]
 
 
-@check("B3", "a thousand poses work, in linear work")
+@check("B3", "a thousand poses work, and the cost grows linearly")
 def many_poses(subject: Subject) -> Metrics:
     """Derivative and chain rule for many poses, and work that grows with their number."""
     step = subject.probes.step({"w": (3,), "b": ()}, 1000)

@@ -1,4 +1,4 @@
-"""C, the derivatives: what backward uses, against finite differences of the value alone."""
+"""C: the derivatives that backward uses, compared with finite differences of the value."""
 
 from __future__ import annotations
 
@@ -183,7 +183,7 @@ def scales_of(combination: Combination) -> dict[str, float]:
     }
 
 
-@check("C2", "a whole model trains with it")
+@check("C2", "a whole model trains correctly with it")
 def end_to_end(subject: Subject) -> Metrics:
     """A small network, a nonlinear loss, by stored gradients and by autograd, all parameters."""
     poses = subject.probes.poses(4, 0.0, 0.5)
@@ -274,7 +274,7 @@ def _by_parameter(subject: Subject, network: _Network) -> Tensor:
     return torch.block_diag(*blocks)
 
 
-@check("C3", "own parameters have their gradient", "gate")
+@check("C3", "its own parameters have a correct gradient", "gate")
 def own_parameters(subject: Subject) -> Metrics:
     """A learnable temperature, say; at the level full, at other settings than the first too."""
     _check_no_hidden_parameters(subject.combination)

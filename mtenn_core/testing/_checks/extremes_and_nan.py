@@ -13,7 +13,7 @@ from mtenn_core.testing._probe.poses import Poses, listed
 from mtenn_core.testing._probe.subject import Subject
 
 
-@check("D3", "extreme predictions are survived")
+@check("D3", "extreme predictions give finite numbers, and NaN gives NaN")
 def extremes(subject: Subject) -> Metrics:
     """Finite at 1e4 and for ties; NaN for NaN."""
     n = subject.probes.n_poses(3)

@@ -84,7 +84,7 @@ def output(subject: Subject) -> Metrics:
                 what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
                 raise Fail(
                     f"{where}: expected a tensor of shape (); found {what}",
-                    cause="return the combined prediction alone, as a tensor"
+                    cause="return only the combined prediction, as a tensor"
                     if not isinstance(found, Tensor)
                     else "the value must be 0-dimensional for predictions of both shapes, () and"
                     " (1,): reshape(()) it, and do not squeeze() the predictions",
@@ -103,15 +103,15 @@ def output(subject: Subject) -> Metrics:
 
 
 def _check_signatures(combination: Combination) -> None:
-    """Hold what its methods take, beside the predictions, to what it declares."""
-    handed: dict[str, tuple[str, ...]] = {
+    """Check that every method takes the declared pose inputs besides its usual arguments."""
+    usual: dict[str, tuple[str, ...]] = {
         "combine": ("predictions",),
         "pose_weights": ("predictions",),
         "reference": ("predictions",),
         "forward": ("pred_list", "grad_dict", "param_names", "*model_params"),
     }
     names = combination.pose_inputs
-    for method, first in handed.items():
+    for method, first in usual.items():
         if not overrides(type(combination), method):
             continue
         try:
@@ -123,7 +123,7 @@ def _check_signatures(combination: Combination) -> None:
                 f"pose_inputs = {names}: {method} must take ({', '.join([*first, *names])}); found"
                 f" {method}{signature(getattr(combination, method))}: {error}",
                 cause="pose_inputs must name every argument that combine, pose_weights, reference"
-                " and forward need beside the usual ones, and each of them must take all of it",
+                " and forward need besides the usual ones, and each of them must take all of them",
             ) from None
 
 
@@ -131,7 +131,7 @@ def _check_dtype(subject: Subject) -> None:
     step = subject.probes.step()
     try:
         value = subject.call(replace(step.to(torch.float32), poses=step.poses))
-    except Exception:  # float32 parameters beside float64 predictions may be refused
+    except Exception:  # it may refuse float32 parameters with float64 predictions
         return
     if isinstance(value, Tensor) and value.dtype != torch.float64:
         raise Fail(
@@ -151,7 +151,7 @@ def order_of_names(subject: Subject) -> Metrics:
     return {"largest error in tolerances": check_chain_rule(subject, shuffled, (1.0,))}
 
 
-@check("A12", "the value depends on the predictions alone")
+@check("A12", "the value depends only on the predictions")
 def value_of_predictions(subject: Subject) -> Metrics:
     """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
     step = subject.probes.step()

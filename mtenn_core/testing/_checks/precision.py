@@ -27,7 +27,7 @@ LOW_PRECISION_PROBES = (
 )
 
 
-@check("D4", "low precision keeps its dtype, and float32 inside")
+@check("D4", "low precision keeps its dtype and computes in float32")
 def low_precision(subject: Subject) -> Metrics:
     """float32, bfloat16 and float16, against float64 on the same rounded predictions."""
     worst = 0.0

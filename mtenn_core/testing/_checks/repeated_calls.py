@@ -61,7 +61,7 @@ def repeatable(subject: Subject) -> Metrics:
 _SHARED = "a cache, or state that a call leaves behind on self, the class or the module"
 
 
-@check("A6", "calls do not disturb one another")
+@check("A6", "calls do not affect one another")
 def isolated(subject: Subject) -> Metrics:
     """Two live calls, backward in both orders; two instances; threads."""
     step = subject.probes.step(spread=1e-3)
@@ -86,7 +86,7 @@ def isolated(subject: Subject) -> Metrics:
 
 
 def _check_weights_without_state(subject: Subject) -> None:
-    """Hold ``pose_weights`` to its argument, whatever ``combine`` was called with before."""
+    """Check that ``pose_weights`` does not depend on an earlier call of ``combine``."""
     if not overrides(type(subject.combination), "pose_weights"):
         return
     n_poses = subject.probes.n_poses(3)
@@ -104,7 +104,7 @@ def _check_weights_without_state(subject: Subject) -> None:
 
 
 def _check_pose_inputs_without_state(subject: Subject) -> None:
-    """Hold the value to its pose inputs, whatever those of an earlier call were."""
+    """Check that the value does not depend on the pose inputs of an earlier call."""
     step = subject.probes.step(spread=1e-3)
     for name in step.poses.inputs:
         numbers = subject.probes.poses(len(step.poses)).inputs[name]
@@ -125,8 +125,8 @@ def _check_two_live_calls(
 ) -> None:
     one = subject.probes.step(spread=spread)
     two = subject.probes.step(n_poses=max(n_poses, other.min_poses), spread=spread)
-    held = subject.gradients(one)
-    expected = {name: gradient.clone() for name, gradient in held.items()}
+    first_gradients = subject.gradients(one)
+    expected = {name: gradient.clone() for name, gradient in first_gradients.items()}
     for other_first in (False, True):
         value = subject.call(one)
         meanwhile = subject.call(two, combination=other)
@@ -142,9 +142,9 @@ def _check_two_live_calls(
                     " keep it on ctx",
                 )
     gradients_of(subject.call(two, combination=other), two.params)
-    if any(not equal_with_nan(held[name], expected[name]) for name in held):
+    if any(not equal_with_nan(first_gradients[name], expected[name]) for name in first_gradients):
         raise Fail(
-            f"gradients that were handed out have changed after {what}",
+            f"gradients that backward returned earlier have changed after {what}",
             cause="a buffer that every backward writes to: return a tensor of its own",
         )
     if not equal_with_nan(subject.call(one), value):

@@ -24,9 +24,9 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
-@check("A4", "it leaves alone what it is given, and the process")
+@check("A4", "it does not modify its inputs or global state")
 def purity(subject: Subject) -> Metrics:
-    """Predictions, inputs, gradients, parameters, ``.grad``, random states, settings; no alias."""
+    """Predictions, inputs, gradients, parameters, ``.grad``, random states and settings."""
     step = subject.probes.step(n_poses=5)  # few enough would be in order by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
@@ -67,7 +67,7 @@ def purity(subject: Subject) -> Metrics:
 
 
 def _check_poses_unchanged(subject: Subject) -> None:
-    """Hold ``combine`` and ``pose_weights`` to leave predictions and pose inputs alone."""
+    """Check that ``combine`` and ``pose_weights`` do not change predictions and pose inputs."""
     for method in ("combine", "pose_weights"):
         if overrides(type(subject.combination), method):
             poses = subject.probes.poses(3)
@@ -177,7 +177,7 @@ def call_keeping_state(combination: Combination, step: Step) -> None:
     combination(*given, **step.poses.copied_inputs())
 
 
-@check("A8", "memory is given back")
+@check("A8", "memory is freed after backward")
 def memory(subject: Subject) -> Metrics:
     """Predictions and gradients of the poses die once the value is gone."""
     step = subject.probes.step()

@@ -35,9 +35,9 @@ SPREADS = ((0.0, 1.0), (0.0, 0.01), (-8.0, 2.0), (7.0, 1.5), (100.0, 10.0))
 Statement = Callable[[Poses], Tensor]
 
 
-@check("D1", "the value is that of its reference")
+@check("D1", "the value equals the declared reference")
 def reference(subject: Subject) -> Metrics:
-    """The declared reference, and ``combine`` beside a ``forward``: the values and derivatives."""
+    """Values and derivatives of the declared reference, and of ``combine`` next to ``forward``."""
     combination = subject.combination
     statements: dict[str, Statement] = {}
     if overrides(type(combination), "reference"):

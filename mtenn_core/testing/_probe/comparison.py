@@ -1,4 +1,4 @@
-"""A gradient read off backward, beside one by finite differences."""
+"""Comparison of a gradient from backward with one by finite differences."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class Comparison:
 
     @property
     def poses(self) -> Poses:
-        """The predictions, with the pose inputs that were handed along."""
+        """The predictions, and the pose inputs."""
         return Poses(self.predictions, self.inputs)
 
     @property
@@ -146,7 +146,7 @@ def judge(
     Parameters
     ----------
     cause : the likely mistake, if some are wrong
-    table : what to show beside the numbers of the one that is shown
+    table : text to show below the comparison that is shown
 
     Raises
     ------

@@ -4,7 +4,7 @@ Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated t
 Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Three things
 are added. Without them the error bar cannot be trusted: a stiff function, a sharp smooth maximum
 say, has false plateaus at large h. They are a floor for roundoff; the change to the next step on
-either side, beside the change to the order below; and a veto on what any finer step contradicts.
+either side, besides the change to the order below; and a veto on what any finer step contradicts.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ class ForwardOnly(TorchFunctionMode):
     """Calls the ``forward`` of an autograd function inside of ``torch.func.vmap``, and no more.
 
     Without it, vmap asks each function for a rule, ``generate_vmap_rule``, which is about backward.
-    Seen in torch 2.6 to 2.13: ``Function.apply`` inside of a transform of torch.func calls
+    Seen in torch 2.13: ``Function.apply`` inside of a transform of torch.func calls
     ``custom_function_call``. If a release does not, vmap raises, and poses go one by one.
     """
 

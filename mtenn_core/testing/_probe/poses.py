@@ -1,4 +1,4 @@
-"""What a combination is handed of one compound: predictions, and further numbers for each pose."""
+"""The poses of one compound: predictions, and further numbers for each pose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Poses:
         return ", ".join(f"{name} [{listed(numbers)}]" for name, numbers in self.named().items())
 
     def named(self) -> dict[str, Tensor]:
-        """Return all that a combination is handed, by what it is called."""
+        """Return predictions and pose inputs by name."""
         return {"predictions": self.predictions, **self.inputs}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Poses:
