@@ -1,7 +1,7 @@
 """The likely cause of a failure.
 
-Each known mistake predicts certain wrong numbers. The first mistake whose numbers fit at every wrong
-point is named. If none fits, there is no likely cause.
+Each known mistake predicts certain wrong numbers. The first mistake whose numbers fit at every
+wrong point is named. If none fits, there is no likely cause.
 """
 
 from __future__ import annotations
