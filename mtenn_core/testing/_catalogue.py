@@ -2,16 +2,28 @@
 
 The gradient of a combined prediction is go · Σ_i w_i g_i, with go the gradient of the loss, w_i the
 pose weights and g_i the gradients of the poses. So w is read off backward, with unit vectors for
-g_i, and held against finite differences of the value alone (C); that backward is this sum for any
-go and g_i is linear algebra, which is held to roundoff (B). What neither sees is the value itself
-(D), the form (A1 to A3, A11 to A13) and the conduct (A4 to A10).
+g_i, and compared with finite differences of the value (C); that backward is this sum for any
+go and g_i is linear algebra, which is checked to roundoff (B). Neither sees a wrong value (D),
+arguments and results of the wrong form (A1 to A3, A11 to A13), or side effects (A4 to A10).
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection
 
-from mtenn_core.testing._checks import chain_rule, derivatives, forward, side_effects, values
+from mtenn_core.testing._checks import (
+    arguments,
+    bad_input,
+    chain_rule,
+    copies,
+    derivatives,
+    extremes_and_nan,
+    forward,
+    precision,
+    repeated_calls,
+    side_effects,
+    values,
+)
 from mtenn_core.testing._checks.check import LEVELS, Check, Level
 
 CHECKS: tuple[Check, ...] = (
@@ -23,26 +35,26 @@ CHECKS: tuple[Check, ...] = (
     derivatives.own_parameters,
     values.reference,
     values.properties,
-    values.extremes,
-    values.low_precision,
-    values.arguments,
+    extremes_and_nan.extremes,
+    precision.low_precision,
+    arguments.arguments,
     derivatives.end_to_end,
     chain_rule.layout_of_gradients,
     chain_rule.many_poses,
     side_effects.purity,
-    side_effects.repeatable,
-    side_effects.isolated,
-    side_effects.modes,
+    repeated_calls.repeatable,
+    repeated_calls.isolated,
+    forward.modes,
     side_effects.memory,
-    side_effects.copies,
-    side_effects.double_backward,
-    forward.bad_input,
+    copies.copies,
+    derivatives.double_backward,
+    bad_input.bad_input,
     forward.value_of_predictions,
     forward.device,
-    forward.errors_that_name,
+    bad_input.errors_that_name,
     side_effects.freed_by_backward,
-    side_effects.shows_arguments,
-    values.refused_arguments,
+    copies.shows_arguments,
+    arguments.refused_arguments,
 )
 
 

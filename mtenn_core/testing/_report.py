@@ -1,4 +1,4 @@
-"""What a run of checks found."""
+"""The results of a run of checks."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Status = Literal["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpas
 
 @dataclass(frozen=True)
 class Record:
-    """What one check found.
+    """The result of one check.
 
     Attributes
     ----------
@@ -36,12 +36,12 @@ class Record:
     title: str
     level: str
     status: Status
-    reason: str
-    cause: str
-    metrics: dict[str, Any]
-    seed: int
-    duration: float
-    repro: str
+    reason: str = ""
+    cause: str = ""
+    metrics: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    duration: float = 0.0
+    repro: str = ""
 
     @property
     def failed(self) -> bool:
@@ -59,7 +59,7 @@ class Record:
 
 @dataclass(frozen=True)
 class Report:
-    """What all checks found about one combination.
+    """The results of all checks of one combination.
 
     Attributes
     ----------
@@ -74,10 +74,10 @@ class Report:
     """
 
     name: str
-    combination: str
-    facts: dict[str, Any]
-    level: str
-    n_expected: int
+    combination: str = ""
+    facts: dict[str, Any] = field(default_factory=dict)
+    level: str = "full"
+    n_expected: int = 0
     records: list[Record] = field(default_factory=list)
     curves: dict[str, Any] = field(default_factory=dict)
     suite_version: str = SUITE_VERSION
@@ -120,7 +120,7 @@ class Report:
         return f"passed {counts['pass']} of {self.n_expected} checks{''.join(others)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return everything as JSON knows it, with null for what is infinite or no number."""
+        """Return the report as JSON, with null for infinite numbers and NaN."""
         plain: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
         return plain
 

@@ -1,4 +1,4 @@
-"""Runs checks on a combination and writes down what they found."""
+"""Runs checks on a combination and records the results."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtenn_core._engine.declarations import check_facts
 from mtenn_core._process.settings import preserved_process_state
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
-from mtenn_core.testing._checks.check import Check, Level, Verdict
+from mtenn_core.testing._checks.check import Check, Level, Outcome
 from mtenn_core.testing._html.curves import curves
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
@@ -90,7 +90,7 @@ def check_combination(
             report.records.append(record)
             on_record(record)
         if level != "gate" and not only:
-            with _undisturbed(seed):
+            with _restored_process_state(seed):
                 report.curves.update(curves(partial(_subject, combination, level, seed)))
     return report
 
@@ -101,10 +101,11 @@ def _subject(combination: Combination, level: Level, seed: int) -> Subject:
 
 
 @contextmanager
-def _undisturbed(seed: int) -> Iterator[None]:
+def _restored_process_state(seed: int) -> Iterator[None]:
     with preserved_process_state(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # probes go where a user's numbers do not
-        torch.manual_seed(seed)
+        # Not torch.manual_seed, which takes a millisecond: it looks for devices to seed.
+        torch.default_generator.manual_seed(seed)
         yield
 
 
@@ -113,11 +114,11 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
     status: Status = "pass"
     reason, cause, metrics = "", "", {}
     try:
-        with _undisturbed(seed):
+        with _restored_process_state(seed):
             metrics = check.run(make())
-    except Verdict as verdict:
-        status, reason = verdict.status, str(verdict)
-        cause, metrics = verdict.cause, verdict.metrics
+    except Outcome as outcome:
+        status, reason = outcome.status, str(outcome)
+        cause, metrics = outcome.cause, outcome.metrics
     except (Exception, SystemExit) as error:
         status, reason = "error", described(error)
     return Record(
@@ -144,7 +145,7 @@ def described(error: BaseException) -> str:
 
 
 def _expected(record: Record, why: str | None) -> Record:
-    """Return the record of a check of which a failure was expected, if ``why`` is given."""
+    """Return the record as an expected failure if there is a reason, ``why``."""
     if why is None or record.status == "skip":
         return record
     if record.status == "pass":

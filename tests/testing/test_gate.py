@@ -1,6 +1,8 @@
 """The gate is tested by combinations that are wrong on purpose."""
 
 import json
+import subprocess
+import sys
 from functools import partial
 
 import pytest
@@ -11,6 +13,7 @@ from torch import Tensor
 from mtenn_core import Combination, Registry
 from mtenn_core.errors import CombinationContractError, GradientValidationError
 from mtenn_core.testing import CHECKS, check_combination
+from mtenn_core.testing._probe.subject import Subject
 
 gate = partial(check_combination, level="gate")
 
@@ -538,3 +541,55 @@ def test_facts_that_cannot_be_are_named(fact, value, rule):
 def test_a_set_of_properties_goes_to_json():
     report = gate(type("Set", (Mean,), {"properties": {"bounded"}}))
     assert json.loads(json.dumps(report.to_json()))["facts"]["properties"] == ["bounded"]
+
+
+def batched_value_and_loop(combination):
+    """Return the values of several poses in one batch and in a loop, and the calls of forward."""
+    calls = []
+    subject = Subject(combination, 0)
+    points = [subject.probes.poses(3) for _ in range(9)]
+    with pytest.MonkeyPatch.context() as patch:
+        forward = type(combination).forward
+        patch.setattr(
+            type(combination),
+            "forward",
+            lambda self, *args: (calls.append(None), forward(self, *args))[1],
+        )
+        found = subject.values(torch.stack([poses.row() for poses in points]))
+    return found, torch.stack([subject.value(poses) for poses in points]), len(calls)
+
+
+def test_values_at_full_depth_are_computed_in_one_batch():
+    batch, loop, n_calls = batched_value_and_loop(FullDepth())
+    assert n_calls == 3  # the batch, and its first and last value again
+    torch.testing.assert_close(batch, loop, rtol=1e-12, atol=0)
+
+
+def test_a_batch_at_full_depth_is_not_used_if_calls_depend_on_earlier_ones():
+    class Cached(FullDepth):
+        def __init__(self):
+            super().__init__()
+            self.values = {}
+
+        def forward(self, pred_list, *args):
+            value = super().forward(pred_list, *args)
+            return self.values.setdefault(len(pred_list), value)
+
+    batch, loop, n_calls = batched_value_and_loop(Cached())
+    assert n_calls == 3 + 9
+    assert torch.equal(batch, loop)
+
+
+def test_the_full_level_does_not_import_the_compiler_of_torch():
+    code = """
+import sys, torch
+from mtenn_core import Combination
+from mtenn_core.testing import check_combination
+class SmoothMax(Combination):
+    def combine(self, predictions):
+        return torch.logsumexp(predictions, dim=0)
+assert check_combination(SmoothMax()).passed
+print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -69,7 +69,7 @@ def test_inputs_are_those_of_the_seed():
 
 def test_inputs_differ_from_probe_to_probe_and_spread_as_the_predictions_do():
     subject = Subject(PenaltyAndScore(), 0)
-    near, far = subject.poses(50, 7.0, 1e-3), subject.poses(50, 7.0, 100.0)
+    near, far = subject.probes.poses(50, 7.0, 1e-3), subject.probes.poses(50, 7.0, 100.0)
     assert [*near.inputs] == ["penalty", "docking_score"]
     for name in near.inputs:
         assert 1e-4 < near.inputs[name].std() < 1e-2
@@ -102,7 +102,7 @@ def test_many_poses_are_combined_in_one_call():
             return super().combine(predictions, docking_score)
 
     subject = Subject(Counted(), 0)
-    points = [subject.poses(3) for _ in range(9)]
+    points = [subject.probes.poses(3) for _ in range(9)]
     found = subject.values(torch.stack([poses.row() for poses in points]))
     assert len(calls) == 1
     expected = torch.stack([subject.value(poses) for poses in points])

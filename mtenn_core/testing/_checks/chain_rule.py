@@ -1,7 +1,7 @@
-"""B, the chain rule: backward is go · Σ_i w_i g_i, to roundoff.
+"""B: backward is go · Σ_i w_i g_i, to roundoff.
 
 The weights w are read off backward itself, with unit vectors for the gradients g_i of the poses;
-that they are the derivative of the value is C's to say. What is held here is linear algebra.
+the checks C show whether they are the derivative of the value. These are about linear algebra.
 """
 
 from __future__ import annotations
@@ -14,22 +14,24 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, check
 from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
 from mtenn_core.testing._probe.finite_differences import resolution
 from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.tensors import tensors_in
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # A loss hands backward any number; 1 and 0 alone would not show abs, square, sign or clamp of it.
 GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
 GradDict = dict[str, list[Tensor]]
 
 
-@check("B1", "backward is the chain rule", "gate")
+@check("B1", "backward follows the chain rule", "gate")
 def chain_rule(subject: Subject) -> Metrics:
     """For random gradients of the poses and of the loss."""
-    worst = hold_to_chain_rule(subject, subject.step(), GRAD_OUTPUTS)
+    worst = check_chain_rule(subject, subject.probes.step(), GRAD_OUTPUTS)
     return {"largest error in tolerances": worst}
 
 
@@ -38,15 +40,15 @@ def layout_of_gradients(subject: Subject) -> Metrics:
     """Transposed, strided, offset and expanded gradients, and views of one buffer."""
     worst = 0.0
     for layout in (_transposed, _strided, _offset, _of_one_buffer):
-        step = subject.step()
-        worst = max(worst, hold_to_chain_rule(subject, step, (1.0,), layout=layout))
-    step = subject.step()
+        step = subject.probes.step()
+        worst = max(worst, check_chain_rule(subject, step, (1.0,), layout=layout))
+    step = subject.probes.step()
     for equal in (
         {n: g[..., :1].expand_as(g) if g.dim() > 1 else g for n, g in step.gradients.items()},
         {n: g[:1].expand_as(g) for n, g in step.gradients.items()},
     ):
         same = replace(step, gradients=equal)
-        worst = max(worst, hold_to_chain_rule(subject, same, (1.0,), layout=_as_it_is))
+        worst = max(worst, check_chain_rule(subject, same, (1.0,), layout=_as_it_is))
     return {"largest error in tolerances": worst}
 
 
@@ -75,18 +77,17 @@ def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
     return [row[size:].view(gradients.shape[1:]) for row in rows]
 
 
-@check("B3", "a thousand poses work, in linear work")
+@check("B3", "a thousand poses work, and the cost grows linearly")
 def many_poses(subject: Subject) -> Metrics:
     """Derivative and chain rule for many poses, and work that grows with their number."""
-    step = subject.step({"w": (3,), "b": ()}, 1000)
-    worst = hold_to_chain_rule(subject, step, (1.0,))
-    comparisons, cause = compare_weights(subject, [subject.poses(subject.n_poses(300))])
+    step = subject.probes.step({"w": (3,), "b": ()}, 1000)
+    worst = check_chain_rule(subject, step, (1.0,))
+    comparisons, cause = compare_weights(subject, [subject.probes.poses(300)])
     if any(comparison.wrong for comparison in comparisons):
         judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
     growth = _work(subject, 128) / max(_work(subject, 32), 1)
     if growth > 8:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"four times as many poses took {growth:.1f} times the work on their gradients",
             cause="the gradients are gone through once per pose, or multiplied by a matrix of poses"
             " × poses: one weighted sum is enough",
@@ -108,9 +109,9 @@ class _Elements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = _tensors(args)
+        inputs = list(tensors_in(args))
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        outputs = _tensors(result if isinstance(result, list | tuple) else (result,))
+        outputs = list(tensors_in(result))
         views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
         if not views or func._schema.is_mutable:
             self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
@@ -119,21 +120,11 @@ class _Elements(TorchDispatchMode):
         return result
 
 
-def _tensors(values: Any) -> list[Tensor]:
-    found = []
-    for value in values:
-        if isinstance(value, Tensor):
-            found.append(value)
-        elif isinstance(value, list | tuple):
-            found += _tensors(value)
-    return found
-
-
 def _work(subject: Subject, n_poses: int) -> int:
     """Return the elements handled for 256 entries of a parameter more."""
     counts = []
     for size in (16, 272):
-        step = subject.step({"w": (size,)}, n_poses)
+        step = subject.probes.step({"w": (size,)}, n_poses)
         pred_list, grad_dict = step.pred_list(), step.grad_dict()
         with _Elements() as elements:
             gradients_of(subject.call(step, pred_list=pred_list, grad_dict=grad_dict), step.params)
@@ -141,7 +132,7 @@ def _work(subject: Subject, n_poses: int) -> int:
     return counts[1] - counts[0]
 
 
-def hold_to_chain_rule(
+def check_chain_rule(
     subject: Subject,
     step: Step,
     grad_outputs: Sequence[float],
@@ -156,11 +147,11 @@ def hold_to_chain_rule(
 
     Raises
     ------
-    Verdict : they differ
+    Fail : they differ
     """
     weights = subject.weights(step.poses)
     # Of values, not of the weights: those of a mean of four are the same number in every dtype.
-    probes = [subject.poses(len(weights)).row() for _ in range(8)]
+    probes = [subject.probes.poses(len(weights)).row() for _ in range(8)]
     eps = resolution(subject.values(torch.stack(probes)))
     worst = 0.0
     for go in grad_outputs:
@@ -172,12 +163,12 @@ def hold_to_chain_rule(
             if gradient is None and go == 0:
                 continue
             if gradient is None:
-                raise Verdict("fail", f"parameter {name!r}: backward returned no gradient")
-            worst = max(worst, _hold(subject, step, name, go, gradient, weights, eps))
+                raise Fail(f"parameter {name!r}: backward returned no gradient")
+            worst = max(worst, _check_parameter(subject, step, name, go, gradient, weights, eps))
     return worst
 
 
-def _hold(
+def _check_parameter(
     subject: Subject,
     step: Step,
     name: str,
@@ -198,8 +189,7 @@ def _hold(
         tolerance += 8 * abs(go) * torch.tensordot(slack, gradients.abs(), dims=1)
     if not (error <= tolerance).all():
         at = int((error - tolerance).nan_to_num(torch.inf).argmax())
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"parameter {name!r}, entry {at}, {len(weights)} poses, gradient of the loss {go:g}:\n"
             f"    your backward      {found.flatten()[at]:.17g}\n"
             f"    go · Σ w_i g_i     {expected.flatten()[at]:.17g} ± {tolerance.flatten()[at]:.1e}",

@@ -1,4 +1,4 @@
-"""C, the derivatives: what backward uses, against finite differences of the value alone."""
+"""C: the derivatives that backward uses, compared with finite differences of the value."""
 
 from __future__ import annotations
 
@@ -13,16 +13,20 @@ from torch import Tensor
 from mtenn_core._engine.declarations import constructor_arguments, overrides
 from mtenn_core.combination import Combination
 from mtenn_core.model import MultiPoseModel
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,
     central_differences,
+    climb,
     directional_derivatives,
+    extrapolate,
 )
 from mtenn_core.testing._probe.likely_causes import NOT_FINITE, Point, cause_in_weights
 from mtenn_core.testing._probe.poses import Poses
-from mtenn_core.testing._probe.subject import LARGEST_STEP, Subject
+from mtenn_core.testing._probe.probes import LARGEST_STEP
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.tensors import tensors_in
 
 # (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
 PROBES = (
@@ -39,6 +43,8 @@ PROBES = (
     (6, 0.0, 1e-3),
     (6, 0.0, 30.0),
 )
+
+
 # ΔG in kT and in kcal/mol, pIC50, all of one sign, and numbers of poses beyond a handful.
 MORE_PROBES = (
     (3, -8.0, 2.0),
@@ -70,9 +76,9 @@ def pose_weights(subject: Subject) -> Metrics:
 
 def _probes(subject: Subject) -> list[Poses]:
     probes = PROBES + MORE_PROBES if subject.thorough else PROBES
-    points = [subject.poses(subject.n_poses(n), base, spread) for n, base, spread in probes]
+    points = [subject.probes.poses(n, base, spread) for n, base, spread in probes]
     if subject.thorough:
-        poses = subject.poses(subject.n_poses(4))
+        poses = subject.probes.poses(4)
         ascending = poses.predictions.argsort().tolist()
         points += [poses[ascending], poses[ascending[::-1]]]
         if subject.combination.smooth:
@@ -82,19 +88,14 @@ def _probes(subject: Subject) -> list[Poses]:
 
 def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Comparison], str]:
     """Return the comparisons for some poses, and the likely cause if some are wrong."""
-    groups: dict[int, list[Poses]] = {}
-    for poses in points:
-        groups.setdefault(len(poses), []).append(poses)
     comparisons, known = [], []
-    for n_poses, group in groups.items():
-        directions = directions_for(subject, n_poses)
-        for poses, numerical in _derivatives(subject, group, directions):
-            found = _compare(subject.weights, numerical, directions, poses, "pose")
-            if subject.two_derivatives:
-                unit = "autograd of combine, pose"
-                found += _compare(subject.autograd_weights, numerical, directions, poses, unit)
-            comparisons += found
-            known.append((found, numerical))
+    for poses, directions, numerical in _derivatives(subject, points):
+        found = _compare(subject.weights, numerical, directions, poses, "pose")
+        if subject.two_derivatives:
+            unit = "autograd of combine, pose"
+            found += _compare(subject.autograd_weights, numerical, directions, poses, unit)
+        comparisons += found
+        known.append((found, numerical))
     if not any(comparison.wrong for comparison in comparisons):
         return comparisons, ""
     return comparisons, _cause(subject, known)
@@ -111,19 +112,29 @@ def _compare(
     return compare(weights_at, fd, directions, poses.predictions, unit, poses.inputs)
 
 
-def _derivatives(
-    subject: Subject, points: list[Poses], directions: Tensor
-) -> Iterator[tuple[Poses, Estimate]]:
-    steps = torch.tensor([subject.first_step(poses.predictions) for poses in points])
-    fd = directional_derivatives(
-        subject.values,
-        torch.stack([poses.row() for poses in points]).repeat_interleave(len(directions), dim=0),
-        directions.repeat(len(points), 1),
-        steps.repeat_interleave(len(directions)),
-    )
-    by_point = (column.view(len(points), -1) for column in fd)
-    for poses, derivatives, errors in zip(points, *by_point, strict=True):
-        yield poses, Estimate(derivatives, errors)
+def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses, Tensor, Estimate]]:
+    """Yield poses, in groups of equal number, their directions, and the derivatives along them."""
+    groups: dict[int, list[Poses]] = {}
+    for poses in points:
+        groups.setdefault(len(poses), []).append(poses)
+    directions = {n_poses: directions_for(subject, n_poses) for n_poses in groups}
+    ladders = []
+    for n_poses, group in groups.items():
+        along = directions[n_poses]
+        steps = torch.tensor([subject.probes.first_step(poses.predictions) for poses in group])
+        ladders.append(
+            climb(
+                subject.values,
+                torch.stack([poses.row() for poses in group]).repeat_interleave(len(along), dim=0),
+                along.repeat(len(group), 1),
+                steps.repeat_interleave(len(along)),
+            )
+        )
+    sizes = [len(directions[n_poses]) for n_poses, group in groups.items() for _ in group]
+    by_point = (column.split(sizes) for column in extrapolate(ladders))
+    ordered = [poses for group in groups.values() for poses in group]
+    for poses, derivatives, errors in zip(ordered, *by_point, strict=True):
+        yield poses, directions[len(poses)], Estimate(derivatives, errors)
 
 
 def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:
@@ -169,11 +180,11 @@ def scales_of(combination: Combination) -> dict[str, float]:
     }
 
 
-@check("C2", "a whole model trains with it")
+@check("C2", "a whole model trains correctly with it")
 def end_to_end(subject: Subject) -> Metrics:
     """A small network, a nonlinear loss, by stored gradients and by autograd, all parameters."""
-    poses = subject.poses(subject.n_poses(4), 0.0, 0.5)
-    features = torch.cat([subject.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
+    poses = subject.probes.poses(4, 0.0, 0.5)
+    features = torch.cat([subject.probes.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
     network = _Network(subject, poses.predictions)
     theta = torch.cat([p.detach().flatten() for p in network.parameters()])
     directions = _by_parameter(subject, network)
@@ -211,9 +222,13 @@ class _Network(torch.nn.Module):
             torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1), torch.nn.Tanh()
         ).double()
         for param in self.parameters():
-            param.data.copy_(torch.round(subject.randn(*param.shape) * 2**10) / 2**10)
+            param.data.copy_(torch.round(subject.probes.randn(*param.shape) * 2**10) / 2**10)
         # Within the domain, and without changing the order of poses where that has kinks.
-        room = subject.first_step(means) if subject.bounded or not subject.combination.smooth else 1
+        room = (
+            subject.probes.first_step(means)
+            if subject.bounded or not subject.combination.smooth
+            else 1
+        )
         self.size = min(0.5, room / 2)
 
     def forward(self, pose: Tensor) -> Tensor:
@@ -224,14 +239,15 @@ def _losses(
     subject: Subject, network: _Network, poses: Poses, features: Tensor, thetas: Tensor
 ) -> Tensor:
     shapes = {name: p.shape for name, p in network.named_parameters()}
-    rows = []
-    for theta in thetas:
+
+    def row(theta: Tensor) -> Tensor:
         parts = theta.split([shape.numel() for shape in shapes.values()])
         params = {n: part.view(s) for (n, s), part in zip(shapes.items(), parts, strict=True)}
-        with torch.no_grad():
-            predictions = torch.func.functional_call(network, params, (features,))
-        rows.append(poses.at(predictions).row())
-    return _loss(subject.values(torch.stack(rows)))
+        return poses.at(torch.func.functional_call(network, params, (features,))).row()
+
+    with torch.no_grad():
+        rows = torch.func.vmap(row)(thetas)
+    return _loss(subject.values(rows))
 
 
 def _loss(value: Tensor) -> Tensor:
@@ -244,30 +260,30 @@ def _gradient(
     params = list(network.parameters())
     torch.nn.utils.vector_to_parameters(theta, params)
     model = MultiPoseModel(network, subject.combination, gradients=mode)  # type: ignore[arg-type]
-    with subject.forgetting():
-        prediction = model(list(features), pose_inputs=poses.handed()).prediction
+    with subject.restored_state():
+        prediction = model(list(features), pose_inputs=poses.copied_inputs()).prediction
     return torch.cat([g.flatten() for g in torch.autograd.grad(_loss(prediction), params)])
 
 
 def _by_parameter(subject: Subject, network: _Network) -> Tensor:
     """Return one random direction within each parameter, shape (n_params, n_entries)."""
-    blocks = [subject.randn(1, p.numel()).sign() for p in network.parameters()]
+    blocks = [subject.probes.randn(1, p.numel()).sign() for p in network.parameters()]
     return torch.block_diag(*blocks)
 
 
-@check("C3", "own parameters have their gradient", "gate")
+@check("C3", "its own parameters have a correct gradient", "gate")
 def own_parameters(subject: Subject) -> Metrics:
     """A learnable temperature, say; at the level full, at other settings than the first too."""
-    _no_hidden_parameters(subject.combination)
+    _check_no_hidden_parameters(subject.combination)
     own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
     if not own:
-        raise Verdict("skip", "it has no parameters of its own")
+        raise Skip("it has no parameters of its own")
     comparisons = _of_own_parameters(subject, list(own))
     if subject.thorough:
         with torch.no_grad():
             for param in own.values():
                 # Near by and of the same sign, since not all numbers need be allowed.
-                factor = 1 + 0.3 * subject.randn(*param.shape).tanh()
+                factor = 1 + 0.3 * subject.probes.randn(*param.shape).tanh()
                 param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
         comparisons += _of_own_parameters(subject, list(own))
         more, cause = compare_weights(subject, _probes(subject)[:6])
@@ -284,7 +300,7 @@ def own_parameters(subject: Subject) -> Metrics:
 def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     comparisons = []
     for spread in (1.0, 0.1, 1e-3):
-        poses = subject.poses(subject.n_poses(3), 0.0, spread)
+        poses = subject.probes.poses(3, 0.0, spread)
         for name in names:
             param = subject.combination.get_parameter(name)
             directions = directions_for(subject, param.numel())
@@ -299,27 +315,19 @@ def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     return comparisons
 
 
-def _no_hidden_parameters(combination: Combination) -> None:
+def _check_no_hidden_parameters(combination: Combination) -> None:
     known = {id(param) for param in combination.parameters()}
     for module in combination.modules():
         for name, value in vars(module).items():
             if name == "_arguments":
                 continue
-            for tensor in _tensors_in(value):
+            for tensor in tensors_in(value):
                 if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
-                    raise Verdict(
-                        "fail",
+                    raise Fail(
                         f"{name!r} requires a gradient and is not among parameters(): no optimizer"
                         " finds it",
                         cause="hold it as a torch.nn.Parameter, several in a ParameterList",
                     )
-
-
-def _tensors_in(value: object) -> list[Tensor]:
-    if isinstance(value, dict):
-        value = list(value.values())
-    values = value if isinstance(value, list | tuple) else [value]
-    return [each for each in values if isinstance(each, Tensor)]
 
 
 def directions_for(subject: Subject, n: int) -> Tensor:
@@ -327,12 +335,12 @@ def directions_for(subject: Subject, n: int) -> Tensor:
     if n <= (6 if subject.thorough else 4):
         return torch.eye(n, dtype=torch.float64)
     # Entries ±1/2 and ±1: steps along them are exact.
-    return subject.randn(2, n).sign() * (3 + subject.randn(2, n).sign()) / 4
+    return subject.probes.randn(2, n).sign() * (3 + subject.probes.randn(2, n).sign()) / 4
 
 
 def step_table(subject: Subject, comparison: Comparison) -> str:
     """Return |central difference - weight| against step size, as text."""
-    first_step = subject.first_step(comparison.predictions)
+    first_step = subject.probes.first_step(comparison.predictions)
     steps, differences = central_differences(
         subject.values, comparison.poses.row(), comparison.direction, first_step
     )
@@ -341,3 +349,23 @@ def step_table(subject: Subject, comparison: Comparison) -> str:
     rows = ("  ".join(column) for column in zip(*columns, strict=True))
     names = ("step size", "|error|  ")
     return "\n".join(f"    {name}  {row}" for name, row in zip(names, rows, strict=True))
+
+
+@check("A10", "double backward is right or an error")
+def double_backward(subject: Subject) -> Metrics:
+    """The gradients of the poses are numbers here: a second derivative cannot be right."""
+    step = subject.probes.step({"w": (2,)})
+    (param,) = step.params.values()
+    # Not linear in the value: else its own derivative hides that of the combination.
+    loss = subject.call(step).square()
+    try:
+        (gradient,) = torch.autograd.grad(loss, param, create_graph=True)
+        (loss + gradient.square().sum()).backward()
+    except Exception:
+        return {}
+    raise Fail(
+        f"a second backward made the gradient {param.grad}, without an error, of a part of the"
+        " Hessian alone",
+        cause="decorate backward with torch.autograd.function.once_differentiable, or raise where"
+        " torch.is_grad_enabled()",
+    )

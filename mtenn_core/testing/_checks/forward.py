@@ -1,4 +1,4 @@
-"""A, the form: what goes into ``forward`` and what comes out of it and of backward."""
+"""A: what goes into ``forward``, and what comes out of it and of backward."""
 
 from __future__ import annotations
 
@@ -10,25 +10,30 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
 from mtenn_core.combination import Combination
-from mtenn_core.testing._checks.chain_rule import hold_to_chain_rule
-from mtenn_core.testing._checks.check import Metrics, Verdict, check
-from mtenn_core.testing._probe.subject import Step, Subject, gradients_of
+from mtenn_core.testing._checks.chain_rule import check_chain_rule
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._probe.comparison import (
+    equal_with_nan,
+)
+from mtenn_core.testing._probe.meta_device import ShapesFromCpu
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step
 
 
 @check("A1", "backward returns one gradient per parameter", "gate")
 def raw_return(subject: Subject) -> Metrics:
     """What backward returns, before autograd sums it to shape or casts it."""
     if not subject.full_depth:
-        raise Verdict("skip", "it has no forward of its own")
+        raise Skip("it has no forward of its own")
     for dtype in (torch.float64, torch.float32):
-        _hold_to_form(subject.step().to(dtype), subject, dtype)
+        _check_returned(subject.probes.step().to(dtype), subject, dtype)
     return {}
 
 
-def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
+def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     value = subject.call(step, combination=subject.copy(dtype))
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
-        raise Verdict("skip", "the output is not that of an autograd.Function")
+        raise Skip("the output is not that of an autograd.Function")
     # Of a pair (combined, pose predictions), no loss is on the second.
     others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
     with torch.no_grad():  # as in an ordinary backward
@@ -36,8 +41,7 @@ def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     returned = returned if isinstance(returned, tuple) else (returned,)
     n_params = len(step.params)
     if len(returned) < n_params:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"expected {n_params} gradients, one per parameter; found {len(returned)}",
             cause="backward must return a gradient for each of *model_params",
         )
@@ -45,8 +49,7 @@ def _hold_to_form(step: Step, subject: Subject, dtype: torch.dtype) -> None:
         expected = (tuple(param.shape), param.dtype)
         found = (tuple(gradient.shape), gradient.dtype) if isinstance(gradient, Tensor) else None
         if found != expected:
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"parameter {name!r}: backward must return {expected}; found {found}",
                 cause=_wrong_form(gradient, param, len(step.poses)),
             )
@@ -67,49 +70,46 @@ def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
 @check("A2", "the output is a scalar with a gradient", "gate")
 def output(subject: Subject) -> Metrics:
     """Shape (), dtype of the predictions, attached to the parameters."""
-    _takes_its_inputs(subject.combination)
-    _keeps_dtype(subject)
-    for n_poses in sorted({subject.n_poses(n) for n in (1, 2, 3)}):
+    _check_signatures(subject.combination)
+    _check_dtype(subject)
+    for n_poses in sorted({subject.probes.n_poses(n) for n in (1, 2, 3)}):
         for shape in ((), (1,)):
-            step = subject.step({"p": (2,)}, n_poses)
+            step = subject.probes.step({"p": (2,)}, n_poses)
             pred_list = [prediction.reshape(shape) for prediction in step.pred_list()]
             found = subject.call(step, pred_list=pred_list)
             where = f"{n_poses} pose(s) of shape {shape}"
             if not isinstance(found, Tensor) or found.shape != ():
                 what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{where}: expected a tensor of shape (); found {what}",
-                    cause="return the combined prediction alone, as a tensor"
+                    cause="return only the combined prediction, as a tensor"
                     if not isinstance(found, Tensor)
                     else "the value must be 0-dimensional for predictions of both shapes, () and"
                     " (1,): reshape(()) it, and do not squeeze() the predictions",
                 )
             if found.dtype != torch.float64:
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{where}: expected torch.float64, as predicted; found {found.dtype}",
                     cause="the dtype of the predictions is not kept",
                 )
             if not found.requires_grad:
-                raise Verdict(
-                    "fail",
+                raise Fail(
                     f"{where}: the output has no gradient",
                     cause="is it detached, computed under no_grad, or made by item() or numpy()?",
                 )
     return {}
 
 
-def _takes_its_inputs(combination: Combination) -> None:
-    """Hold what its methods take, beside the predictions, to what it declares."""
-    handed: dict[str, tuple[str, ...]] = {
+def _check_signatures(combination: Combination) -> None:
+    """Check that every method takes the declared pose inputs besides its usual arguments."""
+    usual: dict[str, tuple[str, ...]] = {
         "combine": ("predictions",),
         "pose_weights": ("predictions",),
         "reference": ("predictions",),
         "forward": ("pred_list", "grad_dict", "param_names", "*model_params"),
     }
     names = combination.pose_inputs
-    for method, first in handed.items():
+    for method, first in usual.items():
         if not overrides(type(combination), method):
             continue
         try:
@@ -117,24 +117,22 @@ def _takes_its_inputs(combination: Combination) -> None:
         except ValueError:  # a builtin has none
             continue
         except TypeError as error:
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"pose_inputs = {names}: {method} must take ({', '.join([*first, *names])}); found"
                 f" {method}{signature(getattr(combination, method))}: {error}",
                 cause="pose_inputs must name every argument that combine, pose_weights, reference"
-                " and forward need beside the usual ones, and each of them must take all of it",
+                " and forward need besides the usual ones, and each of them must take all of them",
             ) from None
 
 
-def _keeps_dtype(subject: Subject) -> None:
-    step = subject.step()
+def _check_dtype(subject: Subject) -> None:
+    step = subject.probes.step()
     try:
         value = subject.call(replace(step.to(torch.float32), poses=step.poses))
-    except Exception:  # float32 parameters beside float64 predictions may be refused
+    except Exception:  # it may refuse float32 parameters with float64 predictions
         return
     if isinstance(value, Tensor) and value.dtype != torch.float64:
-        raise Verdict(
-            "fail",
+        raise Fail(
             f"parameters in float32: expected torch.float64, as predicted; found {value.dtype}",
             cause="the output takes its dtype from the parameters, not from the predictions",
         )
@@ -145,99 +143,20 @@ def order_of_names(subject: Subject) -> Metrics:
     """``param_names`` and the keys of ``grad_dict`` are ordered independently."""
     # All of one shape: autograd itself would notice another. In no order that sorting gives.
     names = ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight")
-    step = subject.step(dict.fromkeys(names, (3,)))
-    order = subject.permutation(len(names))
+    step = subject.probes.step(dict.fromkeys(names, (3,)))
+    order = subject.probes.permutation(len(names))
     shuffled = Step(step.poses, step.gradients, {names[i]: step.params[names[i]] for i in order})
-    return {"largest error in tolerances": hold_to_chain_rule(subject, shuffled, (1.0,))}
+    return {"largest error in tolerances": check_chain_rule(subject, shuffled, (1.0,))}
 
 
-_UNCHECKED = (
-    "lengths and names are not checked (zip stops at the shorter one, an empty list is a sum of 0):"
-    " call mtenn_core.gradients.check_gradients"
-)
-
-
-@check("A11", "bad input is an error")
-def bad_input(subject: Subject) -> Metrics:
-    """No number comes out of what does not fit together."""
-    for what, step, pred_list, grad_dict in _bad_inputs(subject):
-        try:
-            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
-            if value.requires_grad:
-                gradients_of(value, step.params)
-        except Exception:
-            continue
-        raise Verdict(
-            "fail",
-            f"{what}: expected an error; found the value {_number(value)}",
-            cause=_UNCHECKED,
-        )
-    return {}
-
-
-@check("A11q", "errors about bad input name what is wrong", "quality")
-def errors_that_name(subject: Subject) -> Metrics:
-    """The message names the parameter, where one is at fault."""
-    for what, step, pred_list, grad_dict in _bad_inputs(subject):
-        try:
-            value = subject.call(_for(step, pred_list), pred_list=pred_list, grad_dict=grad_dict)
-            torch.autograd.grad(value, list(step.params.values()))
-        except Exception as error:
-            if "'w10'" in what and "w10" not in str(error):
-                raise Verdict(
-                    "fail",
-                    f"{what}: the error does not name it: {type(error).__name__}: {error}",
-                    cause=_UNCHECKED,
-                ) from None
-    step = subject.step({"w1": (2,), "w10": (2,)})
-    given = step.grad_dict()
-    odd = {
-        "gradients for 'w2', which is no parameter": given | {"w2": given["w1"]},
-        "gradients of 'w10' in float32": given | {"w10": [g.float() for g in given["w10"]]},
-    }
-    for what, grad_dict in odd.items():
-        try:
-            subject.gradients(step, grad_dict=grad_dict)
-        except Exception:
-            continue
-        raise Verdict("fail", f"{what}: expected an error", cause=_UNCHECKED)
-    return {}
-
-
-def _bad_inputs(
-    subject: Subject,
-) -> list[tuple[str, Step, list[Tensor], dict[str, list[Tensor]]]]:
-    """Return what is wrong, and a step with its ``pred_list`` and ``grad_dict``."""
-    step = subject.step({"w1": (2,), "w10": (2,)}, subject.n_poses(2) + 1)
-    full, predictions = step.grad_dict(), step.pred_list()
-    first, last = {"w1": full["w1"]}, full["w10"]
-    return [
-        ("no pose", step, [], {"w1": [], "w10": []}),
-        ("no pose, but gradients", step, [], full),
-        ("a gradient too few for 'w10'", step, predictions, {**first, "w10": last[:-1]}),
-        ("a gradient too many for 'w10'", step, predictions, {**first, "w10": [*last, last[0]]}),
-        ("a prediction too few", step, predictions[:-1], full),
-        ("a prediction too many", step, [*predictions, predictions[0]], full),
-        ("no gradients for 'w10'", step, predictions, first),
-        ("predictions of shape (3,)", step, [p.expand(3).clone() for p in predictions], full),
-    ]
-
-
-def _for(step: Step, pred_list: list[Tensor]) -> Step:
-    """Return the step with inputs for as many poses: their number alone would be an error."""
-    return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
-
-
-def _number(value: object) -> object:
-    return value.item() if isinstance(value, Tensor) and value.numel() == 1 else value
-
-
-@check("A12", "the value depends on the predictions alone")
+@check("A12", "the value depends only on the predictions")
 def value_of_predictions(subject: Subject) -> Metrics:
     """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
-    step = subject.step()
-    params = {name: subject.randn(*p.shape).requires_grad_() for name, p in step.params.items()}
-    gradients = {name: 100 * subject.randn(*g.shape) for name, g in step.gradients.items()}
+    step = subject.probes.step()
+    params = {
+        name: subject.probes.randn(*p.shape).requires_grad_() for name, p in step.params.items()
+    }
+    gradients = {name: 100 * subject.probes.randn(*g.shape) for name, g in step.gradients.items()}
     others = {
         "other gradients": Step(step.poses, gradients, step.params),
         "other parameters": Step(step.poses, step.gradients, params),
@@ -252,8 +171,7 @@ def value_of_predictions(subject: Subject) -> Metrics:
     )
     for what, other in found.items():
         if not torch.equal(value, other):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"with {what}: expected the value {value.item():.17g}; found {other.item():.17g}",
                 cause="the value uses something else than the predictions",
             )
@@ -264,28 +182,28 @@ def value_of_predictions(subject: Subject) -> Metrics:
 def device(subject: Subject) -> Metrics:
     """On torch's meta device, which holds no numbers but refuses to mix with the CPU."""
     try:
-        devices = [tensor.device.type for tensor in _on_meta(subject)]
+        with ShapesFromCpu():
+            devices = [tensor.device.type for tensor in _on_meta(subject)]
     except MemoryError:
         raise
     except Exception as error:
         if "expected device" in str(error) or "same device" in str(error):
-            raise Verdict(
-                "fail",
+            raise Fail(
                 f"predictions on another device than the CPU: {error}",
                 cause="a tensor is made without device=predictions.device, or held as a plain"
                 " attribute: use register_buffer, new_zeros, zeros_like or arange(…, device=…)",
             ) from None
         # Numbers may decide what it does, and there are none on this device.
-        raise Verdict("skip", f"it needs numbers to run: {type(error).__name__}") from None
+        raise Skip(f"it needs numbers to run: {type(error).__name__}") from None
     if set(devices) != {"meta"}:
-        raise Verdict("fail", "the output is on the CPU, not where the predictions are")
+        raise Fail("the output is on the CPU, not where the predictions are")
     return {}
 
 
 def _on_meta(subject: Subject) -> list[Tensor]:
     """Return what a copy on the meta device makes of predictions there."""
     combination = subject.copy(torch.float64).to("meta")
-    step = subject.step()
+    step = subject.probes.step()
     poses = step.poses.map(lambda numbers: numbers.to("meta"))
     predictions, inputs = poses.predictions.requires_grad_(), poses.inputs
     made = []
@@ -301,3 +219,62 @@ def _on_meta(subject: Subject) -> list[Tensor]:
         value = combination(*given, **inputs)
         made += [value, *torch.autograd.grad(value, params)]
     return made
+
+
+@check("A7", "it works without gradients, and with frozen and unused parameters")
+def modes(subject: Subject) -> Metrics:
+    """Under no_grad and inference_mode; parameters that are frozen, unused, or not there."""
+    step = subject.probes.step()
+    value = subject.call(step)
+    nothing = Step(step.poses, {}, {})
+    with torch.no_grad():
+        found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
+        if found["under no_grad"].requires_grad:
+            raise Fail(
+                "under no_grad: the output requires a gradient",
+                cause="the grad mode is switched on in forward (enable_grad, set_grad_enabled)",
+            )
+    with torch.inference_mode():
+        found["under inference_mode"] = subject.call(step).clone()
+    found["with no parameters"] = subject.call(nothing)
+    for what, other in found.items():
+        if not equal_with_nan(value, other):
+            raise Fail(
+                f"{what}: expected the value {value.item():.17g}; found {other.item():.17g}",
+            )
+    _check_frozen(subject, step)
+    _check_unused(subject, step)
+    _check_without_elements(subject)
+    return {}
+
+
+def _check_without_elements(subject: Subject) -> None:
+    step = subject.probes.step({"w": (2,), "empty": (0, 2)})
+    if subject.gradients(step)["empty"].shape != (0, 2):
+        raise Fail("a parameter without elements: its gradient has another shape")
+
+
+def _check_frozen(subject: Subject, step: Step) -> None:
+    expected = subject.gradients(step)
+    params = {n: p.detach().requires_grad_(n != "w2") for n, p in step.params.items()}
+    found = subject.gradients(Step(step.poses, step.gradients, params))
+    for name, gradient in found.items():
+        if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
+            raise Fail(
+                f"parameter {name!r}: another gradient while 'w2' is frozen",
+                cause="frozen parameters are dropped, and the gradients no longer line up",
+            )
+
+
+def _check_unused(subject: Subject, step: Step) -> None:
+    zero = {n: torch.zeros_like(g) if n == "w2" else g for n, g in step.gradients.items()}
+    value = subject.call(replace(step, gradients=zero))
+    (found,) = torch.autograd.grad(value, step.params["w2"], allow_unused=True)
+    if found is None or not (found == 0).all():
+        raise Fail(
+            "parameter 'w2', unused by every pose: expected a gradient of 0; found"
+            f" {found if found is None else found.flatten()[0].item()}",
+            cause="return zeros, not None"
+            if found is None
+            else "a division by the size of the gradient, or something added to it (weight decay)",
+        )

@@ -34,7 +34,7 @@ def curves(make: Callable[[], Subject]) -> dict[str, Any]:
     """
     try:
         subject = make()
-        points = [subject.poses(subject.n_poses(3), 0.0, spread) for spread in SPREADS]
+        points = [subject.probes.poses(3, 0.0, spread) for spread in SPREADS]
         return {
             "weights": [_weights(subject, poses) for poses in points],
             # At a sharp scale, the weights at large spreads are all 0 or 1: no step changes them.
@@ -48,7 +48,7 @@ def curves(make: Callable[[], Subject]) -> dict[str, Any]:
 def _weights(subject: Subject, poses: Poses) -> dict[str, Any]:
     y = poses.predictions
     axes = torch.eye(len(y), dtype=y.dtype)
-    steps = torch.full((len(y),), subject.first_step(y))
+    steps = torch.full((len(y),), subject.probes.first_step(y))
     fd = directional_derivatives(subject.values, poses.row().expand(len(y), -1), axes, steps)
     return {
         "predictions": y.tolist(),
@@ -62,7 +62,7 @@ def _steps(subject: Subject, poses: Poses) -> dict[str, Any]:
     y, weights = poses.predictions, subject.weights(poses)
     pose = int(weights.abs().argmax())
     axis = torch.eye(len(y), dtype=y.dtype)[pose]
-    first_step = subject.first_step(y)
+    first_step = subject.probes.first_step(y)
     steps, differences = central_differences(subject.values, poses.row(), axis, first_step)
     return {
         "predictions": y.tolist(),

@@ -1,4 +1,4 @@
-"""A gradient read off backward, beside one by finite differences."""
+"""Comparison of a gradient from backward with one by finite differences."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.evaluation import NO_INPUTS, PoseInputs
-from mtenn_core.testing._checks.check import Metrics, Verdict
+from mtenn_core.testing._checks.check import Fail, Inconclusive, Metrics
 from mtenn_core.testing._probe.finite_differences import Estimate
 from mtenn_core.testing._probe.poses import Poses, listed
 
@@ -36,7 +36,7 @@ class Comparison:
 
     @property
     def poses(self) -> Poses:
-        """The predictions, with the pose inputs that were handed along."""
+        """The predictions, and the pose inputs."""
         return Poses(self.predictions, self.inputs)
 
     @property
@@ -146,11 +146,12 @@ def judge(
     Parameters
     ----------
     cause : the likely mistake, if some are wrong
-    table : what to show beside the numbers of the one that is shown
+    table : text to show below the comparison that is shown
 
     Raises
     ------
-    Verdict : some are wrong, or most are too uncertain to tell
+    Fail : some are wrong
+    Inconclusive : most are too uncertain to tell
     """
     if not comparisons:
         return {"comparisons": 0}
@@ -161,12 +162,11 @@ def judge(
         "largest error in tolerances": max(comparison.off_by for comparison in comparisons),
     }
     if wrong:
-        worst = max(wrong, key=_telling)
-        raise Verdict("fail", f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
+        worst = max(wrong, key=_display_priority)
+        raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
     # Most probes of what computes in float32, or of a stiff value, are far from where it is told.
     if metrics["inconclusive"] > 0.75 * len(comparisons):
-        raise Verdict(
-            "inconclusive",
+        raise Inconclusive(
             f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
             " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
             " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
@@ -175,13 +175,20 @@ def judge(
     return metrics
 
 
-def _telling(comparison: Comparison) -> tuple[bool, bool, bool, int]:
+def _display_priority(comparison: Comparison) -> tuple[bool, bool, bool, int]:
     """Sort by what teaches a reader most; the first probes, the plainest, win a tie."""
     # The weight of a single pose is 1 for most combinations. A direction mixes poses.
     one_of_several = len(comparison.predictions) > 1
     along_one = int(comparison.direction.count_nonzero()) == 1
     small = float(comparison.predictions.abs().amax()) < 1e3
     return one_of_several, along_one, small, math.frexp(min(comparison.off_by, 1e300))[1] // 4
+
+
+def equal_with_nan(one: Tensor, other: Tensor) -> bool:
+    """Whether two results are the same to the last bit, NaN in the same places."""
+    return torch.equal(one, other) or (
+        one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
+    )
 
 
 def ratio(error: float, tolerance: float) -> float:

@@ -4,12 +4,12 @@ Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated t
 Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Three things
 are added. Without them the error bar cannot be trusted: a stiff function, a sharp smooth maximum
 say, has false plateaus at large h. They are a floor for roundoff; the change to the next step on
-either side, beside the change to the order below; and a veto on what any finer step contradicts.
+either side, besides the change to the order below; and a veto on what any finer step contradicts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -48,6 +48,25 @@ def directional_derivatives(
     -------
     Estimate, in the function's unit over that of its inputs
     """
+    return extrapolate([climb(function, points, directions, first_steps)])
+
+
+class Ladder(NamedTuple):
+    """Central differences at each step, and their roundoff: both of shape (n, n_steps)."""
+
+    differences: Tensor
+    noise: Tensor
+
+
+def climb(
+    function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, first_steps: Tensor
+) -> Ladder:
+    """Return the central differences that :func:`directional_derivatives` extrapolates.
+
+    Parameters
+    ----------
+    function, points, directions, first_steps : see :func:`directional_derivatives`
+    """
     steps, values = _ladder(function, points, directions, first_steps)
     magnitude = torch.maximum(
         values.nan_to_num(0, 0, 0).abs().amax(dim=(0, 2)), points.abs().amax(dim=1)
@@ -58,7 +77,12 @@ def directional_derivatives(
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
     noise = torch.maximum(noise, 4 * _quantum(changes))
-    return _extrapolate(changes / (2 * steps), noise[:, None] / steps)
+    return Ladder(changes / (2 * steps), noise[:, None] / steps)
+
+
+def extrapolate(ladders: Sequence[Ladder]) -> Estimate:
+    """Extrapolate all central differences to step 0; their order is kept."""
+    return _extrapolate(*map(torch.cat, zip(*ladders, strict=True)))
 
 
 def _quantum(changes: Tensor) -> Tensor:

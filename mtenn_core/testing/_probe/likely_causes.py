@@ -1,7 +1,7 @@
-"""The likely cause of a failure: what the wrong numbers would be right for.
+"""The likely cause of a failure.
 
-Each known mistake is a hypothesis of what the numbers then are. The first that fits at every point
-where they are wrong is named. None may fit, and then nothing is said.
+Each known mistake predicts certain wrong numbers. The first mistake whose numbers fit at every
+wrong point is named. If none fits, there is no likely cause.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core.testing._probe.poses import Poses
-from mtenn_core.testing._probe.subject import Step
+from mtenn_core.testing._probe.training_step import Step
 
 NOT_FINITE = (
     "a weight is not finite: an exponential overflows (shift by the extreme first, as torch.softmax"
@@ -58,8 +58,8 @@ class Point:
         return bool(((weights - self.expected).abs() <= slack).all())
 
     @property
-    def telling(self) -> bool:
-        """Whether poses can be told apart here."""
+    def has_several_poses(self) -> bool:
+        """Whether the weights can differ between poses."""
         return len(self.found) > 1
 
 
@@ -77,19 +77,19 @@ def cause_in_weights(
     wrong = [point for point in points if point.wrong]
     if not wrong:
         return ""
-    telling = [point for point in wrong if point.telling] or wrong
+    informative = [point for point in wrong if point.has_several_poses] or wrong
     what = (
-        _first_fit(telling, _whole(scales))
+        _first_fit(informative, _whole(scales))
         or _constant_factor(wrong, scales)
-        or _elsewhere(telling, weights_at, scales)
-        or _of_inputs(telling, weights_at)
-        or _first_fit(telling, _distorted())
-        or _structure(telling)
+        or _elsewhere(informative, weights_at, scales)
+        or _of_inputs(informative, weights_at)
+        or _first_fit(informative, _distorted())
+        or _structure(informative)
         or _of_another_point(wrong, points)
     )
     # Where one pose, or a tie, says nothing, it says nothing of what is right either.
-    where = _where([p for p in points if p.wrong or (p.telling and _spread(p))])
-    return "; ".join(filter(None, [what, where])) or _sum(telling)
+    where = _where([p for p in points if p.wrong or (p.has_several_poses and _spread(p))])
+    return "; ".join(filter(None, [what, where])) or _sum(informative)
 
 
 def _first_fit(points: Sequence[Point], known: Mapping[str, Callable[[Point], Tensor]]) -> str:

@@ -1,4 +1,4 @@
-"""What a combination is handed of one compound: predictions, and further numbers for each pose."""
+"""The poses of one compound: predictions, and further numbers for each pose."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class Poses:
         return ", ".join(f"{name} [{listed(numbers)}]" for name, numbers in self.named().items())
 
     def named(self) -> dict[str, Tensor]:
-        """Return all that a combination is handed, by what it is called."""
+        """Return predictions and pose inputs by name."""
         return {"predictions": self.predictions, **self.inputs}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Poses:
@@ -59,7 +59,7 @@ class Poses:
         """Return a function of poses as one of the predictions alone: the inputs are these."""
         return lambda predictions: function(self.at(predictions))
 
-    def handed(self) -> dict[str, Tensor]:
+    def copied_inputs(self) -> dict[str, Tensor]:
         """Return the inputs as a combination takes them, each a tensor of its own."""
         return {name: numbers.clone() for name, numbers in self.inputs.items()}
 

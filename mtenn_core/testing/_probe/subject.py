@@ -1,84 +1,33 @@
-"""A combination under test: where it is probed, and what is read off it."""
+"""A combination under test, and its values, weights and gradients."""
 
 from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import autograd_weights, backward_weights, first_of_pair
+from mtenn_core._engine.evaluation import (
+    autograd_weights,
+    backward_weights,
+    combined_prediction,
+    first_of_pair,
+)
 from mtenn_core.combination import Combination
+from mtenn_core.testing._probe.forward_only import ForwardOnly
 from mtenn_core.testing._probe.poses import Poses
-
-# Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
-GRID = 2.0**33
-LARGEST_STEP = 2.0**-3
-# A domain that is wider is probed as if it had no end on the other side.
-WIDE = 1e3
-
-
-@dataclass(frozen=True)
-class Step:
-    """What ``forward`` is handed in one training step.
-
-    Attributes
-    ----------
-    poses : the predictions, and the pose inputs
-    gradients : by parameter, those of all poses, shape (n_poses, *shape of the parameter)
-    params : the parameters; their order is that of ``param_names``
-    """
-
-    poses: Poses
-    gradients: Mapping[str, Tensor]
-    params: Mapping[str, Tensor]
-
-    def to(self, dtype: torch.dtype) -> Step:
-        """Return the step in another dtype."""
-        return Step(
-            self.poses.map(lambda numbers: numbers.to(dtype)),
-            {name: gradients.to(dtype) for name, gradients in self.gradients.items()},
-            {n: param.detach().to(dtype).requires_grad_() for n, param in self.params.items()},
-        )
-
-    def pred_list(self) -> list[Tensor]:
-        """Return the predictions as ``forward`` takes them, each a tensor of its own."""
-        return [prediction.clone() for prediction in self.poses.predictions]
-
-    def grad_dict(self) -> dict[str, list[Tensor]]:
-        """Return the gradients as ``forward`` takes them, each a tensor of its own."""
-        return {n: [gradient.clone() for gradient in all] for n, all in self.gradients.items()}
-
-
-def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Return the gradient of a value for each parameter, zeros where there is none."""
-    wanted = {name: param for name, param in params.items() if param.requires_grad}
-    found = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True, **options)
-    return dict(zip(wanted, found, strict=True))
-
-
-def telling_shapes(n_poses: int) -> dict[str, tuple[int, ...]]:
-    """Return shapes of parameters that a wrong sum over poses would mix up."""
-    return {
-        "w1": (n_poses,),
-        "w10": (n_poses, n_poses),
-        "w2": (n_poses, n_poses),
-        "scalar": (),
-        "one": (1,),
-        "column": (n_poses, 1),
-        "rows": (2, n_poses),
-        "layer.bias": (2,),
-    }
+from mtenn_core.testing._probe.probes import Probes
+from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
 class Subject:
-    """A float64 copy of a combination, which forgets every call.
+    """A float64 copy of a combination, whose state is restored after every call.
 
     In float64, since finite differences of float32 parameters would be confidently wrong.
 
@@ -87,7 +36,8 @@ class Subject:
     combination : the copy
     thorough : whether to probe more than the gate does
     copied : False takes the combination itself, which must be in float64
-    seed : of the numbers to probe with
+    seed : of the random numbers
+    probes : poses and training steps to evaluate the copy with
     bounded : whether predictions may not lie anywhere
     full_depth : whether it has a ``forward`` of its own
     two_derivatives : whether ``gradients="graph"``, which takes the derivative of ``combine`` by
@@ -105,79 +55,43 @@ class Subject:
         own_derivative = self.full_depth or overrides(type(combination), "pose_weights")
         self.two_derivatives = own_derivative and overrides(type(combination), "combine")
         self.seed = seed
-        self._generator = torch.Generator().manual_seed(seed)
+        self.probes = Probes(combination, seed)
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}
 
     def copy(self, dtype: torch.dtype | None = None) -> Combination:
         """Return another copy, on the CPU, its parameters and buffers in ``dtype`` if given."""
         return copy.deepcopy(self.original).to("cpu", dtype)
 
-    def n_poses(self, n_poses: int) -> int:
-        """Return ``n_poses``, or the fewest that the combination takes."""
-        return max(n_poses, self.combination.min_poses)
-
     def takes(self, poses: Poses) -> bool:
         """Whether it combines poses that were made for another combination."""
         names = self.combination.pose_inputs
         return len(poses) >= self.combination.min_poses and [*poses.inputs] == [*names]
 
-    def randn(self, *shape: int) -> Tensor:
-        """Return normal random numbers, float64."""
-        return torch.randn(shape, dtype=torch.float64, generator=self._generator)
-
-    def permutation(self, n: int) -> list[int]:
-        """Return 0 … n - 1 in random order."""
-        return torch.randperm(n, generator=self._generator).tolist()
-
-    def poses(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Poses:
-        """Return poses to probe with: :meth:`predictions`, and pose inputs of the same spread.
-
-        At a sharp scale, inputs that are far apart would make all weights 0 or 1.
-        """
-        predictions = self.predictions(n_poses, base, spread)
-        names = self.combination.pose_inputs
-        return Poses(predictions, {name: (spread or 1.0) * self.randn(n_poses) for name in names})
-
-    def predictions(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Tensor:
-        """Return probe predictions within ``spread`` of ``base``, moved into the declared domain.
-
-        Returns
-        -------
-        shape (n_poses,), float64; none near another if the combination is not ``smooth``
-        """
-        unit = torch.rand(n_poses, dtype=torch.float64, generator=self._generator)
-        if not self.combination.smooth:
-            unit = (torch.tensor(self.permutation(n_poses)) + 0.25 + 0.5 * unit) / n_poses
-        low, high = self.combination.domain
-        if high - low <= WIDE:
-            base, spread = (low + high) / 2, min(spread, 1.0) * 0.4 * (high - low)
-        elif base - 1.5 * spread <= low:
-            base = low + abs(base) + 1.5 * spread
-        elif base + 1.5 * spread >= high:
-            base = high - abs(base) - 1.5 * spread
-        return torch.round((base + spread * (2 * unit - 1)) * GRID) / GRID
-
-    def first_step(self, predictions: Tensor) -> float:
-        """Return a step, a power of two, that keeps to the domain and to the order of the poses."""
-        low, high = self.combination.domain
-        room = min(float((predictions - low).min()), float((high - predictions).min())) / 2
-        if not self.combination.smooth and len(predictions) > 1:
-            room = min(room, float(predictions.sort().values.diff().min()) / 8)
-        return min(LARGEST_STEP, 2.0 ** math.floor(math.log2(room)) if room < 1 else 1.0)
-
     def values(self, rows: Tensor) -> Tensor:
         """Return the value for many poses: shape (batch, :meth:`Poses.row`) to (batch,)."""
-        if not (self.full_depth or self.combination.stochastic or self._buffers):
+        if not (self.combination.stochastic or self._buffers):
             try:
-                with torch.no_grad():
-                    return torch.func.vmap(self._combined)(rows.clone())
+                # A copy: what forward keeps on self would be a tensor of vmap, and break later.
+                combination = copy.deepcopy(self.combination) if self.full_depth else None
+                with torch.no_grad(), ForwardOnly():
+                    batched = torch.func.vmap(partial(self._value, combination))(rows.clone())
             except Exception:  # control flow that depends on the data, say: one by one, then
                 pass
+            else:
+                first_and_last = (self.value(self._poses_of(rows[i])) for i in (0, -1))
+                if not self.full_depth or _agree(batched[[0, -1]], first_and_last, rows):
+                    return batched
         return torch.stack([self.value(self._poses_of(row)) for row in rows])
 
-    def _combined(self, row: Tensor) -> Tensor:
+    def _value(self, combination: Combination | None, row: Tensor) -> Tensor:
+        combination = combination or self.combination
         poses = self._poses_of(row)
-        return self.combination.combine(poses.predictions, **poses.inputs)
+        if not self.full_depth:
+            return combination.combine(poses.predictions, **poses.inputs)
+        zeros = [torch.zeros(1, dtype=row.dtype) for _ in poses.predictions]
+        param = torch.zeros(1, dtype=row.dtype, requires_grad=True)
+        step = list(poses.predictions), {"probe": zeros}, ["probe"], param
+        return first_of_pair(combination(*step, **poses.inputs))
 
     def _poses_of(self, row: Tensor) -> Poses:
         names = self.combination.pose_inputs
@@ -188,45 +102,26 @@ class Subject:
 
     def value(self, poses: Poses) -> Tensor:
         """Return the combined prediction, shape (), without a graph."""
-        predictions, inputs = poses.predictions.clone(), poses.handed()
-        with self.forgetting(), torch.no_grad():
-            if not self.full_depth:
-                return self.combination.combine(predictions, **inputs)
-            zeros = [torch.zeros(1, dtype=predictions.dtype) for _ in predictions]
-            param = torch.zeros(1, dtype=predictions.dtype, requires_grad=True)
-            step = list(predictions), {"probe": zeros}, ["probe"], param
-            return first_of_pair(self.combination(*step, **inputs))
+        row = poses.row()  # a copy
+        with self.restored_state(), torch.no_grad():
+            return self._value(None, row)
 
     def weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that training would use, shape (n_poses,), read off backward."""
-        with self.forgetting():
-            return backward_weights(self.combination, poses.predictions, poses.handed())
+        with self.restored_state():
+            if self.full_depth:
+                return backward_weights(self.combination, poses.predictions, poses.copied_inputs())
+            # Past attach_gradients, which takes M² numbers; B1 checks that it uses these weights.
+            with torch.inference_mode(False), torch.enable_grad():
+                y = poses.predictions.detach().clone().requires_grad_()
+                value = combined_prediction(self.combination, y, poses.copied_inputs())
+                (weights,) = torch.autograd.grad(value, y)
+                return weights
 
     def autograd_weights(self, poses: Poses) -> Tensor:
         """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
-        with self.forgetting():
-            return autograd_weights(self.combination, poses.predictions, poses.handed())
-
-    def step(
-        self,
-        shapes: Mapping[str, tuple[int, ...]] | None = None,
-        n_poses: int = 3,
-        spread: float = 1.0,
-    ) -> Step:
-        """Return what a training step hands to ``forward``, of random numbers.
-
-        Parameters
-        ----------
-        shapes : of the parameters, by name; the default is :func:`telling_shapes`
-        spread : of the predictions; at a sharp scale, weights are 0 or 1 unless it is small
-        """
-        n_poses = self.n_poses(n_poses)
-        shapes = shapes or telling_shapes(n_poses)
-        gradients = {name: self.randn(n_poses, *shape) for name, shape in shapes.items()}
-        for i, gradient in enumerate(gradients.values()):
-            gradient *= (1, 1e-3, 1e2)[i % 3]  # a clamp or a threshold shows at some sizes alone
-        params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}
-        return Step(self.poses(n_poses, 0.0, spread), gradients, params)
+        with self.restored_state():
+            return autograd_weights(self.combination, poses.predictions, poses.copied_inputs())
 
     def call(
         self,
@@ -242,8 +137,8 @@ class Subject:
         pred_list = step.pred_list() if pred_list is None else pred_list
         grad_dict = step.grad_dict() if grad_dict is None else grad_dict
         param_names = list(step.params) if param_names is None else param_names
-        pose_inputs = step.poses.handed() if pose_inputs is None else pose_inputs
-        with self.forgetting():
+        pose_inputs = step.poses.copied_inputs() if pose_inputs is None else pose_inputs
+        with self.restored_state():
             forward = combination or self.combination
             args = (pred_list, grad_dict, param_names, *step.params.values())
             return first_of_pair(forward(*args, **pose_inputs))
@@ -254,14 +149,36 @@ class Subject:
 
     def values_of_parameter(self, name: str, poses: Poses, settings: Tensor) -> Tensor:
         """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
+        module, _, own = name.rpartition(".")
+        parameters = self.combination.get_submodule(module)._parameters
         param = self.combination.get_parameter(name)
-        before, values = param.detach().clone(), []
-        with torch.no_grad():
-            for setting in settings:
-                param.copy_(setting.view_as(param))
-                values.append(self.value(poses))
-            param.copy_(before)
-        return torch.stack(values)
+
+        def value(setting: Tensor) -> Tensor:
+            parameters[own] = setting.view_as(param)  # type: ignore[assignment]
+            return self._value(None, poses.row())
+
+        def one_by_one(settings: Tensor) -> Tensor:
+            before, values = param.detach().clone(), []
+            with torch.no_grad():
+                for setting in settings:
+                    param.copy_(setting.view_as(param))
+                    values.append(self.value(poses))
+                param.copy_(before)
+            return torch.stack(values)
+
+        if not (self.full_depth or self.combination.stochastic or self._buffers):
+            try:
+                with torch.no_grad():
+                    batched = torch.func.vmap(value)(settings.clone())
+            except Exception:
+                batched = None
+            finally:
+                parameters[own] = param
+            if batched is not None:
+                first_and_last = one_by_one(settings[[0, -1]])
+                if _agree(batched[[0, -1]], first_and_last, poses.predictions):
+                    return batched
+        return one_by_one(settings)
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
         """Return the gradient of an own parameter that training would use, flat."""
@@ -275,11 +192,9 @@ class Subject:
         return (torch.zeros_like(param) if gradient is None else gradient).reshape(-1)
 
     @contextmanager
-    def forgetting(self) -> Iterator[None]:
+    def restored_state(self) -> Iterator[None]:
         """Replay the random state and put buffers back, so that no call sees another."""
         if self.combination.stochastic:
-            # torch.manual_seed formats the stack for each kind of device, which takes ten times as
-            # long as a call.
             torch.default_generator.manual_seed(self.seed)
         try:
             yield
@@ -289,3 +204,10 @@ class Subject:
                 for name, buffer in self._buffers.items():
                     module, _, own = name.rpartition(".")
                     self.combination.get_submodule(module)._buffers[own] = buffer.clone()
+
+
+def _agree(batched: Tensor, one_by_one: Iterable[Tensor], predictions: Tensor) -> bool:
+    """Whether some of a batch are what they are one by one: no state is left by the call before."""
+    expected = torch.stack(list(one_by_one))
+    size = float(predictions.abs().amax())
+    return torch.allclose(batched, expected, rtol=1e-9, atol=1e-9 * size, equal_nan=True)

@@ -1,0 +1,193 @@
+"""D5: constructor arguments and pose inputs."""
+
+from __future__ import annotations
+
+import enum
+import inspect
+import itertools
+import math
+from collections.abc import Iterator
+from typing import Any, Literal, get_args, get_origin
+
+import torch
+
+from mtenn_core._engine.declarations import constructor_arguments, constructor_signature
+from mtenn_core.combination import Combination
+from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.derivatives import compare_weights
+from mtenn_core.testing._probe.comparison import judge
+from mtenn_core.testing._probe.subject import Subject
+
+# (poses, base, spread): where an argument or a pose input that does anything shows
+EFFECTS = (
+    (3, 0.0, 1.0),
+    (3, 0.0, 0.05),
+    (5, -8.0, 3.0),
+    (9, 0.0, 30.0),
+    (64, 0.0, 1.0),
+    (3, 1e3, 10.0),
+)
+
+
+@check("D5", "every argument has an effect and a correct derivative")
+def arguments(subject: Subject) -> Metrics:
+    """Each argument and pose input changes the output; the derivative is right off defaults."""
+    tried: dict[str, bool] = {}
+    for name, other in alternatives(subject):
+        with_other = Subject(other, subject.seed, thorough=True)
+        effect = _differs(subject, with_other)
+        tried[name] = tried.get(name, False) or effect
+        if effect:
+            _check_derivative(with_other, subject)
+    inputs = subject.combination.pose_inputs
+    unused = [f"argument {name!r}" for name, effect in tried.items() if not effect]
+    unused += [f"pose input {name!r}" for name in inputs if not _input_shows(subject, name)]
+    if unused:
+        raise Fail(
+            f"{unused[0]} changes neither value nor weights at any probe",
+            cause="it is ignored, or overwritten by a constant",
+        )
+    if not (tried or inputs):
+        raise Skip("it takes no arguments of which others can be guessed")
+    return {"arguments": sorted([*tried, *inputs])}
+
+
+def _input_shows(subject: Subject, name: str) -> bool:
+    """Whether other numbers for a pose input change the value, or the weights."""
+    for n, base, spread in EFFECTS:
+        poses, other = (subject.probes.poses(n, base, spread) for _ in range(2))
+        changed = poses.with_input(name, other.inputs[name])
+        if not all(torch.equal(f(poses), f(changed)) for f in (subject.value, subject.weights)):
+            return True
+    return False
+
+
+@check("D5q", "invalid numbers are refused as arguments", "quality")
+def refused_arguments(subject: Subject) -> Metrics:
+    """NaN for each number, and 0 where the value is then none."""
+    given = constructor_arguments(subject.original, defaults=True)
+    numbers = [name for name, value in given.items() if type(value) in (int, float)]
+    if not numbers:
+        raise Skip("it takes no numbers")
+    for name, bad in itertools.product(numbers, (math.nan, 0.0)):
+        try:
+            made = Subject(type(subject.original)(**{**given, name: bad}), subject.seed)
+            value = made.value(made.probes.poses(3))
+        except Exception:
+            continue
+        if not value.isfinite():
+            raise Fail(
+                f"{name}={bad} is accepted, and the value is {value.item()}",
+                cause="raise a ValueError in __init__ that names the argument and what it may be",
+            )
+    return {}
+
+
+def _check_derivative(subject: Subject, before: Subject) -> None:
+    """Hold a combination to its derivative where another instance was called before it."""
+    points = [
+        subject.probes.poses(n, base, spread)
+        for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.1), (3, 0.0, 1e-3), (5, 7.0, 0.01))
+    ]
+    for poses in points:
+        if before.takes(poses):
+            before.weights(poses)
+    comparisons, cause = compare_weights(subject, points)
+    if any(comparison.wrong for comparison in comparisons):
+        where = f"at other arguments ({subject.original!r})"
+        judge(comparisons, f"{where}: {cause}" if cause else f"it shows {where} alone")
+
+
+def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
+    """Yield combinations that differ from the one under test in one argument.
+
+    The ``examples`` of the class, and others for each number, flag and choice; those that the class
+    refuses are left out, and so are those whose value is no number.
+    """
+    cls = type(subject.original)
+    given = constructor_arguments(subject.original, defaults=True)
+    try:
+        parameters = constructor_signature(cls).parameters
+    except (TypeError, ValueError):
+        return
+    for name, value in given.items():
+        if name in parameters and parameters[name].kind is not inspect.Parameter.VAR_POSITIONAL:
+            for other in _other_values(value, parameters[name].annotation):
+                yield from _valid_instance(subject, name, cls, {**given, name: other})
+    for example in cls.examples if isinstance(cls.examples, list | tuple) else ():
+        for name in example:
+            if not _same_argument(given.get(name), example[name]):
+                yield from _valid_instance(subject, name, cls, {**given, **example})
+
+
+def _same_argument(one: Any, other: Any) -> bool:
+    try:
+        return bool(one == other)
+    except Exception:  # arrays
+        return one is other
+
+
+def _valid_instance(
+    subject: Subject, name: str, cls: type[Combination], arguments: dict[str, Any]
+) -> Iterator[tuple[str, Combination]]:
+    try:
+        made = cls(**arguments)
+        probe = Subject(made, subject.seed)
+        value = probe.value(probe.probes.poses(3))
+        weights = probe.weights(probe.probes.poses(3))
+    except Exception:  # a guess need not be allowed
+        return
+    if value.isfinite() and weights.isfinite().all():
+        yield name, made
+
+
+def _other_values(value: Any, annotation: Any) -> list[Any]:
+    """Return other values for an argument."""
+    others: list[Any] = []
+    if isinstance(value, bool):
+        others = [not value]
+    elif isinstance(value, enum.Enum):
+        others = list(type(value))
+    elif isinstance(value, int):
+        others = [value + 1, value + 3, value - 1, 10 * value, 1, 2]
+    elif isinstance(value, float):
+        others = [2.5 * value, 0.3 * value, value + 0.4, 30 * value, 1.0 + value, 0.1, 1.0]
+    elif get_origin(annotation) is Literal:
+        others = list(get_args(annotation))
+    return [other for other in others if other != value]
+
+
+def _differs(subject: Subject, other: Subject) -> bool:
+    """Whether an argument shows, in value, weights, parameters or facts."""
+    ours, theirs = subject.combination, other.combination
+    if [(n, p.requires_grad) for n, p in ours.named_parameters()] != [
+        (n, p.requires_grad) for n, p in theirs.named_parameters()
+    ] or ours.state_dict().keys() != theirs.state_dict().keys():
+        return True
+    facts = ("min_poses", "domain", "smooth", "stochastic", "pose_inputs")
+    if any(getattr(ours, fact) != getattr(theirs, fact) for fact in facts):
+        return True
+    for n, base, spread in EFFECTS:
+        poses = subject.probes.poses(
+            max(subject.probes.n_poses(n), other.probes.n_poses(n)), base, spread
+        )
+        try:
+            same = torch.equal(subject.value(poses), other.value(poses)) and torch.equal(
+                subject.weights(poses), other.weights(poses)
+            )
+        except Exception:
+            return True
+        if not same:
+            return True
+    return not _same_after_calls(subject, other)
+
+
+def _same_after_calls(subject: Subject, other: Subject) -> bool:
+    """Whether two combinations are left with the same buffers by the same calls."""
+    one, two = subject.copy(torch.float64), other.copy(torch.float64)
+    for _ in range(2):
+        step = subject.probes.step(n_poses=max(subject.probes.n_poses(3), other.probes.n_poses(3)))
+        subject.call(step, combination=one)
+        subject.call(step, combination=two)
+    buffers = zip(one.buffers(), two.buffers(), strict=True)
+    return all(torch.equal(ours, theirs) for ours, theirs in buffers)

@@ -1,0 +1,83 @@
+"""D3: extreme predictions, ties and NaN."""
+
+from __future__ import annotations
+
+import math
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._probe.poses import Poses, listed
+from mtenn_core.testing._probe.subject import Subject
+
+
+@check("D3", "extreme predictions give finite numbers, and NaN gives NaN")
+def extremes(subject: Subject) -> Metrics:
+    """Finite at 1e4 and for ties; NaN for NaN."""
+    n = subject.probes.n_poses(3)
+    cases = {
+        "predictions near 1e4": subject.probes.poses(n, 1e4, 1.0),
+        "predictions near -1e4": subject.probes.poses(n, -1e4, 1.0),
+        "predictions from -1e4 to 1e4": subject.probes.poses(n, 0.0, 1e4),
+    }
+    if subject.combination.smooth:
+        poses = subject.probes.poses(n)
+        cases["equal predictions"] = poses.tied()
+        cases["the same pose twice"] = poses[[0, *range(n - 1)]]
+    for what, poses in cases.items():
+        value, weights = subject.value(poses), subject.weights(poses)
+        if not (value.isfinite() and weights.isfinite().all()):
+            raise Fail(
+                f"{what}, {poses}: expected finite numbers; found the value {value.item():g}"
+                f" and the weights [{listed(weights)}]",
+                cause=_infinite_cause(what, value),
+            )
+    poses = subject.probes.poses(n)
+    for turn in range(n):  # so that the best pose stands in each place
+        _check_nan(subject, poses.map(partial(torch.roll, shifts=turn)))
+    return {}
+
+
+def _infinite_cause(what: str, value: Tensor) -> str:
+    if "1e4" in what:
+        return (
+            "exp() of a large number, or its logarithm: shift by the extreme first, as"
+            " torch.logsumexp and torch.softmax do; or declare the `domain`"
+        )
+    if value.isfinite():
+        return "the derivative at ties is 0/0 or a square root at 0: declare smooth = False"
+    return "a division by the spread of the predictions, which is 0 for ties"
+
+
+def _check_nan(subject: Subject, poses: Poses) -> None:
+    """NaN among the predictions must be NaN in the value, or else selected away as any other."""
+    if "ignores_nan" in subject.combination.properties:
+        return
+    values = []
+    for pose in range(len(poses)):
+        broken = poses.at(poses.predictions.clone())
+        broken.predictions[pose] = math.nan
+        values.append((pose, broken, subject.value(broken)))
+    # Where the value does not depend on a pose, NaN cannot show.
+    counts = subject.weights(poses) != 0
+    unseen = [each for each in values if not each[2].isnan() and counts[each[0]]]
+    # The best k may leave a pose out, as long as NaN is the worst in whatever place it stands.
+    selects = not (subject.combination.smooth or any(value.isnan() for *_, value in values))
+    for pose, broken, value in unseen:
+        if selects and _selects_around_nan(subject, broken, value):
+            continue
+        raise Fail(
+            f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
+            cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison): a broken pose"
+            " would go unseen; where that is meant, declare properties = {'ignores_nan'}",
+        )
+
+
+def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
+    """Whether the value is that with the lowest or the highest number in the place of NaN."""
+    low, high = subject.combination.domain
+    ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)
+    instead = [broken.at(broken.predictions.nan_to_num(end)) for end in ends]
+    return any(torch.equal(value, subject.value(poses)) for poses in instead)

@@ -1,0 +1,149 @@
+"""D4: predictions in float32, bfloat16 and float16."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._probe.comparison import FLOAT32, ratio
+from mtenn_core.testing._probe.poses import Poses
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step, gradients_of
+
+# (poses, base, spread); of many poses, some have nearly the same prediction
+LOW_PRECISION_PROBES = (
+    (4, 0.0, 1.0),
+    (4, -8.0, 2.0),
+    (30, -8.0, 1.0),
+    (4, -80.0, 4.0),
+    (4, -300.0, 4.0),
+)
+
+
+@check("D4", "low precision keeps its dtype and computes in float32")
+def low_precision(subject: Subject) -> Metrics:
+    """float32, bfloat16 and float16, against float64 on the same rounded predictions."""
+    worst = 0.0
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for n, base, spread in LOW_PRECISION_PROBES:
+            if base < -256 and dtype != torch.float16:
+                continue  # where float16 overflows in a square
+            poses = _in_domain(subject, subject.probes.poses(n, base, spread), dtype)
+            # Rounding makes ties, at which a value with kinks has several derivatives.
+            if subject.combination.smooth or len(poses.predictions.unique()) == len(poses):
+                step = subject.probes.step(n_poses=len(poses))
+                worst = max(worst, _check_precision(subject, step, poses))
+        if dtype == torch.float32 or not subject.combination.smooth:
+            continue
+        # Many small terms of one sign: a sum in half precision stops growing.
+        step = subject.probes.step({"w": (4,)}, 1000)
+        step.gradients["w"].abs_()
+        poses = _in_domain(subject, subject.probes.poses(len(step.poses), -9.0, 0.0), dtype)
+        worst = max(worst, _check_precision(subject, step, poses))
+    return {"largest error in tolerances": worst}
+
+
+def _in_domain(subject: Subject, poses: Poses, dtype: torch.dtype) -> Poses:
+    """Return poses in another dtype, without predictions that rounding moves out of the domain."""
+    low, high = subject.combination.domain
+    poses = poses.map(lambda numbers: numbers.to(dtype))
+    y = poses.predictions
+    inside = (y > low) & (y < high) & y.isfinite()
+    return poses.at(torch.where(inside, y, subject.probes.predictions(1).to(dtype)))
+
+
+def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
+    dtype = poses.predictions.dtype
+    narrow = replace(step.to(dtype), poses=poses)
+    wide = narrow.to(torch.float64)
+    value = subject.call(narrow, combination=subject.copy(), **_views(narrow))
+    if value.dtype != dtype:
+        raise Fail(
+            f"predictions in {dtype}: expected the value in that dtype; found {value.dtype}",
+            cause="cast the result back: value.to(predictions.dtype)",
+        )
+    if subject.combination.stochastic:  # the random numbers are others in another dtype
+        return 0.0
+    off = _check_value(subject, value, wide.poses)
+    # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
+    usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
+    expected = subject.gradients(wide, **_views(wide))
+    weights = subject.weights(wide.poses)
+    digits = 2048 if dtype == torch.float32 else 16
+    slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * FLOAT32 * usual
+    limits = torch.finfo(dtype)
+    moved = None
+    for name, gradient in gradients_of(value, narrow.params).items():
+        sizes = wide.gradients[name].abs()
+        tolerance = limits.tiny + torch.tensordot(slack, sizes, dims=1)
+        error = (gradient.double() - expected[name]).abs()
+        most = weights.abs().clamp(min=usual)
+        beyond = torch.tensordot(most, sizes + 1, dims=1) > limits.max / 2
+        allowed = beyond | ~expected[name].isfinite()
+        if not ((error <= tolerance) | allowed).all():  # it may be stiff here
+            if moved is None:
+                moved = 8 * _change_by_last_digit(subject.weights, wide.poses, weights)
+            tolerance = limits.tiny + torch.tensordot(slack + moved, sizes, dims=1)
+        if not ((error <= tolerance) | allowed).all():
+            at = int((error - tolerance).nan_to_num(math.inf).argmax())
+            raise Fail(
+                f"{poses} in {dtype}, parameter {name!r}, entry {at}\n"
+                f"    your backward      {gradient.flatten()[at].item():.8g}\n"
+                f"    in float64         {expected[name].flatten()[at].item():.8g}"
+                f" ± {tolerance.flatten()[at].item():.1e}",
+                cause=_LOW_PRECISION,
+            )
+    return off
+
+
+def _views(step: Step) -> dict[str, Any]:
+    """Return predictions and gradients as views of one buffer each, which is quick for many."""
+    gradients = {name: list(each.clone()) for name, each in step.gradients.items()}
+    return {"pred_list": list(step.poses.predictions.clone()), "grad_dict": gradients}
+
+
+def _check_value(subject: Subject, value: Tensor, poses: Poses) -> float:
+    """Return the error of a value in low precision, in tolerances."""
+    expected = subject.value(poses)
+    size = max(float(poses.predictions.abs().amax()), abs(float(expected)))
+    moved = float(_change_by_last_digit(subject.value, poses, expected))
+    limits = torch.finfo(value.dtype)
+    if abs(float(expected)) > limits.max / 2:
+        return 0.0
+    # Half precision is rounded once, at the end; float32 may be rounded at each step.
+    digits = 256 if value.dtype == torch.float32 else 4
+    tolerance = digits * limits.eps * size + 8 * moved
+    off = ratio(abs(float(value) - float(expected)), tolerance)
+    if not off <= 1:
+        raise Fail(
+            f"{poses} in {value.dtype}\n"
+            f"    your value         {value.item():.8g}\n"
+            f"    in float64         {expected.item():.8g} ± {tolerance:.1e}",
+            cause=_LOW_PRECISION,
+        )
+    return off
+
+
+def _change_by_last_digit(function: Callable[[Poses], Tensor], poses: Poses, at: Tensor) -> Tensor:
+    """Return how much a result changes where its numbers move by a last digit of float32."""
+
+    def nearby(numbers: Tensor, sign: int) -> Tensor:
+        by = sign * torch.finfo(torch.float32).eps * numbers.abs()
+        odd = torch.arange(len(numbers)) % 2 == 1
+        return numbers + torch.where(odd, by, -by)
+
+    near = [poses.map(partial(nearby, sign=sign)) for sign in (-1, 1)]
+    return torch.stack([(function(each) - at).abs() for each in near]).amax(0)
+
+
+_LOW_PRECISION = (
+    "the arithmetic is in the dtype of the predictions: compute in float32 at least, and shift by"
+    " the extreme before scaling (t·y alone loses the digits, and overflows float16)"
+)

@@ -1,0 +1,170 @@
+"""A5 and A6: the same call gives the same numbers, whatever was called before or meanwhile."""
+
+from __future__ import annotations
+
+import itertools
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from mtenn_core._engine.declarations import overrides
+from mtenn_core.combination import Combination
+from mtenn_core.testing._checks.arguments import alternatives
+from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._probe.comparison import (
+    equal_with_nan,
+)
+from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.training_step import Step, gradients_of
+
+N_THREADS = 8
+
+
+@check("A5", "the same call gives the same numbers")
+def repeatable(subject: Subject) -> Metrics:
+    """Forward twice, and backward twice with ``retain_graph``, to the last bit."""
+    step = subject.probes.step(spread=1e-3)
+    first, second = subject.call(step), subject.call(step)
+    if not equal_with_nan(first, second):
+        raise Fail(
+            f"the same call gave {first.item():.17g} and then {second.item():.17g}",
+            cause="random numbers from elsewhere than torch's global state, which alone is replayed"
+            if subject.combination.stochastic
+            else "random numbers (declare stochastic = True), or state left by the first call",
+        )
+    go = torch.tensor(-3.7, dtype=first.dtype)  # 1 would hide a multiplication in place
+    for value in (first, second):
+        # Not as grad_outputs: to compare its shape, torch imports sympy, which takes a second.
+        value.register_hook(lambda _: go)
+    once = gradients_of(first, step.params, retain_graph=True)
+    twice = gradients_of(first, step.params, retain_graph=True)
+    again = gradients_of(second, step.params)
+    for name, gradient in once.items():
+        if not equal_with_nan(gradient, again[name]):
+            raise Fail(
+                f"parameter {name!r}: the same call gave two gradients",
+                cause="random numbers or a counter in backward, or state left by the first call",
+            )
+        if not equal_with_nan(gradient, twice[name]):
+            raise Fail(
+                f"parameter {name!r}: backward twice (retain_graph=True) gave two gradients",
+                cause="backward changes what forward has saved, in place",
+            )
+    return {}
+
+
+_SHARED = "a cache, or state that a call leaves behind on self, the class or the module"
+
+
+@check("A6", "calls do not affect one another")
+def isolated(subject: Subject) -> Metrics:
+    """Two live calls, backward in both orders; two instances; threads."""
+    step = subject.probes.step(spread=1e-3)
+    before = _value_and_gradients(subject, step)
+    others: list[tuple[str, Combination]] = [("a copy", subject.copy(torch.float64))]
+    others += [
+        (f"an instance with another {n!r}", Subject(c, subject.seed).combination)
+        for n, c in itertools.islice(alternatives(subject), 1)
+        if c.pose_inputs == subject.combination.pose_inputs
+    ]
+    for what, combination in (("a second call", subject.combination), *others):
+        for n_poses, spread in ((5, 1.0), (3, 1e-3)):
+            _check_two_live_calls(subject, what, combination, n_poses, spread)
+        if not all(map(equal_with_nan, before, _value_and_gradients(subject, step))):
+            raise Fail(f"other numbers once there is {what}", cause=_SHARED)
+    _check_weights_without_state(subject)
+    _check_pose_inputs_without_state(subject)
+    buffers = dict(subject.combination.named_buffers())
+    if not (subject.combination.stochastic or buffers):
+        _check_threads(subject)
+    return {}
+
+
+def _check_weights_without_state(subject: Subject) -> None:
+    """Check that ``pose_weights`` does not depend on an earlier call of ``combine``."""
+    if not overrides(type(subject.combination), "pose_weights"):
+        return
+    n_poses = subject.probes.n_poses(3)
+    one, two = subject.probes.poses(n_poses), subject.probes.poses(n_poses)
+    expected = subject.weights(one)
+    with subject.restored_state(), torch.no_grad():
+        if overrides(type(subject.combination), "combine"):
+            subject.combination.combine(two.predictions, **two.inputs)
+        found = subject.combination.pose_weights(one.predictions, **one.inputs)
+    if not equal_with_nan(expected, found):
+        raise Fail(
+            "pose_weights(y) gave other weights after combine of other predictions",
+            cause="state that combine leaves on self: compute it from the argument",
+        )
+
+
+def _check_pose_inputs_without_state(subject: Subject) -> None:
+    """Check that the value does not depend on the pose inputs of an earlier call."""
+    step = subject.probes.step(spread=1e-3)
+    for name in step.poses.inputs:
+        numbers = subject.probes.poses(len(step.poses)).inputs[name]
+        other = replace(step, poses=step.poses.with_input(name, numbers))
+        expected = subject.call(other, combination=subject.copy(torch.float64))
+        subject.call(step)
+        found = subject.call(other)
+        if not equal_with_nan(expected, found):
+            raise Fail(
+                f"{other.poses}: expected the value {expected.item():.17g}; found"
+                f" {found.item():.17g} after a call with another {name!r}",
+                cause=_SHARED,
+            )
+
+
+def _check_two_live_calls(
+    subject: Subject, what: str, other: Combination, n_poses: int, spread: float
+) -> None:
+    one = subject.probes.step(spread=spread)
+    two = subject.probes.step(n_poses=max(n_poses, other.min_poses), spread=spread)
+    first_gradients = subject.gradients(one)
+    expected = {name: gradient.clone() for name, gradient in first_gradients.items()}
+    for other_first in (False, True):
+        value = subject.call(one)
+        meanwhile = subject.call(two, combination=other)
+        if other_first:
+            gradients_of(meanwhile, two.params)
+        found = gradients_of(value, one.params)
+        for name, gradient in expected.items():
+            if not equal_with_nan(gradient, found[name]):
+                raise Fail(
+                    f"parameter {name!r}: another gradient after {what} between forward and"
+                    " backward",
+                    cause="state on self, the class or the module, which belongs to the last call:"
+                    " keep it on ctx",
+                )
+    gradients_of(subject.call(two, combination=other), two.params)
+    if any(not equal_with_nan(first_gradients[name], expected[name]) for name in first_gradients):
+        raise Fail(
+            f"gradients that backward returned earlier have changed after {what}",
+            cause="a buffer that every backward writes to: return a tensor of its own",
+        )
+    if not equal_with_nan(subject.call(one), value):
+        raise Fail(
+            f"another value after {what}",
+            cause=_SHARED,
+        )
+
+
+def _check_threads(subject: Subject) -> None:
+    steps = [subject.probes.step() for _ in range(N_THREADS)]
+    alone = [_value_and_gradients(subject, step) for step in steps]
+    with ThreadPoolExecutor(N_THREADS) as pool:
+        found = list(pool.map(partial(_value_and_gradients, subject), 5 * steps))
+    for one, other in zip(5 * alone, found, strict=True):
+        if not all(map(equal_with_nan, one, other)):
+            raise Fail(
+                f"{N_THREADS} threads at once gave other numbers than one after the other",
+                cause="state that the threads share",
+            )
+
+
+def _value_and_gradients(subject: Subject, step: Step) -> list[Tensor]:
+    value = subject.call(step)
+    return [value.detach(), *gradients_of(value, step.params).values()]

@@ -1,0 +1,65 @@
+"""The arguments of ``forward``, and the gradients of its result."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mtenn_core.testing._probe.poses import Poses
+
+
+@dataclass(frozen=True)
+class Step:
+    """The arguments of ``forward`` in one training step.
+
+    Attributes
+    ----------
+    poses : the predictions, and the pose inputs
+    gradients : by parameter, those of all poses, shape (n_poses, *shape of the parameter)
+    params : the parameters; their order is that of ``param_names``
+    """
+
+    poses: Poses
+    gradients: Mapping[str, Tensor]
+    params: Mapping[str, Tensor]
+
+    def to(self, dtype: torch.dtype) -> Step:
+        """Return the step in another dtype."""
+        return Step(
+            self.poses.map(lambda numbers: numbers.to(dtype)),
+            {name: gradients.to(dtype) for name, gradients in self.gradients.items()},
+            {n: param.detach().to(dtype).requires_grad_() for n, param in self.params.items()},
+        )
+
+    def pred_list(self) -> list[Tensor]:
+        """Return the predictions as ``forward`` takes them, each a tensor of its own."""
+        return [prediction.clone() for prediction in self.poses.predictions]
+
+    def grad_dict(self) -> dict[str, list[Tensor]]:
+        """Return the gradients as ``forward`` takes them, each a tensor of its own."""
+        return {n: [gradient.clone() for gradient in all] for n, all in self.gradients.items()}
+
+
+def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
+    """Return the gradient of a value for each parameter, zeros where there is none."""
+    wanted = {name: param for name, param in params.items() if param.requires_grad}
+    found = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True, **options)
+    return dict(zip(wanted, found, strict=True))
+
+
+def default_shapes(n_poses: int) -> dict[str, tuple[int, ...]]:
+    """Return shapes of parameters that a wrong sum over poses would mix up."""
+    return {
+        "w1": (n_poses,),
+        "w10": (n_poses, n_poses),
+        "w2": (n_poses, n_poses),
+        "scalar": (),
+        "one": (1,),
+        "column": (n_poses, 1),
+        "rows": (2, n_poses),
+        "layer.bias": (2,),
+    }
