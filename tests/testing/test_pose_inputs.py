@@ -62,7 +62,7 @@ def test_a_forward_gets_inputs_in_the_dtype_of_the_predictions():
 
 
 def test_inputs_are_those_of_the_seed():
-    first, again, other = (Subject(ScoreWeighted(), seed).poses(4) for seed in (0, 0, 1))
+    first, again, other = (Subject(ScoreWeighted(), seed).probes.poses(4) for seed in (0, 0, 1))
     assert torch.equal(first.inputs["docking_score"], again.inputs["docking_score"])
     assert not torch.equal(first.inputs["docking_score"], other.inputs["docking_score"])
 
@@ -110,7 +110,7 @@ def test_many_poses_are_combined_in_one_call():
 
 
 def test_poses_take_their_inputs_along():
-    poses = Subject(ScoreWeighted(), 0).poses(4)
+    poses = Subject(ScoreWeighted(), 0).probes.poses(4)
     turned = poses[[3, 0, 0]]
     for name, numbers in poses.named().items():
         assert turned.named()[name].tolist() == [numbers[3], numbers[0], numbers[0]]

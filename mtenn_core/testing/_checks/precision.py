@@ -72,14 +72,16 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
     if subject.combination.stochastic:  # the random numbers are others in another dtype
         return 0.0
     off = _check_value(subject, value, wide.poses)
-    # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
-    usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
     expected = subject.gradients(wide, **_views(wide))
     weights = subject.weights(wide.poses)
+    few = len(poses) <= 30
+    # For many poses it is slow, and computed only if it is needed.
+    moved = _change_by_last_digit(subject.weights, wide.poses, weights) if few else None
+    # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
+    usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
     digits = 2048 if dtype == torch.float32 else 16
     slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * FLOAT32 * usual
     limits = torch.finfo(dtype)
-    moved = None
     for name, gradient in gradients_of(value, narrow.params).items():
         sizes = wide.gradients[name].abs()
         tolerance = limits.tiny + torch.tensordot(slack, sizes, dims=1)
@@ -89,8 +91,8 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
         allowed = beyond | ~expected[name].isfinite()
         if not ((error <= tolerance) | allowed).all():  # it may be stiff here
             if moved is None:
-                moved = 8 * _change_by_last_digit(subject.weights, wide.poses, weights)
-            tolerance = limits.tiny + torch.tensordot(slack + moved, sizes, dims=1)
+                moved = _change_by_last_digit(subject.weights, wide.poses, weights)
+            tolerance = limits.tiny + torch.tensordot(slack + 8 * moved, sizes, dims=1)
         if not ((error <= tolerance) | allowed).all():
             at = int((error - tolerance).nan_to_num(math.inf).argmax())
             raise Fail(
