@@ -166,9 +166,11 @@ def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
 
     trainable = [name for name, param in combination.named_parameters() if param.requires_grad]
     if trainable or combination.pose_inputs:
-        what = f"pose_inputs {combination.pose_inputs}" if combination.pose_inputs else trainable
+        what = f"trainable parameters {trainable}"
+        if combination.pose_inputs:
+            what = f"pose_inputs {combination.pose_inputs}"
         raise ValueError(
-            f"{type(combination).__name__} has {what}, and mtenn's GroupedModel has no place for"
-            " them: use mtenn_core.MultiPoseModel"
+            f"{type(combination).__name__} has {what}. mtenn's GroupedModel cannot handle them. Use"
+            " mtenn_core.MultiPoseModel instead."
         )
     return MtennCombination(combination)

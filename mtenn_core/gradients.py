@@ -125,7 +125,7 @@ def stack_predictions(pred_list: Sequence[Tensor]) -> Tensor:
             )
         if prediction.dtype != pred_list[0].dtype:
             raise PredictionError(
-                f"pose {pose}: expected a prediction of {pred_list[0].dtype}, as pose 0 has;"
+                f"pose {pose}: the prediction must have {pred_list[0].dtype}, the dtype of pose 0;"
                 f" found {prediction.dtype}",
                 pose=pose,
             )
@@ -149,20 +149,20 @@ def check_gradients(
     for name, count in Counter(param_names).items():
         if count > 1:
             raise GradientError(
-                f"parameter {name!r}: expected once in param_names; found {count} times",
+                f"parameter {name!r} must be in param_names once; found {count} times",
                 parameter=name,
             )
         if name not in grad_dict:
             raise GradientError(
-                f"parameter {name!r} has no gradients: it is in param_names and not in grad_dict,"
-                f" which has {sorted(grad_dict)}",
+                f"parameter {name!r} has no gradients: it is in param_names but not in grad_dict."
+                f" The keys of grad_dict are {sorted(grad_dict)}.",
                 parameter=name,
             )
     for name in grad_dict:
         if name not in param_names:
             raise GradientError(
-                f"parameter {name!r} is in grad_dict and not in param_names,"
-                f" which has {sorted(param_names)}",
+                f"parameter {name!r} is in grad_dict but not in param_names."
+                f" The names in param_names are {sorted(param_names)}.",
                 parameter=name,
             )
     for name, param in zip(param_names, model_params, strict=True):
@@ -177,8 +177,8 @@ def check_gradients(
             found = isinstance(gradient, Tensor)
             if not found or (gradient.shape, gradient.dtype, gradient.device) != expected:
                 raise GradientError(
-                    f"parameter {name!r}, pose {pose}: expected a gradient of the parameter's"
-                    f" {_describe(param)}; found {_describe(gradient)}",
+                    f"parameter {name!r}, pose {pose}: the gradient must match the parameter, which"
+                    f" has {_describe(param)}; found {_describe(gradient)}",
                     parameter=name,
                     pose=pose,
                 )

@@ -265,8 +265,8 @@ def _check_options(options: Options) -> None:
         )
     if not (collate is None or callable(collate)):
         raise TypeError(
-            "collate must be a function that makes a batch of a list of poses, such as torch.stack;"
-            f" found {collate!r}"
+            "collate must be a function that makes a batch from a list of poses, such as"
+            f" torch.stack; found {collate!r}"
         )
     if chunk_size is not None:
         if not isinstance(chunk_size, SupportsIndex) or chunk_size < 1:
@@ -275,4 +275,4 @@ def _check_options(options: Options) -> None:
                 f" {chunk_size!r}"
             )
         if chunk_size > 1 and collate is None:
-            raise ValueError("chunk_size > 1 needs collate, which makes one batch of several poses")
+            raise ValueError("chunk_size > 1 needs collate, which makes a batch from several poses")

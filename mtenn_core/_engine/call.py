@@ -61,7 +61,7 @@ def checked_call(
     given = {} if pose_inputs is None else pose_inputs
     if not isinstance(given, Mapping):
         raise PredictionError(
-            "pose_inputs must be a dict, for each name one number per pose; found"
+            "pose_inputs must be a dict that has one number per pose for each name; found"
             f" {type(given).__name__}"
         )
     n_poses = sum(own_sizes)
@@ -104,8 +104,8 @@ def _as_list(poses: Iterable[Any]) -> list[Any]:
         with contextlib.suppress(TypeError):
             return list(poses)
     raise PredictionError(
-        f"poses must be a sequence, one entry per pose; found {type(poses).__name__}: put one pose"
-        " into a list, and pass one batch of poses with collated=True"
+        f"poses must be a sequence with one entry per pose; found {type(poses).__name__}. Put a"
+        " single pose into a list. Pass one batch of poses with collated=True."
     )
 
 
@@ -115,7 +115,9 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
         raise PredictionError("expected at least one pose; found none")
     if sizes is None:
         if collated:
-            raise PredictionError("one batch of poses needs sizes, the poses of each compound")
+            raise PredictionError(
+                "one batch of poses needs sizes: pass the number of poses of each compound"
+            )
         return [len(poses)]
     try:
         sizes = [operator.index(size) for size in sizes]
@@ -133,7 +135,7 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
         raise PredictionError("sizes must name at least one compound; found none")
     if not collated and sum(sizes) != len(poses):
         raise PredictionError(
-            f"sizes must add up to the number of poses: {len(sizes)} compounds with"
+            f"sizes must add up to the number of poses. They describe {len(sizes)} compounds with"
             f" {sum(sizes)} poses in all; found {len(poses)} poses"
         )
     return sizes
@@ -147,8 +149,8 @@ def _checked_inputs(
     for name in given:
         if name not in names:
             raise PredictionError(
-                f"pose_inputs[{name!r}]: {who} takes no input of this name; its pose_inputs are"
-                f" {names}"
+                f"pose_inputs[{name!r}]: {who} takes no input of this name. Its pose_inputs are"
+                f" {names}."
             )
     inputs = {}
     for name in names:

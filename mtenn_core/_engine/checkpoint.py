@@ -20,8 +20,8 @@ from mtenn_core.combination import Combination
 from mtenn_core.errors import CheckpointError, PluginWarning
 
 _REMEDY = (
-    "; make the model with the checkpoint's combination, or, to load it anyway, delete the key that"
-    " ends in '_extra_state' from the state dict and load with strict=False"
+    ". Make the model with the checkpoint's combination. To load the checkpoint anyway, delete the"
+    " key that ends in '_extra_state' from the state dict, and load it with strict=False."
 )
 # Bytes. Texts are filled up to a multiple of it.
 _BLOCK = 1024
@@ -74,13 +74,13 @@ def check(state: object, combination: Combination) -> None:
         )
     if then["arguments"] != now["arguments"]:
         raise CheckpointError(
-            f"the checkpoint is of {_description(then)}, and this model has other arguments,"
+            f"the checkpoint is of {_description(then)}, and this model has other arguments:"
             f" {_description(now)}{_REMEDY}"
         )
     if then["version"] != now["version"]:
         warnings.warn(
-            f"the checkpoint is of {_description(then)}, and {now['version']} is installed: its"
-            " predictions may differ",
+            f"the checkpoint is of {_description(then)}, and version {now['version']} is installed."
+            " The predictions may differ.",
             PluginWarning,
             stacklevel=2,
         )

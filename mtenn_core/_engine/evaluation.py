@@ -57,9 +57,9 @@ def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> N
             compound += 1
         where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
         raise PredictionError(
-            f"pose {pose}{where}: {what} is {values[pose].item()}, and it would spoil the gradient"
-            " of every other pose; leave the pose out, or pass check_finite=False to combine it"
-            " anyway",
+            f"pose {pose}{where}: {what} is {values[pose].item()}. This number would spoil the"
+            " gradients of all other poses. Leave the pose out, or pass check_finite=False to"
+            " combine it anyway.",
             pose=pose,
             compound=compound,
         )

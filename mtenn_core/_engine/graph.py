@@ -22,8 +22,8 @@ class Graph(Mode):
         combination = type(options.combination)
         if not overrides(combination, "combine"):
             raise ValueError(
-                f"{combination.__name__} defines only forward, which works on stored gradients:"
-                " use gradients='stored', or give it a combine(predictions)"
+                f"{combination.__name__} defines only forward, which works on stored gradients."
+                " Use gradients='stored', or define combine(predictions), too."
             )
 
     def check_group(self, options: Options) -> None:

@@ -69,8 +69,9 @@ def refuse_double_backward() -> None:
     """
     if torch.is_grad_enabled():
         raise DoubleBackwardError(
-            "create_graph=True asks for the gradient of a gradient, and gradients that were put"
-            " together from stored ones have none; use MultiPoseModel(..., gradients='graph')"
+            "create_graph=True asks for the gradient of a gradient. A gradient that comes from"
+            " stored gradients or from pose_weights has no gradient of its own. Use"
+            " MultiPoseModel(..., gradients='graph')."
         )
 
 

@@ -42,8 +42,8 @@ class Places:
         ]
         if any(map(torch.nn.parameter.is_lazy, self.tensors())):
             raise GradientError(
-                "a lazy module of the pose model has no parameters yet: run the pose model once on"
-                " a pose, or use gradients='graph'"
+                "a lazy module of the pose model has no parameters yet. First run the pose model"
+                " once on a pose, or use gradients='graph'."
             )
 
     def tensors(self) -> list[Tensor]:

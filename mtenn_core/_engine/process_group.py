@@ -49,14 +49,15 @@ def _checked_shares(shares: list[list[int] | PredictionError]) -> list[list[int]
             raise PredictionError(f"rank {rank} of the group: {share}")
         if not sum(share):
             raise PredictionError(
-                f"rank {rank} of the group: expected at least one pose; found none: leave the rank"
-                " out of the group"
+                f"rank {rank} of the group: expected at least one pose; found none. Leave the rank"
+                " out of the group."
             )
         sizes.append(share)
     if len({len(share) for share in sizes}) > 1:
         raise PredictionError(
-            "the ranks of a group share the poses of the same compounds, and sizes must have one"
-            f" entry for each, 0 if need be; found {[len(share) for share in sizes]} entries"
+            "the ranks of a group share the poses of the same compounds. On each rank, sizes must"
+            " have one entry per compound; the entry is 0 if the rank has no pose of the compound."
+            f" The ranks have {[len(share) for share in sizes]} entries."
         )
     return sizes
 

@@ -102,7 +102,7 @@ class RecomputedGraphs:
                 raise
             raise GradientError(
                 "gradients='recomputed' does not work with grad, vjp and jacrev of torch.func,"
-                " around the model or inside the pose model: use gradients='graph'"
+                " around the model or inside the pose model. Use gradients='graph'."
             ) from error
         return join_chunks(predictions, graphs, skip_below)
 
@@ -178,7 +178,7 @@ class RecomputedGraph:
             raise ChangedBeforeBackwardError(
                 "one of the variables needed for gradient computation, shape"
                 f" {tuple(tensor.shape)}, was modified by an inplace operation of the pose model"
-                " itself: let it work on a copy"
+                " itself. Let this operation work on a copy."
             )
         return tensor
 
@@ -199,7 +199,7 @@ class RecomputedGraph:
             raise
         except Exception as error:
             raise ChangedBeforeBackwardError(
-                f"pose {self.chunk.first_pose}: run again in backward, the pose model raised"
+                f"pose {self.chunk.first_pose}: the pose model ran again in backward and raised"
                 f" {type(error).__name__}: {error}. {_QUESTIONS}"
             ) from error
 
@@ -226,19 +226,19 @@ class RecomputedGraph:
         if n_saved == self.n_saved and same.all():
             return
         pose = int((~same).int().argmax())
-        found = f"{n_saved} saved tensors for {self.n_saved}"
+        found = f"saved {n_saved} tensors instead of {self.n_saved}"
         if not same.all():
-            found = f"prediction {predictions[pose].item()!r} for {first[pose].item()!r}"
+            found = f"predicted {predictions[pose].item()!r} instead of {first[pose].item()!r}"
         raise ChangedBeforeBackwardError(
-            f"pose {self.chunk.first_pose + pose}: run again in backward, the pose model behaved"
-            f" differently than in forward ({found}). {_QUESTIONS}"
+            f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and behaved"
+            f" differently than in forward. It {found}. {_QUESTIONS}"
         )
 
 
 _QUESTIONS = (
-    "Has something that it reads changed in between? Does it draw random numbers outside of torch,"
-    " keep count, or keep something for the next pose (a cache that grows, a part of its graph)? If"
-    " it must, use gradients='stored' or 'graph', which run each pose once"
+    "Has it read a value that changed in between? Does it draw random numbers outside of torch,"
+    " count its runs, or keep something for the next pose, such as a cache that grows or a part of"
+    " its graph? If this is intended, use gradients='stored' or 'graph', which run each pose once."
 )
 
 # On another device, so that code that computes with it by mistake has an error.

@@ -166,10 +166,10 @@ class Replay:
         )
         names = [name for name, param in self._pose_model.named_parameters() if param is changed]
         raise ChangedBeforeBackwardError(
-            f"parameter {(names or ['?'])[0]!r} was changed in place between forward and backward,"
-            " and gradients='recomputed' runs the poses again with the parameters as they were:"
-            " call backward before the optimizer's step, or use gradients='stored', which does not"
-            " need them any more"
+            f"parameter {(names or ['?'])[0]!r} was changed in place between forward and backward."
+            " gradients='recomputed' runs the poses again and needs the parameters unchanged. Call"
+            " backward before the optimizer's step, or use gradients='stored', which runs each pose"
+            " once."
         )
 
     def _check_poses(self) -> None:
@@ -181,9 +181,10 @@ class Replay:
         for pose, tensor, version in self._inputs:
             if _versions([tensor]) != version:
                 raise ChangedBeforeBackwardError(
-                    f"pose {pose}: a tensor of it, shape {tuple(tensor.shape)}, was changed in"
-                    " place between forward and backward, and gradients='recomputed' runs poses"
-                    " again: pass a copy to the model, or use gradients='stored'"
+                    f"pose {pose}: one of its tensors, shape {tuple(tensor.shape)}, was changed in"
+                    " place between forward and backward. gradients='recomputed' runs the poses"
+                    " again and needs them unchanged. Pass a copy to the model, or use"
+                    " gradients='stored'."
                 )
         self._checked_in = backward
 

@@ -36,8 +36,8 @@ Run = Callable[[], Tensor]
 FLOAT16_SCALE = 2.0**16
 
 NOT_IN_A_BATCH = (
-    "gradients='stored' runs pose by pose: give it the poses, not one batch of them, or use"
-    " gradients='recomputed'"
+    "gradients='stored' runs pose by pose and does not take one batch. Pass a list of poses, or use"
+    " gradients='recomputed'."
 )
 
 
@@ -51,12 +51,12 @@ class Stored(Mode):
     def check_options(self, options: Options) -> None:
         if options.skip_below:
             raise ValueError(
-                "gradients='stored' takes the gradient of a pose before its weight is known:"
-                " skip_below is for 'recomputed' and 'graph'"
+                "gradients='stored' takes the gradient of a pose before its weight is known, and so"
+                " it cannot skip poses. skip_below is only for 'recomputed' and 'graph'."
             )
         if options.chunk_size is not None and options.chunk_size > 1:
             raise ValueError(
-                "gradients='stored' runs pose by pose, so that each pose has a gradient of its own:"
+                "gradients='stored' runs pose by pose, so that each pose has its own gradient."
                 f" chunk_size must be 1 or None; found {options.chunk_size}"
             )
 
@@ -64,9 +64,9 @@ class Stored(Mode):
         if _needs_gradients(options.combination) and torch.is_grad_enabled():
             raise ValueError(
                 f"{type(options.combination).__name__} overrides forward, which needs all gradients"
-                " of a compound in one process, and group= shares its poses among several: give one"
-                " process the whole compound, or write combine(predictions) and use"
-                " gradients='recomputed'"
+                " of a compound in one process. But group= shares the poses of a compound among"
+                " several processes. Give one process the whole compound, or write"
+                " combine(predictions) and use gradients='recomputed'."
             )
 
     def chunk_size(self, options: Options) -> int:
@@ -126,8 +126,8 @@ class StoredGradients:
             # Its hooks replace parameters in each run, and would not see the gradients of aliases.
             raise GradientError(
                 f"module {sharded!r} of the pose model is sharded over processes, and"
-                " gradients='stored' takes the gradients of whole parameters: use"
-                " gradients='recomputed' or 'graph', or shard the MultiPoseModel as one"
+                " gradients='stored' needs whole parameters. Use gradients='recomputed' or 'graph',"
+                " or shard the MultiPoseModel as one."
             )
         with lock_of(pose_model):
             # The pose model runs with aliases, so that hooks on the parameters (those of users,
@@ -233,11 +233,12 @@ class _InnerGradients:
             self._known.add(node)
             return
         raise GradientError(
-            f"pose {pose}: its prediction depends on a tensor of shape"
-            f" {tuple(node.variable.shape)} that requires grad and is no parameter of the pose"
-            " model (an input, a parameter that was not registered or is reached other than through"
-            " its module, or reentrant checkpointing); gradients='stored' would lose its gradient:"
-            " detach it, register it, or use gradients='graph'",
+            f"pose {pose}: the prediction depends on a tensor of shape"
+            f" {tuple(node.variable.shape)} that requires grad and is not a parameter of the pose"
+            " model. gradients='stored' would lose the gradient of this tensor. The tensor may be"
+            " an input, a parameter that was not registered, or a parameter that is not read from"
+            " its module. Reentrant checkpointing also makes such tensors. Detach the tensor,"
+            " register it, or use gradients='graph'.",
             pose=pose,
         )
 
@@ -271,8 +272,8 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
         return param.new_zeros(param.numel())
     if gradient.layout is not torch.strided:
         raise GradientError(
-            f"parameter {name!r}: gradients='stored' keeps dense gradients; found a sparse one"
-            " (use sparse=False, or gradients='recomputed' or 'graph')",
+            f"parameter {name!r}: gradients='stored' keeps only dense gradients; found a sparse"
+            " one. Use sparse=False, or gradients='recomputed' or 'graph'.",
             parameter=name,
         )
     return gradient.flatten()
@@ -285,8 +286,9 @@ def _refuse_other_losses(name: str, alias: Tensor) -> None:
     a loss.
     """
     raise GradientError(
-        f"parameter {name!r}: a loss uses something of the pose model besides its predictions (a"
-        " penalty that it keeps, an activation), and gradients='stored' would lose its gradient:"
-        " compute it outside of the pose model, or use gradients='graph'",
+        f"parameter {name!r}: the loss uses a tensor from inside the pose model (for example, a"
+        " stored penalty or an activation), not only its predictions. gradients='stored' would lose"
+        " the gradient of that tensor. Compute it outside of the pose model, or use"
+        " gradients='graph'.",
         parameter=name,
     )
