@@ -22,11 +22,11 @@ class Call(NamedTuple):
 
     Attributes
     ----------
-    poses : one entry per pose, or one batch of them all
+    poses : one entry per pose; with ``collated``, one batch of all poses
     sizes : the number of poses of each compound
     inputs : the pose inputs by name, shape (n_poses,)
-    collated : ``poses`` is one batch
-    chunks : the poses, cut into those that run together
+    collated : True if ``poses`` is one batch
+    chunks : the poses, cut into groups that run together
     """
 
     poses: list[Any]
@@ -44,17 +44,17 @@ def checked_call(
     pose_inputs: Mapping[str, Any] | None,
     collated: bool,
 ) -> Call:
-    """Return the arguments of a call in one process, or raise if they do not fit together.
+    """Return the arguments of a call in one process. Raise an error if they do not fit together.
 
     Parameters
     ----------
-    options : of the model
-    chunk_size : poses that run together; None for all
+    options : the options of the model
+    chunk_size : the number of poses that run together; None for all poses
     poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.forward`
 
     Raises
     ------
-    PredictionError : the first disagreement
+    PredictionError : it describes the first disagreement
     """
     poses = [poses] if collated else _as_list(poses)
     own_sizes = _checked_sizes(poses, sizes, collated)
@@ -84,12 +84,12 @@ def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
 def total_sizes(
     combination: Combination, shares: Sequence[Sequence[int]], sizes: Sequence[int] | None
 ) -> list[int]:
-    """Return the number of poses of each compound, on all ranks together.
+    """Return the number of poses of each compound, summed over all ranks.
 
     Parameters
     ----------
-    shares : for each rank, the number of its poses of each compound
-    sizes : the argument of the call, None for one compound
+    shares : for each rank, the number of poses of each compound
+    sizes : the argument of the call; None for one compound
     """
     totals = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
     if min(totals) < max(1, combination.min_poses):
@@ -99,7 +99,8 @@ def total_sizes(
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:
-    # One dict, or PyG's Data or Batch: iterating over it gives no poses, but names or tensors.
+    # An object with keys is one dict, or one Data or Batch of PyG. Iteration over it would give
+    # names or tensors instead of poses.
     if not (isinstance(poses, str) or hasattr(poses, "keys")):
         with contextlib.suppress(TypeError):
             return list(poses)
@@ -144,7 +145,7 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
 def _checked_inputs(
     combination: Combination, given: Mapping[str, Any], n_poses: int
 ) -> dict[str, Tensor]:
-    """Return the combination's pose inputs, in the order in which it names them."""
+    """Return the pose inputs, in the order of ``combination.pose_inputs``."""
     who, names = type(combination).__name__, combination.pose_inputs
     for name in given:
         if name not in names:
@@ -171,7 +172,7 @@ def _checked_inputs(
 def _numbers(name: str, values: Any) -> Tensor:
     try:
         if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
-            # torch.as_tensor would lose the graphs of these numbers.
+            # Stacked: torch.as_tensor would lose the graphs of these numbers.
             values = torch.stack([torch.as_tensor(value).reshape(()) for value in values])
         if not isinstance(values, Tensor):
             values = torch.as_tensor(values, dtype=torch.float64)
