@@ -1,4 +1,4 @@
-"""Mode ``"graph"``: the graphs of all poses are kept until backward, as plain autograd does."""
+"""Mode ``"graph"``: it keeps the graphs of all poses until backward, as plain autograd does."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ from mtenn_core._engine.skipping import join_chunks
 
 
 class Graph(Mode):
-    """The mode that keeps all graphs: the reference for the other modes, with plain autograd."""
+    """The mode that keeps all graphs. With plain autograd, it is the reference for other modes."""
 
     name = "graph"
-    # Tests compare the closed form with this mode.
+    # Autograd takes the derivative here, so that tests can compare closed forms with this mode.
     uses_closed_form = False
 
     def check_options(self, options: Options) -> None:
@@ -27,7 +27,7 @@ class Graph(Mode):
             )
 
     def check_group(self, options: Options) -> None:
-        """Accept all groups: each process takes the gradients of its own poses."""
+        """Accept all groups, because each process takes the gradients of its own poses."""
 
     def chunk_size(self, options: Options) -> int | None:
         return 1 if options.collate is None else options.chunk_size
