@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mtenn_core.hookspecs import hookimpl
     from mtenn_core.model import MultiPoseModel, MultiPoseOutput
 
-# Lazy (PEP 562), because torch takes a second to import and listing plugins does not need it.
+# Lazy imports (PEP 562): torch takes a second to import, and a list of plugins does not need it.
 _MODULE_OF = {
     "Combination": "mtenn_core.combination",
     "Estimate": "mtenn_core._engine.estimate",

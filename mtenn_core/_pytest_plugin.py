@@ -1,4 +1,4 @@
-"""The plugin for pytest: it formats failed conformance checks and adds a line to the summary.
+"""The plugin for pytest. It formats failed conformance checks and adds a line to the summary.
 
 pytest loads it into every run where mtenn-core is installed (entry point ``pytest11``). For this
 reason it imports neither torch nor the conformance suite.
@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from mtenn_core.testing import Report
 
-# The words of the summary for each status, in this order.
+# The word for each status in the summary. The summary keeps this order.
 WORDS = {
     "pass": "passed",
     "fail": "failed",
@@ -27,11 +27,11 @@ WORDS = {
     "skip": "skipped",
 }
 
-# The results of the running test: name of the combination, whole_class, and plain data.
+# The results of the running test. Each has the combination's name, whole_class, and plain data.
 _results: list[tuple[str, bool, dict[str, Any]]] = []
 
 
-_Failed: Any = pytest.fail.Exception  # pytest shows only its message, without a traceback
+_Failed: Any = pytest.fail.Exception  # pytest shows its message without a traceback
 
 
 class ConformanceFailure(_Failed, AssertionError):
@@ -63,7 +63,8 @@ def add_result(report: Report, name: str, *, whole_class: bool) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    # A worker of pytest-xdist sends its test reports to the controller, which makes the summary.
+    # The workers of pytest-xdist send their test reports to the controller. Only the controller
+    # makes the summary.
     if not hasattr(config, "workerinput"):
         config.pluginmanager.register(ConformanceSummary(), "mtenn-conformance-summary")
 
@@ -108,7 +109,7 @@ class ConformanceSummary:
                 self._failed.append((combination, report))
 
     def pytest_sessionfinish(self) -> None:
-        # The terminal shows the failures after this hook, when all results are known.
+        # All results are known here, and the terminal shows the failures after this hook.
         for combination, report in self._failed:
             report.sections.append(("conformance", self._context(combination, report)))
 

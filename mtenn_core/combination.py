@@ -1,4 +1,4 @@
-"""The base class of all combinations, and the three depths at which one can be written."""
+"""The base class of all combinations. A combination can be written at three depths."""
 
 from __future__ import annotations
 
@@ -13,28 +13,29 @@ from mtenn_core.errors import CombinationContractError
 from mtenn_core.gradients import GradDict, attach_gradients, join_grad_dict, split_grad_dict
 from mtenn_core.hookspecs import hookimpl
 
-# The methods that every combination inherits are computed by the engine, which needs this class:
-# they import the engine when they are called.
+# The engine imports this class, and some methods of this class use the engine. These methods import
+# the engine when they are called.
 
 
 class Combination(torch.nn.Module):
-    """A rule h that makes one prediction h(ŷ_1 … ŷ_M) of the predictions of a compound's poses.
+    """A rule h that makes one prediction h(ŷ_1 … ŷ_M) from the predictions for a compound's poses.
 
-    Write :meth:`combine`; everything else follows from it. Add :meth:`pose_weights` where the
-    derivative is known in closed form. Override :meth:`forward` for full control. A combination may
-    own parameters and buffers like any module.
+    Write :meth:`combine`; everything else follows from it. Add :meth:`pose_weights` if you know the
+    derivative in closed form. Override :meth:`forward` for full control. A combination may have its
+    own parameters and buffers, like any module.
 
     Attributes
     ----------
-    min_poses : the smallest number of poses that it can combine
+    min_poses : the smallest number of poses that the combination accepts
     domain : the open interval in which predictions may lie
-    smooth : False for a value with kinks (median, top-k); checks then keep away from ties
-    stochastic : True for a value that draws random numbers; checks then repeat the same numbers
+    smooth : False if the value has kinks (median, top-k). Checks then avoid equal predictions.
+    stochastic : True if ``combine`` draws random numbers. Checks then repeat the same numbers.
     properties : claims that the conformance suite checks, such as ``"permutation_invariant"``
-    examples : constructor arguments to validate it with; each is a dict
-    pose_inputs : names of further numbers per pose, such as ``("docking_score",)``. They come from
-        ``model(poses, pose_inputs={"docking_score": …})`` and are passed to ``combine``,
-        ``pose_weights`` and ``reference`` by name: ``combine(self, predictions, docking_score)``
+    examples : dicts of constructor arguments; the checks run with each of them
+    pose_inputs : names of further numbers per pose, such as ``("docking_score",)``. The caller
+        passes the numbers in ``model(poses, pose_inputs={"docking_score": …})``. ``combine``,
+        ``pose_weights`` and ``reference`` receive them by name, as in
+        ``combine(self, predictions, docking_score)``.
     """
 
     min_poses: ClassVar[int] = 1
@@ -55,14 +56,14 @@ class Combination(torch.nn.Module):
                 " or forward(pred_list, grad_dict, param_names, *model_params)"
             )
         combination = super().__new__(cls)
-        # torch's __setattr__ needs __init__ to have run.
+        # Not by setattr: torch's __setattr__ works only after __init__.
         combination.__dict__["_arguments"] = args, kwargs
         return combination
 
     @classmethod
     @hookimpl
     def mtenn_combination(cls) -> type[Self]:
-        """Return this class: every combination is a plugin (see :mod:`mtenn_core.hookspecs`)."""
+        """Return this class. Every combination is a plugin (see :mod:`mtenn_core.hookspecs`)."""
         return cls
 
     def extra_repr(self) -> str:
@@ -72,15 +73,15 @@ class Combination(torch.nn.Module):
         shown = constructor_arguments(self, defaults=True)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    # *args, so that type checkers accept a subclass that takes its pose inputs by position or name.
+    # With *args, type checkers accept subclasses that take pose inputs by position or by name.
     def combine(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
         """Return the combined prediction h, differentiable by autograd.
 
         Parameters
         ----------
-        predictions : shape (n_poses,), float32 or wider when called by the core
-        **pose_inputs : one for each name in ``pose_inputs``, shape (n_poses,), dtype and device of
-            ``predictions``
+        predictions : shape (n_poses,); float32 or wider when the core calls this method
+        **pose_inputs : one tensor for each name in ``pose_inputs``, shape (n_poses,), with the
+            dtype and device of ``predictions``
 
         Returns
         -------
@@ -93,8 +94,9 @@ class Combination(torch.nn.Module):
     def pose_weights(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
         """Return ∂h/∂ŷ_i for every pose.
 
-        Override it with the closed form, which training then uses. This method derives the weights
-        from :meth:`combine` by autograd, or else from the backward of :meth:`forward`.
+        If you override this method with the closed form, training uses the closed form. This
+        implementation derives the weights from :meth:`combine` by autograd. If there is no
+        ``combine``, it derives them from the backward of :meth:`forward`.
 
         Parameters
         ----------
@@ -110,10 +112,10 @@ class Combination(torch.nn.Module):
         return derived_weights(self, predictions, pose_inputs)
 
     def reference(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
-        """Return the combined prediction from an independent formula; optional.
+        """Return the combined prediction from an independent formula. This method is optional.
 
-        The conformance suite compares ``combine`` and its derivative with this one, which may be
-        plain and slow where ``combine`` is fast and stable. Training does not use it.
+        The conformance suite compares ``combine`` and its derivative with this formula. The formula
+        may be simple and slow. Training does not use it.
 
         Parameters
         ----------
@@ -134,7 +136,7 @@ class Combination(torch.nn.Module):
         *model_params: Tensor,
         **pose_inputs: Any,
     ) -> Tensor:
-        """Return the combined prediction, with a backward that uses the gradients of the poses.
+        """Return the combined prediction. Its backward uses the gradients of the poses.
 
         Parameters
         ----------
@@ -154,21 +156,24 @@ class Combination(torch.nn.Module):
 def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
     """Return a module that mtenn's ``GroupedModel`` takes as a combination (mtenn 0.5 and later).
 
-    Its ``forward(pred_list, grad_dict, param_names, *model_params)`` returns the pair (combined,
-    pose predictions), shapes () and (n_poses,), both differentiable.
+    The module's ``forward(pred_list, grad_dict, param_names, *model_params)`` returns two tensors:
+    the combined prediction, shape (), and the pose predictions, shape (n_poses,). Both are
+    differentiable.
 
     Raises
     ------
-    ValueError : the combination needs pose inputs, which ``GroupedModel`` does not pass on, or has
-        trainable parameters, of which ``GroupedModel`` expects a gradient per pose
+    ValueError : the combination needs pose inputs, or it has trainable parameters. ``GroupedModel``
+        does not pass on pose inputs. It expects a gradient per pose for every trainable parameter.
     """
     from mtenn_core._engine.mtenn_adapter import MtennCombination  # needs Combination
 
     trainable = [name for name, param in combination.named_parameters() if param.requires_grad]
     if trainable or combination.pose_inputs:
-        what = f"pose_inputs {combination.pose_inputs}" if combination.pose_inputs else trainable
+        what = f"trainable parameters {trainable}"
+        if combination.pose_inputs:
+            what = f"pose_inputs {combination.pose_inputs}"
         raise ValueError(
-            f"{type(combination).__name__} has {what}, and mtenn's GroupedModel has no place for"
-            " them: use mtenn_core.MultiPoseModel"
+            f"{type(combination).__name__} has {what}. mtenn's GroupedModel cannot handle them. Use"
+            " mtenn_core.MultiPoseModel instead."
         )
     return MtennCombination(combination)

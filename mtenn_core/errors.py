@@ -1,4 +1,4 @@
-"""Errors of mtenn-core: one base class, and one class for each way that a caller can react."""
+"""Errors of mtenn-core: one base class, and one class for each possible reaction of a caller."""
 
 from __future__ import annotations
 
@@ -48,11 +48,11 @@ class GradientError(MtennError, ValueError):
 
 
 class DoubleBackwardError(MtennError, RuntimeError):
-    """A precomputed gradient has no second derivative. Use ``gradients="graph"``."""
+    """A precomputed gradient has no gradient of its own. Use ``gradients="graph"``."""
 
 
 class ChangedBeforeBackwardError(MtennError, RuntimeError):
-    """A pose cannot run again, because the model or the pose changed. Call backward before that."""
+    """A pose cannot run again because the model or the pose changed. Call backward earlier."""
 
 
 class CheckpointError(MtennError, RuntimeError):
@@ -60,7 +60,7 @@ class CheckpointError(MtennError, RuntimeError):
 
 
 class CombinationContractError(MtennError, TypeError):
-    """A combination does not keep its contract. Tell its author."""
+    """A combination breaks the contract of combinations. Tell its author."""
 
 
 class PluginWarning(RuntimeWarning):
@@ -93,19 +93,19 @@ class CombinationNotFoundError(RegistryError, LookupError):
 
 
 class CombinationConflictError(RegistryError):
-    """Several plugins have this name. Ask for ``distribution:name``, or prefer one."""
+    """Several plugins have this name. Ask for ``distribution:name``, or prefer one plugin."""
 
 
 class CombinationDisabledError(RegistryError, LookupError):
-    """The plugin is installed but not allowed. Allow it, or use another one."""
+    """The plugin is installed but not allowed. Allow it, or use another plugin."""
 
 
 class PluginPinError(RegistryError):
-    """The plugin is not the pinned one. Install the pinned one, or pin this one."""
+    """The plugin differs from the pinned plugin. Install the pinned plugin, or pin this one."""
 
 
 class PluginIncompatibleError(RegistryError):
-    """The plugin requires another version of mtenn-core. Update one of the two."""
+    """The plugin requires another version of mtenn-core. Update the plugin or mtenn-core."""
 
 
 class PluginLoadError(RegistryError, ImportError):
@@ -113,7 +113,7 @@ class PluginLoadError(RegistryError, ImportError):
 
 
 class PluginSpecError(RegistryError, TypeError):
-    """The plugin was imported but does not keep the contract of the hook. Tell its author."""
+    """The plugin was imported but breaks the contract of the hook. Tell its author."""
 
 
 class GradientValidationError(RegistryError):

@@ -1,8 +1,9 @@
 """Pose gradients: the ``grad_dict`` that holds them, its checks, and one differentiable vector.
 
-The gradient of a combined prediction h(ŷ_1 … ŷ_M) is Σ_i w_i ∂ŷ_i/∂θ with w_i = ∂h/∂ŷ_i. Given the
-vectors ∂ŷ_i/∂θ, :func:`attach_gradients` makes a tensor of the predictions whose backward is that
-sum for whatever weights autograd hands it, so that every loss on the predictions follows.
+The gradient of a combined prediction h(ŷ_1 … ŷ_M) is Σ_i w_i ∂ŷ_i/∂θ with w_i = ∂h/∂ŷ_i.
+:func:`attach_gradients` takes the vectors ∂ŷ_i/∂θ and returns the predictions as one tensor. In
+backward, autograd gives weights to this tensor, and the tensor returns that sum. For this reason,
+every loss on the predictions gets the right gradient.
 """
 
 from __future__ import annotations
@@ -28,12 +29,12 @@ def split_grad_dict(grad_dict: GradDict) -> tuple[list[str], list[Tensor]]:
 
     Returns
     -------
-    keys : ``keys[i]`` is the parameter that ``tensors[i]`` belongs to; each repeated n_poses times
+    keys : ``keys[i]`` is the parameter of ``tensors[i]``; each key is repeated n_poses times
     tensors : the gradients
 
     Raises
     ------
-    GradientError : the parameters have different numbers of gradients, or none
+    GradientError : a parameter has no gradients, or more or fewer gradients than another
     """
     n_poses = len(next(iter(grad_dict.values()), ()))
     for name, gradients in grad_dict.items():
@@ -52,11 +53,11 @@ def split_grad_dict(grad_dict: GradDict) -> tuple[list[str], list[Tensor]]:
 
 
 def join_grad_dict(keys: Sequence[str], tensors: Sequence[Tensor]) -> dict[str, list[Tensor]]:
-    """Join two lists into a ``grad_dict``: the inverse of :func:`split_grad_dict`.
+    """Join two lists into a ``grad_dict``. This is the inverse of :func:`split_grad_dict`.
 
     Raises
     ------
-    GradientError : the two lists differ in length, or some key is repeated more often than another
+    GradientError : the lists differ in length, or one key is repeated more often than another
     """
     if len(keys) != len(tensors):
         raise GradientError(
@@ -75,16 +76,16 @@ def attach_gradients(
     param_names: Sequence[str],
     *model_params: Tensor,
 ) -> Tensor:
-    """Return one differentiable vector of pose predictions whose gradients are known already.
+    """Return one differentiable vector of pose predictions whose gradients are already known.
 
-    Backward of the result turns v into Σ_i v_i · ``grad_dict[name][i]`` for every parameter and
-    reads each stored gradient once. A name that belongs to another parameter is detected only where
-    the shapes differ.
+    When backward reaches the result with gradient v, every parameter receives
+    Σ_i v_i · ``grad_dict[name][i]``. Each stored gradient is read once. If two names are swapped,
+    this is detected only if the shapes of the two parameters differ.
 
     Parameters
     ----------
     pred_list : n_poses tensors, shape () or (1,)
-    grad_dict : for each parameter, n_poses tensors of its shape, entry i = ∂ŷ_i/∂parameter
+    grad_dict : for each parameter, n_poses tensors of its shape; entry i is ∂ŷ_i/∂parameter
     param_names : the keys of ``grad_dict``, in the order of ``model_params``
     *model_params : the parameters, which receive the gradients
 
@@ -94,11 +95,13 @@ def attach_gradients(
 
     Raises
     ------
-    PredictionError : no pose, or a prediction that is not one number; it names the pose
-    GradientError : names, numbers, shapes, dtypes or devices disagree; it names parameter and pose
+    PredictionError : there is no pose, or a prediction is not one number. The message names the
+        pose.
+    GradientError : names, numbers, shapes, dtypes or devices disagree. The message names the
+        parameter and the pose.
     DoubleBackwardError : in backward, under ``create_graph=True``
     """
-    # The engine comes after the contract in the order of imports.
+    # In the order of imports, the engine comes after this module.
     from mtenn_core._engine.known_gradients import attach, sum_over_poses
 
     predictions = stack_predictions(pred_list)
@@ -109,7 +112,7 @@ def attach_gradients(
 
 
 def stack_predictions(pred_list: Sequence[Tensor]) -> Tensor:
-    """Return single numbers, shape () or (1,), as one vector of shape (n_poses,), detached."""
+    """Return tensors of shape () or (1,) as one detached vector, shape (n_poses,)."""
     if not len(pred_list):
         raise PredictionError("expected at least one pose; found none")
     for pose, prediction in enumerate(pred_list):
@@ -125,7 +128,7 @@ def stack_predictions(pred_list: Sequence[Tensor]) -> Tensor:
             )
         if prediction.dtype != pred_list[0].dtype:
             raise PredictionError(
-                f"pose {pose}: expected a prediction of {pred_list[0].dtype}, as pose 0 has;"
+                f"pose {pose}: the prediction must have {pred_list[0].dtype}, the dtype of pose 0;"
                 f" found {prediction.dtype}",
                 pose=pose,
             )
@@ -139,7 +142,7 @@ def check_gradients(
 
     Raises
     ------
-    GradientError : the first disagreement, with the parameter, the pose and both numbers
+    GradientError : it describes the first disagreement: parameter, pose, and both values
     """
     if len(param_names) != len(model_params):
         raise GradientError(
@@ -149,20 +152,20 @@ def check_gradients(
     for name, count in Counter(param_names).items():
         if count > 1:
             raise GradientError(
-                f"parameter {name!r}: expected once in param_names; found {count} times",
+                f"parameter {name!r} must be in param_names once; found {count} times",
                 parameter=name,
             )
         if name not in grad_dict:
             raise GradientError(
-                f"parameter {name!r} has no gradients: it is in param_names and not in grad_dict,"
-                f" which has {sorted(grad_dict)}",
+                f"parameter {name!r} has no gradients: it is in param_names but not in grad_dict."
+                f" The keys of grad_dict are {sorted(grad_dict)}.",
                 parameter=name,
             )
     for name in grad_dict:
         if name not in param_names:
             raise GradientError(
-                f"parameter {name!r} is in grad_dict and not in param_names,"
-                f" which has {sorted(param_names)}",
+                f"parameter {name!r} is in grad_dict but not in param_names."
+                f" The names in param_names are {sorted(param_names)}.",
                 parameter=name,
             )
     for name, param in zip(param_names, model_params, strict=True):
@@ -177,8 +180,8 @@ def check_gradients(
             found = isinstance(gradient, Tensor)
             if not found or (gradient.shape, gradient.dtype, gradient.device) != expected:
                 raise GradientError(
-                    f"parameter {name!r}, pose {pose}: expected a gradient of the parameter's"
-                    f" {_describe(param)}; found {_describe(gradient)}",
+                    f"parameter {name!r}, pose {pose}: the gradient must match the parameter, which"
+                    f" has {_describe(param)}; found {_describe(gradient)}",
                     parameter=name,
                     pose=pose,
                 )

@@ -18,10 +18,11 @@ hookimpl = pluggy.HookimplMarker(PROJECT)
 def mtenn_combination() -> type[Combination]:  # type: ignore[empty-body]
     """Return the combination class of this plugin.
 
-    A plugin is whatever an entry point of the group ``mtenn.combinations`` names: a subclass of
-    :class:`~mtenn_core.Combination`, which implements this hook already, or a module or object with
-    a function of this name, marked with :data:`mtenn_core.hookimpl`. The name of the entry point is
-    the name of the combination.
+    Each entry point of the group ``mtenn.combinations`` refers to one plugin. The name of the entry
+    point is the name of the combination. The plugin can be a subclass of
+    :class:`~mtenn_core.Combination`, which already implements this hook. The plugin can also be a
+    module or an object with a function ``mtenn_combination`` that is marked with
+    :data:`mtenn_core.hookimpl`.
 
     Returns
     -------

@@ -1,4 +1,4 @@
-"""The multi-pose model: one pose model for every pose, one combination for every compound."""
+"""The multi-pose model: one pose model for all poses, and one combination for all compounds."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ GradientMode = Literal["graph", "stored", "recomputed"]
 
 
 class MultiPoseOutput(NamedTuple):
-    """The predictions of a :class:`MultiPoseModel`; both tensors are differentiable.
+    """The predictions of a :class:`MultiPoseModel`. Both tensors are differentiable.
 
     Attributes
     ----------
-    prediction : the combined predictions, shape (); with ``sizes``, shape (n_compounds,)
-    pose_predictions : shape (n_poses,), the poses of all compounds in their order
+    prediction : the combined prediction, shape (); with ``sizes``, shape (n_compounds,)
+    pose_predictions : shape (n_poses,); the poses are in the order of the call
     """
 
     prediction: Tensor
@@ -38,39 +38,43 @@ class MultiPoseOutput(NamedTuple):
 
 
 class MultiPoseModel(torch.nn.Module):
-    """A model that predicts one number for a compound from many poses of it.
+    """A model that predicts one number for a compound from many of its poses.
 
     Parameters
     ----------
-    pose_model : maps a pose to one number, or with ``collate`` a batch of n poses to shape (n,)
-    combination : its name in the registry, or an instance
+    pose_model : a module that maps one pose to one number. With ``collate``, it maps a batch of n
+        poses to shape (n,).
+    combination : the combination's name in the registry, or an instance
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
-        ``"stored"`` runs pose by pose, keeps one gradient per pose and frees its graph. Its memory
-        is one graph and n_poses gradients; on a CPU it is kept for the next step until
-        :meth:`~torch.nn.Module.eval`. ``"recomputed"`` keeps only the predictions, and runs poses
-        with nonzero weight again in backward, one chunk at a time. Its memory is the graph of one
-        chunk, and about 1 kB for each operation of each pose. All modes give the same numbers,
-        with two exceptions: poses of one batch that influence each other (BatchNorm in training),
-        since ``"stored"`` never batches them; and nonlinear backward hooks of the pose model (for
-        example, clip), since in ``"stored"`` they run before the weighting. While ``"stored"`` or
-        a backward of ``"recomputed"`` runs, no other thread may use the pose model.
-    collate : makes a batch of a list of poses (``torch.stack``, PyG's ``Batch.from_data_list``);
-        without it the pose model gets one pose at a time
-    chunk_size : poses in a batch, with ``collate``; by default all poses of a call in ``"graph"``,
-        and one in the other modes. If ``fully_shard`` has sharded parts of the pose model, every
-        rank must run equally many batches: give each rank as many poses, or a ``chunk_size`` above
-        the number of poses.
-    skip_below : skip poses in backward whose weight in the loss is at most this fraction of the
-        largest. The gradient is then off by at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the skipped poses, where
-        v_i is the derivative of the loss with respect to ŷ_i. 0 skips poses whose weight is exactly
-        zero. None skips no pose: hooks on tensors of the pose model then get a gradient of zeros,
-        where they otherwise get None
-    check_finite : raise on a NaN or infinite prediction, and name its pose. False passes it to the
-        combination, and forward does not wait for a GPU.
+        ``"stored"`` runs pose by pose. It keeps the gradient of each pose and frees the graph of
+        the pose. It needs memory for one graph and n_poses gradients. On a CPU, it keeps this
+        memory for the next step until :meth:`~torch.nn.Module.eval`.
+        ``"recomputed"`` keeps only the predictions. In backward, it runs poses with nonzero weight
+        again, one chunk at a time. It needs memory for the graph of one chunk, and about 1 kB for
+        each operation of each pose.
+        All modes give the same numbers, with two exceptions. First, poses of one batch may
+        influence each other (BatchNorm in training); ``"stored"`` never makes batches. Second, the
+        pose model may have nonlinear backward hooks (for example, clip); in ``"stored"`` they run
+        before the weighting.
+        While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose
+        model.
+    collate : a function that makes a batch from a list of poses (``torch.stack``, PyG's
+        ``Batch.from_data_list``). Without it, the pose model gets one pose at a time.
+    chunk_size : the number of poses in a batch, with ``collate``. The default is all poses of a
+        call in ``"graph"``, and one pose in the other modes. If ``fully_shard`` has sharded parts
+        of the pose model, every rank must run the same number of batches. For this, give every rank
+        the same number of poses, or a ``chunk_size`` above the number of poses.
+    skip_below : in backward, skip each pose whose weight in the loss is at most this fraction of
+        the largest weight. The error of the gradient is then at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the
+        skipped poses, where v_i is the derivative of the loss with respect to ŷ_i. 0 skips poses
+        with weight exactly zero. None skips no pose. For a skipped pose, hooks on tensors of the
+        pose model get None instead of a gradient of zeros.
+    check_finite : raise an error for a NaN or infinite prediction. The error names the pose. False
+        passes such predictions to the combination; forward then does not wait for a GPU.
 
     Raises
     ------
-    ValueError : an option that does not exist, or two that exclude each other
+    ValueError : an option does not exist, or two options exclude each other
     CombinationNotFoundError, GradientValidationError : see :meth:`mtenn_core.Registry.create`
     """
 
@@ -107,38 +111,39 @@ class MultiPoseModel(torch.nn.Module):
         collated: bool = False,
         group: Group | None = None,
     ) -> MultiPoseOutput:
-        """Predict for one compound, or for several.
+        """Return the predictions for one compound, or for several compounds.
 
         Parameters
         ----------
         poses : one entry per pose, of any type that the pose model or ``collate`` takes
-        sizes : the number of poses of each compound, which follow one another in ``poses``; without
-            it, all poses belong to one compound
+        sizes : the number of poses of each compound. ``poses`` has the poses of the first compound
+            first, then those of the second, and so on. Without ``sizes``, all poses belong to one
+            compound.
         pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers
-        collated : True if ``poses`` is one batch already, as a ``DataLoader`` makes it; the pose
-            model then gets it unchanged
-        group : the processes that share the poses of each compound. ``poses``, ``sizes`` and
-            ``pose_inputs`` are the part of this process, and only predictions are exchanged. All
-            processes get the same output, with the poses of a compound in the order of the ranks.
-            Gradients must be averaged over the group, as ``DistributedDataParallel`` and
-            ``fully_shard`` do.
+        collated : True if ``poses`` is already one batch, for example from a ``DataLoader``. The
+            pose model then gets the batch unchanged.
+        group : the processes that share the poses of each compound. Each process passes its own
+            part of ``poses``, ``sizes`` and ``pose_inputs``. The processes exchange only
+            predictions. All processes get the same output; the poses of a compound are in the order
+            of the ranks. Gradients must be averaged over the group, as ``DistributedDataParallel``
+            and ``fully_shard`` do.
 
         Returns
         -------
-        MultiPoseOutput, in the unit of the pose model. Half-precision predictions come as float32.
+        MultiPoseOutput, in the unit of the pose model. Half-precision predictions become float32.
 
         Raises
         ------
-        PredictionError : no pose, sizes or pose inputs that do not fit, or a prediction that is not
-            one finite number; the message names the pose and the compound
-        GradientError : the mode would lose a gradient of the pose model; the message names it
-        ChangedBeforeBackwardError : in backward of ``"recomputed"``, if poses cannot be run again
-            under the same conditions
+        PredictionError : there is no pose, or ``sizes`` or ``pose_inputs`` do not fit, or a
+            prediction is not one finite number. The message names the pose and the compound.
+        GradientError : the mode would lose a gradient of the pose model. The message names it.
+        ChangedBeforeBackwardError : in backward of ``"recomputed"``, poses cannot run again under
+            the same conditions
         """
         run = self._predict
         if torch.compiler.is_compiling():
-            # torch.compile would trace it in pieces, and different ones for each run of a pose. A
-            # pose model that is compiled itself stays compiled.
+            # torch.compile would trace the run in pieces, and each run of a pose would give other
+            # pieces. If the pose model itself is compiled, it stays compiled.
             run = torch.compiler.disable(run)
         return run(poses, sizes, pose_inputs, collated, group)
 
@@ -160,7 +165,7 @@ class MultiPoseModel(torch.nn.Module):
             call = arguments()
             shares = [call.sizes]
         else:
-            # Its import takes time, and few need it.
+            # This import takes time, and most calls have no group.
             from mtenn_core._engine.process_group import exchange_sizes, gather_poses
 
             mode.check_group(options)
@@ -193,8 +198,8 @@ class MultiPoseModel(torch.nn.Module):
     ) -> Estimate:
         """Return the estimated cost of a training step on these poses in each mode.
 
-        It runs each pose once and keeps nothing: buffers and random states stay unchanged. The
-        backwards are those of a loss on only the combined prediction.
+        This method runs each pose once and leaves buffers and random states unchanged. It counts
+        the backwards of a loss that uses only the combined prediction.
 
         Parameters
         ----------
@@ -205,7 +210,7 @@ class MultiPoseModel(torch.nn.Module):
         return estimate(options, poses, sizes, pose_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
-        """Set training or evaluation mode; the latter frees the memory that ``"stored"`` keeps."""
+        """Set training or evaluation mode. Evaluation mode frees the memory of ``"stored"``."""
         if not mode:
             forget_memory(self.pose_model)
         return super().train(mode)
@@ -215,7 +220,7 @@ class MultiPoseModel(torch.nn.Module):
         return f"gradients={self.gradients!r}, chunk_size={self.chunk_size}"
 
     def get_extra_state(self) -> Tensor:
-        """Return the combination's identity for a checkpoint, as JSON in a tensor of bytes."""
+        """Return the combination's identity for a checkpoint: JSON in a tensor of bytes."""
         return checkpoint.identity_tensor(self.combination)
 
     def set_extra_state(self, state: Any) -> None:
@@ -223,7 +228,7 @@ class MultiPoseModel(torch.nn.Module):
         checkpoint.check(state, self.combination)
 
     def _options(self) -> Options:
-        """Return the options, checked each time, since they can be set."""
+        """Check the options and return them. Users may set them between two calls."""
         options = Options(
             self.pose_model,
             self.combination,
@@ -238,9 +243,9 @@ class MultiPoseModel(torch.nn.Module):
 
 
 def _combination(combination: str | Combination) -> Combination:
-    """Return the combination of a name in the registry, or the instance that is given."""
+    """Return the given instance, or the combination with this name in the registry."""
     if isinstance(combination, str):
-        # The registry comes after the model in the order of imports.
+        # In the order of imports, the registry comes after the model.
         from mtenn_core._registry import registry
 
         return registry.create(combination)
@@ -253,7 +258,7 @@ def _combination(combination: str | Combination) -> Combination:
 
 
 def _check_options(options: Options) -> None:
-    """Raise a ValueError or TypeError for an option that does not exist in any mode."""
+    """Raise a ValueError or TypeError for an option that no mode accepts."""
     if options.gradients not in tuple(MODES):
         raise ValueError(f"gradients must be one of {tuple(MODES)}; found {options.gradients!r}")
     skip_below, collate, chunk_size = options.skip_below, options.collate, options.chunk_size
@@ -265,8 +270,8 @@ def _check_options(options: Options) -> None:
         )
     if not (collate is None or callable(collate)):
         raise TypeError(
-            "collate must be a function that makes a batch of a list of poses, such as torch.stack;"
-            f" found {collate!r}"
+            "collate must be a function that makes a batch from a list of poses, such as"
+            f" torch.stack; found {collate!r}"
         )
     if chunk_size is not None:
         if not isinstance(chunk_size, SupportsIndex) or chunk_size < 1:
@@ -275,4 +280,4 @@ def _check_options(options: Options) -> None:
                 f" {chunk_size!r}"
             )
         if chunk_size > 1 and collate is None:
-            raise ValueError("chunk_size > 1 needs collate, which makes one batch of several poses")
+            raise ValueError("chunk_size > 1 needs collate, which makes a batch from several poses")

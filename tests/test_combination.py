@@ -270,8 +270,8 @@ class NeedsScores(SumOfSquares):
 @pytest.mark.parametrize(
     ("combination", "message"),
     [
-        (Picklable(2.0), r"Picklable has \['power'\], and mtenn's GroupedModel has no place"),
-        (NeedsScores(), r"NeedsScores has pose_inputs \('score',\).*use mtenn_core.MultiPoseModel"),
+        (Picklable(2.0), r"Picklable has trainable parameters \['power'\]\. mtenn's GroupedModel"),
+        (NeedsScores(), r"NeedsScores has pose_inputs \('score',\).*Use mtenn_core.MultiPoseModel"),
     ],
 )
 def test_what_the_model_of_mtenn_cannot_train_is_refused(combination, message):

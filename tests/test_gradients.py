@@ -148,7 +148,7 @@ def _rename(step, **changes):
         ),
         pytest.param(
             {"names": lambda n: [n[0], n[1], n[1]]},
-            "parameter 'weight': expected once in param_names; found 2 times",
+            "parameter 'weight' must be in param_names once; found 2 times",
             id="name twice",
         ),
         pytest.param(
@@ -158,7 +158,7 @@ def _rename(step, **changes):
         ),
         pytest.param(
             {"names": lambda n: n[:2], "params": lambda p: p[:2]},
-            "parameter 'bias' is in grad_dict and not in param_names",
+            "parameter 'bias' is in grad_dict but not in param_names",
             id="extra key",
         ),
         pytest.param(

@@ -762,10 +762,10 @@ def test_threads_that_share_a_pose_model_do_not_mix_their_gradients(pose_model, 
     ("poses", "message"),
     [
         (torch.tensor(1.0).double(), "poses must be a sequence"),
-        (3, "poses must be a sequence, one entry per pose; found int"),
+        (3, "poses must be a sequence with one entry per pose; found int"),
         ("pose", "one entry per pose; found str"),
-        ({"x": torch.zeros(4)}, "found dict: put one pose into a list, .* collated=True"),
-        (UserDict(x=torch.zeros(4)), "found UserDict: put one pose into a list"),
+        ({"x": torch.zeros(4)}, r"found dict\. Put a single pose into a list\. .* collated=True"),
+        (UserDict(x=torch.zeros(4)), r"found UserDict\. Put a single pose into a list"),
     ],
     ids=["number", "int", "str", "dict", "like PyG's Data"],
 )
@@ -806,7 +806,7 @@ def test_a_batch_is_handed_on_as_it_is(pose_model, poses):
         ("graph", None, PredictionError, "one batch of poses needs sizes"),
         ("graph", [3, 3], PredictionError, r"poses 0 to 5: .* 6 numbers, .*shape \(7, 1\)"),
         ("graph", [8, -1], PredictionError, "compound 1: .*must not be negative; found -1"),
-        ("stored", [7], ValueError, "'stored' runs pose by pose: .*gradients='recomputed'"),
+        ("stored", [7], ValueError, "'stored' runs pose by pose .*gradients='recomputed'"),
     ],
 )
 def test_a_batch_that_does_not_fit_is_refused(pose_model, poses, gradients, sizes, error, message):
@@ -906,7 +906,7 @@ def test_pose_inputs_in_a_list_of_tensors_get_their_gradient(pose_model, poses):
 
 @pytest.mark.parametrize("scores", [[1.0] * 7, torch.zeros(7)], ids=["list", "tensor"])
 def test_pose_inputs_must_be_a_dict(pose_model, poses, scores):
-    with pytest.raises(PredictionError, match=r"pose_inputs must be a dict, .* (list|Tensor)$"):
+    with pytest.raises(PredictionError, match=r"pose_inputs must be a dict .* (list|Tensor)$"):
         MultiPoseModel(pose_model, Weighted())(poses, pose_inputs=scores)
 
 

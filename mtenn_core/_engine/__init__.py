@@ -1,5 +1,6 @@
 """The computation of predictions and gradients.
 
-A call is checked and cut into chunks (``call``, ``chunk``), a mode predicts all poses (``graph``,
-``stored``, ``recomputed``), and the combination makes one number per compound (``evaluation``).
+First, a call is checked and cut into chunks (``call``, ``chunk``). Then, a mode predicts all poses
+(``graph``, ``stored``, ``recomputed``). At the end, the combination makes one number per compound
+(``evaluation``).
 """

@@ -22,11 +22,11 @@ class Call(NamedTuple):
 
     Attributes
     ----------
-    poses : one entry per pose, or one batch of them all
+    poses : one entry per pose; with ``collated``, one batch of all poses
     sizes : the number of poses of each compound
     inputs : the pose inputs by name, shape (n_poses,)
-    collated : ``poses`` is one batch
-    chunks : the poses, cut into those that run together
+    collated : True if ``poses`` is one batch
+    chunks : the poses, cut into groups that run together
     """
 
     poses: list[Any]
@@ -44,24 +44,24 @@ def checked_call(
     pose_inputs: Mapping[str, Any] | None,
     collated: bool,
 ) -> Call:
-    """Return the arguments of a call in one process, or raise if they do not fit together.
+    """Return the arguments of a call in one process. Raise an error if they do not fit together.
 
     Parameters
     ----------
-    options : of the model
-    chunk_size : poses that run together; None for all
+    options : the options of the model
+    chunk_size : the number of poses that run together; None for all poses
     poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.forward`
 
     Raises
     ------
-    PredictionError : the first disagreement
+    PredictionError : it describes the first disagreement
     """
     poses = [poses] if collated else _as_list(poses)
     own_sizes = _checked_sizes(poses, sizes, collated)
     given = {} if pose_inputs is None else pose_inputs
     if not isinstance(given, Mapping):
         raise PredictionError(
-            "pose_inputs must be a dict, for each name one number per pose; found"
+            "pose_inputs must be a dict that has one number per pose for each name; found"
             f" {type(given).__name__}"
         )
     n_poses = sum(own_sizes)
@@ -84,12 +84,12 @@ def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
 def total_sizes(
     combination: Combination, shares: Sequence[Sequence[int]], sizes: Sequence[int] | None
 ) -> list[int]:
-    """Return the number of poses of each compound, on all ranks together.
+    """Return the number of poses of each compound, summed over all ranks.
 
     Parameters
     ----------
-    shares : for each rank, the number of its poses of each compound
-    sizes : the argument of the call, None for one compound
+    shares : for each rank, the number of poses of each compound
+    sizes : the argument of the call; None for one compound
     """
     totals = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
     if min(totals) < max(1, combination.min_poses):
@@ -99,13 +99,14 @@ def total_sizes(
 
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:
-    # One dict, or PyG's Data or Batch: iterating over it gives no poses, but names or tensors.
+    # An object with keys is one dict, or one Data or Batch of PyG. Iteration over it would give
+    # names or tensors instead of poses.
     if not (isinstance(poses, str) or hasattr(poses, "keys")):
         with contextlib.suppress(TypeError):
             return list(poses)
     raise PredictionError(
-        f"poses must be a sequence, one entry per pose; found {type(poses).__name__}: put one pose"
-        " into a list, and pass one batch of poses with collated=True"
+        f"poses must be a sequence with one entry per pose; found {type(poses).__name__}. Put a"
+        " single pose into a list. Pass one batch of poses with collated=True."
     )
 
 
@@ -115,7 +116,9 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
         raise PredictionError("expected at least one pose; found none")
     if sizes is None:
         if collated:
-            raise PredictionError("one batch of poses needs sizes, the poses of each compound")
+            raise PredictionError(
+                "one batch of poses needs sizes: pass the number of poses of each compound"
+            )
         return [len(poses)]
     try:
         sizes = [operator.index(size) for size in sizes]
@@ -133,7 +136,7 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
         raise PredictionError("sizes must name at least one compound; found none")
     if not collated and sum(sizes) != len(poses):
         raise PredictionError(
-            f"sizes must add up to the number of poses: {len(sizes)} compounds with"
+            f"sizes must add up to the number of poses. They describe {len(sizes)} compounds with"
             f" {sum(sizes)} poses in all; found {len(poses)} poses"
         )
     return sizes
@@ -142,13 +145,13 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
 def _checked_inputs(
     combination: Combination, given: Mapping[str, Any], n_poses: int
 ) -> dict[str, Tensor]:
-    """Return the combination's pose inputs, in the order in which it names them."""
+    """Return the pose inputs, in the order of ``combination.pose_inputs``."""
     who, names = type(combination).__name__, combination.pose_inputs
     for name in given:
         if name not in names:
             raise PredictionError(
-                f"pose_inputs[{name!r}]: {who} takes no input of this name; its pose_inputs are"
-                f" {names}"
+                f"pose_inputs[{name!r}]: {who} takes no input of this name. Its pose_inputs are"
+                f" {names}."
             )
     inputs = {}
     for name in names:
@@ -169,7 +172,7 @@ def _checked_inputs(
 def _numbers(name: str, values: Any) -> Tensor:
     try:
         if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
-            # torch.as_tensor would lose the graphs of these numbers.
+            # Stacked: torch.as_tensor would lose the graphs of these numbers.
             values = torch.stack([torch.as_tensor(value).reshape(()) for value in values])
         if not isinstance(values, Tensor):
             values = torch.as_tensor(values, dtype=torch.float64)

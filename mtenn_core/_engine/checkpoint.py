@@ -1,4 +1,4 @@
-"""The combination's identity in a checkpoint: written, and compared when it is loaded."""
+"""Write the identity of the combination into a checkpoint, and compare it on loading."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from mtenn_core.combination import Combination
 from mtenn_core.errors import CheckpointError, PluginWarning
 
 _REMEDY = (
-    "; make the model with the checkpoint's combination, or, to load it anyway, delete the key that"
-    " ends in '_extra_state' from the state dict and load with strict=False"
+    ". Make the model with the checkpoint's combination. To load the checkpoint anyway, delete the"
+    " key that ends in '_extra_state' from the state dict, and load it with strict=False."
 )
-# Bytes. Texts are filled up to a multiple of it.
+# In bytes. Each text is filled up to a multiple of this length.
 _BLOCK = 1024
 
 
 def identity(combination: Combination) -> dict[str, Any]:
     """Return the name, distribution, version, class and arguments of a combination."""
-    # The registry comes after the engine in the order of imports, and knows the distribution.
+    # The registry knows the distribution. In the order of imports, it comes after the engine.
     from mtenn_core._registry import registry
 
     record = registry.record_of(type(combination))
@@ -45,9 +45,10 @@ def identity(combination: Combination) -> dict[str, Any]:
 def identity_tensor(combination: Combination) -> Tensor:
     """Return the identity of a combination as JSON in a tensor of bytes.
 
-    It is a tensor because some formats of checkpoints (safetensors, distributed ones) hold nothing
-    else. Blanks fill it up to a round length: torch.distributed.checkpoint reads into the tensor of
-    the model that is loaded, and the text of that model may be a few bytes longer or shorter.
+    It is a tensor because some formats of checkpoints (safetensors, distributed checkpoints) hold
+    only tensors. Blanks fill it up to a round length, because torch.distributed.checkpoint reads
+    the checkpoint's tensor into the model's tensor. Without blanks, one of the two could be a few
+    bytes longer.
     """
     text = json.dumps(identity(combination), ensure_ascii=False).encode()
     n_bytes = _BLOCK * math.ceil(len(text) / _BLOCK)
@@ -55,7 +56,7 @@ def identity_tensor(combination: Combination) -> Tensor:
 
 
 def check(state: object, combination: Combination) -> None:
-    """Compare a checkpoint's combination with that of the model that is loaded.
+    """Compare the checkpoint's combination with the model's combination.
 
     Raises
     ------
@@ -74,26 +75,26 @@ def check(state: object, combination: Combination) -> None:
         )
     if then["arguments"] != now["arguments"]:
         raise CheckpointError(
-            f"the checkpoint is of {_description(then)}, and this model has other arguments,"
+            f"the checkpoint is of {_description(then)}, and this model has other arguments:"
             f" {_description(now)}{_REMEDY}"
         )
     if then["version"] != now["version"]:
         warnings.warn(
-            f"the checkpoint is of {_description(then)}, and {now['version']} is installed: its"
-            " predictions may differ",
+            f"the checkpoint is of {_description(then)}, and version {now['version']} is installed."
+            " The predictions may differ.",
             PluginWarning,
             stacklevel=2,
         )
 
 
 def _held(combination: Combination) -> set[int]:
-    """Return the addresses of parameters and buffers, whose values a checkpoint has anyway."""
+    """Return the addresses of parameters and buffers. A checkpoint already has their values."""
     tensors = (*combination.parameters(), *combination.buffers())
     return {t.untyped_storage().data_ptr() for t in tensors if not is_sharded(t)}
 
 
 def _plain(argument: Any, held: Container[int]) -> Any:
-    """Return an argument in types of JSON, which are equal in all processes for equal values."""
+    """Return an argument as types of JSON. Equal arguments give equal results in all processes."""
     if argument is None or isinstance(argument, str | int | float):
         return argument if argument == argument else "nan"  # a NaN is not equal to itself
     if isinstance(argument, Mapping):

@@ -13,14 +13,14 @@ from mtenn_core.errors import PredictionError
 
 
 class Chunk(NamedTuple):
-    """Poses that the pose model takes in one run.
+    """Poses that go through the pose model in one run.
 
     Attributes
     ----------
     pose_model : maps ``poses`` to one number per pose
     poses : one pose, or one batch; with ``collate``, a list of poses
-    first_pose, n_poses : index of the first pose in the call, and how many there are
-    collate : makes a batch of the list; None if ``poses`` is ready for the pose model
+    first_pose, n_poses : index of the first pose in the call, and number of poses
+    collate : makes a batch from the list; None if ``poses`` is ready for the pose model
     """
 
     pose_model: torch.nn.Module
@@ -45,7 +45,7 @@ class Chunk(NamedTuple):
         self._check(predictions)
         predictions = predictions.to(at_least_float32(predictions.dtype))
         shape = (self.n_poses,)
-        # reshape adds a node to the graph even where the shape is right.
+        # reshape would add a node to the graph even if the shape is already right.
         return predictions if predictions.shape == shape else predictions.reshape(shape)
 
     def _check(self, predictions: object) -> None:

@@ -12,8 +12,8 @@ class ModeCost(NamedTuple):
     Attributes
     ----------
     gradients : the mode
-    forwards, backwards : how often a chunk of poses is run each way
-    memory : bytes besides parameters and poses: graphs, stored gradients, the gradient itself
+    forwards, backwards : the number of runs of chunks forward, and backward
+    memory : bytes of graphs, stored gradients and the gradient itself, without parameters and poses
     """
 
     gradients: str
@@ -27,8 +27,8 @@ class PoseGraph(NamedTuple):
 
     Attributes
     ----------
-    saved, bare : bytes of the tensors that it saves, and of its nodes
-    never_skipped : backward must run it even if its weight is zero
+    saved, bare : bytes of the saved tensors, and of the nodes
+    never_skipped : True if backward must run the graph even if the weight of the pose is zero
     """
 
     saved: float
@@ -37,17 +37,17 @@ class PoseGraph(NamedTuple):
 
 
 class StepTotals(NamedTuple):
-    """The runs of one training step, and the bytes of what a mode may keep.
+    """The runs of one training step, and the bytes that a mode may keep.
 
     Attributes
     ----------
-    n_poses : poses
-    n_chunks, n_chunks_run : chunks, and those that backward runs
-    saved, bare : of the graphs of all poses
-    largest_chunk : saved by the graph of the largest chunk
-    largest_bare : the nodes of the largest graph of one pose
-    gradient : the gradient, and the part of it that is added next
-    stored_gradient : one pose's stored gradient
+    n_poses : number of poses
+    n_chunks, n_chunks_run : number of chunks, and number of chunks that backward runs
+    saved, bare : bytes of the saved tensors and of the nodes, for all poses
+    largest_chunk : bytes that the graph of the largest chunk saves
+    largest_bare : bytes of the nodes of the largest graph of one pose
+    gradient : bytes of the gradient, and of the next gradient that is added to it
+    stored_gradient : bytes of one pose's stored gradient
     """
 
     n_poses: int
@@ -68,12 +68,12 @@ def step_totals(
     gradient: int,
     stored_gradient: int,
 ) -> StepTotals:
-    """Return the totals for poses that run in chunks of one size.
+    """Return the totals for poses that run in chunks of ``chunk_size`` poses.
 
     Parameters
     ----------
     graphs, has_weight : one entry per pose
-    gradient, stored_gradient : bytes, see :class:`StepTotals`
+    gradient, stored_gradient : see :class:`StepTotals`
     """
     runs = [weight or graph.never_skipped for weight, graph in zip(has_weight, graphs, strict=True)]
     chunks = [slice(first, first + chunk_size) for first in range(0, len(graphs), chunk_size)]

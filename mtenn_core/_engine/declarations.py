@@ -10,15 +10,15 @@ from mtenn_core.errors import CombinationContractError
 
 
 def overrides(combination: type[Combination], method: str) -> bool:
-    """Return whether a class has its own ``method`` in place of that of :class:`Combination`."""
+    """Return whether a class overrides a method of :class:`Combination`."""
     return getattr(combination, method) is not getattr(Combination, method)
 
 
 def constructor_signature(combination: type[Combination]) -> inspect.Signature:
     """Return the signature of ``__init__``, without ``self``.
 
-    ``inspect.signature(combination)`` is that of ``Combination.__new__`` in earlier releases of
-    Python 3.11.
+    In early releases of Python 3.11, ``inspect.signature(combination)`` would return the signature
+    of ``Combination.__new__``.
     """
     signature = inspect.signature(combination.__init__)
     _, *parameters = signature.parameters.values()
@@ -26,7 +26,7 @@ def constructor_signature(combination: type[Combination]) -> inspect.Signature:
 
 
 def constructor_arguments(combination: Combination, *, defaults: bool = False) -> dict[str, Any]:
-    """Return the arguments with which a combination was made, by name.
+    """Return, by name, the constructor arguments of a combination.
 
     Parameters
     ----------
@@ -35,7 +35,7 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
     try:
         args, kwargs = combination.__dict__["_arguments"]
         bound = constructor_signature(type(combination)).bind(*args, **kwargs)
-    except (KeyError, TypeError, ValueError):  # made without __new__, or of a strange signature
+    except (KeyError, TypeError, ValueError):  # made without __new__, or an odd signature
         return {}
     if defaults:
         bound.apply_defaults()

@@ -24,23 +24,24 @@ from mtenn_core._engine.precision import at_least_float32
 from mtenn_core._engine.skipping import with_weight
 from mtenn_core._engine.stored import NOT_IN_A_BATCH
 
-# Bytes of a node, with overhead of the allocator and, in Python, the hooks for what it saves:
-# measured with torch 2.13 on graphs of 6 to 300 nodes.
+# Bytes of one node. They include the allocator's overhead and the Python hooks for saved tensors.
+# Measured with torch 2.13 on graphs of 6 to 300 nodes.
 NODE = 1000
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of :meth:`MultiPoseModel.estimate`; ``print`` shows it as a table.
+    """The result of :meth:`MultiPoseModel.estimate`. ``print`` shows it as a table.
 
     Attributes
     ----------
-    n_poses, n_with_weight : poses, and those with nonzero weight in the combined prediction
+    n_poses : number of poses
+    n_with_weight : number of poses with nonzero weight in the combined prediction
     graph : bytes that the largest graph of one pose saves
     parameters : bytes of the trainable parameters
-    free : bytes of memory that are free on the device of the parameters; None if unknown
-    modes : the cost of each mode that the combination allows
-    best : the mode to take
+    free : bytes of free memory on the device of the parameters; None if unknown
+    modes : the cost of each mode that works with the combination
+    best : the recommended mode
     """
 
     n_poses: int
@@ -78,7 +79,7 @@ def estimate(
 
     Parameters
     ----------
-    options : of the model
+    options : the options of the model
     poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.estimate`
     """
     combination = options.combination
@@ -98,12 +99,12 @@ def estimate(
     has_weight = with_weight(weights, options.skip_below).tolist()
     params = [param for param in options.pose_model.parameters() if param.requires_grad]
     gradient = sum(param.nbytes for param in params)
-    # Sums over poses are float32 at least.
+    # Stored gradients have float32 at least.
     stored = sum(param.numel() * at_least_float32(param.dtype).itemsize for param in params)
     costs = []
     for mode in modes:
         size = (None if collated else mode.chunk_size(options)) or len(graphs)
-        # Twice: the gradient, and the part of it that is added next.
+        # Twice: the gradient, and the next gradient that is added to it.
         costs.append(mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored)))
     free = free_memory(weights.device)
     return Estimate(
@@ -118,7 +119,7 @@ def estimate(
 
 
 def _possible_modes(options: Options, collated: bool) -> list[Mode]:
-    """Return the modes that work with a combination, and with poses in one batch."""
+    """Return the modes that work with the combination and, if ``collated``, with one batch."""
     has_combine = overrides(type(options.combination), "combine")
     modes = [
         mode
@@ -135,11 +136,12 @@ def _measure(
 ) -> tuple[Tensor, list[PoseGraph]]:
     """Return the predictions of all poses, shape (n_poses,), and the graph of each.
 
-    Their graphs save nothing. Buffers and random states are those of before afterwards.
+    The graphs do not keep their saved tensors. Buffers and random states are restored at the end.
 
     Parameters
     ----------
-    runs : each returns the predictions of some poses, which share the bytes of their graph
+    runs : each returns the predictions of one chunk. The bytes of its graph are divided equally
+        among its poses.
     """
     buffers = Places(pose_model, "buffers")
     copies = [buffer.clone() for buffer in buffers.tensors()]
@@ -165,25 +167,25 @@ def _measure(
 
 
 def _run_and_measure(run: Callable[[], Tensor], without: Container[int]) -> tuple[Tensor, int]:
-    """Return the result of ``run``, and how many bytes its graph would save.
+    """Return the result of ``run``, and the number of bytes that its graph would save.
 
     Parameters
     ----------
-    without : addresses of tensors that do not count
+    without : addresses of tensors that are not counted
     """
     sizes = _Sizes(without)
     try:
         # The hooks replace each saved tensor by 0, so that the graph keeps nothing alive.
         with saved_tensors_hooks(sizes.add, _raise):
             return run(), sizes.total
-    except _BackwardRuns:  # in forward: the pose model takes gradients itself
+    except _BackwardRuns:  # the pose model takes gradients in its own forward
         sizes = _Sizes(without)
         with saved_tensors_hooks(sizes.add_and_keep, lambda tensor: tensor):
             return run(), sizes.total
 
 
 class _BackwardRuns(Exception):
-    """Backward asks for a saved tensor, which is gone."""
+    """Backward needs a saved tensor, but the tensor was not kept."""
 
 
 def _raise(_: int) -> Tensor:
@@ -191,7 +193,7 @@ def _raise(_: int) -> Tensor:
 
 
 class _Sizes:
-    """The bytes that a graph would save, counted by hooks that do not keep the tensors."""
+    """A counter of the bytes that a graph would save."""
 
     def __init__(self, without: Container[int]) -> None:
         self.total = 0
@@ -201,7 +203,7 @@ class _Sizes:
     def add(self, tensor: Tensor) -> int:
         storage, address = tensor.untyped_storage(), _address(tensor)
         known = self._seen.get(address)
-        # The same memory counts once; but after it was freed, another tensor may be there.
+        # The same memory counts once. After it is freed, another tensor may use the same address.
         if address not in self._without and (known is None or known.expired()):
             self._seen[address] = StorageWeakRef(storage)
             self.total += storage.nbytes()
@@ -213,7 +215,7 @@ class _Sizes:
 
 
 def choose(modes: Sequence[ModeCost], free: int | None) -> str:
-    """Return the fastest mode among those that take no more than half of the free memory."""
+    """Return the fastest mode that needs at most half of the free memory."""
     fitting = [mode for mode in modes if free is None or mode.memory <= free / 2]
     if not fitting:
         return min(modes, key=lambda mode: mode.memory).gradients
@@ -223,7 +225,7 @@ def choose(modes: Sequence[ModeCost], free: int | None) -> str:
 
 
 def free_memory(device: torch.device) -> int | None:
-    """Return how many bytes are free on a device, None if unknown."""
+    """Return the number of free bytes on a device, or None if it is unknown."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     try:

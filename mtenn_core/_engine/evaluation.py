@@ -1,4 +1,4 @@
-"""Values and pose weights of combinations, computed and checked."""
+"""Compute and check the values and the pose weights of combinations."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ NO_INPUTS: PoseInputs = MappingProxyType({})
 
 
 class PoseGradients(Protocol):
-    """The gradients of the pose predictions, for a combination that overrides ``forward``."""
+    """The gradients of the pose predictions. Combinations that override ``forward`` need them."""
 
     @property
     def params(self) -> Mapping[str, Tensor]:
         """Return the parameters by name."""
 
     def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return the gradients of some poses, as ``forward`` takes them."""
+        """Return the gradients of some poses, in the form of the argument of ``forward``."""
 
 
 def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
@@ -37,7 +37,7 @@ def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
 
 
 def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> None:
-    """Raise on the first number that is NaN or infinite, and name its pose.
+    """Raise an error that names the pose of the first NaN or infinite number, if there is one.
 
     Parameters
     ----------
@@ -57,9 +57,9 @@ def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> N
             compound += 1
         where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
         raise PredictionError(
-            f"pose {pose}{where}: {what} is {values[pose].item()}, and it would spoil the gradient"
-            " of every other pose; leave the pose out, or pass check_finite=False to combine it"
-            " anyway",
+            f"pose {pose}{where}: {what} is {values[pose].item()}. This number would spoil the"
+            " gradients of all other poses. Leave the pose out, or pass check_finite=False to"
+            " combine it anyway.",
             pose=pose,
             compound=compound,
         )
@@ -68,7 +68,7 @@ def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> N
 def by_compound(
     predictions: Tensor, inputs: PoseInputs, sizes: list[int]
 ) -> Iterator[tuple[Tensor, PoseInputs]]:
-    """Return the predictions and the pose inputs of each compound."""
+    """Return a pair for each compound: its predictions and its pose inputs."""
     if not inputs:
         return zip(predictions.split(sizes), [{}] * len(sizes), strict=True)
     columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
@@ -89,9 +89,9 @@ def combine_compounds(
 
     Parameters
     ----------
-    predictions, inputs : of all poses, shape (n_poses,)
+    predictions, inputs : the numbers of all poses, shape (n_poses,)
     sizes : the number of poses of each compound
-    gradients : of all poses, for a combination that overrides ``forward``
+    gradients : the gradients of all poses if the combination overrides ``forward``, else None
     closed_form : see :func:`combined_prediction`
     """
     compounds = by_compound(predictions, inputs, sizes)
@@ -119,16 +119,16 @@ def combined_prediction(
     *,
     closed_form: bool = True,
 ) -> Tensor:
-    """Return the combined prediction of a differentiable vector of pose predictions.
+    """Return the combined prediction for a differentiable vector of pose predictions.
 
-    The value comes from ``combine``, in float32 at least. Its derivative comes from
-    ``pose_weights`` if that is overridden.
+    The value comes from ``combine``, in float32 at least. If the combination overrides
+    ``pose_weights``, the derivative comes from ``pose_weights``.
 
     Parameters
     ----------
     predictions : shape (n_poses,)
     pose_inputs : for each name in ``combination.pose_inputs``, shape (n_poses,)
-    closed_form : False leaves the derivative to autograd
+    closed_form : if False, autograd always derives the derivative from ``combine``
 
     Returns
     -------
@@ -137,9 +137,9 @@ def combined_prediction(
     Raises
     ------
     PredictionError : fewer poses than ``min_poses``
-    CombinationContractError : ``combine`` or ``pose_weights`` returned another shape
+    CombinationContractError : ``combine`` or ``pose_weights`` returned a wrong shape
     """
-    if torch.is_autocast_enabled(predictions.device.type):  # it would compute in half precision
+    if torch.is_autocast_enabled(predictions.device.type):  # combine would use half precision
         with no_autocast(predictions.device.type):
             return combined_prediction(
                 combination, predictions, pose_inputs, closed_form=closed_form
@@ -148,7 +148,7 @@ def combined_prediction(
     wide = predictions.to(at_least_float32(predictions.dtype))
     pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
     overridden = type(combination).pose_weights is not Combination.pose_weights
-    # Two calls of a stochastic combination draw different numbers for the value and its weights.
+    # In a stochastic combination, combine and pose_weights would draw different random numbers.
     closed_form &= overridden and not combination.stochastic
     if closed_form and wide.requires_grad and torch.is_grad_enabled():
         value = _with_closed_form(combination, wide, pose_inputs)
@@ -161,12 +161,12 @@ def _with_closed_form(
     combination: Combination, predictions: Tensor, pose_inputs: PoseInputs
 ) -> Tensor:
     """Return the value with ``pose_weights`` as its derivative."""
-    # Detached: the value then has only the graph of the combination's own parameters, and the
-    # predictions get their gradient once, from the weights.
+    # Detached, so that the graph of the value leads only to the combination's own parameters. The
+    # predictions then get their gradient only from the weights, and not a second time.
     detached = predictions.detach()
     value = _checked_scalar(combination, combination.combine(detached, **pose_inputs))
-    # Computed in forward, and not a view: an optimizer may have changed the combination's
-    # parameters by backward.
+    # The weights are computed in forward and cloned below. Before backward, an optimizer may change
+    # the combination's parameters.
     with torch.no_grad():
         weights = combination.pose_weights(detached, **pose_inputs)
     if not isinstance(weights, Tensor) or weights.shape != detached.shape:
@@ -180,7 +180,8 @@ def _with_closed_form(
 class _ClosedForm(torch.autograd.Function):
     """A value whose derivative with respect to the predictions is known.
 
-    The gradient also passes on to ``value``, whose graph leads to the combination's own parameters.
+    The gradient also goes to ``value``. The graph of ``value`` leads to the combination's own
+    parameters.
     """
 
     @staticmethod
@@ -208,9 +209,10 @@ def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: A
 
 
 def first_of_pair(value: Any) -> Any:
-    """Return the first of the pair (combined, pose predictions) that mtenn's combinations return.
+    """Return the combined prediction if a combination returned a pair, as mtenn's combinations do.
 
-    The second is not needed: a :class:`~mtenn_core.MultiPoseModel` has its own.
+    The pair is (combined, pose predictions). A :class:`~mtenn_core.MultiPoseModel` has its own pose
+    predictions and does not need the second element.
     """
     return value[0] if isinstance(value, tuple) and len(value) == 2 else value
 
@@ -218,7 +220,7 @@ def first_of_pair(value: Any) -> Any:
 def derived_weights(
     combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
 ) -> Tensor:
-    """Return the pose weights of a combination without a closed form, shape (n_poses,)."""
+    """Return pose weights without the use of a closed form, shape (n_poses,)."""
     if overrides(type(combination), "combine"):
         return autograd_weights(combination, predictions, pose_inputs)
     return backward_weights(combination, predictions, pose_inputs)
@@ -240,8 +242,8 @@ def backward_weights(
 ) -> Tensor:
     """Return the pose weights that the backward of ``forward`` uses, shape (n_poses,).
 
-    With the gradients of the poses set to the unit vectors e_1 … e_M, the gradient of the combined
-    prediction is the vector of the weights.
+    The unit vectors e_1 … e_M take the place of the poses' gradients. Then the gradient of the
+    combined prediction is the vector of the weights.
     """
     with torch.inference_mode(False), torch.enable_grad():
         pred_list = list(predictions.detach().clone())
@@ -266,7 +268,7 @@ def check_n_poses(combination: Combination, n_poses: int, compound: int | None =
 
 
 def _checked_scalar(combination: Combination, value: Tensor) -> Tensor:
-    """Return the ``value`` of a combination if it is a tensor of shape (), else raise."""
+    """Return the ``value`` of a combination. Raise an error if it is not a tensor of shape ()."""
     if not isinstance(value, Tensor) or value.shape != ():
         raise CombinationContractError(
             f"{type(combination).__name__} must return a scalar tensor, shape ();"

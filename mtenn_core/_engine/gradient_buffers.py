@@ -13,33 +13,33 @@ from mtenn_core._engine.autograd_nodes import graph_is_retained, is_batched
 from mtenn_core._engine.precision import at_least_float32, no_autocast
 
 Params = Mapping[str, Tensor]
-# The parameters of one matrix, in the order of its columns.
+# The parameters of one matrix, in the order of the columns.
 Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 Key = tuple[torch.device, torch.dtype]
 Spare = dict[Key, torch.UntypedStorage]
 
-# Memory that no graph needs any more, for the next call. Filling fresh memory takes five times as
-# long: the operating system provides each page when it is first written.
+# Memory for the next call; no graph needs it any more. It takes five times as long to fill fresh
+# memory, because the operating system provides each page at the first write.
 _SPARE: WeakKeyDictionary[torch.nn.Module, Spare] = WeakKeyDictionary()
 
 
 def spare_memory(pose_model: torch.nn.Module) -> Spare:
-    """Return the memory that is kept for the next call on a pose model."""
+    """Return the memory that is kept for the next call of a pose model."""
     return _SPARE.setdefault(pose_model, {})
 
 
 def forget_memory(pose_model: torch.nn.Module) -> None:
-    """Give back the memory that is kept for the next call on a pose model."""
+    """Free the memory that is kept for the next call of a pose model."""
     _SPARE.pop(pose_model, None)
 
 
 class GradientBuffer(NamedTuple):
-    """The gradients of all poses with respect to the parameters of one device and dtype.
+    """The gradients of all poses, for the parameters of one device and dtype.
 
     Attributes
     ----------
     layout : name, shape and dtype of each parameter, in the order of the columns
-    matrix : shape (n_poses, total number of entries)
+    matrix : shape (n_poses, n_columns); each parameter has one column per entry
     """
 
     layout: Layout
@@ -51,9 +51,9 @@ def allocate(params: Params, n_poses: int, spare: Spare) -> list[GradientBuffer]
 
     Parameters
     ----------
-    spare : memory to use first; the part that is used is taken out
+    spare : memory from earlier calls. It is used first, and used parts are removed from ``spare``.
     """
-    # The sum over poses is then one product of a vector and a matrix.
+    # With one matrix per device and dtype, a sum over poses is a product of a vector and a matrix.
     layouts: dict[Key, dict[str, tuple[torch.Size, torch.dtype]]] = {}
     for name, param in params.items():
         key = param.device, at_least_float32(param.dtype)
@@ -75,7 +75,7 @@ def _matrix(spare: Spare, key: Key, n_poses: int, layout: Layout) -> Tensor:
 
 
 def split_columns(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
-    """Split the last dimension into parameters: (..., n_columns) to {name: (..., *shape)}."""
+    """Split the columns by parameter: shape (..., n_columns) gives {name: (..., *shape)}."""
     parts = rows.split([shape.numel() for shape, _ in layout.values()], dim=-1)
     return {
         name: part.view((*rows.shape[:-1], *shape)).to(dtype)
@@ -91,33 +91,33 @@ def weighted_sum(
     names: Sequence[str],
     spare: Spare,
 ) -> list[Tensor]:
-    """Return the sum of the rows of all matrices, weighted, as one gradient per parameter.
+    """Return the weighted sum of the rows of all matrices, as one gradient per parameter.
 
     Parameters
     ----------
     weights : shape (n_poses,)
-    matrices, layouts : of the buffers
-    names : the parameters whose gradients are returned, in this order
-    spare : takes the memory of the matrices, which backward has no more use for
+    matrices, layouts : the matrix and the layout of each buffer
+    names : the names of the parameters; the gradients are returned in this order
+    spare : receives the memory of the matrices after backward has used them
     """
     sums: dict[str, Tensor] = {}
     for matrix, layout in zip(matrices, layouts, strict=True):
         sums |= split_columns(_product(weights.to(matrix.device, matrix.dtype), matrix), layout)
-        # Only on a CPU: the allocator of an accelerator keeps memory itself. Not under
-        # retain_graph, where another backward reads the matrix again.
+        # Only on a CPU, because the allocator of an accelerator itself keeps memory. Not with
+        # retain_graph, because another backward reads the matrix again.
         if matrix.device.type == "cpu" and not graph_is_retained():
             spare[matrix.device, matrix.dtype] = matrix.untyped_storage()
     return [sums[name] for name in names]
 
 
 def _product(weights: Tensor, matrix: Tensor) -> Tensor:
-    """Return Σ_i w_i row_i over the poses with nonzero weight: 0 · inf would be NaN."""
+    """Return Σ_i w_i row_i over poses with nonzero weight, because 0 · inf would be NaN."""
     with no_autocast(weights.device.type):
         if is_batched(weights):  # its values cannot be read
             return weights @ matrix
         with_weight = weights != 0
         n_with_weight = int(with_weight.sum())
-        # Copying rows and reading the copy takes three times as long as reading them.
+        # It takes three times as long to copy rows and read the copy as to read the rows.
         if 3 * n_with_weight > len(weights):
             product = weights @ matrix
             if n_with_weight == len(weights) or product.isfinite().all():

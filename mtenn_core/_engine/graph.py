@@ -1,4 +1,4 @@
-"""Mode ``"graph"``: the graphs of all poses are kept until backward, as plain autograd does."""
+"""Mode ``"graph"``: it keeps the graphs of all poses until backward, as plain autograd does."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from mtenn_core._engine.skipping import join_chunks
 
 
 class Graph(Mode):
-    """The mode that keeps all graphs: the reference for the other modes, with plain autograd."""
+    """The mode that keeps all graphs. With plain autograd, it is the reference for other modes."""
 
     name = "graph"
-    # Tests compare the closed form with this mode.
+    # Autograd takes the derivative here, so that tests can compare closed forms with this mode.
     uses_closed_form = False
 
     def check_options(self, options: Options) -> None:
         combination = type(options.combination)
         if not overrides(combination, "combine"):
             raise ValueError(
-                f"{combination.__name__} defines only forward, which works on stored gradients:"
-                " use gradients='stored', or give it a combine(predictions)"
+                f"{combination.__name__} defines only forward, which works on stored gradients."
+                " Use gradients='stored', or define combine(predictions), too."
             )
 
     def check_group(self, options: Options) -> None:
-        """Accept all groups: each process takes the gradients of its own poses."""
+        """Accept all groups, because each process takes the gradients of its own poses."""
 
     def chunk_size(self, options: Options) -> int | None:
         return 1 if options.collate is None else options.chunk_size

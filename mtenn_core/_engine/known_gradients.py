@@ -21,12 +21,12 @@ def attach(
     weighted_sum: WeightedSum,
     model_params: Sequence[Tensor],
 ) -> Tensor:
-    """Return ``predictions`` with a backward that weights known gradients.
+    """Return ``predictions`` with a backward that returns weighted sums of known gradients.
 
     Parameters
     ----------
     predictions : shape (n_poses,)
-    gradients : saved for backward, in any layout that ``weighted_sum`` understands
+    gradients : tensors to save for backward, in any layout that ``weighted_sum`` understands
     weighted_sum : ``weighted_sum(weights, gradients)`` returns one gradient per parameter
     model_params : the parameters, which receive the gradients
     """
@@ -34,10 +34,10 @@ def attach(
 
 
 class _AttachGradients(torch.autograd.Function):
-    """Predictions forward; backward, the weighted sum of their known gradients."""
+    """A function that returns predictions, and in backward the weighted sum of known gradients."""
 
-    # forward takes ctx, and there is no setup_context: with one, torch (2.13) inspects the
-    # signature of forward in every call, which takes 50 µs.
+    # forward takes ctx because there is no setup_context. With setup_context, torch (2.13) would
+    # inspect the signature of forward in every call; this takes 50 µs.
     @staticmethod
     def forward(
         ctx: Any,
@@ -47,11 +47,11 @@ class _AttachGradients(torch.autograd.Function):
         *model_params: Tensor,
     ) -> Tensor:
         ctx.weighted_sum = weighted_sum
-        # Saved, and not an attribute of ctx: torch frees saved tensors after backward, and raises
-        # if somebody changed one in place.
+        # Saved, and not set as an attribute of ctx: torch frees saved tensors after backward. It
+        # also raises an error if one of them was changed in place.
         ctx.save_for_backward(*gradients)
-        # A copy: an input that is returned as it is becomes a view, through which a caller could
-        # change it.
+        # A copy: if forward returned its input unchanged, the output would be a view, and a caller
+        # could change the input through it.
         return predictions.clone()
 
     @staticmethod
@@ -63,14 +63,16 @@ class _AttachGradients(torch.autograd.Function):
 def refuse_double_backward() -> None:
     """Raise a :class:`DoubleBackwardError` if backward runs under ``create_graph=True``.
 
-    torch enables grad mode in backward only for ``create_graph``. Its own ``once_differentiable``
-    raises later, and only where the incoming gradient has a graph: in ``loss = prediction +
-    penalty`` it has none, and the penalty on gradients would be dropped without an error.
+    In backward, torch enables grad mode only for ``create_graph=True``. torch's decorator
+    ``once_differentiable`` would raise later, and only if the incoming gradient has a graph. In
+    ``loss = prediction + penalty``, the incoming gradient has no graph. Then a penalty on gradients
+    would be ignored without an error.
     """
     if torch.is_grad_enabled():
         raise DoubleBackwardError(
-            "create_graph=True asks for the gradient of a gradient, and gradients that were put"
-            " together from stored ones have none; use MultiPoseModel(..., gradients='graph')"
+            "create_graph=True asks for the gradient of a gradient. A gradient that comes from"
+            " stored gradients or from pose_weights has no gradient of its own. Use"
+            " MultiPoseModel(..., gradients='graph')."
         )
 
 
@@ -79,13 +81,13 @@ def sum_over_poses(
 ) -> list[Tensor]:
     """Return Σ_i ``weights[i]`` · gradient i for each of ``len(dtypes)`` parameters.
 
-    A pose with weight zero adds nothing, whatever its gradient.
+    A pose with weight zero adds nothing, even if its gradient is infinite or NaN.
 
     Parameters
     ----------
     weights : shape (n_poses,)
-    gradients : n_poses × n_params tensors, those of the first pose first
-    dtypes : of the n_params results
+    gradients : n_poses × n_params tensors; the n_params tensors of the first pose come first
+    dtypes : the dtypes of the n_params results
     """
     n_params = len(dtypes)
     if not n_params:

@@ -20,7 +20,7 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Options(NamedTuple):
-    """The options of a :class:`~mtenn_core.MultiPoseModel`, as they are in one call."""
+    """The options of a :class:`~mtenn_core.MultiPoseModel` at the time of one call."""
 
     pose_model: torch.nn.Module
     combination: Combination
@@ -32,14 +32,14 @@ class Options(NamedTuple):
 
 
 class Mode(ABC):
-    """A way to take the gradients of poses. It has no state, and serves all models.
+    """A way to take the gradients of poses. It has no state. All models use the same object.
 
     Attributes
     ----------
     name : the value of the option ``gradients``
-    needs_combine : False if it also works with a combination that defines only ``forward``
-    takes_batches : False if it must have the poses one by one
-    uses_closed_form : False if autograd takes the derivative of ``combine``, even where the
+    needs_combine : False if the mode also works with a combination that defines only ``forward``
+    takes_batches : False if the mode needs the poses one by one
+    uses_closed_form : False if autograd takes the derivative of ``combine``, even if the
         combination has ``pose_weights``
     """
 
@@ -50,7 +50,7 @@ class Mode(ABC):
 
     @abstractmethod
     def check_options(self, options: Options) -> None:
-        """Raise a ValueError for options that exclude this mode."""
+        """Raise a ValueError if an option does not work with this mode."""
 
     @abstractmethod
     def check_group(self, options: Options) -> None:
@@ -58,16 +58,16 @@ class Mode(ABC):
 
     @abstractmethod
     def chunk_size(self, options: Options) -> int | None:
-        """Return how many poses run together, None for all poses of a call."""
+        """Return the number of poses that run together, or None for all poses of a call."""
 
     @abstractmethod
     def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
-        """Return the pose predictions, and their gradients if the combination asks for them.
+        """Return the pose predictions, and their gradients if the combination needs them.
 
         Returns
         -------
         predictions : shape (n_poses,), differentiable, in float32 at least
-        gradients : for a combination that overrides ``forward``, None for others
+        gradients : the gradients if the combination overrides ``forward``, else None
         """
 
     @abstractmethod

@@ -1,4 +1,4 @@
-"""The parameters and buffers of a module, replaced for a while."""
+"""The parameters and buffers of a module, and their temporary replacement."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from mtenn_core.errors import GradientError
 
 
 class Places:
-    """The attributes of a module and its children that hold tensors, each once.
+    """The places in a module and its children that hold tensors, each once.
 
-    Not ``torch.func.functional_call``: it counts a child that is registered under two names twice,
-    and then leaves its own tensor in the second place.
+    ``torch.func.functional_call`` does not work here. If a child is registered under two names,
+    ``functional_call`` counts the child twice and leaves its own tensor in the second place.
 
     Parameters
     ----------
@@ -27,12 +27,12 @@ class Places:
 
     Raises
     ------
-    GradientError : a tensor has no shape before the first run (``LazyLinear``)
+    GradientError : a tensor gets its shape only in the first run (``LazyLinear``)
     """
 
     def __init__(self, module: torch.nn.Module, kind: str) -> None:
-        # Module._parameters and Module._buffers, the dicts themselves: setattr would refuse a plain
-        # tensor in place of a parameter. torch.nn.Module keeps both for subclasses to read.
+        # The places are in the dicts Module._parameters and Module._buffers. setattr would refuse a
+        # plain tensor in place of a parameter. Subclasses of torch.nn.Module may read both dicts.
         self._places = [
             (held, name)
             for child in module.modules()
@@ -42,17 +42,17 @@ class Places:
         ]
         if any(map(torch.nn.parameter.is_lazy, self.tensors())):
             raise GradientError(
-                "a lazy module of the pose model has no parameters yet: run the pose model once on"
-                " a pose, or use gradients='graph'"
+                "a lazy module of the pose model has no parameters yet. First run the pose model"
+                " once on a pose, or use gradients='graph'."
             )
 
     def tensors(self) -> list[Tensor]:
-        """Return the tensors in these places; a tied parameter more than once."""
+        """Return the tensors in these places. A tied parameter appears more than once."""
         return [held[name] for held, name in self._places]
 
     @contextmanager
     def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Put other tensors into these places, and at the end the previous ones."""
+        """Put other tensors into these places. At the end, put the previous tensors back."""
         before = self.tensors()
         self._put(tensors)
         try:
@@ -66,13 +66,13 @@ class Places:
 
 
 class Aliases:
-    """Detached aliases of a module's trainable parameters: other tensors on the same memory.
+    """Detached aliases of a module's trainable parameters: other tensors with the same memory.
 
-    A graph on aliases ends there: hooks on the parameters do not see its backward.
+    A graph of aliases ends at the aliases, so hooks on the parameters do not see its backward.
 
     Attributes
     ----------
-    params, aliases : by the name of the parameter
+    params, aliases : dicts from the name of the parameter to the tensor
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
@@ -82,29 +82,29 @@ class Aliases:
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the aliases into the module, and at the end its parameters."""
+        """Put the aliases into the module. At the end, put the parameters back."""
         alias_of = {id(param): self.aliases[name] for name, param in self.params.items()}
         tensors = [alias_of.get(id(param), param) for param in self._places.tensors()]
         with self._places.holding(tensors):
             yield
 
 
-# While a module holds other tensors, another thread would run with them.
+# While a module holds other tensors, another thread would run with these tensors.
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
 
 def lock_of(module: torch.nn.Module) -> threading.RLock:
-    """Return the lock of a module, held while other tensors are in its places."""
+    """Return the lock of a module. Hold it while other tensors are in the module's places."""
     return _LOCKS.setdefault(module, threading.RLock())
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Return whether this process has only a part of a tensor (``DTensor``)."""
+    """Return whether a tensor is a ``DTensor``, of which this process has only a part."""
     return hasattr(tensor, "device_mesh")
 
 
 def sharded_part(module: torch.nn.Module) -> str | None:
-    """Return the name of a module that is sharded over processes, None if there is none."""
+    """Return the name of a submodule that is sharded over processes, or None."""
     modules = list(module.named_modules())
     sharding = set(filter(_is_sharding, {type(part) for _, part in modules}))
     for name, part in modules:
@@ -116,9 +116,9 @@ def sharded_part(module: torch.nn.Module) -> str | None:
 def _is_sharding(module_class: type[torch.nn.Module]) -> bool:
     """Return whether ``fully_shard`` or ``FullyShardedDataParallel`` manages modules of a class.
 
-    Between forward and backward, the parameters of such a module may look like any others. The
-    classes are compared by name: they moved from one module of torch to another, whose import takes
-    time.
+    Between forward and backward, the parameters of such a module may look like ordinary parameters.
+    The classes are compared by name because torch has moved them to another module, and because
+    their import takes time.
     """
     return any(
         parent.__name__ in ("FSDPModule", "FullyShardedDataParallel")
@@ -128,7 +128,7 @@ def _is_sharding(module_class: type[torch.nn.Module]) -> bool:
 
 
 def accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
-    """Return the devices besides the CPU on which a run may draw random numbers."""
+    """Return the devices, without the CPU, on which a run may draw random numbers."""
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     if torch.cuda.is_initialized():
         devices.add(torch.device("cuda", torch.cuda.current_device()))

@@ -1,4 +1,4 @@
-"""A combination as mtenn's ``GroupedModel`` calls it."""
+"""An adapter that makes a combination usable in mtenn's ``GroupedModel``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from mtenn_core.gradients import GradDict, attach_gradients
 
 
 class MtennCombination(torch.nn.Module):
-    """Returns (combined, pose predictions), where a :class:`Combination` returns the first."""
+    """A module that returns (combined, pose predictions), where a combination returns one."""
 
     def __init__(self, combination: Combination) -> None:
         super().__init__()

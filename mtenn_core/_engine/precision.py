@@ -1,4 +1,4 @@
-"""Precision of the arithmetic: float32 at least, and outside of autocast."""
+"""Precision of the arithmetic: float32 at least, and without autocast."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from functools import partial
 
 import torch
 
-# Returns a dtype, or float32 in place of half precision, which has no digits to spare.
+# Returns float32 for half precision, which has too few digits, and float64 for float64.
 at_least_float32 = partial(torch.promote_types, torch.float32)
 
 
 def no_autocast(device_type: str) -> AbstractContextManager[object]:
-    """Return a context without autocast; it costs nothing where autocast is off."""
+    """Return a context without autocast. If autocast is already off, the context does nothing."""
     if torch.is_autocast_enabled(device_type):
         return torch.autocast(device_type, enabled=False)
     return nullcontext()

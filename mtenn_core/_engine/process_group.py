@@ -1,4 +1,4 @@
-"""Poses of one compound on several processes, which exchange only predictions."""
+"""Share the poses of a compound among several processes that exchange only predictions."""
 
 from __future__ import annotations
 
@@ -17,15 +17,16 @@ Group = dist.ProcessGroup
 
 
 def exchange_sizes(arguments: Callable[[], Call], group: Group) -> tuple[Call, list[list[int]]]:
-    """Return this process's call, and for each rank the number of its poses of each compound.
+    """Return the call of this process, and for each rank the number of poses of each compound.
 
     Parameters
     ----------
-    arguments : returns the checked call of this process, or raises
+    arguments : returns the checked call of this process, or raises an error
 
     Raises
     ------
-    PredictionError : the same on all ranks, which would otherwise wait for one that raised
+    PredictionError : the call of some rank is wrong. All ranks raise the same error; otherwise they
+        would wait for the rank that raised.
     """
     own: Call | PredictionError
     try:
@@ -49,34 +50,35 @@ def _checked_shares(shares: list[list[int] | PredictionError]) -> list[list[int]
             raise PredictionError(f"rank {rank} of the group: {share}")
         if not sum(share):
             raise PredictionError(
-                f"rank {rank} of the group: expected at least one pose; found none: leave the rank"
-                " out of the group"
+                f"rank {rank} of the group: expected at least one pose; found none. Leave the rank"
+                " out of the group."
             )
         sizes.append(share)
     if len({len(share) for share in sizes}) > 1:
         raise PredictionError(
-            "the ranks of a group share the poses of the same compounds, and sizes must have one"
-            f" entry for each, 0 if need be; found {[len(share) for share in sizes]} entries"
+            "the ranks of a group share the poses of the same compounds. On each rank, sizes must"
+            " have one entry per compound; the entry is 0 if the rank has no pose of the compound."
+            f" The ranks have {[len(share) for share in sizes]} entries."
         )
     return sizes
 
 
 def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> list[Tensor]:
-    """Return the numbers of all ranks, compound by compound, each in the order of the ranks.
+    """Return the numbers of all ranks by compound, and for each compound in the order of the ranks.
 
-    It is differentiable: a rank gets the gradient of the sum over all ranks' losses.
+    The function is differentiable. A rank gets the gradient of the sum over all ranks' losses.
 
     Parameters
     ----------
-    own : shape (n_poses,), the numbers of this rank
-    shares : from :func:`exchange_sizes`
+    own : the numbers of this rank, shape (n_poses,)
+    shares : the second result of :func:`exchange_sizes`
 
     Returns
     -------
     one tensor for each compound and rank
     """
     longest = max(map(sum, shares))
-    # gloo and nccl exchange tensors of one shape.
+    # gloo and nccl need tensors of the same shape on all ranks.
     gathered = _GatherRanks.apply(pad(own, (0, longest - len(own))), group)
     parts = [
         of_rank[: sum(share)].split(list(share))
@@ -85,7 +87,7 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
     return [part[compound] for compound in range(len(shares[0])) for part in parts]
 
 
-# torch.distributed.nn.functional has both Functions, and is deprecated since torch 2.13.
+# torch.distributed.nn.functional has both Functions, but it is deprecated since torch 2.13.
 class _GatherRanks(torch.autograd.Function):
     """Gather the tensors of all ranks, shape (n_ranks, …)."""
 
@@ -107,7 +109,7 @@ class _SumOverRanks(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, group: Group) -> Tensor:
         ctx.group = group
-        # Rows are a few numbers each: not worth a reduce_scatter, which gloo may lack.
+        # A row has only a few numbers, so all_reduce is fast enough. gloo may lack reduce_scatter.
         total = rows.clone(memory_format=torch.contiguous_format)
         dist.all_reduce(total, group=group)
         return total[dist.get_rank(group)].clone()

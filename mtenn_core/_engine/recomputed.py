@@ -1,8 +1,8 @@
-"""Mode ``"recomputed"``: graphs save nothing in forward, and are computed again in backward.
+"""Mode ``"recomputed"``: graphs save no tensors in forward. In backward, poses run a second time.
 
 Every chunk of poses has its ordinary graph, so that hooks, inputs that require grad and distributed
-wrappers work as usual. The tensors that the graph would save are thrown away. As soon as backward
-asks for one of them, the chunk runs a second time and provides them all.
+wrappers work as usual. But the graph does not keep its saved tensors. When backward needs one of
+them, the chunk runs a second time, and this run provides all of them.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennEr
 
 
 class Recomputed(Mode):
-    """The mode that keeps only predictions and runs poses with nonzero weight again in backward."""
+    """The mode that keeps only predictions and, in backward, runs poses with weight again."""
 
     name = "recomputed"
 
@@ -36,7 +36,7 @@ class Recomputed(Mode):
         """Accept all options."""
 
     def check_group(self, options: Options) -> None:
-        """Accept all groups: each process takes the gradients of its own poses."""
+        """Accept all groups, because each process takes the gradients of its own poses."""
 
     def chunk_size(self, options: Options) -> int:
         return options.chunk_size or 1
@@ -54,7 +54,7 @@ class Recomputed(Mode):
 
 
 class RecomputedGraphs:
-    """The graphs of all chunks of one forward call, of which one at most has its saved tensors.
+    """The graphs of all chunks of one forward call. At most one graph has its saved tensors.
 
     Parameters
     ----------
@@ -63,18 +63,19 @@ class RecomputedGraphs:
 
     Attributes
     ----------
-    lock : held while a chunk runs again
+    lock : a lock that is held while a chunk runs again
     """
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
         self._replay = Replay(pose_model, poses)
         self.lock = self._replay.lock
-        # Only the graph of the predictions owns the graphs of chunks, which refer to this object. A
-        # reference back would be a cycle, and their memory would wait for the garbage collector.
+        # The graphs of chunks refer to this object. Only the graph of the predictions owns these
+        # graphs. If this object also owned one of them, there would be a reference cycle, and
+        # memory would stay until the garbage collector runs. So this is a weak reference.
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
 
     def predict(self, chunks: Sequence[Chunk], skip_below: float | None) -> Tensor:
-        """Run all chunks and return their predictions, whose graphs save nothing.
+        """Run all chunks and return their predictions. The graphs save no tensors.
 
         Parameters
         ----------
@@ -88,8 +89,8 @@ class RecomputedGraphs:
         predictions = []
         try:
             for graph in graphs:
-                # Set before the run: a pose model that takes gradients in its own forward causes
-                # the second run before the first has ended.
+                # Set before the run: if a pose model takes gradients in its own forward, the second
+                # run comes before the end of the first run.
                 graph.conditions = self._replay.before_run()
                 with saved_tensors_hooks(graph.index_instead, graph.saved_again):
                     prediction = graph.chunk.run()
@@ -102,27 +103,28 @@ class RecomputedGraphs:
                 raise
             raise GradientError(
                 "gradients='recomputed' does not work with grad, vjp and jacrev of torch.func,"
-                " around the model or inside the pose model: use gradients='graph'"
+                " around the model or inside the pose model. Use gradients='graph'."
             ) from error
         return join_chunks(predictions, graphs, skip_below)
 
     def run_again(self, graph: RecomputedGraph) -> list[tuple[Tensor, int]]:
         """Return all tensors that a graph would have saved, and the version of each."""
-        # Backward goes through the chunks one after the other. Tensors of the last one that it had
-        # no use for would stay until the end.
+        # Backward goes through the chunks one after the other. Here, it has finished the last
+        # chunk. Tensors of that chunk that were not used would stay until the end.
         if (last := self._last()) is not None:
             last.forget()
         self._last = weakref.ref(graph)
         saved: list[tuple[Tensor, int]] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            # Detached: the second graph, which no backward goes through, is freed at once.
+            # Detached, so that the second graph is freed at once. No backward goes through it.
             detached = tensor.detach()
-            # torch compares versions only of tensors that it saves without hooks.
+            # torch checks versions only of tensors that it saves without hooks, so keep the
+            # version.
             saved.append((detached, version_of(detached)))
             return detached
 
-        # Backward runs with grad mode off, in which nothing would be saved.
+        # Backward runs with grad mode off. The second run needs grad mode to save tensors.
         with (
             self._replay.restored(graph.conditions),
             torch.enable_grad(),
@@ -134,57 +136,58 @@ class RecomputedGraphs:
 
 
 class RecomputedGraph:
-    """The graph of one chunk, whose saved tensors come from a second run.
+    """The graph of one chunk. A second run provides its saved tensors.
 
     Attributes
     ----------
     chunk : the poses
-    conditions : those of the first run
-    predictions, n_saved : result of the first run, and how many tensors its graph would have saved
-    count : numbers the tensors of the first run
+    conditions : the conditions of the first run
+    predictions : the result of the first run
+    n_saved : the number of tensors that the graph of the first run would have saved
+    count : a counter that numbers the tensors of the first run
     index_instead : the hook that replaces a tensor by its number
-    skipped_in : the backward that has no gradient for these poses
+    skipped_in : the number of the backward pass that skips this graph, or None
     """
 
     conditions: Conditions
-    predictions: Tensor | None = None  # None while the first run lasts
+    predictions: Tensor | None = None  # None until the end of the first run
     n_saved: int = 0
     skipped_in: int | None = None
 
     def __init__(self, graphs: RecomputedGraphs, chunk: Chunk) -> None:
         self.chunk = chunk
         self.count = itertools.count()
-        # partial and count take no time in Python, and there is one call per saved tensor.
+        # There is one call per saved tensor. partial and count are fast: they run no Python code.
         self.index_instead = partial(next, self.count)
         self._graphs = graphs
         self._saved: dict[int, tuple[Tensor, int]] = {}
 
     def saved_again(self, index: int) -> Tensor:
-        """Return a tensor that the graph would have saved; torch calls this hook in backward.
+        """Return a tensor that the graph would have saved. torch calls this hook in backward.
 
         Parameters
         ----------
-        index : number of the tensor
+        index : the number of the tensor
         """
-        # The engine calls the nodes of a skipped chunk, too. They unpack what they saved before
-        # they find that they have no gradient, and then compute nothing.
+        # The engine also calls the nodes of a skipped chunk. Each node first unpacks its saved
+        # tensors, then finds that it has no gradient, and computes nothing.
         if self.skipped_in is not None and self.skipped_in == current_backward() and engine_asks():
             return _NOTHING
-        # Handed out once: memory shrinks while backward proceeds. A node that asks again (another
-        # backward, under retain_graph) causes another run.
+        # Each tensor is returned once and forgotten, so that memory shrinks during backward. If a
+        # node asks for it again (another backward, with retain_graph), the chunk runs again.
         found = self._saved.pop(index, None)
         tensor, version = found or self._from_second_run(index)
         if version_of(tensor) != version:
             raise ChangedBeforeBackwardError(
                 "one of the variables needed for gradient computation, shape"
                 f" {tuple(tensor.shape)}, was modified by an inplace operation of the pose model"
-                " itself: let it work on a copy"
+                " itself. Let this operation work on a copy."
             )
         return tensor
 
     def _from_second_run(self, index: int) -> tuple[Tensor, int]:
         with self._graphs.lock:
-            found = self._saved.pop(index, None)  # another thread may have run it meanwhile
+            found = self._saved.pop(index, None)  # another thread may have run the chunk
             if found is None:
                 saved = dict(enumerate(self._graphs.run_again(self)))
                 found = saved.pop(index)
@@ -199,25 +202,26 @@ class RecomputedGraph:
             raise
         except Exception as error:
             raise ChangedBeforeBackwardError(
-                f"pose {self.chunk.first_pose}: run again in backward, the pose model raised"
+                f"pose {self.chunk.first_pose}: the pose model ran again in backward and raised"
                 f" {type(error).__name__}: {error}. {_QUESTIONS}"
             ) from error
 
     def forget(self) -> None:
-        """Free the saved tensors that nobody has asked for."""
+        """Free the saved tensors that backward has not used."""
         self._saved = {}
 
     def check(
         self, predictions: Tensor, n_saved: int, rounding_of: Callable[[Tensor], float]
     ) -> None:
-        """Raise unless the second run has done the same as the first.
+        """Raise an error if the second run differed from the first.
 
         Parameters
         ----------
-        predictions, n_saved : of the second run
-        rounding_of : returns how far predictions may be apart; it is slow, and seldom needed
+        predictions, n_saved : the results of the second run
+        rounding_of : returns the allowed difference of predictions. It is slow, and is rarely
+            called.
         """
-        if self.predictions is None:  # a pose model that takes gradients in its own forward
+        if self.predictions is None:  # the pose model takes gradients in its own forward
             return
         if n_saved == self.n_saved and torch.equal(predictions, self.predictions):
             return
@@ -226,22 +230,22 @@ class RecomputedGraph:
         if n_saved == self.n_saved and same.all():
             return
         pose = int((~same).int().argmax())
-        found = f"{n_saved} saved tensors for {self.n_saved}"
+        found = f"saved {n_saved} tensors instead of {self.n_saved}"
         if not same.all():
-            found = f"prediction {predictions[pose].item()!r} for {first[pose].item()!r}"
+            found = f"predicted {predictions[pose].item()!r} instead of {first[pose].item()!r}"
         raise ChangedBeforeBackwardError(
-            f"pose {self.chunk.first_pose + pose}: run again in backward, the pose model behaved"
-            f" differently than in forward ({found}). {_QUESTIONS}"
+            f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and behaved"
+            f" differently than in forward. It {found}. {_QUESTIONS}"
         )
 
 
 _QUESTIONS = (
-    "Has something that it reads changed in between? Does it draw random numbers outside of torch,"
-    " keep count, or keep something for the next pose (a cache that grows, a part of its graph)? If"
-    " it must, use gradients='stored' or 'graph', which run each pose once"
+    "Has it read a value that changed in between? Does it draw random numbers outside of torch,"
+    " count its runs, or keep something for the next pose, such as a cache that grows or a part of"
+    " its graph? If this is intended, use gradients='stored' or 'graph', which run each pose once."
 )
 
-# On another device, so that code that computes with it by mistake has an error.
+# It is on another device. So code that computes with it by mistake raises an error.
 _NOTHING = torch.empty(1, device="meta")
 
 

@@ -1,7 +1,8 @@
-"""The conditions of a run of the pose model: noted before it, and restored for a second run.
+"""Restore random state (dropout), buffers, modes and autocast for the second run of a pose.
 
-They are the random states, autocast, the buffers, the parameters, and the flags ``training`` and
-``requires_grad``. Poses and parameters must not change in place between the two runs.
+The conditions of a run are the random states, autocast, the buffers, the parameters, and the flags
+``training`` and ``requires_grad``. They are noted before the first run. Poses and parameters must
+not change in place between the two runs.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from mtenn_core.errors import ChangedBeforeBackwardError
 
 
 class Buffers(NamedTuple):
-    """The buffers before a run: the tensors, how often each was changed, and copies."""
+    """The buffers before a run: the tensors, the version of each, and copies."""
 
     tensors: list[Tensor]
     versions: list[int]
@@ -29,12 +30,13 @@ class Buffers(NamedTuple):
 
 
 class Conditions(NamedTuple):
-    """The conditions of one run that a run may change.
+    """The conditions of one run, as far as a run may change them.
 
     Attributes
     ----------
-    random_states : those before the run; empty if the run drew no random number
-    buffers, buffers_change : those before the run, and whether the run changes them
+    random_states : the random states before the run; empty if the run drew no random number
+    buffers : the buffers before the run
+    buffers_change : True if the run changes the buffers
     """
 
     random_states: Sequence[Tensor]
@@ -48,11 +50,11 @@ class Replay:
     Parameters
     ----------
     pose_model : the module that runs, with its parameters, buffers and flags
-    poses : its inputs
+    poses : the inputs of the pose model
 
     Attributes
     ----------
-    lock : to be held while conditions are restored
+    lock : hold it while conditions are restored
     """
 
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
@@ -69,7 +71,7 @@ class Replay:
         self._versions = _versions(self._held)
         self._flags = [
             _Flags("training", list(pose_model.modules())),
-            # torch refuses to set requires_grad of a tensor that is no leaf.
+            # torch refuses to set requires_grad of a tensor that is not a leaf.
             _Flags("requires_grad", [param for param in self._held if param.is_leaf]),
         ]
         self._autocast = _autocast_state(self._devices)
@@ -78,15 +80,15 @@ class Replay:
         self._checked_in: int | None = None  # the backward that has checked the poses
 
     def before_run(self) -> Conditions:
-        """Return the conditions of the run that comes next."""
+        """Return the conditions of the next run."""
         return Conditions(self._random_states, self._buffers_now())
 
     def after_run(self, before: Conditions) -> Conditions:
-        """Return the conditions of the run that has just ended, without unchanged random states.
+        """Return the conditions of the last run. Leave out random states that it did not change.
 
         Parameters
         ----------
-        before : from :meth:`before_run`
+        before : the result of :meth:`before_run`
         """
         random_states = _random_states(self._devices)
         if all(map(torch.equal, random_states, before.random_states)):
@@ -96,10 +98,10 @@ class Replay:
         return Conditions(random_states_before, before.buffers, self._differ_from(before.buffers))
 
     def _buffers_now(self) -> Buffers:
-        """Return the buffers; a copy that is still right is taken from the run before."""
+        """Return the buffers. Copies from the previous run are used again if still right."""
         if self._differ_from(self._noted):
-            # An id and a version stand for one value: self._noted keeps the tensors alive, so that
-            # no other tensor gets the same id.
+            # An id and a version identify one value, because self._noted keeps the tensors alive.
+            # So no other tensor gets the same id.
             known = {(id(t), version): copy for t, version, copy in zip(*self._noted, strict=True)}
             tensors = self._buffers.tensors()
             versions = _versions(tensors)
@@ -112,15 +114,15 @@ class Replay:
         return self._noted
 
     def _differ_from(self, buffers: Buffers) -> bool:
-        """Return whether a buffer is another tensor now, or has another value."""
-        if not self._has_buffers:  # asked three times for each chunk
+        """Return whether a buffer is now another tensor, or has another value."""
+        if not self._has_buffers:  # a shortcut: each chunk calls this three times
             return False
         now = self._buffers.tensors()
         return not _same(now, buffers.tensors) or _versions(now) != buffers.versions
 
     @contextmanager
     def restored(self, conditions: Conditions) -> Iterator[None]:
-        """Restore the conditions of a run, and at the end those of the caller.
+        """Restore the conditions of a run. At the end, restore the conditions of the caller.
 
         Raises
         ------
@@ -134,14 +136,14 @@ class Replay:
             yield
 
     def _contexts(self, conditions: Conditions) -> list[AbstractContextManager[object]]:
-        """Return one context for each condition that differs now."""
+        """Return one context for each condition that has changed since the run."""
         contexts: list[AbstractContextManager[object]] = [
             flags.restored() for flags in self._flags if flags.have_changed()
         ]
         for device, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(device):
-                # Without the cache, which would keep the cast of a weight, and with it the graph of
-                # the second run, until the outermost autocast ends.
+                # Without the cache. The cache would keep casts of weights until the end of the
+                # outermost autocast, and these casts would keep the graph of the second run.
                 contexts.append(torch.autocast(device, dtype, enabled, cache_enabled=False))
         if conditions.random_states:
             contexts.append(_random(conditions.random_states, self._devices))
@@ -152,9 +154,9 @@ class Replay:
         return contexts
 
     def _check_parameters(self) -> None:
-        """Raise if a parameter was changed in place, as an optimizer does.
+        """Raise an error if a parameter was changed in place, for example by an optimizer.
 
-        torch checks versions only of tensors that a graph saves, and these graphs save none.
+        torch checks versions only of tensors that a graph saves, but these graphs save no tensors.
         """
         now = _versions(self._held)
         if now == self._versions:
@@ -166,47 +168,51 @@ class Replay:
         )
         names = [name for name, param in self._pose_model.named_parameters() if param is changed]
         raise ChangedBeforeBackwardError(
-            f"parameter {(names or ['?'])[0]!r} was changed in place between forward and backward,"
-            " and gradients='recomputed' runs the poses again with the parameters as they were:"
-            " call backward before the optimizer's step, or use gradients='stored', which does not"
-            " need them any more"
+            f"parameter {(names or ['?'])[0]!r} was changed in place between forward and backward."
+            " gradients='recomputed' runs the poses again and needs the parameters unchanged. Call"
+            " backward before the optimizer's step, or use gradients='stored', which runs each pose"
+            " once."
         )
 
     def _check_poses(self) -> None:
-        """Raise if a tensor of a pose was changed; once in a backward, since poses may be many."""
+        """Raise an error if a tensor of a pose was changed in place.
+
+        There may be many poses, so the check runs once in a backward.
+        """
         backward = current_backward()
-        # -1 is outside of a backward: somebody reads grad_fn.saved_tensors.
+        # -1 means outside of backward: code reads grad_fn.saved_tensors.
         if backward == self._checked_in != -1:
             return
         for pose, tensor, version in self._inputs:
             if _versions([tensor]) != version:
                 raise ChangedBeforeBackwardError(
-                    f"pose {pose}: a tensor of it, shape {tuple(tensor.shape)}, was changed in"
-                    " place between forward and backward, and gradients='recomputed' runs poses"
-                    " again: pass a copy to the model, or use gradients='stored'"
+                    f"pose {pose}: one of its tensors, shape {tuple(tensor.shape)}, was changed in"
+                    " place between forward and backward. gradients='recomputed' runs the poses"
+                    " again and needs them unchanged. Pass a copy to the model, or use"
+                    " gradients='stored'."
                 )
         self._checked_in = backward
 
     def _parameters_differ(self) -> bool:
-        """Return whether forward ran with other parameters, those of a ``functional_call``."""
+        """Return whether forward ran with other parameters, for example in ``functional_call``."""
         try:
             now = self._parameters.tensors()
-        except KeyError:  # FullyShardedDataParallel takes parameters out, and puts them back itself
+        except KeyError:  # FullyShardedDataParallel itself removes parameters and puts them back
             return False
-        # fully_shard replaces sharded parameters itself, too.
+        # fully_shard also replaces sharded parameters itself.
         return not _same(now, self._held) and not any(map(is_sharded, self._held))
 
     def rounding(self, predictions: Tensor) -> float:
-        """Return by how much a second run may differ, relative to 1 and to the prediction."""
+        """Return the allowed difference of a second run, relative to 1 and to the prediction."""
         dtypes = [dtype for _, enabled, dtype in self._autocast if enabled]
         dtypes += [tensor.dtype for tensor in self._held if tensor.is_floating_point()]
         eps = max(torch.finfo(dtype).eps for dtype in [predictions.dtype, *dtypes])
-        # More than sums in another order differ by: accelerators add in any order.
+        # Accelerators add in any order. This limit is larger than the differences from that.
         return eps ** (2 / 3)
 
 
 def _copies(buffers: Buffers) -> list[Tensor]:
-    """Return copies to run with: the second run changes its buffers, too."""
+    """Return copies of the buffers for the second run, since this run also changes its buffers."""
     return [
         copy.clone().requires_grad_(tensor.requires_grad)
         for tensor, copy in zip(buffers.tensors, buffers.copies, strict=True)
@@ -218,7 +224,7 @@ def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor was changed in place, -1 for tensors of ``inference_mode``."""
+    """Return how often each tensor was changed in place; -1 for tensors of ``inference_mode``."""
     try:
         return list(map(version_of, tensors))
     except RuntimeError:
@@ -245,7 +251,7 @@ def _set_random_states(states: Sequence[Tensor], devices: Sequence[torch.device]
 
 @contextmanager
 def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterator[None]:
-    """Set random states, and at the end those of the caller."""
+    """Set random states. At the end, restore the random states of the caller."""
     before = _random_states(devices)
     _set_random_states(states, devices)
     try:
@@ -255,7 +261,7 @@ def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterat
 
 
 class _Flags:
-    """An attribute of several modules or parameters, noted to be set again."""
+    """The values of one attribute of several modules or parameters, noted to be set again."""
 
     def __init__(self, name: str, owners: Sequence[Any]) -> None:
         self._name = name
@@ -264,12 +270,12 @@ class _Flags:
         self._noted = self._now()
 
     def have_changed(self) -> bool:
-        """Return whether an owner has another value than the noted one."""
+        """Return whether the value of any owner differs from the noted value."""
         return self._now() != self._noted
 
     @contextmanager
     def restored(self) -> Iterator[None]:
-        """Set the noted values, and at the end those of the caller."""
+        """Set the noted values. At the end, restore the values of the caller."""
         now = self._now()
         try:
             self._set(self._noted)

@@ -1,4 +1,4 @@
-"""Poses without weight, whose graphs backward skips."""
+"""Skip the graphs of poses without weight in backward."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from mtenn_core._engine.autograd_nodes import (
 
 
 class Skippable(Protocol):
-    """Records the backward pass that skips the graph of some poses, or None."""
+    """An object that records in ``skipped_in`` which backward pass skips its graph, or None."""
 
     skipped_in: int | None
 
@@ -30,14 +30,14 @@ def join_chunks(
 ) -> Tensor:
     """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
 
-    Its backward skips a chunk if all its weights are zero. The chunk then costs nothing, and an
-    infinite gradient of a pose without weight does no harm (0 · inf is NaN).
+    The vector's backward skips a chunk if all weights of the chunk are zero. This saves time. It
+    also avoids NaN from 0 · inf if a pose without weight has an infinite gradient.
 
     Parameters
     ----------
     predictions : one tensor per chunk
-    chunks : told in which backward they are skipped; none where nobody needs to know
-    skip_below : also skip weights up to this fraction of the largest; None skips none
+    chunks : objects whose ``skipped_in`` is set in backward; empty if it is not needed
+    skip_below : also skip weights up to this fraction of the largest weight; None skips nothing
     """
     no_graph = not any(chunk.requires_grad for chunk in predictions)
     if len(predictions) == 1 or no_graph or skip_below is None:
@@ -49,30 +49,30 @@ def join_chunks(
 def with_weight(weights: Tensor, skip_below: float | None) -> Tensor:
     """Return which poses have a weight above the limit, shape (n_poses,), bool.
 
-    A weight that is NaN or infinite counts as one.
+    The result is True for a weight that is NaN or infinite.
     """
     sizes = weights.abs()
     if skip_below is None:
         return torch.ones_like(sizes, dtype=torch.bool)
-    # "not at most", since every comparison with NaN is false.
+    # Not "sizes > …": every comparison with NaN is false.
     return ~(sizes <= skip_below * sizes.max()) | sizes.isinf()
 
 
 class _Join(torch.autograd.Function):
-    """``torch.cat`` that gives None, and not zeros, to chunks without weight.
+    """A ``torch.cat`` whose backward gives None, and not zeros, to chunks without weight.
 
-    The engine still calls the nodes of such a chunk, and torch's own formulas then return None
-    without computing anything. With zeros, they would compute.
+    The engine still calls the nodes of such a chunk. If torch's own formulas get None, they return
+    None and compute nothing. If they got zeros, they would compute.
     """
 
-    # So that torch.func.vmap works around the model, and vjp of a batch of weights.
+    # torch.func.vmap around the model needs this rule, and so does the vjp of a batch of weights.
     generate_vmap_rule = True
 
     @staticmethod
     def forward(chunks: Sequence[Skippable], skip_below: float, *predictions: Tensor) -> Tensor:
         return torch.cat(predictions)
 
-    # Apart from forward, which vmap and jvp require.
+    # vmap and jvp require a setup_context that is separate from forward.
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
         ctx.chunks, ctx.skip_below, *predictions = inputs
@@ -81,8 +81,8 @@ class _Join(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, weights: Tensor) -> tuple[Tensor | None, ...]:
         parts = weights.split(ctx.sizes)
-        # Under create_graph a weight of zero may have a derivative that is not zero. A batch of
-        # weights has no values to read.
+        # With create_graph=True, a weight of zero may have a nonzero derivative. The values of a
+        # batch of weights cannot be read.
         if torch.is_grad_enabled() or is_batched(weights):
             runs = [True] * len(parts)
         else:
@@ -108,13 +108,14 @@ def _split(values: list[bool], sizes: Sequence[int]) -> Iterator[list[bool]]:
 def _graphs_to_run(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
     """Return for each graph whether backward must run it.
 
-    A graph without weight must run if no other graph holds one of its leaves, whose gradient is
-    then zero and not None; or if a node of it computes something without a gradient.
+    A graph without weight must run in two cases. First, one of its leaves is in no other graph that
+    runs. The gradient of this leaf must be zero and not None. Second, one of its nodes may compute
+    something even without a gradient.
     """
     if all(has_weight):
         return list(has_weight)
-    # Leaves and such nodes only: the nodes of all poses would be many objects for Python's garbage
-    # collector to go through.
+    # It holds only leaves and nodes that must run. The nodes of all poses would be many objects,
+    # and Python's garbage collector would go through all of them.
     known: set[Any] = set()
     for root, weight in zip(roots, has_weight, strict=True):
         if weight:
@@ -122,7 +123,7 @@ def _graphs_to_run(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[boo
     runs = list(has_weight)
     for index, root in enumerate(roots):
         if not runs[index]:
-            # Known nodes run anyway, with another graph.
+            # Known nodes already run with another graph.
             found = list(filter(_must_run, nodes_of(root, known)))
             runs[index] = bool(found)
             known.update(found)

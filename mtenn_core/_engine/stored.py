@@ -1,4 +1,4 @@
-"""Mode ``"stored"``: gradients of all poses, taken pose by pose, so that one graph is alive."""
+"""Mode ``"stored"``: it takes and keeps the gradient of each pose, with one graph at a time."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ from mtenn_core.errors import GradientError
 
 Run = Callable[[], Tensor]
 
-# The gradient of one prediction, which no loss scaler has multiplied, may be below 6e-8, the
-# smallest float16. A power of two, so that it changes no digit.
+# No loss scaler has multiplied the gradient of one prediction. It may be below 6e-8, the smallest
+# float16, so the prediction is scaled. The scale is a power of two, so that it changes no digit.
 FLOAT16_SCALE = 2.0**16
 
 NOT_IN_A_BATCH = (
-    "gradients='stored' runs pose by pose: give it the poses, not one batch of them, or use"
-    " gradients='recomputed'"
+    "gradients='stored' runs pose by pose and does not take one batch. Pass a list of poses, or use"
+    " gradients='recomputed'."
 )
 
 
@@ -51,12 +51,12 @@ class Stored(Mode):
     def check_options(self, options: Options) -> None:
         if options.skip_below:
             raise ValueError(
-                "gradients='stored' takes the gradient of a pose before its weight is known:"
-                " skip_below is for 'recomputed' and 'graph'"
+                "gradients='stored' takes the gradient of a pose before its weight is known, and so"
+                " it cannot skip poses. skip_below is only for 'recomputed' and 'graph'."
             )
         if options.chunk_size is not None and options.chunk_size > 1:
             raise ValueError(
-                "gradients='stored' runs pose by pose, so that each pose has a gradient of its own:"
+                "gradients='stored' runs pose by pose, so that each pose has its own gradient."
                 f" chunk_size must be 1 or None; found {options.chunk_size}"
             )
 
@@ -64,9 +64,9 @@ class Stored(Mode):
         if _needs_gradients(options.combination) and torch.is_grad_enabled():
             raise ValueError(
                 f"{type(options.combination).__name__} overrides forward, which needs all gradients"
-                " of a compound in one process, and group= shares its poses among several: give one"
-                " process the whole compound, or write combine(predictions) and use"
-                " gradients='recomputed'"
+                " of a compound in one process. But group= shares the poses of a compound among"
+                " several processes. Give one process the whole compound, or write"
+                " combine(predictions) and use gradients='recomputed'."
             )
 
     def chunk_size(self, options: Options) -> int:
@@ -80,7 +80,7 @@ class Stored(Mode):
         if call.collated:
             raise ValueError(NOT_IN_A_BATCH)
         stored = StoredGradients(options.pose_model, runs)
-        # A combination that was given the grad_dict may keep it, and with it the memory.
+        # A combination that gets the grad_dict may keep it. Its memory must not be used again.
         return stored.attach(reuse=not needs_gradients), stored if needs_gradients else None
 
     def cost(self, totals: StepTotals) -> ModeCost:
@@ -95,7 +95,7 @@ def _needs_gradients(combination: Combination) -> bool:
 
 
 class _NoGradients:
-    """The gradients under ``torch.no_grad``, with respect to no parameter."""
+    """The gradients under ``torch.no_grad``: there are none."""
 
     params: Params = MappingProxyType({})
 
@@ -104,12 +104,12 @@ class _NoGradients:
 
 
 class StoredGradients:
-    """Pose predictions and ∂ŷ_i/∂θ, for every trainable parameter that some pose uses.
+    """Pose predictions and ∂ŷ_i/∂θ, for every trainable parameter that at least one pose uses.
 
     Parameters
     ----------
-    pose_model : the module whose parameters the gradients are taken with respect to
-    runs : for each pose, a call that returns its prediction, shape (1,)
+    pose_model : the module that has the parameters θ
+    runs : for each pose, a function that returns its prediction, shape (1,)
 
     Attributes
     ----------
@@ -118,21 +118,22 @@ class StoredGradients:
 
     Raises
     ------
-    GradientError : the pose model is sharded, or has a gradient that would be lost
+    GradientError : the pose model is sharded, or a gradient would be lost
     """
 
     def __init__(self, pose_model: torch.nn.Module, runs: Sequence[Run]) -> None:
         if (sharded := sharded_part(pose_model)) is not None:
-            # Its hooks replace parameters in each run, and would not see the gradients of aliases.
+            # The hooks of a sharded module replace parameters in each run. They would not see the
+            # gradients of aliases.
             raise GradientError(
                 f"module {sharded!r} of the pose model is sharded over processes, and"
-                " gradients='stored' takes the gradients of whole parameters: use"
-                " gradients='recomputed' or 'graph', or shard the MultiPoseModel as one"
+                " gradients='stored' needs whole parameters. Use gradients='recomputed' or 'graph',"
+                " or shard the MultiPoseModel as one."
             )
         with lock_of(pose_model):
-            # The pose model runs with aliases, so that hooks on the parameters (those of users,
-            # DistributedDataParallel and FSDP) run once, in the backward of the loss, and not once
-            # more for each pose.
+            # The pose model runs with aliases. So hooks on the parameters (from users,
+            # DistributedDataParallel or FSDP) run only once, in the backward of the loss. With the
+            # parameters themselves, the hooks would also run for each pose.
             own = Aliases(pose_model)
             self._aliases = own.aliases
             with own.in_place():
@@ -148,10 +149,10 @@ class StoredGradients:
 
         Parameters
         ----------
-        reuse : let the next call fill the same memory after backward has read it
+        reuse : True if the next call may use the same memory after backward has read it
         """
-        # Layouts, and not this object: its buffers would stay alive after backward, which frees
-        # only tensors that were saved for it.
+        # The function gets the layouts and not this object. Backward frees only tensors that were
+        # saved for backward, and this object would keep its buffers alive.
         total = partial(
             weighted_sum,
             layouts=[buffer.layout for buffer in self._buffers],
@@ -162,30 +163,30 @@ class StoredGradients:
         return attach(self.predictions, matrices, total, list(self.params.values()))
 
     def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return views of the gradients of some poses, as a combination's ``forward`` takes."""
+        """Return views of the gradients of some poses, for a combination's ``forward``."""
         views: dict[str, Tensor] = {}
         for buffer in self._buffers:
             views |= split_columns(buffer.matrix[poses], buffer.layout)
         return {name: list(views[name]) for name in self.params}
 
     def _run(self, runs: Sequence[Run]) -> set[str]:
-        """Run all poses, store their gradients, and return the names of the parameters used."""
+        """Run all poses and store their gradients. Return the names of the used parameters."""
         inner = _InnerGradients(self._aliases)
         used: set[str] = set()
         predictions = []
         for pose, run in enumerate(runs):
             prediction = run()
             used |= self._store(pose, *inner.of(prediction, pose))
-            # A clone: a view would keep the whole tensor that it is a view of.
+            # A clone, because a view would keep the whole tensor of its base alive.
             predictions.append(prediction.detach().clone())
         self.predictions = torch.cat(predictions)
         return used
 
     def _store(self, pose: int, gradients: dict[str, Tensor], scale: float) -> set[str]:
-        """Write one row of gradients and return the names of the parameters that were used."""
+        """Write one row of gradients. Return the names of the used parameters."""
         for layout, matrix in self._buffers:
             row = [_flat(name, gradients.get(name), self._aliases[name]) for name in layout]
-            torch.cat(row, out=matrix[pose])  # which converts half precision to float32
+            torch.cat(row, out=matrix[pose])  # it converts half precision to float32
             if scale != 1:
                 matrix[pose] /= scale
         return set(gradients)
@@ -197,15 +198,15 @@ class _InnerGradients:
     def __init__(self, aliases: Params) -> None:
         self._aliases = aliases
         self._own = {id(alias) for alias in aliases.values()}
-        # Nodes of aliases in the graphs of earlier poses. Here they stay alive, and each alias has
-        # the same node in the graph of the next pose.
+        # Nodes of aliases in the graphs of earlier poses. This set keeps them alive, so that each
+        # alias has the same node in the graph of the next pose.
         self._known: set[Any] = set()
         # Both are set at the first pose.
         self._scale: float | None = None
         self._outside_autocast: AbstractContextManager[object] = nullcontext()
 
     def of(self, prediction: Tensor, pose: int) -> tuple[dict[str, Tensor], float]:
-        """Return scale · ∂ŷ/∂θ for the parameters θ that ŷ depends on, and the scale."""
+        """Return scale · ∂ŷ/∂θ for the parameters θ that affect ŷ, and the scale."""
         if not prediction.requires_grad:
             return {}, 1.0
         self._check_leaves(prediction, pose)
@@ -214,16 +215,16 @@ class _InnerGradients:
         return {name: gradient for name, gradient in named if gradient is not None}, scale
 
     def _check_leaves(self, prediction: Tensor, pose: int) -> None:
-        """Raise a GradientError if something besides the aliases would get a gradient."""
-        # Not with nodes_of(): this runs for every pose, and looks only for leaves.
+        """Raise a GradientError if any leaf besides the aliases would get a gradient."""
+        # nodes_of() is not used: this code runs for every pose and looks only for leaves.
         root = torch.autograd.graph.get_gradient_edge(prediction).node
         seen = {root}
         nodes = [root]
-        for node in nodes:  # which grows meanwhile
+        for node in nodes:  # the loop also visits the nodes that it appends
             if type(node) is AccumulateGrad:
                 self._check_leaf(node, pose)
             for parent, _ in node.next_functions:
-                # None stands for an input that needs no gradient.
+                # None represents an input that needs no gradient.
                 if parent is not None and parent not in seen and parent not in self._known:
                     seen.add(parent)
                     nodes.append(parent)
@@ -233,20 +234,21 @@ class _InnerGradients:
             self._known.add(node)
             return
         raise GradientError(
-            f"pose {pose}: its prediction depends on a tensor of shape"
-            f" {tuple(node.variable.shape)} that requires grad and is no parameter of the pose"
-            " model (an input, a parameter that was not registered or is reached other than through"
-            " its module, or reentrant checkpointing); gradients='stored' would lose its gradient:"
-            " detach it, register it, or use gradients='graph'",
+            f"pose {pose}: the prediction depends on a tensor of shape"
+            f" {tuple(node.variable.shape)} that requires grad and is not a parameter of the pose"
+            " model. gradients='stored' would lose the gradient of this tensor. The tensor may be"
+            " an input, a parameter that was not registered, or a parameter that is not read from"
+            " its module. Reentrant checkpointing also makes such tensors. Detach the tensor,"
+            " register it, or use gradients='graph'.",
             pose=pose,
         )
 
     def _scaled(self, prediction: Tensor) -> tuple[Sequence[Tensor | None], float]:
-        """Return scale · ∂ŷ/∂θ, None for a parameter that ŷ does not depend on, and the scale."""
+        """Return scale · ∂ŷ/∂θ for each parameter θ (None if it does not affect ŷ), and scale."""
         if self._scale is None:
             self._scale = FLOAT16_SCALE if computes_in(torch.float16, prediction) else 1.0
             device_type = prediction.device.type
-            # As the backward of a loss, which a user calls after the autocast block.
+            # Users call the backward of a loss after the autocast block, so do the same here.
             if torch.is_autocast_enabled(device_type):
                 self._outside_autocast = no_autocast(device_type)
         params = list(self._aliases.values())
@@ -257,7 +259,7 @@ class _InnerGradients:
                     prediction * scale if scale > 1 else prediction,
                     params,
                     allow_unused=True,
-                    retain_graph=scale > 1,  # for another try
+                    retain_graph=scale > 1,  # another attempt may follow
                 )
             if scale == 1 or all(g.isfinite().all() for g in gradients if g is not None):
                 return gradients, scale
@@ -266,27 +268,28 @@ class _InnerGradients:
 
 
 def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
-    """Return a gradient as a part of a row."""
+    """Return a gradient as a flat part of a row. Return zeros if there is no gradient."""
     if gradient is None:
         return param.new_zeros(param.numel())
     if gradient.layout is not torch.strided:
         raise GradientError(
-            f"parameter {name!r}: gradients='stored' keeps dense gradients; found a sparse one"
-            " (use sparse=False, or gradients='recomputed' or 'graph')",
+            f"parameter {name!r}: gradients='stored' keeps only dense gradients; found a sparse"
+            " one. Use sparse=False, or gradients='recomputed' or 'graph'.",
             parameter=name,
         )
     return gradient.flatten()
 
 
 def _refuse_other_losses(name: str, alias: Tensor) -> None:
-    """Raise where a loss reaches an alias: its gradient would not reach the parameter.
+    """Raise an error: a loss has reached an alias, and its gradient would not reach the parameter.
 
-    The inner ``torch.autograd.grad`` accumulates nothing, so this hook runs only in the backward of
-    a loss.
+    The inner ``torch.autograd.grad`` accumulates no gradients. So this hook runs only in the
+    backward of a loss.
     """
     raise GradientError(
-        f"parameter {name!r}: a loss uses something of the pose model besides its predictions (a"
-        " penalty that it keeps, an activation), and gradients='stored' would lose its gradient:"
-        " compute it outside of the pose model, or use gradients='graph'",
+        f"parameter {name!r}: the loss uses a tensor from inside the pose model (for example, a"
+        " stored penalty or an activation), not only its predictions. gradients='stored' would lose"
+        " the gradient of that tensor. Compute it outside of the pose model, or use"
+        " gradients='graph'.",
         parameter=name,
     )

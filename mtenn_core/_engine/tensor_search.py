@@ -1,4 +1,4 @@
-"""The tensors inside of poses, which may be any objects."""
+"""Find the tensors inside of poses. A pose may be any object."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ _DEPTH = 5
 
 
 def tensors_in(values: Sequence[Any]) -> list[tuple[int, Tensor]]:
-    """Return each tensor inside of some values once, with the index of a value that holds it.
+    """Return each tensor inside of the values once, with the index of a value that contains it.
 
     A value may be a tensor, a dict, a list, a dataclass or any object with attributes (PyG's
-    ``Data``), to a depth of five; modules are left out.
+    ``Data``). The search goes to a depth of five. It does not look into modules.
     """
-    # Breadth first, so that a tensor is found in its own pose, even if every pose refers to a data
-    # set of all poses. The objects themselves, since an id may be used again.
+    # The search goes breadth first. So a tensor is found in its own pose, even if every pose refers
+    # to a data set of all poses. ``seen`` keeps the objects alive; otherwise Python could use an id
+    # again for another object.
     found = []
     seen: dict[int, object] = {}
     level: list[tuple[int, Any]] = list(enumerate(values))
@@ -43,7 +44,7 @@ def _parts(whole: Any) -> Iterable[Any]:
     if isinstance(whole, Mapping):
         return whole.values()
     if isinstance(whole, list | tuple):
-        # A long list of names or numbers has no tensors, and takes long to go through.
+        # A long list of names or numbers contains no tensors, and a search in it takes long.
         return () if len(whole) > _LONG and isinstance(whole[0], _NO_TENSORS) else whole
     slots = getattr(type(whole), "__slots__", ())
     names = [*getattr(whole, "__dict__", ()), *([slots] if isinstance(slots, str) else slots)]

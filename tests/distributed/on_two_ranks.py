@@ -366,7 +366,7 @@ def stored_refuses_a_sharded_pose_model(evaluated, shard):
     if evaluated:
         with torch.no_grad():
             model(poses[rank], SIZES[rank])
-    check_raises(GradientError, "use gradients='recomputed' or 'graph'", lambda: model(poses[rank]))
+    check_raises(GradientError, "Use gradients='recomputed' or 'graph'", lambda: model(poses[rank]))
 
 
 @case(evaluated=[False, True], shard=[root, resharded_root])
@@ -533,9 +533,9 @@ BAD = {
     "no pose": ({"poses": []}, "rank 1 of the group: expected at least one pose; found none"),
     "no list": ({"poses": 3}, "rank 1 of the group: poses must be a sequence"),
     "no pose of any compound": ({"poses": [], "sizes": [0, 0]}, "rank 1 of the group: expected at"),
-    "other compounds": ({"sizes": [1, 1, 1]}, "found [2, 3] entries"),
+    "other compounds": ({"sizes": [1, 1, 1]}, "ranks have [2, 3] entries"),
     "sizes that do not add up": ({"sizes": [1, 1]}, "rank 1 of the group: sizes must add up"),
-    "no sizes": ({"sizes": None}, "found [2, 1] entries"),
+    "no sizes": ({"sizes": None}, "ranks have [2, 1] entries"),
     "a NaN": ({"poses": torch.full((3, 1, 4), torch.nan).double()}, "pose 2 (pose 2 of compound"),
     "no score": ({"pose_inputs": {}}, "rank 1 of the group: Docked needs pose_inputs"),
     "short scores": ({"pose_inputs": {"docking_score": [1.0]}}, "rank 1 of the group: pose_inputs"),

@@ -59,7 +59,7 @@ def test_a_checkpoint_loads_into_the_same_combination(tmp_path):
             Other(2.0),
             r"of '.*:SmoothMinimum' with scale=2.0, shift=0.0, and this model has '.*:Other' with",
         ),
-        (SmoothMinimum(3.0), r"scale=2.0, .* has other arguments, .* with scale=3.0, shift=0.0"),
+        (SmoothMinimum(3.0), r"scale=2.0, .* has other arguments: .* with scale=3.0, shift=0.0"),
     ],
     ids=["class", "arguments"],
 )
@@ -95,7 +95,7 @@ def test_another_version_of_the_plugin_is_a_warning(install_plugin, tmp_path):
     state = model.state_dict()
     text = bytes(state["_extra_state"].tolist()).decode().replace('"1.0"', '"0.9"')
     state["_extra_state"] = torch.tensor(list(text.encode()), dtype=torch.uint8)
-    with pytest.warns(PluginWarning, match=r"\(demo-rules 0.9\) .*and 1.0 is installed"):
+    with pytest.warns(PluginWarning, match=r"\(demo-rules 0.9\) .*and version 1.0 is installed"):
         model.load_state_dict(state)
 
 

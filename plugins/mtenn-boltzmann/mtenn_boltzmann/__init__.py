@@ -13,15 +13,16 @@ class BoltzmannCombination(Combination):
 
     Parameters
     ----------
-    kT : thermal energy, in the unit of the predictions (0.593 kcal/mol at 298 K); positive, finite
-    learnable : train ln kT with the rest of the model, from this value on
+    kT : thermal energy in the unit of the predictions (0.593 kcal/mol at 298 K), positive and
+        finite
+    learnable : train ln kT with the rest of the model; training starts at ``kT``
 
     Raises
     ------
     ValueError : ``kT`` is not positive and finite
     """
 
-    # Not monotone: where a pose more than kT above the mean rises, the mean falls.
+    # Not monotone: if a prediction is more than kT above the mean and rises, the mean falls.
     properties = frozenset(
         {
             "permutation_invariant",
@@ -40,18 +41,18 @@ class BoltzmannCombination(Combination):
         self.learnable = learnable
         self._kT = float(kT)
         if learnable:
-            # With one dimension: fully_shard does not accept parameters of shape ().
+            # It has one dimension because fully_shard does not accept parameters of shape ().
             self.log_kT = torch.nn.Parameter(torch.tensor([math.log(kT)]))
 
     @property
     def kT(self) -> float | Tensor:
-        """Thermal energy in the unit of the predictions; a tensor, shape (), if learnable."""
+        """Thermal energy in the unit of the predictions. If learnable, a tensor of shape ()."""
         return self.log_kT.exp().squeeze(0) if self.learnable else self._kT
 
     def extra_repr(self) -> str:
-        """Return the arguments, with the present kT, for ``repr``."""
+        """Return the arguments with the current kT, for ``repr``."""
         kT = self._kT
-        # After fully_shard, one process cannot read the parameter: show the initial value instead.
+        # After fully_shard, one process alone cannot read the parameter. Show the initial value.
         if self.learnable and not hasattr(self.log_kT, "device_mesh"):
             kT = self.log_kT.exp().item()
         return f"kT={kT:.6g}, learnable={self.learnable}"
@@ -64,8 +65,9 @@ class BoltzmannCombination(Combination):
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative of the Boltzmann mean with respect to each prediction.
 
-        With p = softmax(-y/kT) and m = Σ p_i y_i: ∂m/∂y_i = p_i (1 + (m - y_i)/kT). They sum to 1;
-        poses more than kT above the mean have negative ones. Derived in the README.
+        With p = softmax(-y/kT) and m = Σ p_i y_i: ∂m/∂y_i = p_i (1 + (m - y_i)/kT). The weights sum
+        to 1. A pose that is more than kT above the mean has a negative weight. The README has the
+        derivation.
 
         Parameters
         ----------
@@ -84,10 +86,11 @@ class BoltzmannCombination(Combination):
         return (torch.softmax(-predictions / self.kT, dim=0) * predictions).sum()
 
     def _populations(self, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the lowest y, how far each y is above it, and p; in float32 at least."""
+        """Return the lowest y, each y minus the lowest, and p. All are float32 at least."""
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-        # Shift by the lowest first: without it, y/kT loses its last digits where |y| is large. The
-        # mean moves with the shift, so its derivative does not depend on it.
+        # Subtract the lowest y first: without this shift, y/kT loses its last digits if |y| is
+        # large. A shift of all y shifts the mean equally. So the derivative of the mean does not
+        # depend on the shift, and autograd need not differentiate the lowest y.
         lowest = wide.amin().detach()
         above = wide - lowest
         return lowest, above, torch.softmax(-above / self.kT, dim=0)

@@ -1,4 +1,4 @@
-"""Smooth maximum and minimum of the pose predictions, by a scaled log-sum-exp."""
+"""Smooth maximum and minimum of the pose predictions: a scaled log-sum-exp."""
 
 import math
 
@@ -13,9 +13,10 @@ class MaxCombination(Combination):
 
     Parameters
     ----------
-    negate_preds : take the minimum
-    pred_scale : t, sharpness, in one over the unit of the predictions; positive and finite
-    normalize : subtract n/t · ln M, so that M equal poses give their own value (log-mean-exp)
+    negate_preds : True for the minimum (n = -1)
+    pred_scale : the sharpness t, positive and finite. Its unit is one over the unit of the
+        predictions.
+    normalize : subtract n/t · ln M. M equal predictions then give their own value (log-mean-exp).
 
     Raises
     ------
@@ -43,7 +44,7 @@ class MaxCombination(Combination):
         """Return the smooth extreme of the predictions, shape (), in their unit."""
         extreme, exponents = self._exponents(predictions)
         if self.normalize:
-            # Where t y is small, logsumexp minus ln M would cancel most digits.
+            # If t y is small, logsumexp minus ln M would lose most digits by cancellation.
             log = exponents.expm1().mean().log1p()
         else:
             log = torch.logsumexp(exponents, dim=0)
@@ -52,7 +53,7 @@ class MaxCombination(Combination):
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative, ∂h/∂y_i = exp(n t y_i) / Σ_j exp(n t y_j) = softmax(n t y)_i.
 
-        Derived in the README. The weights sum to 1; ``normalize`` does not change them.
+        The weights sum to 1, and ``normalize`` does not change them. The README has the derivation.
 
         Parameters
         ----------
@@ -66,7 +67,7 @@ class MaxCombination(Combination):
         return torch.softmax(exponents, dim=0).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
-        """Return n/t · ln Σ_i exp(n t y_i), minus n/t · ln M if normalized, without the shift."""
+        """Return n/t · ln Σ_i exp(n t y_i) without a shift. If normalized, subtract n/t · ln M."""
         n, t = (-1 if self.negate_preds else 1), self.pred_scale
         log_m = math.log(len(predictions)) if self.normalize else 0.0
         return n / t * (torch.logsumexp(n * t * predictions, dim=0) - log_m)
@@ -76,18 +77,19 @@ class MaxCombination(Combination):
         return -self.pred_scale if self.negate_preds else self.pred_scale
 
     def _exponents(self, predictions: Tensor) -> tuple[Tensor, Tensor]:
-        """Return the extreme y_*, and n t (y_i - y_*), all at most 0; in float32 at least."""
+        """Return the extreme y_*, and n t (y_i - y_*), which is at most 0, in float32 at least."""
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-        # Shift by the extreme first: without it, n t y loses its last digits where |y| is large. h
-        # does not depend on the shift, so autograd need not differentiate it.
+        # Subtract the extreme first: without this shift, n t y loses its last digits if |y| is
+        # large. h does not depend on the shift, so autograd need not differentiate the extreme.
         extreme = (wide.amin() if self.negate_preds else wide.amax()).detach()
         return extreme, self._signed_scale * (wide - extreme)
 
 
 class MinCombination(MaxCombination):
-    """Smooth minimum, -1/t · ln Σ_i exp(-t y_i): :class:`MaxCombination` with ``negate_preds``.
+    """Smooth minimum, -1/t · ln Σ_i exp(-t y_i).
 
-    With ``pred_scale`` 1/kT and ``normalize`` it is the free-energy average of the poses.
+    It is :class:`MaxCombination` with ``negate_preds``. With ``pred_scale`` 1/kT and ``normalize``,
+    it is the free-energy average of the poses.
 
     Parameters
     ----------
@@ -100,8 +102,9 @@ class MinCombination(MaxCombination):
         super().__init__(negate_preds=True, pred_scale=pred_scale, normalize=normalize)
 
     def reference(self, predictions: Tensor) -> Tensor:
-        """Return -1/t · ln Σ_i exp(-t y_i), plus 1/t · ln M if normalized, without the shift."""
-        # Independent of the base class, whose reference would also agree with a maximum.
+        """Return -1/t · ln Σ_i exp(-t y_i) without a shift. If normalized, add 1/t · ln M."""
+        # This formula does not use the base class: if the sign were wrong there, the base class's
+        # reference would agree with the wrong value.
         t = self.pred_scale
         log_m = math.log(len(predictions)) if self.normalize else 0.0
         return (log_m - torch.logsumexp(-t * predictions, dim=0)) / t

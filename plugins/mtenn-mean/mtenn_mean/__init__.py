@@ -7,7 +7,7 @@ from mtenn_core import Combination
 
 
 class MeanCombination(Combination):
-    """The mean, Σ_i y_i / M: every pose counts the same."""
+    """The mean, Σ_i y_i / M. Every pose has the same weight."""
 
     properties = frozenset(
         {
@@ -38,5 +38,5 @@ class MeanCombination(Combination):
         return torch.full_like(predictions, 1 / len(predictions))
 
     def reference(self, predictions: Tensor) -> Tensor:
-        """Return the sum over the count, shape ()."""
+        """Return the sum divided by the number of poses, shape ()."""
         return predictions.sum() / len(predictions)
