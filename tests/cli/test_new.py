@@ -239,7 +239,7 @@ def test_its_own_tests_fail_where_the_derivative_is_made_wrong(new):
     module.write_text(source.replace(right, wrong), encoding="utf-8")
     done = run_its_tests(Path("mtenn-my-rule").resolve())
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "every weight is 1.001 times what it should be" in done.stdout
+    assert "every weight is 1.001 times the correct one" in done.stdout
 
 
 @pytest.mark.parametrize(

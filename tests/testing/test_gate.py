@@ -183,7 +183,7 @@ def test_gradients_in_another_order_than_param_names_are_caught(order, seed):
     report = gate(Wrong, seed=seed)
     (record,) = [record for record in report.records if record.id == "A3"]
     assert record.status == "fail"
-    assert "the order must be that of param_names" in record.cause
+    assert "use the order of param_names" in record.cause
 
 
 RAW = {
@@ -217,7 +217,7 @@ OUTPUTS = {
         lambda y: y.mean().reshape(1),
         r"expected a tensor of shape \(\)|must return a sc",
     ),
-    "detached": (lambda y: y.detach().mean(), "the output has no gradient"),
+    "detached": (lambda y: y.detach().mean(), "the output must require a gradient"),
     "a float": (lambda y: y.mean().item(), "found float"),
 }
 

@@ -184,7 +184,7 @@ def test_a_constructor_that_needs_arguments_says_where_to_declare_them(pytest_on
     result = pytest_on(of_class("combination = NeedsArguments"), "-k", "c1")
     assert counted(result)["failed"] == 1
     result.stdout.fnmatch_lines(
-        ["*'power'; declare the arguments * in the class: examples = ({'name': value},)"]
+        ["*'power'. Declare the arguments * in the class: examples = ({'name': value},)"]
     )
 
 
@@ -273,7 +273,7 @@ def test_the_test_that_watches_over_the_others_cannot_be_taken_out(pytest_on):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("pass", "combination must be a class, * found None; write: combination = MyComb*"),
+        ("pass", "combination must be a class, * found None. Write: combination = MyComb*"),
         ("combination = 'mean'", "combination must be a class, * found 'mean'; write: *"),
         (
             "combination = Mean\n    expected_failures = {'C99': 'why'}",
