@@ -1,7 +1,7 @@
 """The plugin for pytest: it formats failed conformance checks and adds a line to the summary.
 
-pytest loads it into every run where mtenn-core is installed (entry point ``pytest11``). For this
-reason it imports neither torch nor the conformance suite.
+If mtenn-core is installed, every run of pytest loads this module (entry point ``pytest11``). For
+this reason, the module imports neither torch nor the conformance suite.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from mtenn_core.testing import Report
 
-# The words of the summary for each status, in this order.
+# The word for each status in the summary, in this order.
 WORDS = {
     "pass": "passed",
     "fail": "failed",
@@ -27,11 +27,11 @@ WORDS = {
     "skip": "skipped",
 }
 
-# The results of the running test: name of the combination, whole_class, and plain data.
+# Results of the running test: name of the combination, whole_class, and data without torch objects.
 _results: list[tuple[str, bool, dict[str, Any]]] = []
 
 
-_Failed: Any = pytest.fail.Exception  # pytest shows only its message, without a traceback
+_Failed: Any = pytest.fail.Exception  # pytest shows its message without a traceback
 
 
 class ConformanceFailure(_Failed, AssertionError):
@@ -54,8 +54,8 @@ def add_result(report: Report, name: str, *, whole_class: bool) -> None:
     Parameters
     ----------
     name : the combination's name, unique within the test class or test function
-    whole_class : True if the checks of one combination are the tests of a class, False if they are
-        the parameters of one test function
+    whole_class : True if each check is a test of a class, False if each check is a parameter of one
+        test function
     """
     statuses = {record.id: record.status for record in report.records}
     result = {"n_expected": report.n_expected, "statuses": statuses}
@@ -93,7 +93,7 @@ def _scope(item: pytest.Item, whole_class: bool) -> str:
 
 
 class ConformanceSummary:
-    """Collects the results of all tests, by combination, and prints one line for the session."""
+    """A pytest plugin that collects the results of all tests, and prints one line about them."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, dict[str, str]] = {}  # by combination and id of the check
@@ -108,7 +108,7 @@ class ConformanceSummary:
                 self._failed.append((combination, report))
 
     def pytest_sessionfinish(self) -> None:
-        # The terminal shows the failures after this hook, when all results are known.
+        # All results are known here, and the terminal shows the failures after this hook.
         for combination, report in self._failed:
             report.sections.append(("conformance", self._context(combination, report)))
 
@@ -117,7 +117,7 @@ class ConformanceSummary:
             terminalreporter.write_line(self._summary(), red=bool(self._failed))
 
     def _context(self, combination: str, report: pytest.TestReport) -> str:
-        """Return the checks that passed, and the command that runs the failed test again."""
+        """Return a text with the passed checks and the command that repeats the failed test."""
         passed = [id for id, status in self._statuses[combination].items() if status == "pass"]
         lines = [f"passed: {', '.join(passed)}"] if passed else []
         return "\n".join([*lines, f"again: pytest {shlex.quote(report.nodeid)}"])

@@ -156,7 +156,7 @@ def test_a_distribution_of_the_same_name_is_not_replaced(new, install_plugin):
     install_plugin("mtenn-my-rule", {"another-name": "mtenn_my_rule:Rule"})
     result = new("my-rule")
     assert result.exit_code == 1
-    assert "found mtenn-my-rule 1.0 installed; choose another name" in result.stderr
+    assert "but mtenn-my-rule 1.0 is installed. Choose another name" in result.stderr
     result = new("core")
     assert result.exit_code == 1
     assert f"found mtenn-core {mtenn_core.__version__} installed" in result.stderr
@@ -168,9 +168,7 @@ def test_nothing_in_a_folder_is_overwritten(new):
     Path("mtenn-my-rule/README.md").write_text("mine")
     result = new("my-rule")
     assert result.exit_code == 1
-    assert (
-        "error: mtenn-my-rule must be empty; found files, and nothing was written" in result.stderr
-    )
+    assert "error: mtenn-my-rule must be empty; found files. Nothing was written" in result.stderr
     assert files_in(".") == ["mtenn-my-rule/README.md"]
     assert Path("mtenn-my-rule/README.md").read_text() == "mine"
 

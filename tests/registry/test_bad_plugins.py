@@ -155,7 +155,7 @@ def removed_since(at):
 
 BAD = {"bad": "demo_bad:Good"}
 FILE = r"{}/\w+/(demo_bad\.py:\d|\w*demo_bad\S*-info\b)"  # or the folder of the metadata
-REMEDY = "pip (install|uninstall)|delete|tell (its|the) author|ask for|repair or uninstall"
+REMEDY = "pip (install|uninstall)|Delete|Tell (its|the) author|Ask for|Repair or uninstall"
 HOOK_FAILED = "its hook mtenn_combination failed with"
 MUST_RETURN = "its hook mtenn_combination must return a subclass of mtenn_core.Combination; found"
 CASES = {
@@ -393,7 +393,7 @@ CASES = {
             at.site, "demo-bad", {"bad": "demo_bad:good"}, f"{dedent(GOOD)}\ngood = Good()\n"
         ),
         PluginSpecError,
-        ("found an instance, whose arguments would be lost; name the class, Good", UNINSTALL),
+        ("found an instance, whose arguments would be lost. Name the class, Good", UNINSTALL),
     ),
     # What its class does.
     "a class without a value": Case(
@@ -459,14 +459,14 @@ CASES = {
     "a copy in front that lacks the name": Case(
         both(module(""), another("demo-bad", {"other": "demo_bad:Good"}, "front", version="0.9")),
         CombinationNotFoundError,
-        ("cannot be reached", "demo_bad-0.9.dist-info comes first", "delete it"),
+        ("cannot be reached", "demo_bad-0.9.dist-info comes first", "Delete it"),
         "",
         "shadowed",
     ),
     "a copy in front that offers nothing": Case(
         both(module(""), another("demo-bad", "[console_scripts]\n", "front", version="0.9")),
         CombinationNotFoundError,
-        ("cannot be reached", "demo_bad-0.9.dist-info comes first", "delete it"),
+        ("cannot be reached", "demo_bad-0.9.dist-info comes first", "Delete it"),
         "",
         "shadowed",
     ),
@@ -478,7 +478,7 @@ CASES = {
             ),
         ),
         PluginLoadError,
-        ("No module named 'demo_old'", "demo_bad.egg-info hides", "1.0.dist-info", "delete it"),
+        ("No module named 'demo_old'", "demo_bad.egg-info hides", "1.0.dist-info", "Delete it"),
         problem="stale copy",
     ),
     "a stale egg-info beside it": Case(
@@ -764,7 +764,7 @@ def test_the_command_works_although_a_file_stops_torch(places, run_python, case)
     entry_points(STOPS_TORCH[case])(places)
     done = run_python("-m", "mtenn_core", "check", "healthy", "--level", "gate")
     assert done.returncode == 0, done.stderr
-    assert "demo_bad-1.0.dist-info has an entry_points.txt with a line" in done.stderr
+    assert "demo_bad-1.0.dist-info: each line of entry_points.txt must be" in done.stderr
     done = run_python("-m", "mtenn_core", "doctor", "--json")
     problems = [p for p in json.loads(done.stdout)["problems"] if "demo" in p["message"]]
     assert [problem["kind"] for problem in problems] == ["malformed"]
@@ -827,7 +827,7 @@ def test_a_distribution_that_dies_again_and_again_is_left(places):
     registry = Registry(policy=Policy(allowed=("demo-bad",)))
     found = list(import_isolated(registry.records(), 60.0))
     assert [len(problems) for _, problems in found] == [1, 1, 1]
-    assert "6 more of its plugins were not tried" in found[-1][1][0].message
+    assert "6 more plugins of this distribution were not imported" in found[-1][1][0].message
 
 
 @posix

@@ -152,7 +152,7 @@ def test_what_is_registered_by_a_call_needs_no_permission(places):
 def test_entries_are_several():
     with pytest.raises(
         TypeError,
-        match=r"allowed must be a tuple of entries; found 'max'; write: allowed=\('max',\)",
+        match=r"allowed must be a tuple of entries; found 'max'. Write: allowed=\('max',\)",
     ):
         Policy(allowed="max")
 
@@ -247,7 +247,7 @@ def test_a_registered_name_that_is_installed_later_can_be_taken_back(places):
     registry.register("late", registry.get("healthy"))
     write_distribution(places.site, "demo-late", {"late": "demo_late:Good"})
     registry.refresh()
-    with pytest.raises(CombinationConflictError, match=r"ask for 'demo-late:late', or"):
+    with pytest.raises(CombinationConflictError, match=r"Ask for 'demo-late:late', or"):
         registry.get("late")
     assert registry.get("demo-late:late").__module__ == "demo_late"
     registry.unregister("late")

@@ -92,8 +92,8 @@ def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
         ("targets:Scaaled", "has no attribute 'Scaaled'"),
         ("no_such_module:Scaled", "No module named 'no_such_module'"),
         ("no_such_file.py:Scaled", "there is no file 'no_such_file.py'"),
-        ("targets.py", "must name a class or function; add :Class"),
-        ("targets:", "must name a class or function; add :Class"),
+        ("targets.py", "must name a class or function. Add :Class"),
+        ("targets:", "must name a class or function. Add :Class"),
         ("targets:no_combination", "must be a subclass .* it returned 3"),
         ("targets:not_callable", "cannot be called with {}: TypeError"),
         (

@@ -274,7 +274,7 @@ def test_the_test_that_watches_over_the_others_cannot_be_taken_out(pytest_on):
     ("body", "message"),
     [
         ("pass", "combination must be a class, * found None. Write: combination = MyComb*"),
-        ("combination = 'mean'", "combination must be a class, * found 'mean'; write: *"),
+        ("combination = 'mean'", "combination must be a class, * found 'mean'. Write: *"),
         (
             "combination = Mean\n    expected_failures = {'C99': 'why'}",
             "expected_failures: no check has the id 'C99'; known ids: *C1*",
