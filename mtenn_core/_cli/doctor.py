@@ -40,7 +40,7 @@ from mtenn_core.errors import PluginWarning, RegistryError
 @json_option
 @errors_to_exit_code
 def command(no_import: bool, time_limit: float, as_json: bool) -> None:
-    """Find problems with installed plugins, and print what to do.
+    """Find problems with installed plugins, and print how to solve them.
 
     Imports the plugins of each distribution in a child process, and reports a crash as a problem.
     Exits with 1 if there is a problem.

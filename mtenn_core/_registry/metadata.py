@@ -124,7 +124,7 @@ class Metadata:
     def _egg_requirements(self) -> list[str]:
         try:
             return list(self._distribution.requires or ())
-        except Exception:  # any error of the parser
+        except Exception:  # the parser raises several types of errors
             return []
 
     def _parse_group(self, owner: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:

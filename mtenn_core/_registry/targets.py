@@ -102,7 +102,7 @@ def _import_module(name: str, folder: str | None = None) -> ModuleType:
     """Import a module from ``folder``. The default is the working directory."""
     folder = folder or os.getcwd()
     if sys.path[:1] != [folder]:
-        # It stays on the path, because a function may import another file when it is called.
+        # The folder stays on the path, because a function may import another file when it runs.
         sys.path.insert(0, folder)
     return importlib.import_module(name)
 

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Expected = Mapping[str, str]
 
-# Replaces a test that does not apply to a class. pytest does not collect it, as it is not callable.
+# This replaces tests that do not apply to a class. pytest does not collect it: it is not callable.
 _NO_TEST = object()
 
 
@@ -171,7 +171,7 @@ class CombinationConformance:
 
     @classmethod
     def _source(cls) -> Any:
-        # Looked up on the class: on an instance, a function would become a bound method.
+        # Use the attribute of the class, because on an instance a function becomes a bound method.
         return getattr(cls, "combination", None)
 
     @classmethod

@@ -102,7 +102,7 @@ def _has_text(value: Any) -> bool:
     """Return True if the command line can express ``value``."""
     try:
         return bool(parse_argument(f"x={_value_text(value)}")[1] == value)
-    except Exception:  # raised by its repr or its comparison
+    except Exception:  # its repr or its comparison may raise
         return False
 
 

@@ -125,7 +125,7 @@ def test_an_upgrade_while_the_process_runs_wants_a_restart(registry, places):
         registry.get("healthy")
 
 
-def test_what_is_installed_is_looked_up_once(registry, monkeypatch):
+def test_the_path_is_scanned_once(registry, monkeypatch):
     module = importlib.import_module("mtenn_core._registry.lookup")
     scans, nothing = [], module.Scan(module.path_key(), (), ())
     monkeypatch.setattr(module, "scan", lambda group: scans.append(group) or nothing)
@@ -372,7 +372,7 @@ def test_one_name_may_be_replaced_twice(registry):
     assert "new" not in registry
 
 
-def test_what_was_temporary_is_forgotten(registry):
+def test_temporary_combinations_are_forgotten(registry):
     dies = type("Dies", (Mean,), {})
     with registry.temporary({"dies": dies}):
         registry.get("dies")

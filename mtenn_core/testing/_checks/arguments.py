@@ -125,7 +125,7 @@ def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
 def _same_argument(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # arrays
+    except Exception:  # == of arrays raises
         return one is other
 
 

@@ -87,7 +87,7 @@ def _bad_inputs(
 
 
 def _step_for(step: Step, pred_list: list[Tensor]) -> Step:
-    """Return the step with as many pose inputs as predictions, so that these do not differ, too."""
+    """Return the step with one pose for each prediction, so that the pose inputs are not wrong."""
     return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
 
 

@@ -179,7 +179,7 @@ def _check_parameter(
     weights: Tensor,
     eps: float,
 ) -> float:
-    """Compare the gradient of one parameter; return the error in tolerances."""
+    """Compare the gradient of one parameter, and return the error in tolerances."""
     gradients = step.gradients[name]
     terms = go * weights.view(-1, *[1] * found.dim()) * gradients
     expected = terms.sum(0)

@@ -131,7 +131,7 @@ def _check_dtype(subject: Subject) -> None:
     step = subject.probes.step()
     try:
         value = subject.call(replace(step.to(torch.float32), poses=step.poses))
-    except Exception:  # it may refuse float32 parameters with float64 predictions
+    except Exception:  # a combination may refuse float32 parameters with float64 predictions
         return
     if isinstance(value, Tensor) and value.dtype != torch.float64:
         raise Fail(
