@@ -1,7 +1,7 @@
 """The plugin for pytest. It formats failed conformance checks and adds a line to the summary.
 
-pytest loads it into every run where mtenn-core is installed (entry point ``pytest11``). For this
-reason it imports neither torch nor the conformance suite.
+If mtenn-core is installed, every run of pytest loads this module (entry point ``pytest11``). For
+this reason, the module imports neither torch nor the conformance suite.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import pytest
 if TYPE_CHECKING:
     from mtenn_core.testing import Report
 
-# The word for each status in the summary. The summary keeps this order.
+# The word for each status in the summary, in this order.
 WORDS = {
     "pass": "passed",
     "fail": "failed",
@@ -27,7 +27,7 @@ WORDS = {
     "skip": "skipped",
 }
 
-# The results of the running test. Each has the combination's name, whole_class, and plain data.
+# Results of the running test: name of the combination, whole_class, and data without torch objects.
 _results: list[tuple[str, bool, dict[str, Any]]] = []
 
 
@@ -54,8 +54,8 @@ def add_result(report: Report, name: str, *, whole_class: bool) -> None:
     Parameters
     ----------
     name : the combination's name, unique within the test class or test function
-    whole_class : True if the checks of one combination are the tests of a class, False if they are
-        the parameters of one test function
+    whole_class : True if each check is a test of a class, False if each check is a parameter of one
+        test function
     """
     statuses = {record.id: record.status for record in report.records}
     result = {"n_expected": report.n_expected, "statuses": statuses}
@@ -94,7 +94,7 @@ def _scope(item: pytest.Item, whole_class: bool) -> str:
 
 
 class ConformanceSummary:
-    """Collects the results of all tests, by combination, and prints one line for the session."""
+    """A pytest plugin that collects the results of all tests, and prints one line about them."""
 
     def __init__(self) -> None:
         self._statuses: dict[str, dict[str, str]] = {}  # by combination and id of the check
@@ -118,7 +118,7 @@ class ConformanceSummary:
             terminalreporter.write_line(self._summary(), red=bool(self._failed))
 
     def _context(self, combination: str, report: pytest.TestReport) -> str:
-        """Return the checks that passed, and the command that runs the failed test again."""
+        """Return a text with the passed checks and the command that repeats the failed test."""
         passed = [id for id, status in self._statuses[combination].items() if status == "pass"]
         lines = [f"passed: {', '.join(passed)}"] if passed else []
         return "\n".join([*lines, f"again: pytest {shlex.quote(report.nodeid)}"])

@@ -1,4 +1,4 @@
-"""The command ``mtenn check``."""
+"""The command ``mtenn check``: parse its arguments, and run the checks."""
 
 from __future__ import annotations
 
@@ -16,7 +16,8 @@ from mtenn_core._cli.torch_import import torch_importable
 from mtenn_core._registry import registry
 from mtenn_core.errors import MtennError
 
-# Repeated here, because an import from mtenn_core.testing imports torch; a test compares them.
+# This repeats LEVELS of mtenn_core.testing, because that import would import torch. A test compares
+# the two.
 LEVELS = ("gate", "full", "quality")
 
 
@@ -91,12 +92,12 @@ def command(
       boltzmann             a name that `mtenn list` shows
       package.module:Class  a class in a module that can be imported from here
       folder/file.py:Class  a class in a file
-    Instead of a class, it may name a function that makes an instance.
+    A function that makes an instance may stand in the place of the class.
 
     Exits with 0 if every check passed, with 1 if one failed, and with 2 for wrong usage.
     """  # noqa: D301 - click requires the backslash
     _check_usage(targets, everything, arguments, html)
-    records = registry.records()  # raises errors in settings before torch is imported
+    records = registry.records()  # before the slow import of torch, because settings may be invalid
     names = [record.qualified_name for record in records] if everything else targets
     if not names:
         raise MtennError(nothing_installed())
@@ -116,11 +117,12 @@ def _check_usage(
     if bool(targets) == everything:
         found = "both" if everything else "neither"
         raise click.UsageError(
-            "expected a combination (a name that `mtenn list` shows, package.module:Class or"
-            f" folder/file.py:Class) or --all; found {found}"
+            "expected a combination or --all; found"
+            f" {found}. A combination is a name that `mtenn list` shows, package.module:Class or"
+            " folder/file.py:Class"
         )
     if arguments and (everything or len(targets) > 1):
-        raise click.UsageError("--arg applies to one combination; give exactly one name")
+        raise click.UsageError("--arg applies to one combination. Give exactly one name")
     context = click.get_current_context()
     for name in ("time_limit", "memory_limit"):
         is_given = context.get_parameter_source(name) is not ParameterSource.DEFAULT
@@ -128,6 +130,6 @@ def _check_usage(
             raise click.UsageError(f"--{name.replace('_', '-')} needs --isolated")
     if html and not os.access(html.parent, os.W_OK):
         raise click.BadParameter(
-            f"cannot write into the folder {str(html.parent)!r}; create it, or name another",
+            f"cannot write into the folder {str(html.parent)!r}. Create it, or name another folder",
             param_hint="'--html'",
         )

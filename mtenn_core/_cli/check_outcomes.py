@@ -35,9 +35,9 @@ class Checks:
     ids : ids of the checks, in the order in which they run
     is_whole_level : True if these are all checks of the level
     seed : seed of the random numbers that the checks use
-    isolated : True to run them in a child process with these limits
-    time_limit : in seconds
-    memory_limit : in MiB
+    isolated : True to run the checks in a child process with the two limits
+    time_limit : time limit in seconds
+    memory_limit : memory limit in MiB
     """
 
     level: Level
@@ -51,7 +51,7 @@ class Checks:
     def run(
         self, target: Target, on_record: Callable[[Record], object]
     ) -> Iterator[tuple[str, Report]]:
-        """Yield the text of each set of arguments and its report, when the checks have run."""
+        """Run the checks. Yield the text of each set of arguments, with its report."""
         options: dict[str, Any] = {
             "level": self.level,
             "seed": self.seed,
@@ -77,14 +77,14 @@ def check_targets(
     targets = [Target(path, _parsed(arguments)) for path in paths]
     checks = Checks(level, _ids(level, only), is_whole_level=not only, **options)
     if html:
-        _page([])  # if a package for the page is missing, this fails before the checks run
+        _page([])  # if a package for the page is missing, raise the error before the checks run
     outcomes: list[Outcome] = []
     with separate_stdout() as stdout:
         show_one = _show_nothing if as_json else partial(show, console(stdout))
         try:
             for target in targets:
                 _check_and_show(target, checks, outcomes, show_one)
-        finally:  # also on Ctrl-C, to keep the complete results
+        finally:  # also after Ctrl-C, so that the complete results are kept
             if html:
                 html.write_text(_page(outcomes), encoding="utf-8")
             if as_json:
@@ -100,9 +100,9 @@ def _check_and_show(
     outcomes: list[Outcome],
     show_one: Callable[[Outcome], None],
 ) -> None:
-    """Append an outcome for each set of arguments, and show them when the target is complete."""
+    """Append an outcome for each set of arguments. Show these outcomes when all checks have run."""
     n_before = len(outcomes)
-    records: list[Record] = []  # of the report that is not yet complete
+    records: list[Record] = []  # records of the report that is not complete
     try:
         with _progress(target, checks, records) as on_record:
             for arguments, report in checks.run(target, on_record):
@@ -161,7 +161,7 @@ def _error_outcome(target: Target, checks: Checks, error: Exception) -> Outcome:
 
 
 def _partial_report(target: Target, checks: Checks, records: Sequence[Record]) -> Report:
-    """Return a report whose checks did not all run."""
+    """Return a report in which some checks are missing."""
     return Report(target.path, "", {}, checks.level, len(checks.ids), list(records))
 
 
@@ -176,7 +176,11 @@ def _page(outcomes: Sequence[Outcome]) -> str:
 
 
 def _ids(level: Level, only: Sequence[str]) -> list[str]:
-    """Return the ids in ``only``, which ignore case, or if it is empty those of the level."""
+    """Return the ids of the checks to run.
+
+    These are the ids in ``only``, in upper or lower case. If ``only`` is empty, they are the ids of
+    the level.
+    """
     if not only:
         return [check.id for check in chosen_checks(level)]
     known = [check.id for check in CHECKS]

@@ -1,4 +1,4 @@
-"""Tables and text that ``mtenn check`` prints."""
+"""Print the results of ``mtenn check`` as tables and text."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ STYLES = {"pass": "green", "fail": "bold red", "error": "bold red", "inconclusiv
 
 @dataclass(frozen=True)
 class Outcome:
-    """The result for a target with one set of arguments.
+    """The result of the checks for a target with one set of arguments.
 
     Attributes
     ----------
     target : path of the target
-    report : the report; after an error, it has one record with the error
+    report : the report. After an error, its only record describes the error
     arguments : arguments of the combination as text
     error : the error that stopped the checks, or None
     """
@@ -60,7 +60,7 @@ def show(console: Console, outcome: Outcome) -> None:
         console.print(Text(f" declares: {', '.join(declared)}"))
     if report.records:
         console.print(_table(report))
-    for record in report.failures:  # below the table, where no column breaks their lines
+    for record in report.failures:  # below the table, because a column would break their lines
         console.print()
         console.print(Text(str(record)), soft_wrap=True)
     console.print()

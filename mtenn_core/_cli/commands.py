@@ -18,24 +18,27 @@ from mtenn_core.errors import PluginWarning
 
 COMMANDS = ("check", "doctor", "info", "list", "new")
 INTERRUPTED = 128 + signal.SIGINT
-CLOSED_PIPE = 128 + 13  # the exit code of a shell for SIGPIPE, which Windows does not have
+CLOSED_PIPE = 128 + 13  # exit code of a shell for SIGPIPE; Windows has no signal.SIGPIPE
 
 
 class Commands(click.Group):
-    """Commands in a module each. None ends with a traceback on Ctrl-C or unwritable output."""
+    """A group of commands. Each command is in a module with its name.
+
+    No command ends with a traceback after Ctrl-C, or if the output cannot be written.
+    """
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        """Import the module of a command, and no others, because `mtenn list` has to be fast."""
+        """Import only the module of this command, so that `mtenn list` is fast."""
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"mtenn_core._cli.{cmd_name}").command
         return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
-        """Parse the arguments. ``--help`` is printed here."""
+        """Parse the arguments. This also prints the text of ``--help``."""
         with _exit_codes():
             return super().make_context(*args, **kwargs)
 
@@ -71,7 +74,7 @@ def _exit_codes() -> Iterator[None]:
 
 @contextmanager
 def _plain_warnings() -> Iterator[None]:
-    """Print a warning about plugins as one line, without the source line that Python adds."""
+    """Print warnings about plugins in one line, without the source line that Python adds."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", PluginWarning)
         show = warnings.showwarning

@@ -1,4 +1,4 @@
-"""The command ``mtenn doctor``."""
+"""The command ``mtenn doctor``: find problems, and print them as a table."""
 
 from __future__ import annotations
 
@@ -40,20 +40,20 @@ from mtenn_core.errors import PluginWarning, RegistryError
 @json_option
 @errors_to_exit_code
 def command(no_import: bool, time_limit: float, as_json: bool) -> None:
-    """Find problems with installed plugins, and say what to do.
+    """Find problems with installed plugins, and print how to solve them.
 
-    Imports the plugins of each distribution in a child process, where a crash is a result. Exits
-    with 1 if there is a problem.
+    Imports the plugins of each distribution in a child process, and reports a crash as a problem.
+    Exits with 1 if there is a problem.
     """
     sys.exit(not _examine(imports=not no_import, time_limit=time_limit, as_json=as_json))
 
 
 def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
     """Print all problems; return True if there are none."""
-    # Not strict: a strict registry would raise the first problem.
+    # strict=False, because a strict registry would raise an error instead of returning problems.
     lenient = Registry(registry.group, replace(registry.policy.resolved(), strict=False))
     with separate_stdout() as stdout, warnings.catch_warnings():
-        warnings.simplefilter("ignore", PluginWarning)  # they are among the problems
+        warnings.simplefilter("ignore", PluginWarning)  # the problems contain these warnings
         records = lenient.records()
         problems = lenient.problems()
         if imports:
@@ -72,7 +72,10 @@ def _import_problems(
     records: list[PluginRecord], policy: Policy, time_limit: float
 ) -> Iterator[Problem]:
     if os.name != "posix":
-        click.echo(f"nothing was imported: {sys.platform} cannot do it in isolation", err=True)
+        click.echo(
+            f"no plugin was imported: an isolated import needs POSIX; found {sys.platform}",
+            err=True,
+        )
         return
     importable = [record for record in records if _may_be_imported(record, policy)]
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
@@ -94,7 +97,7 @@ def _import_problems(
 def _may_be_imported(record: PluginRecord, policy: Policy) -> bool:
     try:
         policy.check(record)
-    except RegistryError:  # already among the problems
+    except RegistryError:  # the problems contain this error
         return False
     return True
 

@@ -1,4 +1,4 @@
-"""The command ``mtenn info``."""
+"""The command ``mtenn info``: print the facts about one combination."""
 
 from __future__ import annotations
 
@@ -32,6 +32,6 @@ def command(name: str, as_json: bool) -> None:
         return
     for key, value in facts.items():
         if value:
-            # On one line, so that it can be copied.
+            # A list is on one line, so that it can be copied.
             text = "; ".join(value) if isinstance(value, list) else value
             click.echo(f"{key:<13} {text}")

@@ -1,4 +1,4 @@
-"""The command ``mtenn list``."""
+"""The command ``mtenn list``: print the table of combinations, or the lines of a pins file."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def nothing_installed() -> str:
     """Return the message for an environment without plugins."""
     return (
         f"no combination is installed: no distribution has an entry point in the group"
-        f" {registry.group!r}; install a plugin with pip"
+        f" {registry.group!r}. Install a plugin with pip"
     )
 
 
@@ -77,5 +77,5 @@ def _print_pins() -> bool:
 def _no_records() -> str:
     statuses = [record.status for record in registry.records(everything=True)]
     if n_disabled := statuses.count("disabled"):
-        return f"no combination may be used; {n_disabled} disabled, see `mtenn list --all`"
+        return f"no combination may be used; {n_disabled} disabled. See `mtenn list --all`"
     return nothing_installed()

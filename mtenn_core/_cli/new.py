@@ -1,4 +1,4 @@
-"""The command ``mtenn new``."""
+"""The command ``mtenn new``: write the files of a new plugin from the templates."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from mtenn_core._registry import registry
 from mtenn_core.errors import CombinationConflictError, MtennError
 
 TEMPLATES = resources.files("mtenn_core._cli") / "template"
-# With their own suffix, so that no tool mistakes them for Python files or settings.
+# The templates have the suffix .template, so that tools do not read them as code or settings.
 TEMPLATE_OF = {
     "mtenn_$snake/__init__.py": "__init__.py.template",
     "mtenn_$snake/py.typed": "py.typed.template",
@@ -30,7 +30,7 @@ TEMPLATE_OF = {
     ".gitignore": "gitignore.template",
 }
 NAME = re.compile(r"[a-z]([a-z0-9-]*[a-z0-9])?")
-MAX_LENGTH = 35  # a longer name makes lines of the package longer than its own style allows
+MAX_LENGTH = 35  # with a longer name, some lines of the package would be too long for its linter
 
 
 @click.command()
@@ -59,12 +59,13 @@ def command(name: str, output: Path | None, as_json: bool) -> None:
 
 
 def _key(name: str) -> str:
-    """Return the name in the form that is compared, without the prefix ``mtenn-``."""
+    """Return the canonical name (PEP 503), without the prefix ``mtenn-``."""
     key = canonicalize_name(name).removeprefix("mtenn-")
     if not NAME.fullmatch(key) or len(key) > MAX_LENGTH:
         raise click.BadParameter(
-            "a name must start with a letter, contain only letters and digits with '-', '_' and '.'"
-            f" between them, and have at most {MAX_LENGTH} characters; found {name!r}",
+            "a name must start with a letter and have at most"
+            f" {MAX_LENGTH} characters: letters and digits, with '-', '_' or '.' between them;"
+            f" found {name!r}",
             param_hint="'NAME'",
         )
     return key
@@ -73,18 +74,18 @@ def _key(name: str) -> str:
 def _check_free(key: str) -> None:
     for record in registry.records(everything=True):
         if record.key == key:
-            message = f"the name {key!r} belongs to {record}; choose another name"
+            message = f"the name {key!r} belongs to {record}. Choose another name"
             raise CombinationConflictError(message, record=record)
-    with suppress(metadata.PackageNotFoundError):  # found for mtenn-core itself, for example
+    with suppress(metadata.PackageNotFoundError):  # for example, mtenn-core itself exists
         version = metadata.version(f"mtenn-{key}")
         raise MtennError(
-            f"the distribution of {key!r} would be mtenn-{key}; found mtenn-{key} {version}"
-            " installed; choose another name"
+            f"the distribution of {key!r} would be mtenn-{key}, but mtenn-{key} {version} is"
+            " installed. Choose another name"
         )
 
 
 def _files(key: str) -> dict[str, str]:
-    """Return the text of each file by its path in the package."""
+    """Return the text of each file. The keys are paths in the package."""
     words = key.split("-")
     values = {
         "name": key,
@@ -101,7 +102,7 @@ def _files(key: str) -> dict[str, str]:
 
 
 def _versions_of_core(version: str) -> str:
-    """Return the versions of mtenn-core for a plugin that is started with ``version``."""
+    """Return the range of mtenn-core versions for a plugin that is written with ``version``."""
     now = Version(version)
     first = now.public if now.is_prerelease else f"{now.major}.{now.minor}"
     below = f"{now.major + 1}" if now.major else f"0.{now.minor + 1}"
@@ -114,7 +115,7 @@ def _write(folder: Path, files: dict[str, str]) -> list[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise MtennError(
-                f"{folder} must be empty; found files, and nothing was written; name another folder"
+                f"{folder} must be empty; found files. Nothing was written. Name another folder"
             )
         for path, text in files.items():
             (folder / path).parent.mkdir(exist_ok=True)

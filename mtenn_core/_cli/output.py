@@ -1,4 +1,4 @@
-"""Output of the commands: JSON, errors, tables, and standard output without that of plugins."""
+"""Output of all commands: JSON, errors, and a standard output to which plugins do not write."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def error_to_json(error: Exception) -> dict[str, str]:
 
 
 def error_text(error: Exception) -> str:
-    """Return the message of an error, with its notes."""
+    """Return the message of an error, followed by its notes."""
     return "\n".join([str(error), *getattr(error, "__notes__", ())])
 
 
@@ -58,26 +58,26 @@ def console(file: TextIO | None = None) -> Console:
 
     class Plain(Console):
         def on_broken_pipe(self) -> None:
-            raise  # so that it ends like every other command
+            raise  # the command group handles this error for all commands
 
     file = file or sys.stdout
     to_terminal = file is not None and file.isatty()
-    # Names and paths are not markup, and numbers in them need no color. Output to a file or pipe is
-    # not folded, so that it can be searched line by line.
+    # Names and paths are not markup, and numbers in them need no color. Lines in a file or pipe are
+    # not folded, so that a program can search them.
     width = None if to_terminal or "COLUMNS" in os.environ else 1000
     return Plain(file=file, highlight=False, markup=False, soft_wrap=not to_terminal, width=width)
 
 
 @contextmanager
 def separate_stdout() -> Iterator[TextIO]:
-    """Yield standard output for the command; the output of plugins goes to standard error.
+    """Yield standard output for the command. The output of plugins goes to standard error.
 
     The redirection lasts until the process ends, because C code may write buffered output at exit.
     """
     _open_standard_files()
     stdout: TextIO | None = sys.stdout
     if stdout is None:
-        # The shell closed it; the command still returns its exit code.
+        # The shell has closed standard output. The command still returns its exit code.
         stdout = os.fdopen(os.open(os.devnull, os.O_WRONLY), "w")
     if not _is_file_1(stdout):
         with redirect_stdout(sys.stderr):
@@ -96,14 +96,14 @@ def separate_stdout() -> Iterator[TextIO]:
 
 
 def discard(number: int) -> None:
-    """Send the rest of a file's output to nowhere, because it would fail again at exit."""
+    """Discard the remaining output of a file, because Python would fail to write it at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, number)
     os.close(nowhere)
 
 
 def _is_file_1(file: TextIO) -> bool:
-    """Return True for the process's standard output, False for a file that captures it."""
+    """Return True for standard output of the process, and False for a file that captures it."""
     try:
         return file.fileno() == 1
     except OSError:
@@ -111,7 +111,7 @@ def _is_file_1(file: TextIO) -> bool:
 
 
 def _open_standard_files() -> None:
-    """Open the files 0 to 2 if they are closed, so that no other file gets these numbers."""
+    """Open the file descriptors 0 to 2 if they are closed, so that no other file gets them."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

@@ -1,9 +1,9 @@
-"""Import torch although the metadata of an installed distribution would stop it.
+"""Import torch although a malformed ``entry_points.txt`` is installed.
 
 ``import torch`` reads the entry points of all distributions to find device backends
-(``torch._import_device_backends``, torch 2.5 and later), and raises at a malformed
-``entry_points.txt``. The command ``mtenn`` then imports torch without looking for backends. Any
-other program gets torch's error.
+(``torch._import_device_backends``, torch 2.5 and later). If an ``entry_points.txt`` is malformed,
+torch raises an error. In this case, the command ``mtenn`` imports torch without device backends.
+Other programs get torch's error.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ def torch_importable() -> Iterator[None]:
         yield
         return
     warnings.warn(
-        f"{stops_torch[0]} has an entry_points.txt with a line that is not 'name = value' in UTF-8,"
-        f" at which import torch fails; mtenn imports torch with {VARIABLE}=0, which leaves out the"
-        " device backends of other packages; repair or uninstall that distribution",
+        f"{stops_torch[0]}: each line of entry_points.txt must be 'name = value' in UTF-8; found"
+        " another line, at which import torch fails. mtenn imports torch without the device"
+        f" backends of other packages ({VARIABLE}=0). Repair or uninstall that distribution",
         PluginWarning,
         stacklevel=3,
     )

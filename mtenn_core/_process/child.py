@@ -1,4 +1,4 @@
-"""A child process that may crash, hang or print without end, and the messages that it sent."""
+"""A child process that may crash, hang or print without end, and its messages."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Self
 
-MAX_OUTPUT_BYTES = 2**16  # of standard output and error, the last ones
+MAX_OUTPUT_BYTES = 2**16  # the last bytes of standard output and error
 MAX_MESSAGE_BYTES = 2**22
 MAX_SHOWN_LINES = 8
 POLL_INTERVAL = 0.05  # seconds
-TRACEBACK_TIMEOUT = 5.0  # seconds, to print where a process hangs
+TRACEBACK_TIMEOUT = 5.0  # seconds in which a process that hangs may print its traceback
 
 Send = Callable[[str, Any], None]
 
@@ -32,7 +32,7 @@ class ChildDiedError(Exception):
 
     Attributes
     ----------
-    seconds : time since its last message
+    seconds : time from the last message of the child to its end
     """
 
     def __init__(self, message: str, seconds: float) -> None:
@@ -43,19 +43,20 @@ class ChildDiedError(Exception):
 class Child:
     """A subprocess and its children. It takes a JSON job and sends (kind, content) messages.
 
-    The messages come through a separate pipe. The end of its standard output and error is kept, and
-    shown if it dies. When the context ends, all processes of its group are killed.
+    The messages come through a separate pipe. The last part of the child's standard output and
+    error is kept, and it is shown if the child dies. When the context ends, all processes of the
+    child's group are killed.
 
     Parameters
     ----------
     module : name of the module whose ``main(job, send)`` runs in the child
     job : JSON data for ``main``
-    time_limit : in seconds, from the message ``"ready"`` to ``"done"``
-    step_time_limit : in seconds, from one message to the next
+    time_limit : time in seconds from the message ``"ready"`` to ``"done"``
+    step_time_limit : time in seconds from one message to the next
 
     Attributes
     ----------
-    seconds : how long the child ran, from the message ``"ready"`` on
+    seconds : time from the message ``"ready"`` to the end of the context
     """
 
     def __init__(self, module: str, job: Any, *, time_limit: float, step_time_limit: float) -> None:
@@ -72,12 +73,12 @@ class Child:
         for file in self._buffers:
             self._selector.register(file, selectors.EVENT_READ)
         path = [os.path.abspath(entry) for entry in sys.path if isinstance(entry, str)]
-        # Through standard input, because the length of an argument is limited.
+        # The job is sent through standard input, because the length of an argument is limited.
         with tempfile.TemporaryFile("w+") as job_file:
             json.dump([path, job], job_file)
             job_file.seek(0)
             self._process = subprocess.Popen(
-                # -P: a file in the working directory may be named like a standard module.
+                # -P, because a file in the working directory may hide a standard module.
                 [
                     *(sys.executable, "-P", "-u", "-m", __name__),
                     *(module, str(messages_end), self._token),
@@ -105,7 +106,7 @@ class Child:
             os.close(file)
 
     def messages(self) -> Iterator[tuple[str, Any]]:
-        """Yield each message; the last is ``"done"``.
+        """Yield each message. The last is ``"done"``.
 
         Raises
         ------
@@ -114,7 +115,7 @@ class Child:
         while True:
             is_dead = self._process.poll() is not None
             if is_dead:
-                self._kill()  # processes that it started may keep the pipes open
+                self._kill()  # the child may have started processes that keep the pipes open
             has_output = self._read(0 if is_dead else POLL_INTERVAL)
             for kind, content in self._complete_messages():
                 self._last_message_time = time.monotonic()
@@ -128,7 +129,7 @@ class Child:
             self._check_time()
 
     def _read(self, timeout: float) -> bool:
-        """Wait for output and keep it; return True if there was any."""
+        """Wait for output and keep it. Return True if there was any output."""
         ready = self._selector.select(timeout)
         for key, _ in ready:
             chunk = os.read(key.fd, 2**16)
@@ -152,14 +153,14 @@ class Child:
                 yield kind, content
 
     def _check_time(self) -> None:
-        if self._ready_time is None:  # Python and torch may start as slowly as they need
+        if self._ready_time is None:  # the start of Python and torch has no time limit
             return
         now = time.monotonic()
         step, total = now - self._last_message_time, now - self._ready_time
         if step > self._step_time_limit:
             cause = f"did not end within {self._step_time_limit:g} s"
         elif total > self._time_limit:
-            cause = f"did not end within {step:.2g} s, when the time limit for all was reached"
+            cause = f"did not end within {step:.2g} s, and the total time limit was reached"
         else:
             return
         self._process.send_signal(signal.SIGABRT)  # faulthandler prints the traceback
@@ -168,13 +169,13 @@ class Child:
         raise self._death(cause)
 
     def _kill(self) -> None:
-        with suppress(ProcessLookupError, PermissionError):  # the latter for a dead one, on macOS
+        with suppress(ProcessLookupError, PermissionError):  # macOS: PermissionError if it is dead
             os.killpg(self._process.pid, signal.SIGKILL)
 
     def _death(self, cause: str) -> ChildDiedError:
         seconds = time.monotonic() - self._last_message_time
         self._kill()
-        for _ in range(2**8):  # bounded, because a process outside the group may print forever
+        for _ in range(2**8):  # not forever, because a process outside the group may still print
             if not self._read(0):
                 break
         output = self._buffers[self._output].decode(errors="replace")
@@ -182,11 +183,11 @@ class Child:
 
 
 def main() -> None:
-    """Run in the child: do the job, and exit without the exit handlers of plugins."""
+    """Do the job in the child process, and exit without the exit handlers of plugins."""
     module, number, token = sys.argv[1:]
     del sys.argv[1:]
     path, job = json.load(sys.stdin)
-    # Not only through PYTHONPATH, where an entry with a colon would become two entries.
+    # PYTHONPATH is not enough, because an entry with a colon becomes two entries.
     sys.path += [entry for entry in path if entry not in sys.path]
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.set_inheritable(int(number), False)
@@ -197,7 +198,7 @@ def main() -> None:
 
     def send(kind: str, content: Any) -> None:
         if os.getpid() != pid:
-            os._exit(1)  # a plugin forked, and this is the copy of the process
+            os._exit(1)  # a plugin called fork(), and this process is the copy
         messages.write(f"\n{token}{json.dumps([kind, content], default=repr)}\n")
         messages.flush()
 
@@ -207,9 +208,9 @@ def main() -> None:
 
 
 def limit_memory(mebibytes: int) -> bool:
-    """Limit the additional memory of this process; return True if the platform can do it.
+    """Limit the additional memory of this process, and switch core dumps off.
 
-    Core dumps are switched off.
+    Return True if the platform can limit memory.
     """
     import resource
 

@@ -1,4 +1,4 @@
-"""Locks that a thread does not wait for indefinitely."""
+"""Locks with a limited waiting time."""
 
 from __future__ import annotations
 
@@ -6,8 +6,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# In seconds. A thread that holds a lock for longer hangs, or it waits for us: for example, for a
-# module that this thread is importing. To do work twice is better than a deadlock.
+# In seconds. A thread that holds a lock for a longer time hangs, or it waits for this thread, for
+# example because this thread is importing a module. To avoid a deadlock, the work is done twice.
 TIMEOUT = 30.0
 
 

@@ -20,13 +20,13 @@ class _Setting(NamedTuple):
 
 
 def _set_default_device(device: torch.device) -> None:
-    # None, because with "cpu" every later call of torch takes a slower path.
+    # Set None instead of "cpu", because "cpu" makes every later call of torch slower.
     torch.set_default_device(None if device.type == "cpu" else device)
 
 
 def _numpy_state() -> Any:
     numpy = sys.modules.get("numpy")
-    # Pickled, because the tuple contains arrays, so that == would raise.
+    # The state is pickled, because == raises for a tuple with arrays.
     return None if numpy is None else pickle.dumps(numpy.random.get_state())
 
 
@@ -71,7 +71,7 @@ NAMESPACES = {
     "torch.special": torch.special,
 }
 
-# Of the overlapping `restoring_process_state` blocks.
+# State of the overlapping `restoring_process_state` blocks.
 _lock = threading.Lock()
 _n_running = 0
 _n_started = 0
@@ -80,12 +80,12 @@ _before: dict[str, Any] = {}
 
 @dataclass
 class Changes:
-    """Changes of a block to process-wide settings.
+    """Changes that a block has made to process-wide settings.
 
     Attributes
     ----------
     settings : names of the settings that changed and were restored
-    ran_alone : True if no other block ran at the same time, in this thread or another
+    ran_alone : True if no other block ran at the same time in any thread
     """
 
     settings: list[str] = field(default_factory=list)
@@ -93,7 +93,7 @@ class Changes:
 
 
 def process_state() -> dict[str, Any]:
-    """Return all settings and random states, by their names in messages."""
+    """Return all settings and random states. The keys are names for messages."""
     return _values(SETTINGS | RANDOM_STATES)
 
 
@@ -114,16 +114,17 @@ def preserved_process_state() -> Iterator[None]:
 
 @contextmanager
 def restoring_process_state() -> Iterator[Changes]:
-    """Restore settings when the block ends, and record which of them had changed.
+    """Restore settings when the block ends, and record the changed ones.
 
     Blocks may overlap, because threads import plugins at the same time. The first block that starts
-    saves the process-wide settings, and the last one that ends restores them. Random states are
-    restored but not recorded, because making a layer draws random numbers. If other threads run,
-    which may have drawn numbers too, only torch's state is restored, and only after a new seed.
+    saves the process-wide settings, and the last block that ends restores them. Random states are
+    restored but not recorded, because the constructor of a layer draws random numbers. If other
+    threads run, they may have drawn numbers, too. Then only torch's random state is restored, and
+    only if the block has set a new seed.
 
     Yields
     ------
-    the changes, which are filled in when the block ends
+    the changes, which are complete when the block has ended
     """
     global _before, _n_started, _n_running
     changes, seed = Changes(), torch.initial_seed()
@@ -155,12 +156,12 @@ def _random_states_to_restore(seed: int) -> dict[str, _Setting]:
 
 
 def torch_functions() -> dict[str, dict[str, Any]]:
-    """Return the functions of common torch namespaces, for :func:`replaced_functions`."""
+    """Return the functions of common torch namespaces, as input of :func:`replaced_functions`."""
     return {name: dict(vars(namespace)) for name, namespace in NAMESPACES.items()}
 
 
 def replaced_functions(before: dict[str, dict[str, Any]]) -> list[str]:
-    """Return the names of public functions that were replaced by something other than torch."""
+    """Return the names of public functions that code outside of torch has replaced."""
     now = torch_functions()
     return [
         f"{namespace}.{name}"
@@ -173,11 +174,14 @@ def replaced_functions(before: dict[str, dict[str, Any]]) -> list[str]:
 
 
 def _belongs_to_torch(function: Any, name: str) -> bool:
-    """Return True for torch's own function of this name; its compiler wraps some when imported."""
-    # The code object of a wrapper is its own; its __module__ is that of the wrapped function.
+    """Return True for torch's own function of this name, or for torch's own wrapper of it.
+
+    An import of torch's compiler wraps some functions.
+    """
+    # The code shows the file of a wrapper. Its __module__ is that of the wrapped function.
     code = getattr(function, "__code__", None)
     if name == "Storage":
-        return True  # an alias, which follows the default dtype
+        return True  # an alias that changes with the default dtype
     if code is None or getattr(function, "__name__", None) != name:
         return False
     return bool(code.co_filename.startswith(torch.__path__[0]))

@@ -1,6 +1,6 @@
 """Find, load and validate combination plugins.
 
-Nothing here imports torch at module level. Only a scan imports :mod:`importlib_metadata`.
+An import of this package does not import torch. Only a scan imports :mod:`importlib_metadata`.
 """
 
 from mtenn_core._registry.lookup import Registry, registry

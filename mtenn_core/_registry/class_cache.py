@@ -1,4 +1,4 @@
-"""Classes of plugins that a registry has loaded."""
+"""The classes of the plugins that a registry has loaded."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 
 
 class ClassCache:
-    """Classes of loaded plugins.
+    """The classes of loaded plugins.
 
-    A plugin is loaded once. Other threads that ask for it wait for the first one.
+    A plugin is loaded once. Other threads that need it wait for the first thread.
     """
 
     def __init__(self) -> None:
@@ -29,7 +29,7 @@ class ClassCache:
         self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
 
     def load(self, record: PluginRecord, policy: Policy) -> type[Combination]:
-        """Return the class of a plugin; see :func:`mtenn_core._registry.load.load` for errors."""
+        """Return the class of a plugin. Errors: see :func:`mtenn_core._registry.load.load`."""
         from mtenn_core._registry.load import load  # lazy, because a query does not need pluggy
 
         with self._lock:
@@ -44,7 +44,7 @@ class ClassCache:
             return combination
 
     def load_all(self, records: Iterable[PluginRecord], policy: Policy) -> None:
-        """Load all plugins, as a strict policy demands."""
+        """Load all plugins, because the policy is strict."""
         try:
             for record in records:
                 self.load(record, policy)
@@ -70,8 +70,8 @@ class ClassCache:
         older = [other for other in loaded if other.version != record.version]
         if record.distribution and older:
             warnings.warn(
-                f"{record}{record.where}: {older[0].origin} was imported before, and Python keeps"
-                " imported modules; restart Python to use the version that is installed now",
+                f"{record}{record.where}: Python has already imported {older[0].origin}, and keeps"
+                " it. Restart Python to use the version that is installed now",
                 PluginWarning,
                 stacklevel=4,
             )

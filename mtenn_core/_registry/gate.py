@@ -1,4 +1,4 @@
-"""The gate: a combination is validated before the registry returns it."""
+"""The gate, which validates a combination before the registry returns it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from mtenn_core.errors import CombinationContractError, GradientValidationError,
 if TYPE_CHECKING:
     from mtenn_core.combination import Combination
 
-# One for all registries: validation sets random states and warning filters of the whole process.
+# All registries share this lock, because validation changes random states of the whole process.
 _lock = threading.RLock()
 
 
 class Gate:
-    """Validates combinations, once per class, arguments and version of the distribution."""
+    """Validates each class once with the same arguments and the same version."""
 
     def __init__(self) -> None:
         self._passed: set[Any] = set()
@@ -30,7 +30,7 @@ class Gate:
 
         Raises
         ------
-        PluginSpecError : the examples are malformed, or an instance cannot be made
+        PluginSpecError : the examples are malformed, or the constructor raises
         GradientValidationError : a check failed
         """
         for arguments in class_examples(record, combination):
@@ -47,7 +47,7 @@ class Gate:
         args: Sequence[Any],
         kwargs: Mapping[str, Any],
     ) -> None:
-        """Validate an instance, which was made with these arguments.
+        """Validate an instance that was made with these arguments.
 
         Raises
         ------
@@ -62,14 +62,17 @@ class Gate:
             self._passed = {key for key in self._passed if key[0] not in classes}
 
     def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
-        """Run the checks, unless they have passed for ``key`` before. A key of None never has."""
+        """Run the checks, unless they have already passed for ``key``.
+
+        With a key of None, the checks always run.
+        """
         from mtenn_core.testing import check_combination
         from mtenn_core.testing._target import target_of
 
         if key in self._passed:
             return
         combination = make()
-        # A shell does not know a name that this process registered.
+        # `mtenn check` runs in another process, which does not know combinations registered here.
         path = record.qualified_name if record.distribution else None
         target = target_of(combination, path)
         with hold(_lock):
@@ -77,7 +80,7 @@ class Gate:
                 return  # another thread has validated it
             report = check_combination(combination, level="gate", name=str(record), target=target)
             if report.passed and key is not None:
-                # Before the lock is released: a waiting thread looks here once.
+                # Do this while _lock is held, because a waiting thread looks up the key only once.
                 with self._passed_lock:
                     self._passed.add(key)
         if not report.passed:
@@ -97,7 +100,7 @@ def class_examples(
 
     Raises
     ------
-    PluginSpecError : they are malformed
+    PluginSpecError : the examples are malformed
     """
     from mtenn_core.testing._examples import declared_examples
 
@@ -110,7 +113,7 @@ def class_examples(
 def make_example(
     record: PluginRecord, combination: type[Combination], arguments: Mapping[str, Any]
 ) -> Combination:
-    """Return an instance with one of the ``examples``. The random state does not change.
+    """Return an instance with one of the ``examples`` as arguments. Keep the random state.
 
     Raises
     ------
@@ -123,9 +126,9 @@ def make_example(
             return combination(**arguments)
     except (Exception, SystemExit) as error:
         raise PluginSpecError(
-            f"{record}{record.where}: {combination.__name__} cannot be made with"
-            f" {describe_value(arguments)}, one of its `examples` ({describe_error(error)});"
-            " declare valid arguments: examples = ({'name': value},)",
+            f"{record}{record.where}: `examples` of {combination.__name__} must be valid arguments;"
+            f" found {describe_value(arguments)}, with which the constructor raises"
+            f" {describe_error(error)}. Declare valid arguments: examples = ({{'name': value}},)",
             record=record,
         ) from error
 
@@ -137,5 +140,5 @@ def _key(
     arguments = [(None, arg) for arg in args] + sorted(kwargs.items())
     if not all(isinstance(value, int | float | str | None) for _, value in arguments):
         return None
-    # With the types, because True == 1 == 1.0.
+    # The key contains the types, because True == 1 == 1.0.
     return combination, record.version, tuple((n, type(v), v) for n, v in arguments)

@@ -1,6 +1,6 @@
-"""A scan of the path: all installed plugins, and problems with their metadata.
+"""Scan the path for installed plugins, and for problems with their metadata.
 
-Only this package imports :mod:`importlib_metadata`, and only inside :func:`scan`.
+Only this package imports :mod:`importlib_metadata`, and only in :func:`scan`.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class Scan:
 
     Attributes
     ----------
-    key : changes when a distribution is installed or removed
+    key : a value that changes when a distribution is installed or removed
     records : all plugins, including those of shadowed copies
-    problems : unreadable metadata, and names that cannot be reached
+    problems : problems with metadata, and with names that cannot be reached
     stops_torch : metadata folders with an ``entry_points.txt`` at which ``import torch`` raises
     """
 
@@ -45,8 +45,8 @@ def scan(group: str) -> Scan:
     """Find the entry points of ``group`` in all installed distributions, sorted by name."""
     key = path_key()
     problems: list[Problem] = []
-    # Without missing entries, such as the zip file that is on every path: the finder would import a
-    # library to open it.
+    # Leave out missing entries. Every path contains a zip file that usually does not exist, and the
+    # finder would import a library to open it.
     copies = _find_copies([entry for entry, time in key if time is not None], group, problems)
     names = {copy.name for copy in copies if copy.mentions_group}
     relevant = sorted((copy for copy in copies if copy.name in names), key=attrgetter("name"))
@@ -64,17 +64,17 @@ def scan(group: str) -> Scan:
 
 
 def _find_copies(path: list[Any], group: str, problems: list[Problem]) -> list[Metadata]:
-    # Inside the function: the import replaces the metadata finder of the process.
+    # This import is in a function, because it replaces the metadata finder of the process.
     import importlib_metadata
 
     try:
         return _read_copies(importlib_metadata.distributions(path=path), group, problems)
-    except Exception as error:  # of a third-party finder
+    except Exception as error:  # from a third-party finder
         problems.append(
             Problem(
                 "unreadable",
                 f"a finder of distributions raises {describe_error(error)} in"
-                f" {_place_of(error)}, and is ignored; repair or uninstall the package that added"
+                f" {_place_of(error)}, and is ignored. Repair or uninstall the package that added"
                 " it to sys.meta_path",
             )
         )
@@ -100,20 +100,20 @@ def _read_copies(
         if not copy.is_leftover:
             copies.append(copy)
         elif copy.mentions_group:
-            text = f"{copy} was left behind by an interrupted pip, and is ignored; delete it"
+            text = f"{copy} was left behind by an interrupted pip, and is ignored. Delete it"
             problems.append(Problem("leftover", text))
     return copies
 
 
 def _sort_copies(copies: list[Metadata]) -> list[Metadata]:
-    """Return the copies of one distribution; the copy that Python imports comes first.
+    """Sort the copies of one distribution. The copy that Python imports comes first.
 
-    Python decides between folders by their order on the path. Within one folder, egg-info comes
-    last, because older tools leave it behind, and the newest version comes first.
+    Folders are in the order of the path. Within one folder, egg-info comes last, because older
+    tools leave it behind, and newer versions come before older ones.
     """
     if len(copies) == 1:
         return copies
-    # A folder that is on the path twice, for example through a link, counts once.
+    # If a folder is on the path twice, for example through a link, it counts once.
     unique = list({os.path.realpath(copy.path): copy for copy in reversed(copies)}.values())
     folders = list(dict.fromkeys(copy.folder for copy in copies))
     newest_first = sorted(unique, key=lambda copy: (copy.version(), copy.path), reverse=True)
@@ -130,7 +130,7 @@ def _distribution_records(copies: list[Metadata], problems: list[Problem]) -> li
     records = [replace(record, shadows=shadows) for record in winner.records(problems)]
     keys = {record.key for record in records}
     for copy in others:
-        reason = f"{winner} comes first on the path; delete it if it is stale"
+        reason = f"{winner} comes first on the path. Delete it if it is stale"
         shadowed = [
             replace(record, status="shadowed", reason=reason) for record in copy.records(problems)
         ]
@@ -142,21 +142,21 @@ def _distribution_records(copies: list[Metadata], problems: list[Problem]) -> li
         ]
         if shadowed and not unreachable and shadowed[0].version != records[0].version:
             text = (
-                f"{shadowed[0].origin} in {copy} is not used, because {winner} comes first; delete"
-                " the stale one"
+                f"{shadowed[0].origin} in {copy} is not used, because {winner} comes first. Delete"
+                " the stale copy"
             )
             problems.append(Problem("stale copy", text, shadowed[0]))
     return records
 
 
 def _torch_problems(stops_torch: list[Metadata], known: list[Problem]) -> list[Problem]:
-    """Return a problem for each distribution that stops ``import torch`` and has none already."""
+    """Return a problem for each distribution that stops ``import torch``, unless it is known."""
     malformed = [problem.message for problem in known if problem.kind == "malformed"]
     return [
         Problem(
             "malformed",
-            f"{copy} has an entry_points.txt with a line that is not 'name = value' in UTF-8;"
-            " import torch fails at this line unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set; repair"
+            f"{copy}: each line of entry_points.txt must be 'name = value' in UTF-8; found another"
+            " line. import torch fails at it unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set. Repair"
             f" or uninstall {copy.name}",
         )
         for copy in stops_torch

@@ -1,7 +1,7 @@
-"""Checks in a child process, where a plugin that crashes, hangs or fills the memory is a result.
+"""Run checks in a child process, and report a crash, a hang or too much memory as a result.
 
-The child sends each result at once. If it dies, the check that was running is an error, and another
-child continues with the remaining checks.
+The child sends each result at once. If the child dies, the status of the running check is "error",
+and another child continues with the remaining checks.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from mtenn_core.testing._report import Record, Report
 from mtenn_core.testing._runner import check_combination
 from mtenn_core.testing._target import Target, parse_argument
 
-MAX_DEATHS = 5  # each new process takes seconds to import torch
+MAX_DEATHS = 5  # limited, because each new process needs seconds to import torch
 TITLES = {
     "import": "it can be imported and made",
     **{check.id: check.title for check in CHECKS},
@@ -41,13 +41,14 @@ OUT_OF_MEMORY = re.compile(
 def check_target(
     target: Target, registry: Registry = registry, *, isolated: bool = False, **options: Any
 ) -> Iterator[tuple[str, Report]]:
-    """Check the combination that ``target`` names, with each set of its arguments.
+    """Check the combination of a target with each set of its arguments.
 
     Parameters
     ----------
-    registry : the registry that knows the names
+    registry : the registry in which to look up the name
     isolated : True to run the checks in a child process, which uses the default registry
-    **options : for :func:`~mtenn_core.testing.check_combination` or :func:`check_isolated`
+    **options : arguments of :func:`~mtenn_core.testing.check_combination`, or of
+        :func:`check_isolated`
 
     Yields
     ------
@@ -75,28 +76,30 @@ def check_isolated(
     memory_limit: int = 4096,
     on_record: Callable[[Record], object] = lambda record: None,
 ) -> Iterator[tuple[str, Report]]:
-    """Check the combination that ``target`` names in a child process.
+    """Check the combination of a target in a child process.
 
     Parameters
     ----------
     level, seed, only, on_record : see :func:`~mtenn_core.testing.check_combination`
-    time_limit : in seconds, for the whole target; one check, or the import, may take half of it
-    memory_limit : in MiB, in addition to the address space of a process that has imported torch
+    time_limit : time limit of the target in seconds. A single check, or the import, may take half
+        of it
+    memory_limit : memory limit in MiB, in addition to the memory of a process that has imported
+        torch
 
     Yields
     ------
-    the constructor's arguments as text, and the report when it is complete; if no check could
-    start, a report with the record ``"import"``
+    the constructor's arguments as text, and the report when it is complete. If no check could
+    start, the report has one record, ``"import"``
 
     Raises
     ------
-    MtennError : see :func:`~mtenn_core._registry.targets.make_combinations`; or the platform is not
-        POSIX
+    MtennError : the platform is not POSIX; or see
+        :func:`~mtenn_core._registry.targets.make_combinations`
     ValueError : the level or the id of a check is unknown
     """
     if os.name != "posix":
         raise errors.MtennError(
-            f"isolated checks need a POSIX system; found {sys.platform}; check without isolation"
+            f"isolated checks need a POSIX system; found {sys.platform}. Check without isolation"
         )
     results = _Results(target, level, seed, only, memory_limit, on_record)
     limits = {"time_limit": time_limit, "step_time_limit": time_limit / 2}
@@ -114,7 +117,7 @@ def check_isolated(
 
 @dataclass
 class _Results:
-    """Results that the child processes of one target have sent."""
+    """The results from the child processes of one target."""
 
     target: Target
     level: Level
@@ -135,7 +138,7 @@ class _Results:
         self._n_deaths = 0
 
     def job(self) -> dict[str, Any]:
-        """Return the remaining work, for a new child."""
+        """Return the remaining work as the job of a new child."""
         self._has_started = False
         return {
             "path": self.target.path,
@@ -174,7 +177,7 @@ class _Results:
                 self.are_complete = True
 
     def add_death(self, death: ChildDiedError) -> None:
-        """Add the death of a child as the result of the check that was running."""
+        """Add the death of a child as the result of the running check."""
         self._n_deaths += 1
         if not self._has_started:
             self._add_import_death(death)
@@ -190,19 +193,19 @@ class _Results:
         self.are_complete = self._n_deaths == MAX_DEATHS or all_finished
 
     def pop_finished(self) -> Iterator[tuple[str, Report]]:
-        """Yield each complete report once, with the text of the arguments."""
+        """Yield each new complete report, with the text of its arguments."""
         while self._n_popped < self._n_finished:
             index = self._n_popped
             self._n_popped += 1
             yield self._arguments[index], self._reports[index]
 
     def pop_all(self) -> Iterator[tuple[str, Report]]:
-        """Yield each of the other reports once, complete or not."""
+        """Yield the remaining reports, which may be incomplete."""
         self._n_finished = len(self._reports)
         return self.pop_finished()
 
     def _add_import_death(self, death: ChildDiedError) -> None:
-        """Add the death of a child before any check. Another child would die in the same way."""
+        """Add the death of a child before the first check, and stop: a new child would die, too."""
         plugin = self._plugin()
         if not self._reports:
             self._reports, self._arguments = [self._empty_report(plugin)], [""]
@@ -217,7 +220,7 @@ class _Results:
         return [id for id in self.ids if id not in finished]
 
     def _plugin(self) -> PluginRecord | None:
-        """Return the plugin that the target names, or None if it names a module or file."""
+        """Return the plugin of the target, or None if the target is in a module or file."""
         with suppress(errors.RegistryError):
             return registry.info(self.target.path)
         return None
@@ -234,7 +237,7 @@ class _Results:
         self.on_record(record)
 
     def _command(self, index: int, id: str) -> str:
-        """Return the shell command that reproduces an error, also in isolation."""
+        """Return the shell command that reproduces an error in a child process."""
         if id not in self.ids:
             return self.target.command("--isolated")
         return f"{self._commands[index]} --only {id} --seed {self.seed}"
@@ -242,7 +245,7 @@ class _Results:
     def _death_record(self, id: str, death: ChildDiedError) -> Record:
         reason = str(death)
         if self._n_deaths == MAX_DEATHS:
-            reason += f"\nthis was death {MAX_DEATHS}; the remaining checks are not run"
+            reason += f"\nAfter {MAX_DEATHS} deaths, the remaining checks did not run"
         return Record(
             id=id,
             title=TITLES[id],
@@ -258,20 +261,20 @@ class _Results:
 
     def _with_memory_hint(self, reason: str) -> str:
         if OUT_OF_MEMORY.search(reason):
-            return f"{reason}\nperhaps not enough memory: the limit is {self.memory_limit} MiB"
+            return f"{reason}\nPerhaps not enough memory: the limit is {self.memory_limit} MiB"
         return reason
 
     def _warn_if_unlimited(self, *, is_limited: bool) -> None:
         if not is_limited:
             warnings.warn(
-                f"the memory has no limit, because {sys.platform} cannot set one",
+                f"the checks run without a memory limit, because {sys.platform} cannot set one",
                 RuntimeWarning,
                 stacklevel=4,
             )
 
 
 def main(job: dict[str, Any], send: Send) -> None:
-    """Run in the child process: run the checks and send the results."""
+    """Run the checks in the child process, and send the results."""
     send("ready", limit_memory(job["memory_limit"]))
     try:
         _check(job, send)
@@ -313,7 +316,7 @@ def _send_record(send: Send, index: int, record: Record) -> None:
 
 
 def _arguments_text(combination: Combination) -> str:
-    """Return the constructor's arguments on one line; empty if the class cannot show them."""
+    """Return the constructor's arguments on one line, or "" if the class cannot show them."""
     try:
         return " ".join(combination.extra_repr().split())
     except Exception:

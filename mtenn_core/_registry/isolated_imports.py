@@ -1,6 +1,6 @@
-"""Import plugins in child processes, where a crash, a hang or an exit is a result.
+"""Import plugins in child processes, and report a crash, a hang or an exit as a problem.
 
-Each distribution has its own process. If the process dies, another one continues with the remaining
+Each distribution has its own process. If a process dies, another one continues with the remaining
 plugins.
 """
 
@@ -22,22 +22,22 @@ from mtenn_core._registry.record import PluginRecord, Problem
 from mtenn_core.errors import PluginWarning, RegistryError
 
 MEMORY_LIMIT = 4096  # MiB, in addition to the memory that torch itself takes
-MAX_DEATHS = 3  # of one distribution; each new process takes seconds to import torch
-SLOW = 3.0  # seconds; torch, which takes one or two, is imported before
+MAX_DEATHS = 3  # for each distribution, because each new process needs seconds to import torch
+SLOW = 3.0  # seconds, without the import of torch, which takes one or two
 
 
 def import_isolated(
     records: Sequence[PluginRecord], time_limit: float
 ) -> Iterator[tuple[PluginRecord, list[Problem]]]:
-    """Import plugins, those of each distribution in a child process, and yield their problems.
+    """Import the plugins of each distribution in a child process, and yield their problems.
 
     Parameters
     ----------
-    time_limit : in seconds, for each plugin
+    time_limit : time limit of each plugin in seconds
 
     Raises
     ------
-    ChildDiedError : no child process starts, for which no plugin is to blame
+    ChildDiedError : no child process starts, so no plugin is the cause
     """
     by_owner = sorted(records, key=attrgetter("owner"))
     for _, same_owner in itertools.groupby(by_owner, key=attrgetter("owner")):
@@ -72,9 +72,9 @@ def _import_distribution(
 def _death_problem(
     record: PluginRecord, death: ChildDiedError, n_remaining: int, gives_up: bool
 ) -> Problem:
-    lines = [f"{record}: importing it in a child process: {death}"]
+    lines = [f"{record}: the import in a child process failed: {death}"]
     if gives_up:
-        lines.append(f"{n_remaining} more of its plugins were not tried")
+        lines.append(f"{n_remaining} more plugins of this distribution were not imported")
     return Problem("crashes", "\n".join([*lines, record.remedy]), record)
 
 
@@ -88,8 +88,8 @@ def _from_json(data: dict[str, Any]) -> PluginRecord:
 
 
 def main(job: list[dict[str, Any]], send: Send) -> None:
-    """Run in the child process: import each plugin and send its problems."""
-    import torch  # noqa: F401 - its import time must not count as that of a plugin
+    """Import each plugin in the child process, and send its problems."""
+    import torch  # noqa: F401 - its import time must not count as the time of a plugin
 
     limit_memory(MEMORY_LIMIT)
     send("ready", None)
@@ -115,9 +115,9 @@ def _import_problems(record: PluginRecord) -> list[Problem]:
         if issubclass(warning.category, PluginWarning):
             problems.append(Problem("leaves traces", str(warning.message)))
     if seconds > SLOW:
-        text = f"{record}: its import takes {seconds:.1f} s; tell its author"
+        text = f"{record}: its import takes {seconds:.1f} s. Tell its author"
         problems.append(Problem("slow", text))
     if line := output.getvalue().strip().partition("\n")[0]:
-        text = f"{record}: its import prints {line[:60]!r} to standard output; tell its author"
+        text = f"{record}: its import prints {line[:60]!r} to standard output. Tell its author"
         problems.append(Problem("prints", text))
     return problems

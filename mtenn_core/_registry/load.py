@@ -1,4 +1,4 @@
-"""Loading: import a plugin, call its hook through pluggy, and check the returned class."""
+"""Load a plugin: import it, call its hook through pluggy, and check the returned class."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from mtenn_core.combination import Combination
 
 _HOOK = hookspecs.mtenn_combination.__name__
-# A plugin is not to blame for these errors. Any other error, sys.exit() included, becomes a
+# A plugin is not the cause of these errors. Any other error, also SystemExit, becomes a
 # RegistryError about this plugin.
 _NOT_THE_PLUGIN = (KeyboardInterrupt, MemoryError)
 
@@ -36,9 +36,9 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
 
     Raises
     ------
-    PluginIncompatibleError, PluginPinError : before the import
-    PluginLoadError : the import raised or exited
-    PluginSpecError : the hook is missing, raised, or returned something else
+    PluginIncompatibleError, PluginPinError : the policy does not allow the import
+    PluginLoadError : the import raised an error or exited
+    PluginSpecError : the hook is missing, raised an error, or did not return a combination class
     """
     from mtenn_core._process.settings import (
         replaced_functions,
@@ -70,15 +70,15 @@ def _import(record: PluginRecord) -> Any:
     except BaseException as error:
         raise PluginLoadError(
             f"{record}: importing {record.target} failed with {describe_error(error)}"
-            f"{_attribute_hint(error, module, attribute)} ({_place_of(error, record)});"
+            f"{_attribute_hint(error, module, attribute)} ({_place_of(error, record)})."
             f" {record.remedy}",
             record=record,
         ) from error
 
 
 def _call_hook(plugin: Any, record: PluginRecord) -> type[Combination]:
-    """Return the result of the hook of ``plugin`` if it is a combination class."""
-    # A manager for each call, so that plugins registered by other threads do not take part in it.
+    """Return the combination class that the hook of ``plugin`` returns."""
+    # Each call has its own manager, so that it does not call plugins of other threads.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
     try:
@@ -89,7 +89,7 @@ def _call_hook(plugin: Any, record: PluginRecord) -> type[Combination]:
     except BaseException as error:
         raise PluginSpecError(
             f"{record}: its hook {_HOOK} failed with {describe_error(error)}"
-            f" ({_place_of(error, record)}); {record.remedy}",
+            f" ({_place_of(error, record)}). {record.remedy}",
             record=record,
         ) from error
     hooks = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
@@ -105,14 +105,14 @@ def _check_hook(plugin: Any, hooks: Sequence[str], result: Any, record: PluginRe
         raise _spec_error(
             record,
             f"{record.target} must implement the hook {_HOOK}; found no such hook"
-            f"{_hook_hint(plugin, hooks)}; write a subclass of mtenn_core.Combination, or mark the"
+            f"{_hook_hint(plugin, hooks)}. Write a subclass of mtenn_core.Combination, or mark the"
             " function with mtenn_core.hookimpl",
         )
     if isinstance(plugin, Combination):
         raise _spec_error(
             record,
-            f"{record.target} must be a class; found an instance, whose arguments would be lost;"
-            f" name the class, {type(plugin).__name__}",
+            f"{record.target} must be a class; found an instance, whose arguments would be lost."
+            f" Name the class, {type(plugin).__name__}",
         )
     if not (isinstance(result, type) and issubclass(result, Combination)):
         raise _spec_error(
@@ -123,20 +123,20 @@ def _check_hook(plugin: Any, hooks: Sequence[str], result: Any, record: PluginRe
 
 
 def _spec_error(record: PluginRecord, message: str) -> PluginSpecError:
-    return PluginSpecError(f"{record}{record.where}: {message}; {record.remedy}", record=record)
+    return PluginSpecError(f"{record}{record.where}: {message}. {record.remedy}", record=record)
 
 
 def _hook_hint(plugin: Any, hooks: Sequence[str]) -> str:
-    """Return the function that the author probably meant as the hook, for a message."""
+    """Return a part of a message: the function that the author probably meant as the hook."""
     if hooks:
-        return f", but {', '.join(hooks)}"
+        return f", but found {', '.join(hooks)}"
     if callable(getattr(plugin, _HOOK, None)):
-        return f", but a function {_HOOK} without a marker or with the marker of another project"
+        return f", but a function {_HOOK} without marker or with the marker of another project"
     return ""
 
 
 def _attribute_hint(error: BaseException, module: ModuleType | None, attribute: str) -> str:
-    """Return the attribute that the author probably meant, for a message."""
+    """Return a part of a message: the attribute that the author probably meant."""
     if isinstance(error, AttributeError) and module is not None and attribute:
         public = [name for name in vars(module) if not name.startswith("_")]
         question = suggestion(attribute, public)
@@ -145,7 +145,7 @@ def _attribute_hint(error: BaseException, module: ModuleType | None, attribute: 
 
 
 def _place_of(error: BaseException, record: PluginRecord) -> str:
-    """Return the file and line that raised, ignoring Python's import system and this package."""
+    """Return the file and line that raised, outside of Python's import system and this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"in {error.filename}:{error.lineno}"
     ours, pluggys = os.path.dirname(__file__), os.path.dirname(pluggy.__file__)
@@ -162,15 +162,15 @@ def _warn_of_changes(record: PluginRecord, changes: Changes, functions: list[str
         subject += ", or another plugin that was imported at the same time,"
     if changes.settings:
         warnings.warn(
-            f"{subject} changed {', '.join(changes.settings)} while it was imported; the old values"
-            " were restored; tell its author",
+            f"{subject} changed {', '.join(changes.settings)} while it was imported. The old values"
+            " were restored. Tell its author",
             PluginWarning,
             stacklevel=2,
         )
     if functions:
         warnings.warn(
             f"{subject} replaced {', '.join(functions)} for the whole process while it was"
-            " imported; this was not undone; tell its author",
+            " imported. This was not undone. Tell its author",
             PluginWarning,
             stacklevel=2,
         )

@@ -1,4 +1,4 @@
-"""The registry: it looks up combinations by name."""
+"""The registry, which looks up combinations by name."""
 
 from __future__ import annotations
 
@@ -33,24 +33,27 @@ _NAME = re.compile(r"[A-Za-z0-9]+([-_.]+[A-Za-z0-9]+)*")
 
 
 class Registry:
-    """Combinations by name: those of installed distributions, and those added by :meth:`register`.
+    """Looks up combinations of installed distributions, and those that :meth:`register` added.
 
-    Names are compared without case, and ``-``, ``_`` and ``.`` are equal. ``distribution:name``
-    always works. A query imports no plugin and changes nothing. :meth:`get` and :meth:`create`
-    import only the plugin that has the name, and validate its gradient against finite differences,
-    once per class and arguments in a process. Threads may share a registry.
+    Upper and lower case are equal in names, and so are ``-``, ``_`` and ``.``. A name may also have
+    the form ``distribution:name``. Threads may share a registry.
+
+    A query imports no plugin and changes nothing. :meth:`get` and :meth:`create` import only the
+    plugin that has the name, and compare its gradient with finite differences. In one process, they
+    do this once for each class and its arguments.
 
     Parameters
     ----------
     group : the entry-point group
-    policy : which plugins may be imported; the environment decides what the policy leaves open. It
-        may be set later: ``registry.policy = Policy(prefer=("my-distribution",))``
+    policy : rules for which plugins may be imported. Environment variables replace rules that are
+        None. The policy may be set later:
+        ``registry.policy = Policy(prefer=("my-distribution",))``
     """
 
     def __init__(self, group: str = GROUP, policy: Policy | None = None) -> None:
         self.group = group
         self.policy = policy or Policy()
-        # Guards the attributes below. It is never held while code of a plugin runs.
+        # This lock guards the attributes below. It is never held while code of a plugin runs.
         self._lock = threading.RLock()
         self._scan: Scan | None = None
         self._snapshot: Snapshot | None = None  # None after a change, until the next query
@@ -63,25 +66,25 @@ class Registry:
     # Queries ------------------------------------------------------------------------------------
 
     def records(self, *, everything: bool = False) -> list[PluginRecord]:
-        """Return the facts about every plugin, sorted by name, without importing any.
+        """Return the facts about all plugins, sorted by name, without importing a plugin.
 
         Parameters
         ----------
-        everything : True to include disabled and shadowed plugins, see their ``status``
+        everything : True to include disabled and shadowed plugins, which have another ``status``
         """
         snapshot = self._current()
         return list(snapshot.records) if everything else snapshot.available_records()
 
     def names(self) -> list[str]:
-        """Return the names of all combinations, sorted, without importing any.
+        """Return the sorted names of all combinations, without importing a plugin.
 
         A distribution that is installed later appears after a lookup that fails, or after
         :meth:`refresh`.
 
         Raises
         ------
-        RegistryError : the policy is strict, and there is a problem that is visible without an
-            import
+        RegistryError : the policy is strict, and there is a problem. Problems of an import are not
+            found here
         """
         return self._current().names()
 
@@ -108,8 +111,8 @@ class Registry:
         ------
         CombinationNotFoundError : no plugin has this name; the message suggests a similar one
         CombinationDisabledError : the policy does not allow the plugin
-        CombinationConflictError : several distributions have this name; ask for
-            ``distribution:name``, or prefer one
+        CombinationConflictError : several distributions have this name. Use
+            ``distribution:name``, or prefer one of them in the policy
         """
         snapshot, records = self._find(name)
         if len(records) != 1:
@@ -119,8 +122,8 @@ class Registry:
     def record_of(self, combination: type[Combination]) -> PluginRecord | None:
         """Return the plugin that a class belongs to, or None if no plugin has this class.
 
-        Nothing is imported: a class that this registry has not loaded is found by its module and
-        name.
+        This does not import a plugin. If this registry has not loaded the class, it compares the
+        module and the name of the class with all entry points.
         """
         target = f"{combination.__module__}:{combination.__qualname__}"
         loaded = self._classes.records(combination)
@@ -129,14 +132,15 @@ class Registry:
         return next(iter(loaded + same_name), None)
 
     def problems(self) -> list[Problem]:
-        """Return the problems with plugins and settings that are visible without an import.
+        """Return the problems with plugins and settings, without importing a plugin.
 
-        ``mtenn doctor`` shows these. It also imports each plugin in a child process to find others.
+        ``mtenn doctor`` shows these problems. It also imports each plugin in a child process, to
+        find problems of the import.
         """
         return list(self._current(strict=False).problems())
 
     def refresh(self) -> None:
-        """Scan the path again at the next query. Modules that were imported do not change."""
+        """Scan the path again at the next query. This does not import modules again."""
         importlib.invalidate_caches()
         with self._lock:
             self._scan = self._snapshot = None
@@ -146,10 +150,12 @@ class Registry:
     def get(self, name: str, *, validate: bool = True) -> type[Combination]:
         """Return the class of a combination, validated with each of its ``examples``.
 
-        An instance that is made from the class with other arguments is not validated;
-        :meth:`create` validates with the arguments that it gets. If the import changes settings of
-        torch, they are restored, together with changes that another thread made meanwhile. While
-        the gate runs, random numbers that another thread draws are drawn again afterwards.
+        If you make an instance with other arguments, it is not validated. :meth:`create` validates
+        an instance with its own arguments.
+
+        If the import changes settings of torch, they are restored. This also undoes changes that
+        another thread made during the import. The gate restores the random state, so another thread
+        may draw the same random numbers again after the validation.
 
         Parameters
         ----------
@@ -160,7 +166,7 @@ class Registry:
         ------
         CombinationNotFoundError, CombinationDisabledError, CombinationConflictError : see
             :meth:`info`
-        PluginIncompatibleError, PluginPinError : the plugin is not imported
+        PluginIncompatibleError, PluginPinError : the policy does not allow the import
         PluginLoadError, PluginSpecError : the plugin does not work
         GradientValidationError : its gradient is not the derivative of its value
         """
@@ -171,7 +177,7 @@ class Registry:
         return combination
 
     def create(self, name: str, /, *args: Any, validate: bool = True, **kwargs: Any) -> Combination:
-        """Return an instance of a combination, validated with these arguments.
+        """Return an instance of a combination, validated with its arguments.
 
         Parameters
         ----------
@@ -195,9 +201,9 @@ class Registry:
         Parameters
         ----------
         name : a name in :meth:`names`, or ``distribution:name``
-        isolated : True to run it in a child process, where a crash, a hang or too much memory is a
-            result. It works only for installed plugins. This registry's policy applies, and in the
-            child also that of the environment
+        isolated : True to run it in a child process, and to report a crash, a hang or too much
+            memory as a result. This works only for installed plugins. The policy of this registry
+            applies, and in the child process also the environment variables
         **options : ``level``, ``seed`` and other arguments of
             :func:`~mtenn_core.testing.check_combination`; if isolated, also ``time_limit`` in
             seconds and ``memory_limit`` in MiB
@@ -214,21 +220,21 @@ class Registry:
             if record.distribution is None or self.group != GROUP:
                 raise RegistryError(
                     f"{record} cannot be checked in a child process, because only this process"
-                    " knows it; check it without isolation",
+                    " knows it. Check it without isolation",
                     record=record,
                 )
-            self.policy.resolved().check(record)  # the child only knows the environment's policy
+            self.policy.resolved().check(record)  # the child process does not know this policy
         checks = check_target(Target(record.qualified_name), self, isolated=isolated, **options)
         return [report for _, report in checks]
 
     # Registration -------------------------------------------------------------------------------
 
     def register(self, name: str, combination: type[Combination]) -> None:
-        """Add a combination in this process. It is validated like an installed one.
+        """Add a combination in this process. It is validated like an installed combination.
 
         Raises
         ------
-        CombinationConflictError : the name is taken
+        CombinationConflictError : another combination has this name
         PluginSpecError : the name is malformed, or ``combination`` is not a subclass of Combination
         """
         record = _record_to_register(name, combination)
@@ -241,7 +247,7 @@ class Registry:
         if owners:
             self._forget(record)
             raise CombinationConflictError(
-                f"cannot register {name!r}: the name belongs to {owners[0]}; choose another name,"
+                f"cannot register {name!r}: the name belongs to {owners[0]}. Choose another name,"
                 " or replace the combination temporarily with registry.temporary",
                 record=owners[0],
             )
@@ -251,7 +257,7 @@ class Registry:
 
         Raises
         ------
-        CombinationNotFoundError : no such combination was registered
+        CombinationNotFoundError : this process has not registered such a combination
         """
         with self._lock:
             record = self._registered.pop(canonical(name), None)
@@ -259,7 +265,7 @@ class Registry:
             self._snapshot = None
         if record is None:
             raise CombinationNotFoundError(
-                f"{name!r} was not registered in this process; registered: {names or 'none'}"
+                f"{name!r} was not registered in this process. Registered names: {names or 'none'}"
             )
         self._forget(record)
 
@@ -287,7 +293,7 @@ class Registry:
                 self._load(record)
             yield self
         finally:
-            # Remove only this layer: contexts may end in any order.
+            # Remove only this layer, because contexts may end in any order.
             with self._lock:
                 self._temporary = [other for other in self._temporary if other is not layer]
                 self._snapshot = None
@@ -297,11 +303,11 @@ class Registry:
     # Internals ----------------------------------------------------------------------------------
 
     def _current(self, *, strict: bool = True) -> Snapshot:
-        """Return the current snapshot. Scan the path if there is none.
+        """Return the current snapshot. Scan the path if there is no snapshot.
 
         Parameters
         ----------
-        strict : False to return a snapshot with problems although the policy is strict
+        strict : False to return a snapshot with problems, also if the policy is strict
         """
         policy = self.policy.resolved()
         snapshot = self._snapshot
@@ -335,7 +341,7 @@ class Registry:
             raise TypeError(f"expected the name of a combination; found {name!r}")
         snapshot = self._current()
         if not snapshot.find(name) and snapshot.scan.key != path_key():
-            self.refresh()  # something was installed while the process ran
+            self.refresh()  # a distribution was installed while the process was running
             snapshot = self._current()
         return snapshot, snapshot.find(name)
 
@@ -357,8 +363,8 @@ def _record_to_register(name: str, combination: type[Combination]) -> PluginReco
         )
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise PluginSpecError(
-            f"cannot register {name!r}: a name consists of letters and digits, with '-', '_' and"
-            " '.' between them"
+            f"cannot register {name!r}: a name must contain only letters and digits, with '-', '_'"
+            " and '.' between them"
         )
     target = f"{combination.__module__}:{combination.__qualname__}"
     return PluginRecord(name, target, plugin=combination)

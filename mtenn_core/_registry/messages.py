@@ -1,4 +1,4 @@
-"""Parts of error messages: errors and values that plugins made, and similar names."""
+"""Parts of error messages: errors and values from plugins, and similar names."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ MAX_LENGTH = 500
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type and the message of an error. Does not raise if ``str(error)`` raises."""
+    """Return the type and the message of an error, also if ``str(error)`` raises."""
     try:
         text = str(error)
     except Exception:

@@ -1,7 +1,7 @@
 """The metadata of one installed copy of a distribution, read file by file.
 
-This reads the few files that a listing needs. The parsers of :mod:`importlib_metadata` take longer,
-and reject a whole file for one malformed line.
+This module reads only the few files that a list of plugins needs. The parsers of
+:mod:`importlib_metadata` take longer, and they reject a whole file for one malformed line.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from importlib_metadata import Distribution
     from packaging.version import Version
 
-# Any other name could not be used in a setting, or would look like `distribution:name`.
+# Other names could not be used in a setting, or would look like `distribution:name`.
 _NAME = re.compile(r"\w([\w.-]*\w)?")
 _ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
 _NO_TEXT = "\ufffd"  # replaces bytes that are not UTF-8
@@ -31,11 +31,11 @@ class Metadata:
     Attributes
     ----------
     path : the metadata folder
-    folder : the folder on the path that holds it
-    name : name of the distribution, in the form that is compared
+    folder : the folder on the path that contains the metadata folder
+    name : canonical name of the distribution (PEP 503)
     is_egg : True for ``.egg-info`` and other formats that are not ``.dist-info``
     is_leftover : True if an interrupted pip left it behind
-    mentions_group : True if ``entry_points.txt`` contains the name of our group
+    mentions_group : True if ``entry_points.txt`` contains the name of the group
     """
 
     def __init__(self, distribution: Distribution, group: str) -> None:
@@ -45,31 +45,31 @@ class Metadata:
         self._is_folder = isinstance(path, Path)
         self.path = str(path or distribution.locate_file("")).rstrip(os.sep)
         self.folder, file_name = os.path.split(self.path)
-        if file_name == "EGG-INFO":  # the name is that of the folder or zip file around it
+        if file_name == "EGG-INFO":  # then the folder or zip file around it has the name
             file_name = os.path.basename(self.folder)
         stem, suffix = os.path.splitext(file_name)
         self.is_egg = suffix != ".dist-info"
-        # From the folder's name: the name in METADATA would cost a file for each distribution.
+        # Use the folder's name, because METADATA would be one more file to read per distribution.
         self.name = canonical(stem.partition("-")[0] if path else str(distribution.name))
         self._version = stem.partition("-")[2]
         self._entry_points = self._read("entry_points.txt")
         self.mentions_group = group in self._entry_points
-        self.is_leftover = stem.startswith("~")  # pip renames a folder so before it deletes it
+        self.is_leftover = stem.startswith("~")  # pip gives a folder this name before it deletes it
 
     @property
     def stops_torch(self) -> bool:
-        """True if ``import torch``, which reads entry points, raises at this distribution."""
+        """True if ``import torch`` raises when it reads the entry points of this distribution."""
         return _NO_TEXT in self._entry_points or any(
             "=" not in line for _, _, line in self._entry_point_lines()
         )
 
     @property
     def has_header(self) -> bool:
-        """True if the file that names the distribution exists."""
+        """True if the file with the name of the distribution exists."""
         return bool(self._read_header())
 
     def version(self) -> Version:
-        """Return the version in the name of the folder."""
+        """Return the version from the name of the folder."""
         from packaging.version import InvalidVersion, Version
 
         try:
@@ -78,7 +78,7 @@ class Metadata:
             return Version("0")
 
     def records(self, problems: list[Problem]) -> list[PluginRecord]:
-        """Return a record for each entry point of the group; append a problem for each bad line."""
+        """Return a record for each entry point of the group. Append a problem for each bad line."""
         if not self.mentions_group:
             return []
         name, version, requires = self._header(problems)
@@ -103,16 +103,16 @@ class Metadata:
         requires = self._egg_requirements() if self.is_egg else fields.get("requires-dist", [])
         on_core = tuple(filter(_ON_CORE.match, requires))
         if name and version and _NO_TEXT not in name + version:
-            # A policy must not be misled by metadata that use the name of another distribution.
+            # Metadata could use the name of another distribution to get around a policy.
             if canonical(name) == self.name or not self._is_folder:
                 return name, version, on_core
-            found = f"belong to {name!r}, by their own account"
+            found = f"contain the name {name!r}"
         else:
             found, version = "contain no name or no version", ""
         problems.append(
             Problem(
                 "no metadata",
-                f"{self.name}: the metadata in {self.path} {found}; reinstall it:"
+                f"{self.name}: the metadata in {self.path} {found}. Reinstall the distribution:"
                 f" pip install --force-reinstall {self.name}",
             )
         )
@@ -124,13 +124,13 @@ class Metadata:
     def _egg_requirements(self) -> list[str]:
         try:
             return list(self._distribution.requires or ())
-        except Exception:  # any error of the parser
+        except Exception:  # the parser raises several types of errors
             return []
 
     def _parse_group(self, owner: str, problems: list[Problem]) -> Iterator[tuple[str, str]]:
-        """Yield name and target of each entry point of our group."""
+        """Yield name and target of each entry point of the group."""
         for group, number, line in self._entry_point_lines():
-            if group != self._group or line.startswith(";"):  # a comment, for some parsers
+            if group != self._group or line.startswith(";"):  # some parsers allow such comments
                 continue
             name, equals, target = (part.strip() for part in line.partition("="))
             if equals and _NAME.fullmatch(name) and _NO_TEXT not in line:
@@ -141,12 +141,12 @@ class Metadata:
                 Problem(
                     "malformed",
                     f"{owner}: expected 'name = module:attribute' in line {number} of {file};"
-                    f" found {line!r}; tell its author",
+                    f" found {line!r}. Tell its author",
                 )
             )
 
     def _entry_point_lines(self) -> Iterator[tuple[str, int, str]]:
-        """Yield group, line number and text of each line of ``entry_points.txt`` in a group."""
+        """Yield group, line number and text of each line of ``entry_points.txt`` with a group."""
         group = ""
         for number, line in enumerate(map(str.strip, self._entry_points.splitlines()), 1):
             if line.startswith("[") and line.endswith("]"):
@@ -155,7 +155,7 @@ class Metadata:
                 yield group, number, line
 
     def _read(self, name: str) -> str:
-        """Return the text of a file; empty if there is no such file."""
+        """Return the text of a file, or "" if there is no such file."""
         if not self._is_folder:
             return self._distribution.read_text(name) or ""
         path = os.path.join(self.path, name)
@@ -170,9 +170,9 @@ class Metadata:
 
 
 def _parse_header(text: str) -> dict[str, list[str]]:
-    """Return the fields before the first blank line, by their names in lower case.
+    """Return the fields before the first blank line. The keys are their names in lower case.
 
-    :mod:`importlib_metadata` uses the parser of :mod:`email`; its import takes longer than a scan.
+    This does not use the parser of :mod:`email`, because its import takes longer than a scan.
     """
     fields: dict[str, list[str]] = {}
     for line in itertools.takewhile(str.strip, text.splitlines()):

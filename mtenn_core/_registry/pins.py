@@ -1,9 +1,10 @@
 """Pins: the distributions that may be imported, each with its version and the hash of its files.
 
-A line of a pins file has the form ``distribution==version RECORD=sha256:…``. The hash covers the
-lines of the distribution's RECORD that are the same on every machine
-(https://packaging.python.org/specifications/recording-installed-packages/). A check also compares
-the files themselves with these lines.
+A line of a pins file has the form ``distribution==version RECORD=sha256:…``. RECORD is a file with
+the hash of each installed file
+(https://packaging.python.org/specifications/recording-installed-packages/). The hash in a pin is
+that of the lines of RECORD that are the same on every machine. A check also compares the installed
+files with these lines.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from mtenn_core.errors import PluginPinError
 
 Rows = list[tuple[str, str]]
 _LINE = re.compile(r"([\w.-]+)==(\S+)\s+RECORD=sha256:([0-9a-f]{64})")
-# Installers write these files, with different content each time.
+# Installers write these files with different content each time.
 _INSTALLER_FILES = {"INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json"}
 
 
@@ -34,12 +35,12 @@ def pin(record: PluginRecord) -> str:
 
     Raises
     ------
-    PluginPinError : the distribution has no RECORD or no version, is an editable install, or
-        differs from its RECORD
+    PluginPinError : the distribution has no RECORD or no version, it is an editable install, or
+        its files differ from its RECORD
     """
     if record.version is None:
         raise PluginPinError(
-            f"{record}{record.where} cannot be pinned: its metadata contain no version; reinstall"
+            f"{record}{record.where} cannot be pinned: its metadata contain no version. Reinstall"
             " it",
             record=record,
         )
@@ -48,7 +49,7 @@ def pin(record: PluginRecord) -> str:
 
 
 def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
-    """Return the hashes of each distribution and version. Each wheel of a version has its own hash.
+    """Return the pinned hashes of each distribution and version. Each wheel has its own hash.
 
     Raises
     ------
@@ -58,7 +59,7 @@ def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
         lines = Path(file).read_text(encoding="utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise PluginPinError(
-            f"the pins file cannot be read as UTF-8 ({error}), so no plugin may be imported; name"
+            f"the pins file cannot be read as UTF-8 ({error}), so no plugin may be imported. Name"
             f" another file (MTENN_PINS), or write it with: mtenn list --pins > {file}"
         ) from error
     pins: dict[tuple[str, str], set[str]] = {}
@@ -69,18 +70,19 @@ def read_pins(file: str | os.PathLike[str]) -> dict[tuple[str, str], set[str]]:
         if match is None:
             raise PluginPinError(
                 f"{file}:{number}: a pin must have the form 'distribution==version"
-                f" RECORD=sha256:…'; found {line!r}; `mtenn list --pins` writes such lines"
+                f" RECORD=sha256:…'; found {line!r}. `mtenn list --pins` prints such lines"
             )
         pins.setdefault((canonical(match[1]), match[2]), set()).add(match[3])
     return pins
 
 
 def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
-    """Check that the installed distribution of a plugin is a pinned one.
+    """Check that the installed distribution of a plugin is pinned.
 
     Raises
     ------
-    PluginPinError : it is not pinned or cannot be pinned, or the pins file is malformed
+    PluginPinError : the distribution is not pinned or cannot be pinned, or the pins file is
+        malformed
     """
     try:
         pins = read_pins(file)
@@ -90,14 +92,14 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
     versions = [version for owner, version in pins if owner == record.owner]
     if not versions:
         raise PluginPinError(
-            f"{record}{record.where} is not pinned in {os.fspath(file)}; if you trust it, add the"
+            f"{record}{record.where} is not pinned in {os.fspath(file)}. If you trust it, add the"
             f" line: {pin(record)}",
             record=record,
         )
     if record.version not in versions:
         raise PluginPinError(
-            f"{record}{record.where} is pinned to {' or '.join(versions)} in {os.fspath(file)};"
-            f" install the pinned version: pip install {record.distribution}=={versions[0]}",
+            f"{record}{record.where} is pinned to {' or '.join(versions)} in {os.fspath(file)}."
+            f" Install the pinned version: pip install {record.distribution}=={versions[0]}",
             record=record,
         )
     rows = _rows(record)
@@ -105,8 +107,8 @@ def check_pin(record: PluginRecord, file: str | os.PathLike[str]) -> None:
     if found not in expected:
         raise PluginPinError(
             f"{record}{record.where} differs from the build pinned in {os.fspath(file)}: expected"
-            f" RECORD=sha256:{' or '.join(sorted(expected))}; found {found}; reinstall the pinned"
-            " build, or pin this one if you trust it",
+            f" RECORD=sha256:{' or '.join(sorted(expected))}; found {found}. Reinstall the pinned"
+            " build, or pin this build if you trust it",
             record=record,
         )
     _check_found_by_import(record, rows)
@@ -127,14 +129,14 @@ def _check_found_by_import(record: PluginRecord, rows: Rows) -> None:
         if not is_namespace and (origin is None or os.path.realpath(origin) not in own):
             raise PluginPinError(
                 f"{record}{record.where} is pinned, but {name!r} would be imported from"
-                f" {origin or spec.loader}, which is not a file of this distribution; remove that"
+                f" {origin or spec.loader}, which is not a file of this distribution. Remove that"
                 " module, or change sys.path",
                 record=record,
             )
 
 
 def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
-    """Return the spec that an import would find or has found, without importing parent packages."""
+    """Return the spec of a module, imported or not, without importing its parent packages."""
     if name in sys.modules:
         loaded = sys.modules[name]
         file = getattr(loaded, "__file__", None)
@@ -144,7 +146,7 @@ def _spec(name: str, path: Sequence[str] | None) -> ModuleSpec | None:
 
 
 def _rows(record: PluginRecord) -> Rows:
-    """Return path and hash of the files that are the same on every machine, sorted."""
+    """Return path and hash of all files that are the same on every machine, sorted by path."""
     _refuse_editable(record, Path(record.metadata or ""))
     file = Path(record.metadata or "", "RECORD")
     try:
@@ -154,8 +156,8 @@ def _rows(record: PluginRecord) -> Rows:
     kept = sorted((r[0], r[1]) for r in rows if len(r) > 1 and r[1] and not _varies(r[0]))
     if not kept:
         raise PluginPinError(
-            f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of the files;"
-            " install the distribution from a wheel",
+            f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of the files."
+            " Install the distribution from a wheel",
             record=record,
         )
     return kept
@@ -167,7 +169,7 @@ def _digest(record: PluginRecord, rows: Rows) -> str:
     for path, hash in rows:
         if _hash_of(folder / path, hash.partition("=")[0]) != hash:
             raise PluginPinError(
-                f"{record}: {folder / path} has changed since it was installed; find out why, or"
+                f"{record}: {folder / path} has changed since it was installed. Find out why, or"
                 f" reinstall: pip install --force-reinstall"
                 f" {record.distribution}=={record.version}",
                 record=record,
@@ -184,13 +186,13 @@ def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
     if editable:
         raise PluginPinError(
             f"{record} cannot be pinned: it is an editable install from {origin.get('url')}, whose"
-            " files may change; install it from a wheel",
+            " files may change. Install it from a wheel",
             record=record,
         )
 
 
 def _varies(path: str) -> bool:
-    """Return True for files that differ between machines: those of the installer, and scripts."""
+    """Return True for files that differ between machines: scripts, and files of installers."""
     parts = Path(path).parts
     return (
         not parts
@@ -200,8 +202,8 @@ def _varies(path: str) -> bool:
 
 
 def _hash_of(file: Path, algorithm: str) -> str | None:
-    """Return the hash of a file as RECORD writes it, or None if it cannot be computed."""
-    if algorithm not in ("sha256", "sha384", "sha512"):  # the specification demands one of these
+    """Return the hash of a file in the format of RECORD, or None if it cannot be computed."""
+    if algorithm not in ("sha256", "sha384", "sha512"):  # the specification requires one of them
         return None
     try:
         with file.open("rb") as opened:

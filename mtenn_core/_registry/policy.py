@@ -26,17 +26,20 @@ _BOOLEANS = {
 class Policy:
     """Rules for which installed plugins a registry may import. They apply before any import.
 
-    An entry is a combination's name, a distribution, or ``distribution:name``. A rule that is None
-    comes from the environment. Combinations that a program registers itself are always allowed.
+    An entry is a combination's name, a distribution, or ``distribution:name``. If a rule is None,
+    its environment variable replaces it. Combinations that a program registers are always allowed.
 
     Attributes
     ----------
-    allowed : entries that may be imported, and no others; ``MTENN_PLUGINS``, or all if unset
-    disabled : entries that may not be imported, even if allowed; ``MTENN_DISABLE_PLUGINS``
-    strict : True to raise an error for a problem with any plugin; ``MTENN_STRICT``
-    prefer : entries to choose if several distributions offer one name
-    pins : file with the distributions that may be imported, each with its version and the hash of
-        its files; ``MTENN_PINS``
+    allowed : the only entries that may be imported. Its variable is ``MTENN_PLUGINS``. If this is
+        not set, either, all entries are allowed
+    disabled : entries that may not be imported, even if they are allowed. Its variable is
+        ``MTENN_DISABLE_PLUGINS``
+    strict : True to raise an error if there is a problem with any plugin. Its variable is
+        ``MTENN_STRICT``
+    prefer : entries to choose if several distributions have the same name
+    pins : a file that lists the distributions that may be imported, each with its version and a
+        hash of its files. Its variable is ``MTENN_PINS``
     """
 
     allowed: tuple[str, ...] | None = None
@@ -50,14 +53,14 @@ class Policy:
             entries = getattr(self, field)
             if isinstance(entries, str):
                 raise TypeError(
-                    f"{field} must be a tuple of entries; found {entries!r}; write:"
+                    f"{field} must be a tuple of entries; found {entries!r}. Write:"
                     f" {field}=({entries!r},)"
                 )
             if entries is not None:
                 object.__setattr__(self, field, tuple(entries))
 
     def resolved(self) -> Policy:
-        """Return a policy in which the environment has replaced each rule that was None.
+        """Return a policy in which environment variables have replaced each rule of None.
 
         Raises
         ------
@@ -72,7 +75,7 @@ class Policy:
         )
 
     def reason_against(self, record: PluginRecord) -> str:
-        """Return why a resolved policy disables an installed plugin; empty if it does not."""
+        """Return the reason why a resolved policy disables a plugin, or "" if it does not."""
         if any(map(record.matches, self.disabled or ())):
             return f"{self._source('disabled', DISABLED)} contains it"
         if self.allowed is not None and not any(map(record.matches, self.allowed)):
@@ -80,12 +83,12 @@ class Policy:
         return ""
 
     def check(self, record: PluginRecord) -> None:
-        """Check a plugin against a resolved policy before its code runs.
+        """Check that a resolved policy allows a plugin, before its code runs.
 
         Raises
         ------
         PluginIncompatibleError : the distribution requires another version of mtenn-core
-        PluginPinError : the distribution is not the pinned one
+        PluginPinError : the distribution is not pinned
         PluginLoadError : the entry point is malformed
         """
         if record.distribution is not None:
@@ -93,7 +96,7 @@ class Policy:
             record.parsed_target()
 
     def check_distribution(self, record: PluginRecord) -> None:
-        """Do the checks that are the same for all plugins of a distribution.
+        """Check the distribution of a plugin. All its plugins have the same result.
 
         Raises
         ------
@@ -106,7 +109,7 @@ class Policy:
             check_pin(record, self.pins)
 
     def preferred(self, candidates: Sequence[PluginRecord]) -> Sequence[PluginRecord]:
-        """Return the preferred plugins of several with one name, or all if none is preferred."""
+        """Return the preferred plugins among ``candidates``, or all if none is preferred."""
         preferred = [record for record in candidates if any(map(record.matches, self.prefer))]
         return preferred or candidates
 
@@ -142,16 +145,16 @@ def _check_compatible(record: PluginRecord) -> None:
 
     try:
         specifier = record.requires_core
-    except Exception as error:  # any of several errors of the parser
+    except Exception as error:  # the parser raises several types of errors
         raise PluginIncompatibleError(
             f"{record}{record.where}: its requirement on mtenn-core cannot be parsed"
-            f" ({describe_error(error).splitlines()[0]}); {record.remedy}",
+            f" ({describe_error(error).splitlines()[0]}). {record.remedy}",
             record=record,
         ) from error
     if not SpecifierSet(specifier).contains(__version__, prereleases=True):
         raise PluginIncompatibleError(
             f"{record}{record.where} requires mtenn-core{specifier}; found mtenn-core"
-            f" {__version__}; update one of them: pip install --upgrade {record.distribution}"
+            f" {__version__}. Update one of them: pip install --upgrade {record.distribution}"
             " mtenn-core",
             record=record,
         )
@@ -164,8 +167,8 @@ def _entries(variable: str) -> tuple[str, ...] | None:
 
 def _pins_file() -> Path | None:
     value = os.environ.get(PINS)
-    if value is not None and not value.strip():  # an empty value must not silently allow all
-        raise RegistryError(f"{PINS} must name a file; found an empty value; name one, or unset it")
+    if value is not None and not value.strip():  # an empty value must not allow all plugins
+        raise RegistryError(f"{PINS} must name a file; found an empty value. Set or unset it")
     return None if value is None else Path(value)
 
 

@@ -15,13 +15,13 @@ from mtenn_core.errors import (
     RegistryError,
 )
 
-# Extras may follow the attribute; entry points no longer use them.
+# Extras may follow the attribute, although entry points no longer use them.
 _TARGET = re.compile(r"(?P<module>[\w.]+)(\s*:\s*(?P<attribute>[\w.]+))?(\s*\[.*\])?")
 Status = Literal["available", "disabled", "shadowed"]
 
 
 def canonical(name: str) -> str:
-    """Return a name in the form that is compared (PEP 503): lower case, ``_`` and ``.`` as ``-``.
+    """Return the canonical name (PEP 503): in lower case, with ``-`` for ``_`` and ``.``.
 
     ``packaging.utils`` has the same function, but its import takes longer than a scan.
     """
@@ -30,20 +30,20 @@ def canonical(name: str) -> str:
 
 @dataclass(frozen=True)
 class PluginRecord:
-    """Facts about a combination plugin, read without importing it.
+    """Facts about a combination plugin, which are known before its import.
 
     Attributes
     ----------
     name : name of the combination and of its entry point
-    target : what the entry point refers to, ``"module:attribute"``
+    target : the object of the entry point, ``"module:attribute"``
     distribution, version, location : the distribution, its version and its folder; None for a
         combination that :meth:`~mtenn_core.Registry.register` added
     metadata : folder of the distribution's metadata, usually ``….dist-info``
-    requires : the distribution's requirements on mtenn-core, as in its metadata
-    plugin : the object itself, for a combination that :meth:`~mtenn_core.Registry.register` added
-    status : ``"available"``, ``"disabled"`` by the :class:`~mtenn_core.Policy`, or ``"shadowed"``
-        by another copy of the distribution, which Python imports instead
-    reason : why the plugin is not available
+    requires : the distribution's requirements on mtenn-core, in the text of its metadata
+    plugin : the class that :meth:`~mtenn_core.Registry.register` added; None for a distribution
+    status : ``"available"``; ``"disabled"`` if the :class:`~mtenn_core.Policy` disables it; or
+        ``"shadowed"`` if Python imports another copy of the distribution instead
+    reason : the reason why the plugin is not available, or ""
     shadows : metadata folders of other copies of the distribution
     """
 
@@ -61,24 +61,24 @@ class PluginRecord:
 
     @cached_property
     def key(self) -> str:
-        """The name in the form that is compared."""
+        """The canonical name."""
         return canonical(self.name)
 
     @cached_property
     def owner(self) -> str:
-        """The distribution's name in the form that is compared."""
+        """The canonical name of the distribution."""
         return canonical(self.distribution or "")
 
     @cached_property
     def words(self) -> tuple[str, ...]:
-        """All policy entries that refer to this plugin, in the form that is compared."""
+        """All policy entries that match this plugin, with canonical names."""
         if self.distribution is None:
             return (self.key,)
         return self.key, self.owner, f"{self.owner}:{self.key}"
 
     @property
     def qualified_name(self) -> str:
-        """``distribution:name``, which no other distribution can use."""
+        """``distribution:name``, a name that no other distribution can have."""
         return f"{self.distribution}:{self.name}" if self.distribution else self.name
 
     @property
@@ -90,11 +90,11 @@ class PluginRecord:
 
     @property
     def where(self) -> str:
-        """`` in`` and the metadata folder, for a message; empty without such a folder."""
+        """A part of a message with the metadata folder: `` in …``, or "" without such a folder."""
         return f" in {self.metadata}" if self.metadata else ""
 
     def parsed_target(self) -> tuple[str, str]:
-        """Return module and attribute. The attribute may be empty.
+        """Return the module and the attribute, which may be "".
 
         Raises
         ------
@@ -104,18 +104,18 @@ class PluginRecord:
         if match is None:
             raise PluginLoadError(
                 f"{self}{self.where}: its entry point must have the form 'module:attribute'; found"
-                f" {self.target!r}; {self.remedy}",
+                f" {self.target!r}. {self.remedy}",
                 record=self,
             )
         return match["module"], match["attribute"] or ""
 
     @property
     def requires_core(self) -> str:
-        """The version specifier that the distribution requires of mtenn-core.
+        """The version specifier in the distribution's requirements on mtenn-core.
 
         Raises
         ------
-        any error of ``packaging``, for a malformed requirement
+        any error of ``packaging`` if a requirement is malformed
         """
         from packaging.requirements import Requirement
         from packaging.specifiers import SpecifierSet
@@ -128,19 +128,19 @@ class PluginRecord:
 
     @property
     def remedy(self) -> str:
-        """What to do if the plugin does not work."""
+        """The part of a message that tells the user how to repair the plugin."""
         if self.distribution is None:
-            return "register another class"
+            return "Register another class"
         if self.shadows:
-            return f"{self.metadata} hides {' and '.join(self.shadows)}; delete it if it is stale"
-        return f"repair it, or remove it with: pip uninstall {self.distribution}"
+            return f"{self.metadata} hides {' and '.join(self.shadows)}. Delete it if it is stale"
+        return f"Repair it, or remove it with: pip uninstall {self.distribution}"
 
     def sort_key(self) -> tuple[str, ...]:
-        """Return the key that records are sorted by; it does not depend on the order of folders."""
+        """Return the sort key of records. It does not depend on the order of folders."""
         return self.key, self.qualified_name, self.target, self.metadata or ""
 
     def matches(self, entry: str) -> bool:
-        """Return True if an entry of a policy refers to this plugin.
+        """Return True if an entry of a policy matches this plugin.
 
         Parameters
         ----------
@@ -149,7 +149,7 @@ class PluginRecord:
         return canonical(entry) in self.words
 
     def to_json(self) -> dict[str, Any]:
-        """Return all facts except the object as JSON data."""
+        """Return all facts except ``plugin`` as JSON data."""
         facts = "name", "target", "distribution", "version", "location", "metadata"
         data: dict[str, Any] = {fact: getattr(self, fact) for fact in facts}
         return data | {
@@ -169,8 +169,8 @@ class Problem:
     Attributes
     ----------
     kind : the kind of problem, in one to three words
-    message : who, what was found, and what to do
-    record : the plugin, if the problem is about one
+    message : the cause of the problem, and what to do
+    record : the plugin, or None if the problem is not about a plugin
     """
 
     kind: str
@@ -179,7 +179,7 @@ class Problem:
 
     @classmethod
     def of(cls, error: RegistryError) -> Problem:
-        """Return an error as a problem."""
+        """Return the problem that an error describes."""
         kinds = {
             PluginIncompatibleError: "incompatible",
             PluginPinError: "not pinned",

@@ -1,4 +1,4 @@
-"""A snapshot of all plugins: installed and registered records, and the names they answer to."""
+"""A snapshot of all plugins: installed and registered records, and their names."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from mtenn_core.errors import (
 
 @dataclass(frozen=True)
 class Snapshot:
-    """All plugins at one time. It never changes, so threads read it without a lock.
+    """All plugins at one time. A snapshot never changes, so threads read it without a lock.
 
     Attributes
     ----------
     scan : the installed plugins
     policy : the resolved policy
-    records : all plugins, sorted, with their status
-    available : the plugins that can be looked up, by their name in the form that is compared
+    records : all plugins with their status, sorted
+    available : the plugins that can be looked up. The keys are canonical names
     """
 
     scan: Scan
@@ -50,7 +50,7 @@ class Snapshot:
 
         Parameters
         ----------
-        replaced : names, in the form that is compared, that installed plugins do not answer to
+        replaced : canonical names for which installed plugins are not available
         """
         installed = [_with_status(record, policy) for record in scan.records]
         records = sorted([*installed, *registered], key=PluginRecord.sort_key)
@@ -66,11 +66,11 @@ class Snapshot:
         return list(itertools.chain(*self.available.values()))
 
     def names(self) -> list[str]:
-        """Return the names that can be looked up, sorted."""
+        """Return the sorted names of the plugins that can be looked up."""
         return [records[0].name for records in self.available.values()]
 
     def find(self, name: str) -> list[PluginRecord]:
-        """Return the plugins that ``name`` may refer to; exactly one if the name is right."""
+        """Return the plugins that match ``name``. A valid name matches exactly one."""
         found = list(self.policy.preferred(self.available.get(canonical(name), ())))
         distribution, colon, bare_name = name.rpartition(":")
         if found or not colon:
@@ -81,27 +81,27 @@ class Snapshot:
             for record in self.records
             if record.status == "available" and (record.owner, record.key) == (owner, key)
         ]
-        # Two names of one distribution may differ only in case, '-', '_' and '.'.
+        # Two names of one distribution may have the same canonical name.
         return [record for record in owned if record.name == bare_name] or owned
 
     def lookup_error(self, name: str, group: str) -> RegistryError:
-        """Return the error for a name that refers to no plugin or to several."""
+        """Return the error for a name that matches no plugin or several plugins."""
         if found := self.find(name):
             return CombinationConflictError(_conflict(name, found), record=found[0])
         by_status = {record.status: record for record in self.records if record.matches(name)}
         if record := by_status.get("disabled"):
-            text = f"{record}{record.where} is disabled: {record.reason}; change this setting to"
+            text = f"{record}{record.where} is disabled: {record.reason}. Change this setting to"
             return CombinationDisabledError(f"{text} allow it", record=record)
         if record := by_status.get("shadowed"):
             text = f"{record}{record.where} cannot be reached: {record.reason}"
             return CombinationNotFoundError(text, record=record)
         if not self.available:
             return CombinationNotFoundError(
-                f"unknown combination {name!r}: no plugin is installed in {sys.prefix} (no"
-                f" distribution has an entry point in the group {group!r}); install one with pip"
+                f"unknown combination {name!r}: no plugin is installed in {sys.prefix}, because no"
+                f" distribution has an entry point in the group {group!r}. Install one with pip"
             )
         names, qualified = self.names(), [record.qualified_name for record in self.records]
-        hint = " There are problems: see `mtenn doctor`." if self.scan.problems else ""
+        hint = " Some plugins have problems: see `mtenn doctor`." if self.scan.problems else ""
         return CombinationNotFoundError(
             f"unknown combination {name!r}; installed: {', '.join(names)}."
             f"{suggestion(name, names) or suggestion(name, qualified)}{hint}"
@@ -124,7 +124,7 @@ class Snapshot:
 
             try:
                 read_pins(policy.pins)
-            except PluginPinError as error:  # reported once, instead of for each plugin
+            except PluginPinError as error:  # report it once, and not for each plugin
                 yield Problem.of(error)
                 policy = replace(policy, pins=None)
         checked = set()
@@ -132,7 +132,7 @@ class Snapshot:
             if record.distribution is None:
                 continue
             try:
-                if record.metadata not in checked:  # a distribution may have a thousand names
+                if record.metadata not in checked:  # a distribution may have a thousand plugins
                     checked.add(record.metadata)
                     policy.check_distribution(record)
                 record.parsed_target()
@@ -140,7 +140,7 @@ class Snapshot:
                 yield Problem.of(error)
 
     def check_strictly(self) -> None:
-        """Raise an error if there is a problem. A success is remembered, a failure is not.
+        """Raise an error if there is a problem. Only a success is cached.
 
         Raises
         ------
@@ -151,7 +151,7 @@ class Snapshot:
     @cached_property
     def _has_no_problems(self) -> bool:
         problems = list(self.problems())
-        if problems:  # not cached: the user may repair a file without a new scan
+        if problems:  # an error is not cached, because the user may repair a file at any time
             raise RegistryError(
                 f"the policy is strict (MTENN_STRICT), and plugins have {len(problems)}"
                 " problem(s):\n" + "\n".join(f"- {problem.message}" for problem in problems),
@@ -170,7 +170,7 @@ def _with_status(record: PluginRecord, policy: Policy) -> PluginRecord:
 def _conflict(name: str, candidates: Sequence[PluginRecord]) -> str:
     offers = [f"{r.qualified_name!r} ({r.origin}, {r.target}{r.where})" for r in candidates]
     return (
-        f"combination {name!r} is offered by {len(candidates)} plugins: {', '.join(offers)};"
+        f"combination {name!r} is offered by {len(candidates)} plugins: {', '.join(offers)}."
         f" {_conflict_remedy(name, candidates)}"
     )
 
@@ -179,13 +179,13 @@ def _conflict_remedy(name: str, candidates: Sequence[PluginRecord]) -> str:
     installed = [record for record in candidates if record.distribution]
     qualified = installed[0].qualified_name
     if len({(record.owner, record.name) for record in candidates}) < len(candidates):
-        return f"no name distinguishes them; tell the author of {installed[0].distribution}"
+        return f"No name distinguishes them. Tell the author of {installed[0].distribution}"
     if len(installed) < len(candidates):
         return (
-            f"ask for {qualified!r}, or remove the combination that this process registered:"
+            f"Ask for {qualified!r}, or remove the combination that this process registered:"
             f" registry.unregister({name!r})"
         )
     return (
-        "ask for one of these names, disable or uninstall all but one, or prefer one:"
+        "Ask for one of these names, disable or uninstall all but one, or prefer one:"
         f" registry.policy = Policy(prefer=({qualified!r},))"
     )

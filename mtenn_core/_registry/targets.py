@@ -1,4 +1,4 @@
-"""Import what a target names, and make the combinations to check."""
+"""Import the class or function of a target, and make the combinations to check."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from mtenn_core.testing._target import Target, root_and_module
 def make_combinations(
     target: Target, registry: Registry
 ) -> Iterator[tuple[str, Target, Combination]]:
-    """Import what a target names, and make an instance with each set of arguments.
+    """Import the class or function of a target, and make an instance with each set of arguments.
 
     Yields
     ------
-    the combination's name for a report, the target of this instance alone, and the instance
+    the name of the combination in a report, the target for this instance, and the instance
 
     Raises
     ------
-    TargetError : the module, file or attribute does not exist, or it makes no combination
+    TargetError : the module, file or attribute does not exist, or does not make a combination
     RegistryError : the name is unknown, or the plugin does not load
     """
     try:
@@ -51,7 +51,7 @@ def make_combinations(
 
 
 def _is_importable(path: str) -> bool:
-    """Return True if a path may name a file or a module: ``my_rules:x`` may, ``my-rules:x`` not."""
+    """Return True if a path may name a file or a module: ``my_rules:x``, but not ``my-rules:x``."""
     where, colon, _ = path.rpartition(":")
     is_module = bool(colon) and all(map(str.isidentifier, where.split(".")))
     return is_module or where.endswith(".py") or path.endswith(".py")
@@ -73,8 +73,8 @@ def _make(path: str, source: Callable[..., Any], arguments: Mapping[str, Any]) -
         combination = source(**arguments)
     except (Exception, SystemExit) as error:
         raise TargetError(
-            f"{path!r} cannot be called with {dict(arguments)}: {type(error).__name__}: {error};"
-            " give it arguments with --arg name=value"
+            f"{path!r} cannot be called with {dict(arguments)}: {type(error).__name__}: {error}."
+            " Give arguments with --arg name=value"
         ) from error
     if not isinstance(combination, Combination):
         raise TargetError(
@@ -87,22 +87,22 @@ def _make(path: str, source: Callable[..., Any], arguments: Mapping[str, Any]) -
 def _import(path: str) -> Any:
     where, _, attribute = path.rpartition(":")
     if not (where and attribute):
-        raise TargetError(f"{path!r} must name a class or function; add :Class to the path")
+        raise TargetError(f"{path!r} must name a class or function. Add :Class to the path")
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
         return reduce(getattr, attribute.split("."), module)
     except (Exception, SystemExit) as error:
         raise TargetError(
-            f"cannot load {path!r}: {type(error).__name__}: {error}; expected a name that `mtenn"
+            f"cannot load {path!r}: {type(error).__name__}: {error}. Expected a name that `mtenn"
             " list` shows, package.module:Class, or folder/file.py:Class"
         ) from error
 
 
 def _import_module(name: str, folder: str | None = None) -> ModuleType:
-    """Import from ``folder`` first; by default, the working directory, as ``python -m`` does."""
+    """Import a module from ``folder``. The default is the working directory."""
     folder = folder or os.getcwd()
     if sys.path[:1] != [folder]:
-        # It stays on the path, because a function may import another file when it is called.
+        # The folder stays on the path, because a function may import another file when it runs.
         sys.path.insert(0, folder)
     return importlib.import_module(name)
 
@@ -114,7 +114,7 @@ def _import_file(file: Path) -> ModuleType:
     module = _import_module(name, folder)
     if module.__file__ is None or not file.samefile(module.__file__):
         raise ImportError(
-            f"the name {name!r} belongs to {module.__file__ or 'a module without a file'}; rename"
+            f"the name {name!r} belongs to {module.__file__ or 'a module without a file'}. Rename"
             " the file, or check it in another process"
         )
     return module

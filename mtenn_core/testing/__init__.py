@@ -1,7 +1,7 @@
-"""Checks that a combination is what it says, and its gradient the derivative of its value.
+"""The conformance suite: checks of the contract, the value and the gradient of a combination.
 
-One list, :data:`CHECKS`, serves every front: the registry's gate, ``mtenn check``,
-:func:`check_combination` and, under pytest, :class:`CombinationConformance`.
+The registry's gate, ``mtenn check``, :func:`check_combination` and, in pytest,
+:class:`CombinationConformance` use the same list of checks, :data:`CHECKS`.
 
 >>> from mtenn_core.testing import check_combination
 >>> report = check_combination(MyCombination(pred_scale=10.0))

@@ -1,10 +1,14 @@
-"""The catalogue: one list of checks for all fronts, in the order in which they run.
+"""The list of all checks, in the order in which they run.
 
-The gradient of a combined prediction is go · Σ_i w_i g_i, with go the gradient of the loss, w_i the
-pose weights and g_i the gradients of the poses. So w is read off backward, with unit vectors for
-g_i, and compared with finite differences of the value (C); that backward is this sum for any
-go and g_i is linear algebra, which is checked to roundoff (B). Neither sees a wrong value (D),
-arguments and results of the wrong form (A1 to A3, A11 to A13), or side effects (A4 to A10).
+The gradient of a combined prediction is go · Σ_i w_i g_i. Here go is the gradient of the loss, w_i
+are the pose weights, and g_i are the gradients of the poses. An id shows the group of a check:
+
+- A1 to A3, A11 to A13: the form of arguments and results. A4 to A10: side effects.
+- B: backward computes this sum for any go and g_i. The sum is linear algebra, so the tolerance is
+  roundoff.
+- C: the weights w_i are the derivative of the value. Backward returns w_i if the g_i are unit
+  vectors; the check compares them with finite differences of the value.
+- D: the value is correct. The other groups do not notice a wrong value.
 """
 
 from __future__ import annotations
@@ -59,11 +63,11 @@ CHECKS: tuple[Check, ...] = (
 
 
 def chosen_checks(level: Level, only: Collection[str] | None = None) -> list[Check]:
-    """Return the checks of a level and those below, or those with the ids ``only``.
+    """Return the checks of a level and of lower levels, or only the checks with the ids ``only``.
 
     Raises
     ------
-    ValueError : there is no such level, or no check of such an id
+    ValueError : the level or an id is unknown
     """
     if level not in LEVELS:
         raise ValueError(f"level must be one of {', '.join(LEVELS)}; found {level!r}")
@@ -75,9 +79,9 @@ def chosen_checks(level: Level, only: Collection[str] | None = None) -> list[Che
 
 
 def known_ids(ids: Collection[str]) -> Collection[str]:
-    """Return ``ids``, or raise a ValueError if one is that of no check."""
+    """Return ``ids``. Raise a ValueError if no check has one of these ids."""
     known = [check.id for check in CHECKS]
     unknown = [ids] if isinstance(ids, str) else [id for id in ids if id not in known]
     if unknown:
-        raise ValueError(f"no check is called {', '.join(unknown)}; known: {', '.join(known)}")
+        raise ValueError(f"no check has the id {', '.join(unknown)}; known ids: {', '.join(known)}")
     return ids

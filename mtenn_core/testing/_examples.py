@@ -1,4 +1,4 @@
-"""Arguments of combinations under test, and the names of these combinations in the tests."""
+"""The instances of a combination to test: their arguments, and their labels in test names."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Case:
     ----------
     source : an instance, a class, or a function that makes an instance
     arguments : the arguments for a class or function
-    label : the combination in the name of a test
+    label : text for the combination in the names of its tests
     """
 
     source: Source
@@ -44,7 +44,7 @@ class Case:
 
 
 def cases_of(sources: Iterable[Source]) -> list[Case]:
-    """Return a case, with a unique label, for each instance and each example of a class.
+    """Return a case for each instance and for each example of a class. Labels are unique.
 
     Raises
     ------
@@ -62,18 +62,18 @@ def cases_of(sources: Iterable[Source]) -> list[Case]:
 
 
 def declared_examples(source: Callable[..., Combination]) -> Sequence[Mapping[str, Any]]:
-    """Return the ``examples`` of a class. A function that declares none has ``({},)``.
+    """Return the ``examples`` of a class, or ``({},)`` for a function without ``examples``.
 
     Raises
     ------
-    CombinationContractError : they are not a nonempty tuple of dicts
+    CombinationContractError : ``examples`` is not a nonempty tuple of dicts
     """
     examples: Any = getattr(source, "examples", ({},))
     is_sequence = isinstance(examples, list | tuple) and len(examples) > 0
     if not (is_sequence and all(isinstance(example, Mapping) for example in examples)):
         raise CombinationContractError(
             f"{_name(source)}.examples must be a tuple of at least one dict of constructor"
-            f" arguments; found {reprlib.repr(examples)}; write: examples = ({{'name': value}},)"
+            f" arguments; found {reprlib.repr(examples)}. Write: examples = ({{'name': value}},)"
         )
     return examples
 
@@ -97,6 +97,9 @@ def _name(source: Source) -> str:
 
 
 def _short_repr(value: Any) -> str:
-    """Return an argument for the name of a test: one line, and the same in every process."""
+    """Return an argument as text for the name of a test.
+
+    The text is one short line, and it is the same in every process.
+    """
     text = repr(value)
     return text if re.fullmatch(r"(?!.* at 0x).{0,40}", text) else type(value).__name__

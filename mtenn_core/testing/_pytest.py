@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 Expected = Mapping[str, str]
 
-# Replaces a test that does not apply to a class. pytest does not collect it, as it is not callable.
+# This replaces tests that do not apply to a class. pytest does not collect it: it is not callable.
 _NO_TEST = object()
 
 
@@ -37,9 +37,9 @@ class BoundCheck:
     Attributes
     ----------
     check : a check of the catalogue
-    level : how thoroughly to probe
-    seed : seed of the random numbers that the check probes with
-    expected_failure : why the check may fail, or None
+    level : level of the checks, which also decides the number of probes
+    seed : seed of the random numbers that the check uses
+    expected_failure : the reason why the check may fail, or None
     label : name of the combination in the summary
     whole_class : True if the checks of one combination are the tests of a class
     """
@@ -86,14 +86,14 @@ class BoundCheck:
                     seed=self.seed,
                     only=[id],
                 )
-        except Exception as error:  # errors inside of a check are in the report
+        except Exception as error:  # not an error inside a check: that is in the report
             what, where = described(error).rsplit("\n", 1)
             if not isinstance(error, MtennError):
                 what += (
-                    "; declare the arguments that the constructor needs in the class:"
+                    ". Declare the arguments that the constructor needs in the class:"
                     " examples = ({'name': value},)"
                 )
-            # From None: pytest would show this error twice, next to a message without a traceback.
+            # From None, because pytest would otherwise show this error twice.
             raise ConformanceFailure(f"{self.label} cannot be checked: {what}\n{where}") from None
         return replace(report, n_expected=len(chosen_checks(self.level)))
 
@@ -125,7 +125,7 @@ def _attribute(cls: type, test: Callable[..., None]) -> object:
 class CombinationConformance:
     """A base class for tests: pytest runs the conformance suite on a combination.
 
-    There is one test for each check and each of the ``examples`` of a class:
+    Each check has one test for each of the ``examples`` of the class:
 
     >>> class TestPowerMean(CombinationConformance):
     ...     combination = PowerMean
@@ -133,10 +133,10 @@ class CombinationConformance:
     Attributes
     ----------
     combination : a class, an instance, or a function that makes an instance
-    level : level of the checks, see :func:`check_combination`; checks above it have no test
-    seed : seed of the random numbers that the checks probe with
-    expected_failures : maps the id of each check that may fail to the reason; such a test may also
-        be replaced or set to None
+    level : level of the checks, see :func:`check_combination`; checks of higher levels have no test
+    seed : seed of the random numbers that the checks use
+    expected_failures : maps the id of each check that may fail to the reason. A subclass may also
+        replace the test of such a check, or set it to None
     """
 
     combination: ClassVar[Source]
@@ -171,7 +171,7 @@ class CombinationConformance:
 
     @classmethod
     def _source(cls) -> Any:
-        # Looked up on the class: on an instance, a function would become a bound method.
+        # Use the attribute of the class, because on an instance a function becomes a bound method.
         return getattr(cls, "combination", None)
 
     @classmethod
@@ -184,8 +184,8 @@ class CombinationConformance:
     @classmethod
     def _test_problems(cls) -> list[str]:
         return [
-            f"{test.__name__} must be the test of the suite; found {_attribute(cls, test)!r};"
-            f" remove it, or give the reason: expected_failures = {{{check.id!r}: 'the reason'}}"
+            f"{test.__name__} must be the test of the suite; found {_attribute(cls, test)!r}."
+            f" Remove it, or give the reason: expected_failures = {{{check.id!r}: 'the reason'}}"
             for check, test, expected in cls._tests()
             if _attribute(cls, test) is not expected and check.id not in cls.expected_failures
         ]
@@ -211,12 +211,12 @@ def parametrize_with_checks(
 
     Parameters
     ----------
-    combinations : classes, each tested with all of its ``examples``, instances, or functions that
-        make an instance
+    combinations : classes, instances, or functions that make an instance. A class is tested with
+        each of its ``examples``
     level : level of the checks, see :func:`check_combination`
-    seed : seed of the random numbers that the checks probe with
+    seed : seed of the random numbers that the checks use
     expected_failures : maps the id of each check that may fail to the reason; or a function that
-        returns this mapping for a combination
+        takes a combination and returns this mapping
 
     Raises
     ------
@@ -247,7 +247,7 @@ def _source_problems(source: object) -> list[str]:
         return []
     return [
         "combination must be a class, an instance, or a function that makes an instance; found"
-        f" {source!r}; write: combination = MyCombination"
+        f" {source!r}. Write: combination = MyCombination"
     ]
 
 
@@ -267,8 +267,8 @@ def _expectation_problems(expected: Expected) -> list[str]:
 
 @contextmanager
 def _seeded(seed: int) -> Iterator[None]:
-    """Set the seed, so that random parameters are the same in each test; restore the old state."""
-    # devices=[]: combinations are made on the CPU; to ask for the GPUs' states would start CUDA.
+    """Set the seed, so that random parameters are the same in each test. Restore the old state."""
+    # devices=[]: combinations are on the CPU, and a query of the GPUs' states would start CUDA.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         yield

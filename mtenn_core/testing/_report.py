@@ -1,4 +1,4 @@
-"""The results of a run of checks."""
+"""The results of checks: a record for each check, and a report for each combination."""
 
 from __future__ import annotations
 
@@ -19,17 +19,20 @@ class Record:
 
     Attributes
     ----------
-    id, title, level : of the check
-    status : ``"pass"``; ``"fail"``, with both numbers in ``reason``; ``"error"``, the combination
-        raised; ``"inconclusive"``, the numerical derivative was too uncertain to tell; ``"skip"``,
-        the check does not apply; ``"xfail"`` and ``"xpass"``, a failure was expected and came or
-        did not come
-    reason : why the status is what it is; empty for a pass
-    cause : the likely mistake, where the numbers give it away
-    metrics : the figures that the check measured
-    seed : of the random numbers that it probed with
+    id, title, level : id, title and level of the check
+    status : ``"pass"``;
+        ``"fail"``: the combination breaks the rule, and ``reason`` contains both numbers;
+        ``"error"``: the combination raised an error;
+        ``"inconclusive"``: the numerical derivative is too uncertain to decide;
+        ``"skip"``: the check does not apply;
+        ``"xfail"``: the check failed, as expected;
+        ``"xpass"``: the check passed, although a failure was expected
+    reason : the reason for the status; empty for a pass
+    cause : the likely mistake, if the wrong numbers show it; else empty
+    metrics : numbers that the check measured
+    seed : seed of the random numbers that the check used
     duration : in seconds
-    repro : a line for the shell that runs this check again
+    repro : shell command that runs this check again
     """
 
     id: str
@@ -45,7 +48,7 @@ class Record:
 
     @property
     def failed(self) -> bool:
-        """Whether the check did not hold, and was expected to."""
+        """True if the check failed, raised or was inconclusive, and no failure was expected."""
         return self.status in ("fail", "error", "inconclusive")
 
     def __str__(self) -> str:
@@ -63,14 +66,14 @@ class Report:
 
     Attributes
     ----------
-    name : who was checked, as the registry calls it, or the class
-    combination : its ``repr``, which shows its arguments
-    facts : what the combination declares of itself, which narrows the checks
-    level : of the checks that ran
-    n_expected : how many checks there were to run
-    records : one for each that ran
-    curves : numbers to plot, from the levels above ``"gate"`` (``mtenn_core.testing._html.curves``)
-    suite_version : of the catalogue
+    name : name of the plugin in the registry, or of the class
+    combination : the ``repr`` of the combination, which shows its arguments
+    facts : the declared facts of the combination, by name
+    level : level of the checks
+    n_expected : number of checks to run
+    records : a record for each check that has run
+    curves : numbers to plot, at levels above ``"gate"``; see ``mtenn_core.testing._html.curves``
+    suite_version : version of the list of checks
     """
 
     name: str
@@ -84,12 +87,12 @@ class Report:
 
     @property
     def failures(self) -> list[Record]:
-        """The checks that failed, raised or stayed inconclusive, expected ones aside."""
+        """Checks that failed, raised or were inconclusive, without expected failures."""
         return [record for record in self.records if record.failed]
 
     @property
     def passed(self) -> bool:
-        """Whether every check ran and none failed, raised or stayed inconclusive."""
+        """True if all checks ran and there are no :attr:`failures`."""
         return len(self.records) == self.n_expected and not self.failures
 
     def __str__(self) -> str:
@@ -120,13 +123,13 @@ class Report:
         return f"passed {counts['pass']} of {self.n_expected} checks{''.join(others)}"
 
     def to_json(self) -> dict[str, Any]:
-        """Return the report as JSON, with null for infinite numbers and NaN."""
+        """Return the report as JSON data, with None for infinite numbers and NaN."""
         plain: dict[str, Any] = _finite({"passed": self.passed, **asdict(self)})
         return plain
 
     @classmethod
     def from_json(cls, plain: dict[str, Any]) -> Report:
-        """Return the report that :meth:`to_json` made ``plain`` of."""
+        """Return the report from the output of :meth:`to_json`."""
         fields = {key: value for key, value in plain.items() if key != "passed"}
         return cls(**{**fields, "records": [Record(**record) for record in plain["records"]]})
 

@@ -1,4 +1,4 @@
-"""Runs checks on a combination and records the results."""
+"""Run checks on a combination and record the results."""
 
 from __future__ import annotations
 
@@ -39,37 +39,40 @@ def check_combination(
     target: Target | None = None,
     on_record: Callable[[Record], object] = lambda record: None,
 ) -> Report:
-    """Check that a combination is what it says, and its gradient the derivative of its value.
+    """Check that a combination keeps the contract and that its gradient is correct.
 
-    Works on copies, in float64 and under a forked random state: ``combination`` stays as it is.
+    The checks use copies of ``combination``, in float64 and with a separate random state. They do
+    not change ``combination``.
 
     Parameters
     ----------
-    combination : an instance, or a class or function that makes one; a class is given the first of
-        its ``examples``
-    level : which checks; ``"gate"`` are those that the registry runs, ``"full"`` is the contract,
-        ``"quality"`` adds what a careful author does beyond it
-    expected_failures : for the id of each check that may fail, why
-    seed : of the random numbers to probe with
-    only : ids of the checks to run, of whatever level
-    name : who it is, for the report
-    target : what ``mtenn check`` calls it, for the line that runs a check again
-    on_record : called with each record as it is made
+    combination : an instance, or a class or function that makes one. A class gets the first of its
+        ``examples`` as arguments
+    level : ``"gate"`` runs the checks of the registry, ``"full"`` runs all checks of the contract,
+        and ``"quality"`` adds checks that go beyond the contract
+    expected_failures : maps the id of each check that may fail to the reason
+    seed : seed of the random numbers that the checks use
+    only : ids of the checks to run, which may be of any level
+    name : name of the combination in the report
+    target : target of ``mtenn check``, for the command that runs a check again
+    on_record : function that gets each record as soon as its check has run
 
     Raises
     ------
-    ValueError : there is no such level, no check of such an id, or no reason for one
-    CombinationContractError : it declares of itself what cannot be
+    ValueError : the level or an id is unknown, or an expected failure has no reason
+    CombinationContractError : a declared fact of the combination is invalid
 
     Returns
     -------
-    Report, with ``passed``, ``records`` and, as ``str``, both numbers of what failed
+    the report: ``report.passed`` is the result, and ``str(report)`` describes the failures
     """
     checks = chosen_checks(level, only)
     known_ids(expected_failures or ())
     reasons = (expected_failures or {}).values()
     if not all(isinstance(reason, str) and reason.strip() for reason in reasons):
-        raise ValueError(f"expected_failures needs a reason for each; found {expected_failures}")
+        raise ValueError(
+            f"expected_failures must give a reason for each id; found {expected_failures}"
+        )
     again = _shell_line(target or target_of(combination), seed)
     if not isinstance(combination, Combination):
         examples: Sequence[dict[str, Any]] = getattr(combination, "examples", ())
@@ -82,7 +85,7 @@ def check_combination(
         level=level,
         n_expected=len(checks),
     )
-    # devices=[]: the copies are on the CPU, and asking for the GPUs' states would start CUDA.
+    # devices=[]: the copies are on the CPU, and a query of the GPUs' states would start CUDA.
     with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
         for check in checks:
             record = _run(check, partial(_subject, combination, level, seed), seed, again(check.id))
@@ -96,15 +99,15 @@ def check_combination(
 
 
 def _subject(combination: Combination, level: Level, seed: int) -> Subject:
-    # One for each check: none finds what another has left behind.
+    # Each check gets a new subject, so that no check sees changes that another check made.
     return Subject(combination, seed, thorough=level != "gate")
 
 
 @contextmanager
 def _restored_process_state(seed: int) -> Iterator[None]:
     with preserved_process_state(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # probes go where a user's numbers do not
-        # Not torch.manual_seed, which takes a millisecond: it looks for devices to seed.
+        warnings.simplefilter("ignore")  # some probes are more extreme than a user's numbers
+        # torch.manual_seed would take a millisecond, because it also looks for devices to seed.
         torch.default_generator.manual_seed(seed)
         yield
 
@@ -136,7 +139,10 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
 
 
 def described(error: BaseException) -> str:
-    """Return what was raised, and where in the code of whoever wrote the combination, if there."""
+    """Return an error as text, with the file and line that raised it.
+
+    The line is in the author's code if the traceback contains such code.
+    """
     frames = traceback.extract_tb(error.__traceback__)
     libraries = tuple(os.path.join(module.__path__[0], "") for module in (torch, mtenn_core))
     theirs = [frame for frame in frames if not frame.filename.startswith(libraries)]
@@ -145,7 +151,7 @@ def described(error: BaseException) -> str:
 
 
 def _expected(record: Record, why: str | None) -> Record:
-    """Return the record as an expected failure if there is a reason, ``why``."""
+    """Return the record. If there is a reason ``why``, mark it as an expected failure."""
     if why is None or record.status == "skip":
         return record
     if record.status == "pass":
@@ -155,13 +161,13 @@ def _expected(record: Record, why: str | None) -> Record:
 
 def _shell_line(target: Target | None, seed: int) -> Callable[[str], str]:
     if target is None:
-        options = f"seed={seed})  # no shell can name it"
+        options = f"seed={seed})  # mtenn check cannot import it"
         return lambda id: f"check_combination(…, only=[{id!r}], {options}"
     return lambda id: target.command("--only", id, "--seed", str(seed))
 
 
 def shown(combination: Combination) -> str:
-    """Return the ``repr`` of a combination, or what it raised."""
+    """Return the ``repr`` of a combination, or a text with the error that ``repr`` raises."""
     try:
         return repr(combination)
     except Exception as error:

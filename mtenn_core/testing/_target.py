@@ -1,4 +1,4 @@
-"""Targets of ``mtenn check``: how a shell names a combination and its arguments."""
+"""Targets of ``mtenn check``: a combination and its arguments as text for the shell."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from mtenn_core.combination import Combination
 
 @dataclass(frozen=True)
 class Target:
-    """A combination as the command line names it.
+    """A combination and its arguments, for the command line.
 
     Attributes
     ----------
-    path : a name of the registry, ``"package.module:Class"`` or ``"folder/file.py:Class"``; instead
-        of the class, it may name a function that makes an instance
-    arguments : arguments of the class; if empty, its ``examples`` are used
+    path : a name in the registry, ``"package.module:Class"`` or ``"folder/file.py:Class"``. A
+        function that makes an instance may stand in the place of the class
+    arguments : arguments of the class; if empty, the class is tested with its ``examples``
     """
 
     path: str
@@ -39,12 +39,12 @@ class Target:
         return shlex.join([*words, *options])
 
     def argument_texts(self) -> list[str]:
-        """Return each argument as ``name=value``, which :func:`parse_argument` reads."""
+        """Return each argument as text for :func:`parse_argument`: ``name=value``."""
         return [f"{name}={_value_text(value)}" for name, value in self.arguments.items()]
 
 
 def target_of(source: Any, path: str | None = None) -> Target | None:
-    """Return the target that names a combination, class or function, or None if a shell cannot.
+    """Return the target for a combination, class or function, or None if text cannot express it.
 
     Parameters
     ----------
@@ -65,7 +65,9 @@ def target_of(source: Any, path: str | None = None) -> Target | None:
 
 
 def parse_argument(text: str) -> tuple[str, Any]:
-    """Return name and value of ``name=value``. A value that is not a Python literal is a string.
+    """Return the name and the value in ``name=value``.
+
+    A value that is not a Python literal or a float is a string.
 
     Raises
     ------
@@ -81,7 +83,7 @@ def parse_argument(text: str) -> tuple[str, Any]:
 
 
 def root_and_module(file: Path) -> tuple[str, str]:
-    """Return the folder to import a file from, and the name of its module there."""
+    """Return the folder from which a file can be imported, and the name of its module there."""
     parts = [] if file.name == "__init__.py" else [file.stem]
     folder = file.parent
     while (folder / "__init__.py").exists():
@@ -100,12 +102,12 @@ def _has_text(value: Any) -> bool:
     """Return True if the command line can express ``value``."""
     try:
         return bool(parse_argument(f"x={_value_text(value)}")[1] == value)
-    except Exception:  # raised by its repr or its comparison
+    except Exception:  # its repr or its comparison may raise
         return False
 
 
 def _path_of(source: Any) -> str | None:
-    """Return ``module:name`` or ``file.py:name`` if a new process can import it, else None."""
+    """Return ``module:name`` or ``file.py:name``, or None if a new process cannot import it."""
     name, module = getattr(source, "__qualname__", "<"), sys.modules.get(source.__module__)
     file = getattr(module, "__file__", None)
     if "<" in name or file is None or _attribute(module, name) is not source:

@@ -217,7 +217,7 @@ def test_a_strict_policy_says_why_another_plugin_was_imported(places, monkeypatc
 
 
 @pytest.mark.parametrize("command", ["list", "doctor", "check --all"])
-def test_a_setting_that_makes_no_sense_is_an_error(monkeypatch, command):
+def test_an_invalid_setting_is_an_error(monkeypatch, command):
     monkeypatch.setenv("MTENN_STRICT", "perhaps")
     result = CliRunner().invoke(main, command.split())
     assert result.exit_code == 1
@@ -225,7 +225,7 @@ def test_a_setting_that_makes_no_sense_is_an_error(monkeypatch, command):
 
 
 @posix
-def test_doctor_finds_nothing_wrong_with_what_is_right(places, monkeypatch):
+def test_doctor_finds_no_problem_with_right_plugins(places, monkeypatch):
     monkeypatch.setenv("MTENN_PLUGINS", "healthy")
     registry.refresh()
     result = CliRunner().invoke(main, ["doctor"])
@@ -233,7 +233,7 @@ def test_doctor_finds_nothing_wrong_with_what_is_right(places, monkeypatch):
     assert result.stdout == "combinations: 1; problems: none\n"
 
 
-def test_check_of_what_is_right_exits_with_zero(mtenn):
+def test_check_of_a_right_combination_exits_with_zero(mtenn):
     result = mtenn("check", "right")
     assert result.exit_code == 0, result.output
     assert "passed" in result.output
@@ -242,7 +242,7 @@ def test_check_of_what_is_right_exits_with_zero(mtenn):
     assert {record["seed"] for record in report["records"]} == {3}
 
 
-def test_check_of_what_is_wrong_exits_with_one_and_shows_both_numbers(mtenn):
+def test_check_of_a_wrong_combination_exits_with_one_and_shows_both_numbers(mtenn):
     result = mtenn("check", "wrong", *GATE)
     assert result.exit_code == 1
     assert "your backward" in result.stdout
@@ -308,7 +308,7 @@ def test_the_levels_are_those_of_the_checks():
     assert check.LEVELS == LEVELS
 
 
-def test_check_in_isolation_survives_what_ends_its_process(mtenn, tmp_path):
+def test_an_isolated_check_survives_a_crash(mtenn, tmp_path):
     (tmp_path / "ends.py").write_text("import os; os._exit(3)")
     result = mtenn("check", f"{tmp_path}/ends.py:Class", "right", "--isolated", "--only", "A2")
     assert result.exit_code == 1
@@ -316,7 +316,7 @@ def test_check_in_isolation_survives_what_ends_its_process(mtenn, tmp_path):
     assert "passed 1 of 1 checks" in result.stdout
 
 
-def test_an_error_that_nobody_meant_says_where_and_the_others_go_on(mtenn, monkeypatch):
+def test_an_unexpected_error_shows_its_line_and_other_targets_continue(mtenn, monkeypatch):
     def raises_at_first(*args, only, **options):
         monkeypatch.undo()
         raise ZeroDivisionError("not meant")
@@ -383,7 +383,7 @@ def test_errors_go_to_json(mtenn):
     assert outcome["error"]["type"] == "PluginLoadError"
 
 
-def test_what_a_plugin_prints_is_not_in_the_report(mtenn):
+def test_the_output_of_a_plugin_is_not_in_the_report(mtenn):
     result = mtenn("check", "right", "--json", *GATE)
     assert "imported" in result.stderr
     assert "imported" not in result.stdout
@@ -414,7 +414,7 @@ def test_names_are_never_cut_off(mtenn, monkeypatch):
     [
         (("chekc",), "No such command 'chekc'"),
         (("info",), "Missing argument 'NAME'"),
-        (("check",), "expected a combination .* or --all; found neither"),
+        (("check",), "expected a combination or --all; found neither"),
         (("check", "right", "--all"), "or --all; found both"),
         (("check", "right", "wrong", "--arg", "shift=1"), "--arg applies to one combination"),
         (("check", "--all", "--arg", "shift=1"), "--arg applies to one combination"),

@@ -71,7 +71,7 @@ def test_schema_is_valid(name):
 
 
 @pytest.mark.parametrize(("arguments", "status", "part"), COMMANDS.values(), ids=COMMANDS)
-def test_document_is_as_its_schema_says(arguments, status, part, plugins, tmp_path):
+def test_a_document_matches_its_schema(arguments, status, part, plugins, tmp_path):
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == status
@@ -91,7 +91,7 @@ FAKES = {
 }
 
 
-def test_a_plugin_that_is_whole_is_valid():
+def test_a_complete_plugin_document_is_valid():
     validator("list").validate([PLUGIN])
 
 

@@ -109,7 +109,7 @@ def test_json_has_the_files(new, tmp_path):
     ],
     ids=lambda value: value[:20],
 )
-def test_one_name_makes_all_names(new, given, name, snake, camel):
+def test_all_names_derive_from_one_name(new, given, name, snake, camel):
     result = new(given)
     assert result.exit_code == 0, result.output
     folder = Path(f"mtenn-{name}")
@@ -134,14 +134,14 @@ def test_one_name_makes_all_names(new, given, name, snake, camel):
     ["", "3d", "mtenn-3d", "mtenn-", "-", "_x", "x-", "a b", "../a", "a:b", "µ", "a\n", TOO_LONG],
     ids=repr,
 )
-def test_what_cannot_be_a_name_is_wrong_usage(new, name):
+def test_an_invalid_name_is_wrong_usage(new, name):
     result = new("--", name)
     assert result.exit_code == 2
     assert "'NAME': a name must start with a letter" in " ".join(result.stderr.split())
     assert files_in(".") == []
 
 
-def test_a_name_that_is_taken_is_refused_with_who_has_it(new, install_plugin):
+def test_a_name_that_is_taken_is_refused_with_its_owner(new, install_plugin):
     install_plugin("demo-rules", {"My.Rule": "demo_rules:Rule"}, "raise SystemExit('imported')")
     registry.refresh()
     result = new("my-rule")
@@ -156,7 +156,7 @@ def test_a_distribution_of_the_same_name_is_not_replaced(new, install_plugin):
     install_plugin("mtenn-my-rule", {"another-name": "mtenn_my_rule:Rule"})
     result = new("my-rule")
     assert result.exit_code == 1
-    assert "found mtenn-my-rule 1.0 installed; choose another name" in result.stderr
+    assert "but mtenn-my-rule 1.0 is installed. Choose another name" in result.stderr
     result = new("core")
     assert result.exit_code == 1
     assert f"found mtenn-core {mtenn_core.__version__} installed" in result.stderr
@@ -168,9 +168,7 @@ def test_nothing_in_a_folder_is_overwritten(new):
     Path("mtenn-my-rule/README.md").write_text("mine")
     result = new("my-rule")
     assert result.exit_code == 1
-    assert (
-        "error: mtenn-my-rule must be empty; found files, and nothing was written" in result.stderr
-    )
+    assert "error: mtenn-my-rule must be empty; found files. Nothing was written" in result.stderr
     assert files_in(".") == ["mtenn-my-rule/README.md"]
     assert Path("mtenn-my-rule/README.md").read_text() == "mine"
 
@@ -239,7 +237,7 @@ def test_its_own_tests_fail_where_the_derivative_is_made_wrong(new):
     module.write_text(source.replace(right, wrong), encoding="utf-8")
     done = run_its_tests(Path("mtenn-my-rule").resolve())
     assert done.returncode == 1, done.stdout + done.stderr
-    assert "every weight is 1.001 times what it should be" in done.stdout
+    assert "every weight is 1.001 times the correct one" in done.stdout
 
 
 @pytest.mark.parametrize(
@@ -252,13 +250,13 @@ def test_its_own_tests_fail_where_the_derivative_is_made_wrong(new):
         ("2.0.0rc1", ">=2.0.0rc1,<3"),
     ],
 )
-def test_it_is_for_the_versions_of_the_core_that_are_like_this_one(version, versions):
+def test_it_requires_compatible_versions_of_the_core(version, versions):
     found = command._versions_of_core(version)
     assert found == versions
     assert Requirement(f"mtenn-core{found}").specifier.contains(version, prereleases=True)
 
 
-def test_it_is_built_and_run_by_what_the_core_is(new):
+def test_it_has_the_build_system_and_python_of_the_core(new):
     assert new("my-rule").exit_code == 0
     core, package = read_pyproject(CORE), read_pyproject("mtenn-my-rule/pyproject.toml")
     assert package["build-system"] == core["build-system"]

@@ -79,7 +79,7 @@ def ends(pid: int) -> bool:
     return not is_running(pid)
 
 
-def test_it_finds_what_a_check_in_this_process_finds(write):
+def test_results_equal_those_of_a_check_in_this_process(write):
     target = write()
     ((name, this, made),) = make_combinations(target, registry)
     here = check_combination(made, name=name, target=this)
@@ -120,7 +120,7 @@ def test_it_finds_what_a_check_in_this_process_finds(write):
         ),
     ],
 )
-def test_what_ends_its_process_is_an_error_of_the_check_that_ran(write, code, reason, printed):
+def test_a_crash_is_an_error_of_the_running_check(write, code, reason, printed):
     report = check(write(code), only=["A2"])
     (record,) = report.failures
     assert (record.id, record.status) == ("A2", "error")
@@ -131,7 +131,7 @@ def test_what_ends_its_process_is_an_error_of_the_check_that_ran(write, code, re
 
 
 @pytest.mark.slow("it waits for the time limit several times")
-def test_what_does_not_end_is_ended_with_the_place_where_it_was(write):
+def test_a_hang_is_stopped_and_its_line_is_shown(write):
     report = check(write("while True: pass"), only=["A2", "A3", "B1"], time_limit=4)
     assert report.records[0].reason.startswith("did not end within 2 s")
     assert "plugin.py" in report.records[0].reason
@@ -172,7 +172,7 @@ def test_an_allocation_beyond_the_limit_is_an_error_that_names_the_limit(write, 
         pytest.param("os.fork()", id="a fork that goes on with the checks"),
     ],
 )
-def test_what_a_plugin_does_to_its_files_changes_nothing(write, code):
+def test_a_plugin_cannot_disturb_the_pipes_of_its_process(write, code):
     report = check(write(code), only=["A2", "A3"])
     assert report.passed, report
     assert [record.id for record in report.records] == ["A2", "A3"]
@@ -183,16 +183,16 @@ def test_the_checks_after_a_death_run_in_a_new_process(write):
     assert [record.status for record in report.records] == ["error", "pass", "pass"]
 
 
-def test_what_hangs_once_leaves_time_for_the_others(write):
+def test_one_hang_leaves_time_for_other_checks(write):
     report = check(write("once() and time.sleep(600)"), only=["A2", "A3"], time_limit=8)
     assert [record.status for record in report.records] == ["error", "pass"]
 
 
-def test_after_some_deaths_the_rest_is_not_run(write, monkeypatch):
+def test_after_several_deaths_the_remaining_checks_do_not_run(write, monkeypatch):
     monkeypatch.setattr(isolated_checks, "MAX_DEATHS", 2)
     report = check(write("os._exit(3)"), only=["A2", "A3", "C1"])
     assert [record.status for record in report.records] == ["error", "error"]
-    assert "the remaining checks are not run" in report.records[-1].reason
+    assert "the remaining checks did not run" in report.records[-1].reason
     assert report.verdict == "ran 2 of 3 checks, 2 failed"
 
 
@@ -230,12 +230,12 @@ def test_a_plugin_that_dies_while_it_is_imported_has_a_report(tmp_path):
         pytest.param("no_such_module:Class", TargetError, marks=ALIKE),
     ],
 )
-def test_what_cannot_be_loaded_raises_what_it_raises_in_this_process(path, error):
+def test_errors_of_loading_are_the_same_as_in_this_process(path, error):
     with pytest.raises(error, match=r"no.such"):
         list(check_isolated(Target(path)))
 
 
-def test_arguments_arrive_as_they_are(write):
+def test_arguments_do_not_change_on_their_way_to_the_child(write):
     target = Target(write().path, {"name": "1", "scale": float("inf")})
     assert check(target, only=["A2"]).combination == "Mean(name='1', scale=inf)"
 

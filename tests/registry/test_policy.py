@@ -73,7 +73,7 @@ FORBIDDEN = {
 @pytest.mark.parametrize("name", ["marked", "demo-marked:marked"])
 @pytest.mark.parametrize("case", FORBIDDEN)
 @pytest.mark.parametrize("by", ["environment", "argument"])
-def test_what_is_not_allowed_is_not_imported(marked, monkeypatch, case, by, name):
+def test_a_plugin_that_is_not_allowed_is_not_imported(marked, monkeypatch, case, by, name):
     environment, policy = FORBIDDEN[case]
     registry = Registry()
     if by == "environment":
@@ -96,7 +96,7 @@ def test_what_is_not_allowed_is_not_imported(marked, monkeypatch, case, by, name
 
 
 @pytest.mark.parametrize("entry", ["marked", "demo-marked", "Demo.Marked:MARKED"])
-def test_what_is_allowed_is_all_that_there_is(marked, monkeypatch, entry):
+def test_only_allowed_plugins_are_listed(marked, monkeypatch, entry):
     monkeypatch.setenv("MTENN_PLUGINS", entry)
     assert Registry().names() == ["marked"]
     assert Registry().get("marked").__name__ == "Good"
@@ -120,7 +120,7 @@ def test_the_environment_may_change_while_the_process_runs(marked, monkeypatch):
 
 
 @pytest.mark.parametrize("variable", ["MTENN_PLUGINS", "MTENN_DISABLE_PLUGINS"])
-def test_an_entry_that_means_nothing_warns_with_the_closest_name(marked, monkeypatch, variable):
+def test_an_unknown_entry_warns_and_suggests_the_closest_name(marked, monkeypatch, variable):
     monkeypatch.setenv(variable, "markd healthy" if variable == "MTENN_PLUGINS" else "markd")
     registry = Registry()
     with pytest.warns(PluginWarning, match=rf"{variable}=.*'markd'.*Did you mean 'marked'\?"):
@@ -140,7 +140,7 @@ def test_an_entry_may_be_installed_later(places):
     assert registry.names() == ["late"]  # without a warning
 
 
-def test_what_is_registered_by_a_call_needs_no_permission(places):
+def test_registered_combinations_are_always_allowed(places):
     registry = Registry()
     good = registry.get("healthy")
     registry.policy = Policy(allowed=())
@@ -149,10 +149,10 @@ def test_what_is_registered_by_a_call_needs_no_permission(places):
     assert registry.get("mine") is good
 
 
-def test_entries_are_several():
+def test_entries_must_be_a_tuple():
     with pytest.raises(
         TypeError,
-        match=r"allowed must be a tuple of entries; found 'max'; write: allowed=\('max',\)",
+        match=r"allowed must be a tuple of entries; found 'max'. Write: allowed=\('max',\)",
     ):
         Policy(allowed="max")
 
@@ -208,7 +208,7 @@ def test_strict_stops_at_a_problem_before_any_import(places, marked, monkeypatch
     assert registry.problems()  # can be looked at all the same
 
 
-def test_strict_imports_all_before_it_hands_one_out(places, marked, monkeypatch):
+def test_strict_imports_all_plugins_before_it_returns_one(places, marked, monkeypatch):
     write_distribution(places.site, "demo-bad", {"zz-bad": "demo_bad:Good"}, "1 / 0")
     monkeypatch.setenv("MTENN_STRICT", "1")
     registry = Registry()
@@ -222,7 +222,7 @@ def test_strict_imports_all_before_it_hands_one_out(places, marked, monkeypatch)
     assert marked.exists()
 
 
-def test_strict_looks_again_where_the_policy_or_what_is_installed_has_changed(places):
+def test_strict_checks_again_after_a_change_of_policy_or_installation(places):
     write_distribution(places.site, "demo-bad", {"bad": "demo_bad:Good"}, "1 / 0")
     registry = Registry(policy=Policy(strict=True, disabled=("bad",)))
     assert registry.get("healthy")
@@ -247,7 +247,7 @@ def test_a_registered_name_that_is_installed_later_can_be_taken_back(places):
     registry.register("late", registry.get("healthy"))
     write_distribution(places.site, "demo-late", {"late": "demo_late:Good"})
     registry.refresh()
-    with pytest.raises(CombinationConflictError, match=r"ask for 'demo-late:late', or"):
+    with pytest.raises(CombinationConflictError, match=r"Ask for 'demo-late:late', or"):
         registry.get("late")
     assert registry.get("demo-late:late").__module__ == "demo_late"
     registry.unregister("late")
@@ -255,13 +255,13 @@ def test_a_registered_name_that_is_installed_later_can_be_taken_back(places):
 
 
 @pytest.mark.parametrize("value", ["0", "false", "No", "off", ""])
-def test_no_is_no(places, monkeypatch, value):
+def test_strict_may_be_set_to_no(places, monkeypatch, value):
     malformed(places)
     monkeypatch.setenv("MTENN_STRICT", value)
     assert Registry().names()
 
 
-def test_what_is_neither_yes_nor_no_is_an_error(monkeypatch):
+def test_a_strict_setting_that_is_not_a_boolean_is_an_error(monkeypatch):
     monkeypatch.setenv("MTENN_STRICT", "perhaps")
     with pytest.raises(RegistryError, match="MTENN_STRICT must be 1 or 0; found 'perhaps'"):
         Registry().names()
@@ -283,7 +283,7 @@ def pins(tmp_path, monkeypatch):
     return write
 
 
-def test_what_is_pinned_is_handed_out(record, marked, pins):
+def test_a_pinned_plugin_is_returned(record, marked, pins):
     pins(f"# of today\n\n{NO_PINS}{pin(record)}  # mine\n")
     assert Registry().get("marked").__name__ == "Good"
     assert marked.exists()
@@ -323,7 +323,7 @@ PINNED_OTHERWISE = {
 
 
 @pytest.mark.parametrize("text", PINNED_OTHERWISE)
-def test_what_is_pinned_otherwise_is_not_imported(record, marked, pins, text):
+def test_a_plugin_with_another_pin_is_not_imported(record, marked, pins, text):
     pins(text(record))
     registry = Registry()
     assert "marked" in registry.names()
@@ -334,7 +334,7 @@ def test_what_is_pinned_otherwise_is_not_imported(record, marked, pins, text):
     assert kinds == ["not pinned"]
 
 
-def test_a_file_of_pins_that_is_not_there_allows_nothing(marked, monkeypatch, tmp_path):
+def test_a_missing_pins_file_allows_no_plugin(marked, monkeypatch, tmp_path):
     monkeypatch.setenv("MTENN_PINS", str(tmp_path / "nowhere.txt"))
     message = r"the pins file cannot be read .*nowhere.txt.*list --pins"
     with pytest.raises(PluginPinError, match=message):
@@ -383,7 +383,7 @@ def test_a_record_of_any_kind_is_read_or_refused(record, marked, pins, row):
         registry.get("marked")
 
 
-def test_what_has_no_version_cannot_be_pinned(places):
+def test_a_distribution_without_version_cannot_be_pinned(places):
     write_distribution(
         places.site, "demo-bad", {"bad": "demo_bad:Good"}, metadata="Name: demo-bad\n", record=True
     )
@@ -446,7 +446,7 @@ def a_folder_beside_it(at):
 
 
 @pytest.mark.parametrize("place", [in_front, a_folder_beside_it])
-def test_what_an_import_finds_instead_is_not_imported(places, record, marked, pins, place):
+def test_a_pinned_name_is_not_imported_from_another_place(places, record, marked, pins, place):
     pins(pin(record))
     place(places)
     with pytest.raises(
@@ -507,7 +507,7 @@ def test_a_file_of_pins_that_cannot_be_read_is_one_problem(places, marked, monke
     assert [p.kind for p in problems if "nowhere.txt" in p.message] == ["not pinned"]
 
 
-def test_what_is_editable_cannot_be_pinned(record, marked, pins):
+def test_an_editable_install_cannot_be_pinned(record, marked, pins):
     pins(pin(record))
     origin = {"url": "file:///home/me", "dir_info": {"editable": True}}
     (Path(record.metadata) / "direct_url.json").write_text(json.dumps(origin))
@@ -516,7 +516,7 @@ def test_what_is_editable_cannot_be_pinned(record, marked, pins):
     assert not marked.exists()
 
 
-def test_what_has_no_record_cannot_be_pinned(places, pins):
+def test_a_distribution_without_record_cannot_be_pinned(places, pins):
     pins("demo-healthy==1.0 RECORD=sha256:" + "0" * 64)
     with pytest.raises(PluginPinError, match="has no RECORD with hashes"):
         Registry().get("healthy")

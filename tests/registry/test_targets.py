@@ -92,8 +92,8 @@ def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
         ("targets:Scaaled", "has no attribute 'Scaaled'"),
         ("no_such_module:Scaled", "No module named 'no_such_module'"),
         ("no_such_file.py:Scaled", "there is no file 'no_such_file.py'"),
-        ("targets.py", "must name a class or function; add :Class"),
-        ("targets:", "must name a class or function; add :Class"),
+        ("targets.py", "must name a class or function. Add :Class"),
+        ("targets:", "must name a class or function. Add :Class"),
         ("targets:no_combination", "must be a subclass .* it returned 3"),
         ("targets:not_callable", "cannot be called with {}: TypeError"),
         (
@@ -106,7 +106,7 @@ def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
         ),
     ],
 )
-def test_what_is_no_combination_is_an_error_that_names_it(module, path, message):
+def test_a_target_that_is_not_a_combination_is_an_error(module, path, message):
     with pytest.raises(TargetError, match=message) as caught:
         shown(Target(path))
     assert repr(path) in str(caught.value)
@@ -170,7 +170,7 @@ def test_a_combination_is_named_so_that_it_is_found_again(module):
     assert target_of(made, "scaled") == Target("scaled", {"scale": 5.0})
 
 
-def test_what_a_shell_cannot_say_has_no_target():
+def test_a_combination_without_text_form_has_no_target():
     class Local(Combination):
         def __init__(self, function=None):
             super().__init__()

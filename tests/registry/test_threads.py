@@ -127,7 +127,7 @@ def test_each_is_validated_once_and_leaves_the_process_as_it_was(counts, monkeyp
     assert torch.get_default_dtype() == before[1]
 
 
-def test_what_waits_at_the_gate_finds_what_has_passed(places, monkeypatch):
+def test_a_thread_that_waits_does_not_validate_again(places, monkeypatch):
     """The first lets go of the gate, and is then slow."""
     validated, run, gate = [], mtenn_core.testing.check_combination, threading.RLock()
 
@@ -168,7 +168,7 @@ def test_one_thread_loads_and_the_others_wait(places, monkeypatch):
     assert loaded == ["healthy"]
 
 
-def test_a_plugin_that_hangs_keeps_nobody_else_waiting(places):
+def test_a_plugin_that_hangs_does_not_delay_other_plugins(places):
     code = f"import demo_gate; demo_gate.entered.set(); demo_gate.go.wait({SECONDS})\n{COUNTED}"
     (places.site / "demo_counts.py").write_text("imported = []\n")
     (places.site / "demo_gate.py").write_text(
@@ -260,7 +260,7 @@ def test_two_threads_that_wait_for_each_other_end(places, monkeypatch):
     assert gate.registry.get("circle").__name__ == "Good"
 
 
-def test_what_the_fixture_removes_is_imported_again(places):
+def test_modules_that_the_fixture_removes_are_imported_again(places):
     before = set(sys.modules)
     assert Registry().get("healthy").__module__ == "demo_healthy"
     forget_modules_in(Path(places.site), before)

@@ -62,7 +62,7 @@ def wrong_scale_and_seed():
 
 
 @pytest.mark.parametrize(("wrong", "t", "seed"), [*wrong_scale_and_seed()])
-def test_the_check_that_is_there_for_a_mistake_catches_it(wrong, t, seed):
+def test_each_mistake_is_caught_by_its_check(wrong, t, seed):
     make = partial(make_wrong, name=wrong.name, t=t)
     (record,) = check_combination(make, level="quality", seed=seed, only=[wrong.check]).records
     assert record.failed
@@ -94,7 +94,7 @@ def check_and_others():
 
 
 @pytest.mark.parametrize(("check", "others"), [*check_and_others()])
-def test_every_check_has_a_mistake_that_it_alone_catches(check, others):
+def test_every_check_catches_a_mistake_that_no_other_check_catches(check, others):
     assert failed(partial(make_wrong, name=ALONE[check.id], t=1.0), only=others) == [check.id]
 
 
@@ -109,13 +109,13 @@ def right_seed_and_checks():
 
 
 @pytest.mark.parametrize(("right", "seed", "only"), [*right_seed_and_checks()])
-def test_right_combinations_raise_no_alarm(right, seed, only):
+def test_right_combinations_pass(right, seed, only):
     report = check_combination(partial(make_right, name=right.name), seed=seed, only=only)
     assert report.passed, str(report)
 
 
 @pytest.mark.parametrize("check", ["B1", *slow("A4", "C1", "D5", reason="a new interpreter each")])
-def test_the_line_for_the_shell_reproduces_the_failure(check):
+def test_the_shell_command_reproduces_the_failure(check):
     make = partial(make_wrong, name=ALONE[check], t=1.0)
     (record,) = check_combination(make, only=[check]).failures
     assert record.repro.startswith("mtenn check ")

@@ -102,7 +102,7 @@ def failed(combination, **options):
 @SEEDS
 @SCALES
 @pytest.mark.parametrize("base", [FullDepth, ClosedForm])
-def test_what_is_right_passes(base, t, seed):
+def test_a_right_combination_passes(base, t, seed):
     report = gate(make(base, t=t), seed=seed)
     assert report.passed, str(report)
     assert len(report.records) == sum(check.level == "gate" for check in CHECKS)
@@ -148,14 +148,14 @@ def test_full_depth_may_refuse_a_second_derivative():
 @pytest.mark.parametrize(
     "wrong", [lambda y: y.mean(), lambda y: y.detach().logsumexp(0) + 0 * y[0]]
 )
-def test_a_combine_beside_another_forward_is_checked_too(wrong):
+def test_combine_and_forward_must_agree(wrong):
     """``gradients="graph"`` takes combine, ``"stored"`` takes forward: they must agree."""
     right = type("Right", (FullDepth,), {"combine": lambda self, y: y.logsumexp(0)})
     assert failed(right) == []
     assert failed(type("Wrong", (FullDepth,), {"combine": lambda self, y: wrong(y)})) == ["C1"]
 
 
-def test_a_combine_that_autograd_cannot_see_through_is_caught():
+def test_a_combine_that_autograd_cannot_differentiate_is_caught():
     """``gradients="graph"`` takes its gradient from combine, whatever ``pose_weights`` says."""
 
     class HalfDetached(ClosedForm):
@@ -183,7 +183,7 @@ def test_gradients_in_another_order_than_param_names_are_caught(order, seed):
     report = gate(Wrong, seed=seed)
     (record,) = [record for record in report.records if record.id == "A3"]
     assert record.status == "fail"
-    assert "the order must be that of param_names" in record.cause
+    assert "use the order of param_names" in record.cause
 
 
 RAW = {
@@ -195,7 +195,7 @@ RAW = {
 
 
 @pytest.mark.parametrize("case", RAW)
-def test_what_backward_returns_is_looked_at_before_autograd_mends_it(case):
+def test_the_results_of_backward_are_checked_before_autograd_changes_them(case):
     change, check = RAW[case]
 
     class Raw(Function):
@@ -217,13 +217,13 @@ OUTPUTS = {
         lambda y: y.mean().reshape(1),
         r"expected a tensor of shape \(\)|must return a sc",
     ),
-    "detached": (lambda y: y.detach().mean(), "the output has no gradient"),
+    "detached": (lambda y: y.detach().mean(), "the output must require a gradient"),
     "a float": (lambda y: y.mean().item(), "found float"),
 }
 
 
 @pytest.mark.parametrize("case", OUTPUTS)
-def test_an_output_that_cannot_be_trained_on_is_caught(case):
+def test_an_output_that_cannot_be_trained_is_caught(case):
     combine, message = OUTPUTS[case]
     wrong = type("Wrong", (Combination,), {"combine": lambda self, y: combine(y)})
     report = gate(wrong)
@@ -324,7 +324,7 @@ def test_legitimate_combinations_pass_with_what_they_declare(combination, seed):
     assert report.passed, str(report)
 
 
-def test_noise_that_is_not_declared_is_not_a_pass():
+def test_undeclared_noise_does_not_pass():
     class Undeclared(Gumbel):
         stochastic = False
 
@@ -340,7 +340,7 @@ def test_a_value_that_ignores_the_predictions_is_inconclusive():
     assert (record.id, record.status) == ("C1", "inconclusive")
 
 
-def test_a_combination_that_raises_is_an_error_with_its_place():
+def test_an_error_of_a_combination_is_reported_with_its_file_and_line():
     class Raises(Combination):
         def combine(self, predictions):
             raise RuntimeError("not for you")
@@ -351,7 +351,7 @@ def test_a_combination_that_raises_is_an_error_with_its_place():
     assert "test_gate.py" in record.reason
 
 
-def test_an_error_inside_torch_is_placed_where_the_combination_called_it():
+def test_an_error_inside_torch_shows_the_line_of_the_combination():
     class Raises(Combination):
         def combine(self, predictions):
             return torch.nn.Linear(3, 3).double()(predictions[:1]).sum()
@@ -361,7 +361,7 @@ def test_an_error_inside_torch_is_placed_where_the_combination_called_it():
     assert "test_gate.py" in record.reason.splitlines()[-1]
 
 
-def test_the_combination_itself_is_left_alone():
+def test_the_checks_do_not_change_the_combination():
     combination = Running()
     before = torch.get_rng_state()
     gate(combination)
@@ -439,7 +439,7 @@ USES = {
 @SEEDS
 @pytest.mark.parametrize("use", USES)
 @pytest.mark.parametrize("rule", RULES)
-def test_weights_that_are_round_numbers_hide_no_mistake(rule, use, seed):
+def test_mistakes_in_round_weights_are_caught(rule, use, seed):
     """Weights of 1 or 1/4 say nothing of the precision that a combination computes in."""
 
     class Rule(Combination):
@@ -473,7 +473,7 @@ class WrongForTwo(Mean):
 
 @SEEDS
 @pytest.mark.parametrize("wrong", [ClampedTail, NoNegativeWeights, WrongForTwo])
-def test_mistakes_that_show_at_some_predictions_only_are_caught(wrong, seed):
+def test_mistakes_at_some_predictions_only_are_caught(wrong, seed):
     assert failed(wrong, seed=seed) == ["C1"]
 
 
@@ -498,7 +498,7 @@ class VarianceByMoments(Combination):
 
 @pytest.mark.parametrize("seed", [*range(3), *slow(*range(3, 20), reason="alarms are rare")])
 @pytest.mark.parametrize("combination", [Skewness, VarianceByMoments])
-def test_what_is_right_and_ill_conditioned_is_not_called_wrong(combination, seed):
+def test_right_but_ill_conditioned_combinations_do_not_fail(combination, seed):
     statuses = {record.status for record in gate(combination, seed=seed).records}
     assert not statuses & {"fail", "error"}
 
@@ -533,7 +533,7 @@ def test_a_repr_that_raises_is_shown_as_such():
         ("properties", "bounded", "a set of names; found 'bounded'"),
     ],
 )
-def test_facts_that_cannot_be_are_named(fact, value, rule):
+def test_an_error_names_invalid_facts(fact, value, rule):
     with pytest.raises(CombinationContractError, match=rf"Odd\.{fact} must be .*{rule}"):
         gate(type("Odd", (Mean,), {fact: value}))
 

@@ -139,7 +139,7 @@ def record(status, **changes):
     return Record(status=status, **plain | changes)
 
 
-def test_says_who_was_checked_how_and_with_what(plain):
+def test_the_page_shows_the_combination_the_level_and_the_versions(plain):
     text = Page(render([plain])).text
     for shown in (plain.name, plain.combination, plain.verdict, "0 to ∞", "permutation_invariant"):
         assert shown in text
@@ -185,7 +185,7 @@ def test_failures_come_first(plain):
     ],
     ids=str,
 )
-def test_what_a_plugin_says_is_text(right, change):
+def test_the_text_of_a_plugin_is_not_markup(right, change):
     evil = replace(right, curves={}, **change)
     for reports in ([evil], [evil, evil]):
         page = Page(render(reports))
@@ -194,7 +194,7 @@ def test_what_a_plugin_says_is_text(right, change):
         assert not page.all("img")
 
 
-def test_text_that_is_no_unicode_can_still_be_written(plain):
+def test_text_that_is_not_unicode_can_be_written(plain):
     assert "\\ud800" in render([replace(plain, combination="\ud800")])
 
 
@@ -209,7 +209,7 @@ def test_text_that_is_no_unicode_can_still_be_written(plain):
     ],
     ids=repr,
 )
-def test_draws_whatever_the_numbers_are(combination):
+def test_any_numbers_can_be_drawn(combination):
     page = Page(render([checked(combination)]))
     assert len(page.all("svg")) == len(page.all("figcaption")) == 3
     assert all(svg["aria-label"] for svg in page.all("svg"))
@@ -218,12 +218,12 @@ def test_draws_whatever_the_numbers_are(combination):
 @pytest.mark.parametrize(
     "combination", [NoNumber(), *slow(Overflowing(300.0), reason=PLOTS)], ids=repr
 )
-def test_draws_the_same_from_json(combination):
+def test_a_report_from_json_has_the_same_plots(combination):
     report = checked(combination)
     assert drawings(render([from_json(report)])) == drawings(render([report]))
 
 
-def test_metrics_are_short_and_may_be_no_numbers(plain):
+def test_metrics_are_short_and_may_be_infinite(plain):
     metrics = {"error": 1.23456e-7, "largest": math.inf, "lost": None, "ways": ["a", "b"], "n": 3}
     text = Page(render([replace(plain, records=[record("pass", metrics=metrics)])])).text
     assert "error: 1.23e−07; largest: ∞; lost: no number; ways: a, b; n: 3" in text
@@ -262,11 +262,11 @@ def test_several_reports_have_a_table_that_links_to_each(right, off):
     assert "1 of 3 combinations passed" in page.text
 
 
-def test_no_report_at_all_is_a_page_too():
+def test_a_page_may_have_no_reports():
     assert "0 of 0 combinations passed" in Page(render([])).text
 
 
-def test_loads_nothing(right, off):
+def test_the_page_loads_no_files(right, off):
     source = render([right, off])
     page = Page(source)
     assert "://" not in source
@@ -274,7 +274,7 @@ def test_loads_nothing(right, off):
     assert not re.search(r"@import|url\((?!#)|src=", source)
 
 
-def test_neither_heeds_nor_changes_what_is_set_of_matplotlib(right):
+def test_settings_of_matplotlib_have_no_effect_and_do_not_change(right):
     with matplotlib.rc_context({"text.usetex": True, "svg.fonttype": "path", "font.size": 40}):
         before = dict(matplotlib.rcParams)
         odd, after = drawings(render([right])), dict(matplotlib.rcParams)
@@ -295,7 +295,7 @@ assert "matplotlib" in sys.modules and "matplotlib.pyplot" not in sys.modules
 
 
 @pytest.mark.parametrize("missing", ["matplotlib", "jinja2"])
-def test_says_what_to_install(right, monkeypatch, missing):
+def test_an_error_names_the_packages_to_install(right, monkeypatch, missing):
     monkeypatch.delitem(sys.modules, "mtenn_core.testing._html.plots", raising=False)
     monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(MtennError, match=rf'{missing}.* pip install "mtenn-core\[html\]"'):

@@ -32,7 +32,7 @@ def failures(combination, **options):
 
 @pytest.mark.parametrize("seed", [2, *slow(3, 4, 5, reason="whole suites")])
 @pytest.mark.parametrize("name", WITH_INPUTS)
-def test_a_right_one_passes_whatever_its_inputs(name, seed):
+def test_right_combinations_pass_with_any_pose_inputs(name, seed):
     report = check_combination(make_right(name), level="quality", seed=seed)
     assert report.passed, str(report)
     assert report.curves
@@ -109,7 +109,7 @@ def test_many_poses_are_combined_in_one_call():
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 
 
-def test_poses_take_their_inputs_along():
+def test_selected_poses_keep_their_inputs():
     poses = Subject(ScoreWeighted(), 0).probes.poses(4)
     turned = poses[[3, 0, 0]]
     for name, numbers in poses.named().items():
@@ -168,7 +168,7 @@ def test_the_report_says_what_was_declared():
     ],
     ids=["not declared", "not taken", "name of the predictions", "not in forward"],
 )
-def test_names_that_do_not_fit_are_a_failure_that_says_which(combination, words):
+def test_a_failure_names_the_wrong_pose_inputs(combination, words):
     record = failures(combination(), level="gate")["A2"]
     assert record.status == "fail"
     assert re.search(words, record.reason)
@@ -207,12 +207,12 @@ def test_an_argument_may_switch_an_input_on():
         assert not failures(Switched(scored), level="quality")
 
 
-def test_inputs_of_another_call_are_a_failure_that_names_them():
+def test_a_failure_names_the_pose_inputs_of_an_earlier_call():
     record = failures(FirstInputKept(), only=["A6"])["A6"]
     assert "after a call with another 'score'" in record.reason
 
 
-def test_the_registry_validates_it_before_it_hands_it_out():
+def test_the_registry_validates_before_it_returns_a_combination():
     given = {"scored": ScoredClosedForm, "wrongly-scored": WeightsWithoutInput}
     with registry.temporary(given):
         assert registry.create("scored", t=3.0).pose_inputs == ("score",)

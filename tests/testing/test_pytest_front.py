@@ -184,11 +184,11 @@ def test_a_constructor_that_needs_arguments_says_where_to_declare_them(pytest_on
     result = pytest_on(of_class("combination = NeedsArguments"), "-k", "c1")
     assert counted(result)["failed"] == 1
     result.stdout.fnmatch_lines(
-        ["*'power'; declare the arguments * in the class: examples = ({'name': value},)"]
+        ["*'power'. Declare the arguments * in the class: examples = ({'name': value},)"]
     )
 
 
-def test_a_fact_that_cannot_be_is_named(pytest_on):
+def test_an_error_names_an_invalid_fact(pytest_on):
     tests = "Mean.min_poses = 0\n" + of_class("combination = Mean")
     result = pytest_on(tests, "-k", "c1")
     result.stdout.fnmatch_lines(["Mean cannot be checked: *Mean.min_poses must be * found 0"])
@@ -251,20 +251,20 @@ TAKEN_OUT = {
 
 
 @pytest.mark.parametrize("case", TAKEN_OUT)
-def test_a_check_that_was_taken_out_is_a_failure(pytest_on, case):
+def test_a_removed_check_is_a_failure(pytest_on, case):
     result = pytest_on(TAKEN_OUT[case] + "\n    combination = Mean", "-k", "taken_out")
     assert counted(result)["failed"] == 1
     result.stdout.fnmatch_lines([f"TestRule: {C1} must be the test of the suite; found *'C1': *"])
 
 
-def test_a_check_may_be_taken_out_with_a_reason(pytest_on):
+def test_a_check_may_be_removed_with_a_reason(pytest_on):
     body = f"combination = Mean\n    {C1} = None\n    expected_failures = {{'C1': 'too slow'}}"
     result = pytest_on(of_class(body))
     assert counted(result) == {"passed": len(GATE) - n_skipped(result)}
     result.stdout.fnmatch_lines([f"conformance: 1 combination, {len(GATE) - 1} of {len(GATE)} *"])
 
 
-def test_the_test_that_watches_over_the_others_cannot_be_taken_out(pytest_on):
+def test_the_test_for_removed_checks_cannot_be_removed(pytest_on):
     result = pytest_on(of_class("combination = Mean\n    test_no_check_was_taken_out = None"))
     assert counted(result) == {"errors": 1}
     result.stdout.fnmatch_lines(["*TestRule must not replace test_no_check_was_taken_out"])
@@ -273,8 +273,8 @@ def test_the_test_that_watches_over_the_others_cannot_be_taken_out(pytest_on):
 @pytest.mark.parametrize(
     ("body", "message"),
     [
-        ("pass", "combination must be a class, * found None; write: combination = MyComb*"),
-        ("combination = 'mean'", "combination must be a class, * found 'mean'; write: *"),
+        ("pass", "combination must be a class, * found None. Write: combination = MyComb*"),
+        ("combination = 'mean'", "combination must be a class, * found 'mean'. Write: *"),
         (
             "combination = Mean\n    expected_failures = {'C99': 'why'}",
             "expected_failures: no check has the id 'C99'; known ids: *C1*",
@@ -285,7 +285,7 @@ def test_the_test_that_watches_over_the_others_cannot_be_taken_out(pytest_on):
         ),
     ],
 )
-def test_a_class_that_says_too_little_fails(pytest_on, body, message):
+def test_invalid_attributes_of_a_test_class_fail(pytest_on, body, message):
     result = pytest_on(of_class(body), "-k", "taken_out")
     assert counted(result)["failed"] == 1
     result.stdout.fnmatch_lines([f"TestRule: *{message}"])
@@ -319,7 +319,7 @@ def test_the_decorator_makes_a_test_of_each_check_of_each_combination(pytest_on)
     result.stdout.fnmatch_lines([f"conformance: 4 combinations, {4 * len(GATE)} checks: *"])
 
 
-def test_what_looks_the_same_is_kept_apart(pytest_on):
+def test_combinations_with_equal_labels_have_different_ids(pytest_on):
     result = pytest_on(decorated("[lambda: Mean(), lambda: Wrong()]"))
     result.stdout.fnmatch_lines([f"conformance: 2 combinations, {2 * len(GATE)} checks: *"])
     result.stdout.fnmatch_lines(["FAILED test_rules.py::test_rule[[]<lambda>#2-C1[]] - *"])
@@ -365,7 +365,7 @@ def test_the_decorator_takes_expected_failures(pytest_on, expected):
         (", expected_failures={'C1': ''}", "'C1' needs a reason"),
     ],
 )
-def test_the_decorator_refuses_what_cannot_be_expected(pytest_on, more, message):
+def test_the_decorator_refuses_invalid_expected_failures(pytest_on, more, message):
     result = pytest_on(decorated("[Mean]", more))
     assert counted(result) == {"errors": 1}
     result.stdout.fnmatch_lines([f"*ValueError: expected_failures: *{message}*"])

@@ -18,7 +18,7 @@ from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._probe.comparison import judge
 from mtenn_core.testing._probe.subject import Subject
 
-# (poses, base, spread): where an argument or a pose input that does anything shows
+# (poses, base, spread): an argument or pose input with an effect changes one of these results.
 EFFECTS = (
     (3, 0.0, 1.0),
     (3, 0.0, 0.05),
@@ -31,7 +31,7 @@ EFFECTS = (
 
 @check("D5", "every argument has an effect and a correct derivative")
 def arguments(subject: Subject) -> Metrics:
-    """Each argument and pose input changes the output; the derivative is right off defaults."""
+    """Check that each argument and pose input has an effect, and the derivative with each value."""
     tried: dict[str, bool] = {}
     for name, other in alternatives(subject):
         with_other = Subject(other, subject.seed, thorough=True)
@@ -44,16 +44,16 @@ def arguments(subject: Subject) -> Metrics:
     unused += [f"pose input {name!r}" for name in inputs if not _input_shows(subject, name)]
     if unused:
         raise Fail(
-            f"{unused[0]} changes neither value nor weights at any probe",
+            f"{unused[0]} must change the value or the weights; found no change at any probe",
             cause="it is ignored, or overwritten by a constant",
         )
     if not (tried or inputs):
-        raise Skip("it takes no arguments of which others can be guessed")
+        raise Skip("it has no arguments for which the check can guess other values")
     return {"arguments": sorted([*tried, *inputs])}
 
 
 def _input_shows(subject: Subject, name: str) -> bool:
-    """Whether other numbers for a pose input change the value, or the weights."""
+    """Return True if other numbers for a pose input change the value or the weights."""
     for n, base, spread in EFFECTS:
         poses, other = (subject.probes.poses(n, base, spread) for _ in range(2))
         changed = poses.with_input(name, other.inputs[name])
@@ -64,11 +64,11 @@ def _input_shows(subject: Subject, name: str) -> bool:
 
 @check("D5q", "invalid numbers are refused as arguments", "quality")
 def refused_arguments(subject: Subject) -> Metrics:
-    """NaN for each number, and 0 where the value is then none."""
+    """Pass NaN, and then 0, for each number: an error is right, an infinite or NaN value is not."""
     given = constructor_arguments(subject.original, defaults=True)
     numbers = [name for name, value in given.items() if type(value) in (int, float)]
     if not numbers:
-        raise Skip("it takes no numbers")
+        raise Skip("it has no numbers as arguments")
     for name, bad in itertools.product(numbers, (math.nan, 0.0)):
         try:
             made = Subject(type(subject.original)(**{**given, name: bad}), subject.seed)
@@ -77,14 +77,15 @@ def refused_arguments(subject: Subject) -> Metrics:
             continue
         if not value.isfinite():
             raise Fail(
-                f"{name}={bad} is accepted, and the value is {value.item()}",
-                cause="raise a ValueError in __init__ that names the argument and what it may be",
+                f"{name}={bad} must be refused; found that it is accepted, and the value is"
+                f" {value.item()}",
+                cause="raise a ValueError in __init__ that names the argument and its valid values",
             )
     return {}
 
 
 def _check_derivative(subject: Subject, before: Subject) -> None:
-    """Hold a combination to its derivative where another instance was called before it."""
+    """Check the weights of a combination after calls of ``before``, an instance that differs."""
     points = [
         subject.probes.poses(n, base, spread)
         for n, base, spread in ((3, 0.0, 1.0), (3, 0.0, 0.1), (3, 0.0, 1e-3), (5, 7.0, 0.01))
@@ -95,14 +96,15 @@ def _check_derivative(subject: Subject, before: Subject) -> None:
     comparisons, cause = compare_weights(subject, points)
     if any(comparison.wrong for comparison in comparisons):
         where = f"at other arguments ({subject.original!r})"
-        judge(comparisons, f"{where}: {cause}" if cause else f"it shows {where} alone")
+        judge(comparisons, f"{where}: {cause}" if cause else f"it is wrong only {where}")
 
 
 def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
     """Yield combinations that differ from the one under test in one argument.
 
-    The ``examples`` of the class, and others for each number, flag and choice; those that the class
-    refuses are left out, and so are those whose value is no number.
+    Their arguments are the ``examples`` of the class, and other values for each number, flag and
+    choice. This leaves out arguments that the class refuses, and those that make the value infinite
+    or NaN.
     """
     cls = type(subject.original)
     given = constructor_arguments(subject.original, defaults=True)
@@ -123,7 +125,7 @@ def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
 def _same_argument(one: Any, other: Any) -> bool:
     try:
         return bool(one == other)
-    except Exception:  # arrays
+    except Exception:  # == of arrays raises
         return one is other
 
 
@@ -135,14 +137,14 @@ def _valid_instance(
         probe = Subject(made, subject.seed)
         value = probe.value(probe.probes.poses(3))
         weights = probe.weights(probe.probes.poses(3))
-    except Exception:  # a guess need not be allowed
+    except Exception:  # the class may refuse the guessed value
         return
     if value.isfinite() and weights.isfinite().all():
         yield name, made
 
 
 def _other_values(value: Any, annotation: Any) -> list[Any]:
-    """Return other values for an argument."""
+    """Return some other values for an argument."""
     others: list[Any] = []
     if isinstance(value, bool):
         others = [not value]
@@ -158,7 +160,7 @@ def _other_values(value: Any, annotation: Any) -> list[Any]:
 
 
 def _differs(subject: Subject, other: Subject) -> bool:
-    """Whether an argument shows, in value, weights, parameters or facts."""
+    """Return True if two combinations differ in value, weights, parameters or facts."""
     ours, theirs = subject.combination, other.combination
     if [(n, p.requires_grad) for n, p in ours.named_parameters()] != [
         (n, p.requires_grad) for n, p in theirs.named_parameters()
@@ -183,7 +185,7 @@ def _differs(subject: Subject, other: Subject) -> bool:
 
 
 def _same_after_calls(subject: Subject, other: Subject) -> bool:
-    """Whether two combinations are left with the same buffers by the same calls."""
+    """Return True if two combinations have the same buffers after the same calls."""
     one, two = subject.copy(torch.float64), other.copy(torch.float64)
     for _ in range(2):
         step = subject.probes.step(n_poses=max(subject.probes.n_poses(3), other.probes.n_poses(3)))

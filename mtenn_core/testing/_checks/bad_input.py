@@ -1,4 +1,4 @@
-"""A11: input that does not fit together is an error."""
+"""A11: inconsistent input raises an error."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 _UNCHECKED = (
-    "lengths and names are not checked (zip stops at the shorter one, an empty list is a sum of 0):"
-    " call mtenn_core.gradients.check_gradients"
+    "lengths and names are not checked (zip stops at the shorter list, and the sum of an empty list"
+    " is 0): call mtenn_core.gradients.check_gradients"
 )
 
 
 @check("A11", "bad input is an error")
 def bad_input(subject: Subject) -> Metrics:
-    """No number comes out of what does not fit together."""
+    """Check that inconsistent input raises an error instead of giving a number."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):
         try:
             value = subject.call(
@@ -38,7 +38,7 @@ def bad_input(subject: Subject) -> Metrics:
 
 @check("A11q", "errors about bad input name the parameter", "quality")
 def errors_that_name(subject: Subject) -> Metrics:
-    """The message names the parameter, where one is at fault."""
+    """Check that the message names the parameter if the input of one parameter is wrong."""
     for what, step, pred_list, grad_dict in _bad_inputs(subject):
         try:
             value = subject.call(
@@ -48,13 +48,14 @@ def errors_that_name(subject: Subject) -> Metrics:
         except Exception as error:
             if "'w10'" in what and "w10" not in str(error):
                 raise Fail(
-                    f"{what}: the error does not name it: {type(error).__name__}: {error}",
+                    f"{what}: the error must name the parameter; found"
+                    f" {type(error).__name__}: {error}",
                     cause=_UNCHECKED,
                 ) from None
     step = subject.probes.step({"w1": (2,), "w10": (2,)})
     given = step.grad_dict()
     odd = {
-        "gradients for 'w2', which is no parameter": given | {"w2": given["w1"]},
+        "gradients for 'w2', which is not a parameter": given | {"w2": given["w1"]},
         "gradients of 'w10' in float32": given | {"w10": [g.float() for g in given["w10"]]},
     }
     for what, grad_dict in odd.items():
@@ -69,24 +70,24 @@ def errors_that_name(subject: Subject) -> Metrics:
 def _bad_inputs(
     subject: Subject,
 ) -> list[tuple[str, Step, list[Tensor], dict[str, list[Tensor]]]]:
-    """Return what is wrong, and a step with its ``pred_list`` and ``grad_dict``."""
+    """Return a description, a step, ``pred_list`` and ``grad_dict`` for each inconsistent input."""
     step = subject.probes.step({"w1": (2,), "w10": (2,)}, subject.probes.n_poses(2) + 1)
     full, predictions = step.grad_dict(), step.pred_list()
     first, last = {"w1": full["w1"]}, full["w10"]
     return [
         ("no pose", step, [], {"w1": [], "w10": []}),
         ("no pose, but gradients", step, [], full),
-        ("a gradient too few for 'w10'", step, predictions, {**first, "w10": last[:-1]}),
-        ("a gradient too many for 'w10'", step, predictions, {**first, "w10": [*last, last[0]]}),
-        ("a prediction too few", step, predictions[:-1], full),
-        ("a prediction too many", step, [*predictions, predictions[0]], full),
+        ("one gradient too few for 'w10'", step, predictions, {**first, "w10": last[:-1]}),
+        ("one gradient too many for 'w10'", step, predictions, {**first, "w10": [*last, last[0]]}),
+        ("one prediction too few", step, predictions[:-1], full),
+        ("one prediction too many", step, [*predictions, predictions[0]], full),
         ("no gradients for 'w10'", step, predictions, first),
         ("predictions of shape (3,)", step, [p.expand(3).clone() for p in predictions], full),
     ]
 
 
 def _step_for(step: Step, pred_list: list[Tensor]) -> Step:
-    """Return the step with inputs for as many poses: their number alone would be an error."""
+    """Return the step with one pose for each prediction, so that the pose inputs are not wrong."""
     return replace(step, poses=step.poses[[i % len(step.poses) for i in range(len(pred_list))]])
 
 

@@ -1,7 +1,7 @@
-"""B: backward is go · Σ_i w_i g_i, to roundoff.
+"""B: backward returns go · Σ_i w_i g_i, to roundoff.
 
-The weights w are read off backward itself, with unit vectors for the gradients g_i of the poses;
-the checks C show whether they are the derivative of the value. These are about linear algebra.
+The weights w_i themselves come from backward, with unit vectors for the gradients g_i of the poses.
+These checks only test linear algebra. The checks C test that w_i is the derivative of the value.
 """
 
 from __future__ import annotations
@@ -23,21 +23,21 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.tensors import tensors_in
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
-# A loss hands backward any number; 1 and 0 alone would not show abs, square, sign or clamp of it.
+# Gradients of the loss. 1 and 0 alone would not show an abs, square, sign or clamp of them.
 GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
 GradDict = dict[str, list[Tensor]]
 
 
 @check("B1", "backward follows the chain rule", "gate")
 def chain_rule(subject: Subject) -> Metrics:
-    """For random gradients of the poses and of the loss."""
+    """Compare backward with the chain rule, for random gradients of the poses and of the loss."""
     worst = check_chain_rule(subject, subject.probes.step(), GRAD_OUTPUTS)
     return {"largest error in tolerances": worst}
 
 
 @check("B2", "the layout of the gradients does not matter")
 def layout_of_gradients(subject: Subject) -> Metrics:
-    """Transposed, strided, offset and expanded gradients, and views of one buffer."""
+    """Pass transposed, strided, offset and expanded gradients, and views of one buffer."""
     worst = 0.0
     for layout in (_transposed, _strided, _offset, _of_one_buffer):
         step = subject.probes.step()
@@ -79,7 +79,7 @@ def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
 
 @check("B3", "a thousand poses work, and the cost grows linearly")
 def many_poses(subject: Subject) -> Metrics:
-    """Derivative and chain rule for many poses, and work that grows with their number."""
+    """Check derivative and chain rule for many poses, and how the work grows with their number."""
     step = subject.probes.step({"w": (3,), "b": ()}, 1000)
     worst = check_chain_rule(subject, step, (1.0,))
     comparisons, cause = compare_weights(subject, [subject.probes.poses(300)])
@@ -88,16 +88,17 @@ def many_poses(subject: Subject) -> Metrics:
     growth = _work(subject, 128) / max(_work(subject, 32), 1)
     if growth > 8:
         raise Fail(
-            f"four times as many poses took {growth:.1f} times the work on their gradients",
-            cause="the gradients are gone through once per pose, or multiplied by a matrix of poses"
-            " × poses: one weighted sum is enough",
+            f"for four times as many poses, the work on their gradients must be at most 8 times as"
+            f" much; found {growth:.1f} times",
+            cause="each pose reads all gradients again, or a matrix of n_poses × n_poses multiplies"
+            " them: one weighted sum is enough",
             growth=growth,
         )
     return {"largest error in tolerances": worst, "growth of work, poses × 4": growth}
 
 
 class _Elements(TorchDispatchMode):
-    """Counts the elements that operations make or read, views aside."""
+    """Counts the elements that operations make or read. Views do not count."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -105,7 +106,7 @@ class _Elements(TorchDispatchMode):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        return False  # else torch imports its compiler, which takes a second and more
+        return False  # True would import the compiler, which takes more than a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -121,7 +122,7 @@ class _Elements(TorchDispatchMode):
 
 
 def _work(subject: Subject, n_poses: int) -> int:
-    """Return the elements handled for 256 entries of a parameter more."""
+    """Return the number of additional elements for 256 more entries of a parameter."""
     counts = []
     for size in (16, 272):
         step = subject.probes.step({"w": (size,)}, n_poses)
@@ -143,14 +144,15 @@ def check_chain_rule(
     Parameters
     ----------
     grad_outputs : gradients of the loss with respect to the combined prediction
-    layout : makes the list for ``grad_dict`` of gradients of shape (n_poses, *shape)
+    layout : turns gradients of shape (n_poses, *shape) into a list for ``grad_dict``
 
     Raises
     ------
-    Fail : they differ
+    Fail : backward differs
     """
     weights = subject.weights(step.poses)
-    # Of values, not of the weights: those of a mean of four are the same number in every dtype.
+    # The resolution comes from values, because weights may be equal in every dtype: a mean of four
+    # poses has weights of 1/4.
     probes = [subject.probes.poses(len(weights)).row() for _ in range(8)]
     eps = resolution(subject.values(torch.stack(probes)))
     worst = 0.0
@@ -177,7 +179,7 @@ def _check_parameter(
     weights: Tensor,
     eps: float,
 ) -> float:
-    """Compare the gradient of one parameter; return the error in tolerances."""
+    """Compare the gradient of one parameter, and return the error in tolerances."""
     gradients = step.gradients[name]
     terms = go * weights.view(-1, *[1] * found.dim()) * gradients
     expected = terms.sum(0)

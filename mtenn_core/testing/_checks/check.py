@@ -1,4 +1,4 @@
-"""The check, and the exceptions with which it ends unless the combination passes."""
+"""A check, and the exceptions that end it if the combination does not pass."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ Metrics = dict[str, Any]
 
 @dataclass(frozen=True)
 class Check:
-    """A rule that a combination must keep.
+    """A rule for combinations, and the function that tests it.
 
     Attributes
     ----------
-    id : its place in the catalogue: A for ``forward``, bad input and side effects, B for the
-        chain rule, C for derivatives, D for values
-    title : what holds, as a sentence
-    level : ``"gate"`` for the checks before the registry hands a combination out, ``"full"`` for
-        the others, ``"quality"`` for what a careful author does beyond the contract
-    run : returns what it measured, or raises ``Fail``, ``Skip`` or ``Inconclusive``
+    id : a letter for the group, and a number. A: ``forward``, bad input and side effects. B: the
+        chain rule. C: derivatives. D: values
+    title : the rule as a sentence
+    level : ``"gate"`` if the registry runs the check before it returns a combination, ``"full"``
+        for the other checks of the contract, ``"quality"`` for checks that go beyond the contract
+    run : returns measured numbers, or raises ``Fail``, ``Skip`` or ``Inconclusive``
     """
 
     id: str
@@ -35,18 +35,18 @@ class Check:
 
 
 def check(id: str, title: str, level: Level = "full") -> Callable[..., Check]:
-    """Make a :class:`Check` of a function."""
+    """Return a decorator that turns a function into a :class:`Check`."""
     return lambda run: Check(id, title, level, run)
 
 
 class Outcome(Exception):
-    """Ends a check with another status than ``"pass"``.
+    """The exception that ends a check whose status is not ``"pass"``.
 
     Attributes
     ----------
-    status : of the record
+    status : status of the record
     cause : the likely mistake, or ""
-    metrics : the figures that the check measured
+    metrics : numbers that the check measured
     """
 
     status: ClassVar[Status]
@@ -58,7 +58,7 @@ class Outcome(Exception):
 
 
 class Fail(Outcome):
-    """The combination breaks the rule that was checked."""
+    """The combination breaks the rule of the check."""
 
     status = "fail"
 

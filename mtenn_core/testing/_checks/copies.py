@@ -23,10 +23,10 @@ from mtenn_core.testing._probe.subject import Subject
 
 @check("A9", "copies, pickles and checkpoints are the same combination")
 def copies(subject: Subject) -> Metrics:
-    """deepcopy, pickle, and state_dict into an instance that is made anew."""
+    """Compare deepcopy, pickle, and a new instance that loads the state_dict with the original."""
     original = subject.copy(torch.float64)
     step = subject.probes.step()
-    for _ in range(2):  # what it learns or counts by being called must be kept, too
+    for _ in range(2):  # a copy must also keep state that changes with each call
         call_keeping_state(original, step)
     made = {"deepcopy": copy.deepcopy(original)}
     if _importable(type(original)):
@@ -38,15 +38,15 @@ def copies(subject: Subject) -> Metrics:
     for how, other in made.items():
         for spread in (1.0, 0.1):
             poses = subject.probes.poses(3, 0.0, spread)
-            # Not of copies: what a copy loses, two copies lose.
+            # copied=False, because a copy of the original would lose the same state as the copy.
             ours, theirs = (Subject(c, subject.seed, copied=False) for c in (original, other))
             same = equal_with_nan(ours.value(poses), theirs.value(poses))
             if not (same and equal_with_nan(ours.weights(poses), theirs.weights(poses))):
                 raise Fail(
                     f"after {how}: expected the value {ours.value(poses).item():.17g}; found"
                     f" {theirs.value(poses).item():.17g}",
-                    cause="an argument is lost on the way: keep what the value depends on in"
-                    " attributes set by __init__, and what is learned in parameters and buffers",
+                    cause="the copy loses an argument or a state: set arguments as attributes in"
+                    " __init__, and keep learned numbers in parameters and buffers",
                 )
     return {"ways": sorted(made)}
 
@@ -57,7 +57,7 @@ def _load(original: Combination, anew: Combination) -> None:
     except RuntimeError as error:
         raise Fail(
             f"its state_dict does not fit a new instance: {error}",
-            cause="a parameter or buffer is made by a call: make it in __init__",
+            cause="a call makes a parameter or buffer: make it in __init__",
         ) from None
 
 
@@ -71,17 +71,18 @@ def _new_instance(subject: Subject) -> Combination | None:
     try:
         args, kwargs = vars(subject.original)["_arguments"]
         return type(subject.original)(*copy.deepcopy(args), **copy.deepcopy(kwargs)).double()
-    except Exception:  # made by other means than its constructor
+    except Exception:  # for example, a function made it without its constructor
         return None
 
 
 @check("A9q", "its repr shows its arguments", "quality")
 def shows_arguments(subject: Subject) -> Metrics:
-    """Two instances that differ look different."""
+    """Check that instances with different arguments have a different ``repr``."""
     for name, other in alternatives(subject):
         if repr(other) == repr(subject.original):
             raise Fail(
-                f"instances with different {name!r} have the same repr: {other!r}",
+                f"instances with different {name!r} must have different reprs; found {other!r} for"
+                " both",
                 cause="remove extra_repr: the base class shows the arguments",
             )
     if not constructor_arguments(subject.original, defaults=True):

@@ -1,4 +1,4 @@
-"""C: the derivatives that backward uses, compared with finite differences of the value."""
+"""C: comparisons of the derivatives in backward with finite differences of the value."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ PROBES = (
 )
 
 
-# ΔG in kT and in kcal/mol, pIC50, all of one sign, and numbers of poses beyond a handful.
+# ΔG in kT and in kcal/mol, pIC50, predictions of one sign, and up to 20 poses.
 MORE_PROBES = (
     (3, -8.0, 2.0),
     (3, -30.0, 8.0),
@@ -70,7 +70,7 @@ MORE_PROBES = (
 
 @check("C1", "pose weights are the derivative of the value", "gate")
 def pose_weights(subject: Subject) -> Metrics:
-    """At predictions of many sizes and spreads, every weight for a few poses."""
+    """Compare all weights of a few poses, for predictions of many sizes and spreads."""
     return judge(*compare_weights(subject, _probes(subject)), partial(step_table, subject))
 
 
@@ -87,7 +87,7 @@ def _probes(subject: Subject) -> list[Poses]:
 
 
 def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Comparison], str]:
-    """Return the comparisons for some poses, and the likely cause if some are wrong."""
+    """Return the comparisons at some probes, and the likely cause if weights are wrong."""
     comparisons, known = [], []
     for poses, directions, numerical in _derivatives(subject, points):
         found = _compare(subject.weights, numerical, directions, poses, "pose")
@@ -113,7 +113,10 @@ def _compare(
 
 
 def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses, Tensor, Estimate]]:
-    """Yield poses, in groups of equal number, their directions, and the derivatives along them."""
+    """Yield poses with their directions, and the derivatives along these directions.
+
+    Probes with equal numbers of poses are evaluated together.
+    """
     groups: dict[int, list[Poses]] = {}
     for poses in points:
         groups.setdefault(len(poses), []).append(poses)
@@ -138,7 +141,7 @@ def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses,
 
 
 def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> str:
-    """Return the likely cause, from the points at which every weight was compared."""
+    """Return the likely cause, from the probes at which all weights were compared."""
     if any(not math.isfinite(c.analytic) for comparisons, _ in known for c in comparisons):
         return NOT_FINITE
     points = []
@@ -151,8 +154,8 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
             c.wrong for c in comparisons
         ):
             return (
-                "combine is not differentiable by autograd as it stands (detached in part, or made"
-                " of other numbers), and gradients='graph' takes its gradient from there"
+                "autograd cannot differentiate all of combine (a part is detached, or does not use"
+                " the predictions), but gradients='graph' needs this derivative"
             )
         found = torch.tensor([c.analytic for c in ours], dtype=torch.float64)
         tolerance = max(c.tolerance for c in ours)
@@ -163,7 +166,7 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
 
 
 def scales_of(combination: Combination) -> dict[str, float]:
-    """Return the numbers that a combination is made with or holds, by name, 1 and 0 aside."""
+    """Return the arguments and attributes of a combination that are numbers, except 1 and 0."""
     found: dict[str, object] = dict(vars(combination)) | dict(constructor_arguments(combination))
     found |= {name: p.item() for name, p in combination.named_parameters() if p.numel() == 1}
     for name in dir(type(combination)):
@@ -182,7 +185,10 @@ def scales_of(combination: Combination) -> dict[str, float]:
 
 @check("C2", "a whole model trains correctly with it")
 def end_to_end(subject: Subject) -> Metrics:
-    """A small network, a nonlinear loss, by stored gradients and by autograd, all parameters."""
+    """Compare the gradients of a small network with a nonlinear loss, for each parameter.
+
+    The modes are stored gradients and, if the combination has ``combine``, autograd.
+    """
     poses = subject.probes.poses(4, 0.0, 0.5)
     features = torch.cat([subject.probes.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
     network = _Network(subject, poses.predictions)
@@ -214,7 +220,7 @@ def _listed(names: list[str]) -> str:
 
 
 class _Network(torch.nn.Module):
-    """Predicts m_i + size · tanh(…) for a pose of two features and a mean m_i."""
+    """A network that predicts m_i + size · tanh(…) for a pose with two features and a mean m_i."""
 
     def __init__(self, subject: Subject, means: Tensor) -> None:
         super().__init__()
@@ -223,7 +229,8 @@ class _Network(torch.nn.Module):
         ).double()
         for param in self.parameters():
             param.data.copy_(torch.round(subject.probes.randn(*param.shape) * 2**10) / 2**10)
-        # Within the domain, and without changing the order of poses where that has kinks.
+        # Predictions must stay in the domain. If the value has kinks, the order of poses must not
+        # change.
         room = (
             subject.probes.first_step(means)
             if subject.bounded or not subject.combination.smooth
@@ -273,7 +280,10 @@ def _by_parameter(subject: Subject, network: _Network) -> Tensor:
 
 @check("C3", "its own parameters have a correct gradient", "gate")
 def own_parameters(subject: Subject) -> Metrics:
-    """A learnable temperature, say; at the level full, at other settings than the first too."""
+    """Compare the gradients of parameters of the combination, such as a learnable temperature.
+
+    Thorough checks repeat this with other values of the parameters.
+    """
     _check_no_hidden_parameters(subject.combination)
     own = {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
     if not own:
@@ -282,18 +292,19 @@ def own_parameters(subject: Subject) -> Metrics:
     if subject.thorough:
         with torch.no_grad():
             for param in own.values():
-                # Near by and of the same sign, since not all numbers need be allowed.
+                # Near the old values and of the same sign, because others may be invalid.
                 factor = 1 + 0.3 * subject.probes.randn(*param.shape).tanh()
                 param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
         comparisons += _of_own_parameters(subject, list(own))
         more, cause = compare_weights(subject, _probes(subject)[:6])
         if any(comparison.wrong for comparison in more):
-            judge(more, f"right at the initial parameters, wrong at others; {cause}".rstrip("; "))
+            where = "right with the initial parameters, wrong with others"
+            judge(more, f"{where}; {cause}".rstrip("; "))
     wrong = {c.unit.split(",")[0] for c in comparisons if c.wrong}
     zero = all(c.analytic == 0 for c in comparisons if c.wrong)
     which = "detached, or not used" if zero else "wrong"
     cause = f"the gradient of {', '.join(sorted(wrong))} is {which}" if wrong else ""
-    # A parameter may play no part in a value, and nobody says that it does.
+    # Derivatives that are both zero do not count: a value may not depend on a parameter.
     return judge([c for c in comparisons if c.analytic or c.derivative], cause)
 
 
@@ -324,22 +335,22 @@ def _check_no_hidden_parameters(combination: Combination) -> None:
             for tensor in tensors_in(value):
                 if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
                     raise Fail(
-                        f"{name!r} requires a gradient and is not among parameters(): no optimizer"
-                        " finds it",
-                        cause="hold it as a torch.nn.Parameter, several in a ParameterList",
+                        f"{name!r} requires a gradient, so it must be in parameters(); found that"
+                        " it is not, and no optimizer would train it",
+                        cause="use a torch.nn.Parameter, or a ParameterList for several of them",
                     )
 
 
 def directions_for(subject: Subject, n: int) -> Tensor:
-    """Return every axis for few inputs, else two random directions; shape (n_directions, n)."""
+    """Return all axes for few inputs, else two random directions: shape (n_directions, n)."""
     if n <= (6 if subject.thorough else 4):
         return torch.eye(n, dtype=torch.float64)
-    # Entries ±1/2 and ±1: steps along them are exact.
+    # The entries are ±1/2 and ±1, so that steps along the directions are exact.
     return subject.probes.randn(2, n).sign() * (3 + subject.probes.randn(2, n).sign()) / 4
 
 
 def step_table(subject: Subject, comparison: Comparison) -> str:
-    """Return |central difference - weight| against step size, as text."""
+    """Return a table of step sizes and |central difference - weight|, as text."""
     first_step = subject.probes.first_step(comparison.predictions)
     steps, differences = central_differences(
         subject.values, comparison.poses.row(), comparison.direction, first_step
@@ -353,10 +364,13 @@ def step_table(subject: Subject, comparison: Comparison) -> str:
 
 @check("A10", "double backward is right or an error")
 def double_backward(subject: Subject) -> Metrics:
-    """The gradients of the poses are numbers here: a second derivative cannot be right."""
+    """Check that double backward raises an error.
+
+    Here the gradients of the poses are constants, so a second derivative cannot be correct.
+    """
     step = subject.probes.step({"w": (2,)})
     (param,) = step.params.values()
-    # Not linear in the value: else its own derivative hides that of the combination.
+    # The loss is nonlinear, because the second derivative of a linear loss is zero.
     loss = subject.call(step).square()
     try:
         (gradient,) = torch.autograd.grad(loss, param, create_graph=True)
@@ -364,8 +378,8 @@ def double_backward(subject: Subject) -> Metrics:
     except Exception:
         return {}
     raise Fail(
-        f"a second backward made the gradient {param.grad}, without an error, of a part of the"
-        " Hessian alone",
-        cause="decorate backward with torch.autograd.function.once_differentiable, or raise where"
-        " torch.is_grad_enabled()",
+        f"double backward must raise an error; found the gradient {param.grad}, which contains only"
+        " a part of the Hessian",
+        cause="decorate backward with torch.autograd.function.once_differentiable, or raise an"
+        " error in backward if torch.is_grad_enabled()",
     )

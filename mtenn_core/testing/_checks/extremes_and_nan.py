@@ -15,7 +15,7 @@ from mtenn_core.testing._probe.subject import Subject
 
 @check("D3", "extreme predictions give finite numbers, and NaN gives NaN")
 def extremes(subject: Subject) -> Metrics:
-    """Finite at 1e4 and for ties; NaN for NaN."""
+    """Check that predictions near 1e4 and ties give finite numbers, and that NaN gives NaN."""
     n = subject.probes.n_poses(3)
     cases = {
         "predictions near 1e4": subject.probes.poses(n, 1e4, 1.0),
@@ -35,7 +35,7 @@ def extremes(subject: Subject) -> Metrics:
                 cause=_infinite_cause(what, value),
             )
     poses = subject.probes.poses(n)
-    for turn in range(n):  # so that the best pose stands in each place
+    for turn in range(n):  # so that the best pose has each index once
         _check_nan(subject, poses.map(partial(torch.roll, shifts=turn)))
     return {}
 
@@ -44,7 +44,7 @@ def _infinite_cause(what: str, value: Tensor) -> str:
     if "1e4" in what:
         return (
             "exp() of a large number, or its logarithm: shift by the extreme first, as"
-            " torch.logsumexp and torch.softmax do; or declare the `domain`"
+            " torch.logsumexp and torch.softmax do, or declare the `domain`"
         )
     if value.isfinite():
         return "the derivative at ties is 0/0 or a square root at 0: declare smooth = False"
@@ -52,7 +52,10 @@ def _infinite_cause(what: str, value: Tensor) -> str:
 
 
 def _check_nan(subject: Subject, poses: Poses) -> None:
-    """NaN among the predictions must be NaN in the value, or else selected away as any other."""
+    """Check that a prediction of NaN makes the value NaN.
+
+    A combination that selects poses may also leave out NaN, as it leaves out the worst pose.
+    """
     if "ignores_nan" in subject.combination.properties:
         return
     values = []
@@ -60,23 +63,23 @@ def _check_nan(subject: Subject, poses: Poses) -> None:
         broken = poses.at(poses.predictions.clone())
         broken.predictions[pose] = math.nan
         values.append((pose, broken, subject.value(broken)))
-    # Where the value does not depend on a pose, NaN cannot show.
+    # If the value does not depend on a pose, NaN in this pose cannot change it.
     counts = subject.weights(poses) != 0
     unseen = [each for each in values if not each[2].isnan() and counts[each[0]]]
-    # The best k may leave a pose out, as long as NaN is the worst in whatever place it stands.
+    # A selection of the best k poses may treat NaN as the worst prediction, at every index.
     selects = not (subject.combination.smooth or any(value.isnan() for *_, value in values))
     for pose, broken, value in unseen:
         if selects and _selects_around_nan(subject, broken, value):
             continue
         raise Fail(
             f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
-            cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison): a broken pose"
-            " would go unseen; where that is meant, declare properties = {'ignores_nan'}",
+            cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison), which hides a"
+            " broken pose: if you intend this, declare properties = {'ignores_nan'}",
         )
 
 
 def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
-    """Whether the value is that with the lowest or the highest number in the place of NaN."""
+    """Return True if the lowest or highest number in the place of NaN gives the same value."""
     low, high = subject.combination.domain
     ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)
     instead = [broken.at(broken.predictions.nan_to_num(end)) for end in ends]

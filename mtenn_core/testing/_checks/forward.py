@@ -1,4 +1,4 @@
-"""A: what goes into ``forward``, and what comes out of it and of backward."""
+"""A: the arguments and results of ``forward`` and backward."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from mtenn_core.testing._probe.training_step import Step
 
 @check("A1", "backward returns one gradient per parameter", "gate")
 def raw_return(subject: Subject) -> Metrics:
-    """What backward returns, before autograd sums it to shape or casts it."""
+    """Check the tensors that backward returns, before autograd changes their shape or dtype."""
     if not subject.full_depth:
         raise Skip("it has no forward of its own")
     for dtype in (torch.float64, torch.float32):
@@ -33,8 +33,8 @@ def raw_return(subject: Subject) -> Metrics:
 def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     value = subject.call(step, combination=subject.copy(dtype))
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
-        raise Skip("the output is not that of an autograd.Function")
-    # Of a pair (combined, pose predictions), no loss is on the second.
+        raise Skip("the output does not come from an autograd.Function")
+    # If forward returns the pair (combined prediction, pose predictions), no loss uses the second.
     others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
     with torch.no_grad():  # as in an ordinary backward
         returned = value.grad_fn.apply(torch.ones((), dtype=dtype), *others)
@@ -57,19 +57,19 @@ def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
 
 def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
     if not isinstance(gradient, Tensor):
-        return "backward returns None for a parameter: is it missing from grad_dict's keys?"
+        return "backward returns None for a parameter: is the parameter missing in grad_dict?"
     if gradient.dtype != param.dtype:
-        return f"the dtype is cast on the way: keep that of the parameter, {param.dtype}"
+        return f"the gradient has another dtype: keep that of the parameter, {param.dtype}"
     if gradient.shape == (n_poses, *param.shape):
         return "the sum over poses is missing: sum over dim=0"
     if gradient.numel() == param.numel():
-        return "flattened, or keepdim=True: return the shape of the parameter"
-    return "the sum runs over another axis than that of the poses"
+        return "the gradient is flattened, or keepdim=True: return the shape of the parameter"
+    return "the sum is over another axis than that of the poses"
 
 
 @check("A2", "the output is a scalar with a gradient", "gate")
 def output(subject: Subject) -> Metrics:
-    """Shape (), dtype of the predictions, attached to the parameters."""
+    """Check the shape, the dtype and the graph of the output."""
     _check_signatures(subject.combination)
     _check_dtype(subject)
     for n_poses in sorted({subject.probes.n_poses(n) for n in (1, 2, 3)}):
@@ -89,19 +89,21 @@ def output(subject: Subject) -> Metrics:
                 )
             if found.dtype != torch.float64:
                 raise Fail(
-                    f"{where}: expected torch.float64, as predicted; found {found.dtype}",
-                    cause="the dtype of the predictions is not kept",
+                    f"{where}: expected torch.float64, the dtype of the predictions; found"
+                    f" {found.dtype}",
+                    cause="the output does not keep the dtype of the predictions",
                 )
             if not found.requires_grad:
                 raise Fail(
-                    f"{where}: the output has no gradient",
-                    cause="is it detached, computed under no_grad, or made by item() or numpy()?",
+                    f"{where}: the output must require a gradient; found that it does not",
+                    cause="is the output detached, computed under no_grad, or made by item() or"
+                    " numpy()?",
                 )
     return {}
 
 
 def _check_signatures(combination: Combination) -> None:
-    """Check that every method takes the declared pose inputs besides its usual arguments."""
+    """Check that each method takes the declared pose inputs after its usual arguments."""
     usual: dict[str, tuple[str, ...]] = {
         "combine": ("predictions",),
         "pose_weights": ("predictions",),
@@ -114,14 +116,14 @@ def _check_signatures(combination: Combination) -> None:
             continue
         try:
             signature(getattr(combination, method)).bind(*first, **dict.fromkeys(names))
-        except ValueError:  # a builtin has none
+        except ValueError:  # a builtin has no signature
             continue
         except TypeError as error:
             raise Fail(
                 f"pose_inputs = {names}: {method} must take ({', '.join([*first, *names])}); found"
                 f" {method}{signature(getattr(combination, method))}: {error}",
-                cause="pose_inputs must name every argument that combine, pose_weights, reference"
-                " and forward need besides the usual ones, and each of them must take all of them",
+                cause="pose_inputs must name the further arguments, and combine, pose_weights,"
+                " reference and forward must all take them",
             ) from None
 
 
@@ -129,19 +131,20 @@ def _check_dtype(subject: Subject) -> None:
     step = subject.probes.step()
     try:
         value = subject.call(replace(step.to(torch.float32), poses=step.poses))
-    except Exception:  # it may refuse float32 parameters with float64 predictions
+    except Exception:  # a combination may refuse float32 parameters with float64 predictions
         return
     if isinstance(value, Tensor) and value.dtype != torch.float64:
         raise Fail(
-            f"parameters in float32: expected torch.float64, as predicted; found {value.dtype}",
+            "parameters in float32: expected torch.float64, the dtype of the predictions; found"
+            f" {value.dtype}",
             cause="the output takes its dtype from the parameters, not from the predictions",
         )
 
 
 @check("A3", "gradients are in the order of param_names", "gate")
 def order_of_names(subject: Subject) -> Metrics:
-    """``param_names`` and the keys of ``grad_dict`` are ordered independently."""
-    # All of one shape: autograd itself would notice another. In no order that sorting gives.
+    """Order ``param_names`` and the keys of ``grad_dict`` differently."""
+    # The shapes are equal, because autograd would notice a wrong one. The names are not sorted.
     names = ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight")
     step = subject.probes.step(dict.fromkeys(names, (3,)))
     order = subject.probes.permutation(len(names))
@@ -151,7 +154,10 @@ def order_of_names(subject: Subject) -> Metrics:
 
 @check("A12", "the value depends only on the predictions")
 def value_of_predictions(subject: Subject) -> Metrics:
-    """Pose inputs aside: neither gradients, nor parameters, nor the shape of a prediction."""
+    """Check that the value does not depend on gradients, parameters, or the predictions' shape.
+
+    It may also depend on pose inputs.
+    """
     step = subject.probes.step()
     params = {
         name: subject.probes.randn(*p.shape).requires_grad_() for name, p in step.params.items()
@@ -173,14 +179,17 @@ def value_of_predictions(subject: Subject) -> Metrics:
         if not torch.equal(value, other):
             raise Fail(
                 f"with {what}: expected the value {value.item():.17g}; found {other.item():.17g}",
-                cause="the value uses something else than the predictions",
+                cause="the value depends on something else than the predictions",
             )
     return {}
 
 
 @check("A13", "it runs on the device of the predictions")
 def device(subject: Subject) -> Metrics:
-    """On torch's meta device, which holds no numbers but refuses to mix with the CPU."""
+    """Run a copy on torch's meta device.
+
+    It has no numbers, but an operation on tensors of this device and of the CPU raises an error.
+    """
     try:
         with ShapesFromCpu():
             devices = [tensor.device.type for tensor in _on_meta(subject)]
@@ -190,18 +199,18 @@ def device(subject: Subject) -> Metrics:
         if "expected device" in str(error) or "same device" in str(error):
             raise Fail(
                 f"predictions on another device than the CPU: {error}",
-                cause="a tensor is made without device=predictions.device, or held as a plain"
+                cause="a tensor is made without device=predictions.device, or it is a plain"
                 " attribute: use register_buffer, new_zeros, zeros_like or arange(…, device=…)",
             ) from None
-        # Numbers may decide what it does, and there are none on this device.
+        # Python code may depend on numbers, which this device does not have.
         raise Skip(f"it needs numbers to run: {type(error).__name__}") from None
     if set(devices) != {"meta"}:
-        raise Fail("the output is on the CPU, not where the predictions are")
+        raise Fail("the output must be on the device of the predictions; found it on the CPU")
     return {}
 
 
 def _on_meta(subject: Subject) -> list[Tensor]:
-    """Return what a copy on the meta device makes of predictions there."""
+    """Return all results of a copy on the meta device."""
     combination = subject.copy(torch.float64).to("meta")
     step = subject.probes.step()
     poses = step.poses.map(lambda numbers: numbers.to("meta"))
@@ -223,7 +232,7 @@ def _on_meta(subject: Subject) -> list[Tensor]:
 
 @check("A7", "it works without gradients, and with frozen and unused parameters")
 def modes(subject: Subject) -> Metrics:
-    """Under no_grad and inference_mode; parameters that are frozen, unused, or not there."""
+    """Call without gradients, without parameters, and with frozen and unused parameters."""
     step = subject.probes.step()
     value = subject.call(step)
     nothing = Step(step.poses, {}, {})
@@ -231,8 +240,8 @@ def modes(subject: Subject) -> Metrics:
         found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
         if found["under no_grad"].requires_grad:
             raise Fail(
-                "under no_grad: the output requires a gradient",
-                cause="the grad mode is switched on in forward (enable_grad, set_grad_enabled)",
+                "under no_grad: the output must not require a gradient; found that it does",
+                cause="forward switches the grad mode on (enable_grad, set_grad_enabled)",
             )
     with torch.inference_mode():
         found["under inference_mode"] = subject.call(step).clone()
@@ -251,7 +260,7 @@ def modes(subject: Subject) -> Metrics:
 def _check_without_elements(subject: Subject) -> None:
     step = subject.probes.step({"w": (2,), "empty": (0, 2)})
     if subject.gradients(step)["empty"].shape != (0, 2):
-        raise Fail("a parameter without elements: its gradient has another shape")
+        raise Fail("a parameter without elements: its gradient must have the same shape, (0, 2)")
 
 
 def _check_frozen(subject: Subject, step: Step) -> None:
@@ -261,8 +270,9 @@ def _check_frozen(subject: Subject, step: Step) -> None:
     for name, gradient in found.items():
         if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
             raise Fail(
-                f"parameter {name!r}: another gradient while 'w2' is frozen",
-                cause="frozen parameters are dropped, and the gradients no longer line up",
+                f"parameter {name!r}: the gradient must not change if 'w2' is frozen; found a"
+                " change",
+                cause="frozen parameters are left out, so other parameters get wrong gradients",
             )
 
 
@@ -276,5 +286,5 @@ def _check_unused(subject: Subject, step: Step) -> None:
             f" {found if found is None else found.flatten()[0].item()}",
             cause="return zeros, not None"
             if found is None
-            else "a division by the size of the gradient, or something added to it (weight decay)",
+            else "a division by the size of the gradient, or a further term (weight decay)",
         )

@@ -17,7 +17,7 @@ from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
-# (poses, base, spread); of many poses, some have nearly the same prediction
+# (poses, base, spread). Among 30 poses, some have nearly the same prediction.
 LOW_PRECISION_PROBES = (
     (4, 0.0, 1.0),
     (4, -8.0, 2.0),
@@ -29,20 +29,23 @@ LOW_PRECISION_PROBES = (
 
 @check("D4", "low precision keeps its dtype and computes in float32")
 def low_precision(subject: Subject) -> Metrics:
-    """float32, bfloat16 and float16, against float64 on the same rounded predictions."""
+    """Compare float32, bfloat16 and float16 with float64.
+
+    The float64 predictions are those of the other dtype, so they have the same rounding.
+    """
     worst = 0.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for n, base, spread in LOW_PRECISION_PROBES:
             if base < -256 and dtype != torch.float16:
-                continue  # where float16 overflows in a square
+                continue  # these predictions test whether a square overflows in float16
             poses = _in_domain(subject, subject.probes.poses(n, base, spread), dtype)
-            # Rounding makes ties, at which a value with kinks has several derivatives.
+            # Rounding may make ties, and a value with kinks has several derivatives at a tie.
             if subject.combination.smooth or len(poses.predictions.unique()) == len(poses):
                 step = subject.probes.step(n_poses=len(poses))
                 worst = max(worst, _check_precision(subject, step, poses))
         if dtype == torch.float32 or not subject.combination.smooth:
             continue
-        # Many small terms of one sign: a sum in half precision stops growing.
+        # A sum of many small terms of one sign stops growing in half precision.
         step = subject.probes.step({"w": (4,)}, 1000)
         step.gradients["w"].abs_()
         poses = _in_domain(subject, subject.probes.poses(len(step.poses), -9.0, 0.0), dtype)
@@ -51,7 +54,10 @@ def low_precision(subject: Subject) -> Metrics:
 
 
 def _in_domain(subject: Subject, poses: Poses, dtype: torch.dtype) -> Poses:
-    """Return poses in another dtype, without predictions that rounding moves out of the domain."""
+    """Return poses in another dtype.
+
+    Predictions that rounding moves out of the domain are replaced.
+    """
     low, high = subject.combination.domain
     poses = poses.map(lambda numbers: numbers.to(dtype))
     y = poses.predictions
@@ -69,15 +75,16 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
             f"predictions in {dtype}: expected the value in that dtype; found {value.dtype}",
             cause="cast the result back: value.to(predictions.dtype)",
         )
-    if subject.combination.stochastic:  # the random numbers are others in another dtype
+    if subject.combination.stochastic:  # another dtype has other random numbers
         return 0.0
     off = _check_value(subject, value, wide.poses)
     expected = subject.gradients(wide, **_views(wide))
     weights = subject.weights(wide.poses)
     few = len(poses) <= 30
-    # For many poses it is slow, and computed only if it is needed.
+    # This is slow for many poses, so it is then computed only if it is needed.
     moved = _change_by_last_digit(subject.weights, wide.poses, weights) if few else None
-    # A derivative of float32 arithmetic is as exact as its size elsewhere: tanh' is 1 - tanh².
+    # Roundoff in a float32 derivative may be as large as the usual weight, even where the weight is
+    # small: the derivative of tanh is computed as 1 - tanh².
     usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
     digits = 2048 if dtype == torch.float32 else 16
     slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * FLOAT32 * usual
@@ -89,7 +96,7 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
         most = weights.abs().clamp(min=usual)
         beyond = torch.tensordot(most, sizes + 1, dims=1) > limits.max / 2
         allowed = beyond | ~expected[name].isfinite()
-        if not ((error <= tolerance) | allowed).all():  # it may be stiff here
+        if not ((error <= tolerance) | allowed).all():  # the value may be stiff here
             if moved is None:
                 moved = _change_by_last_digit(subject.weights, wide.poses, weights)
             tolerance = limits.tiny + torch.tensordot(slack + 8 * moved, sizes, dims=1)
@@ -106,7 +113,10 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
 
 
 def _views(step: Step) -> dict[str, Any]:
-    """Return predictions and gradients as views of one buffer each, which is quick for many."""
+    """Return predictions and gradients as views of one buffer each.
+
+    This is faster than a copy of each tensor.
+    """
     gradients = {name: list(each.clone()) for name, each in step.gradients.items()}
     return {"pred_list": list(step.poses.predictions.clone()), "grad_dict": gradients}
 
@@ -134,7 +144,7 @@ def _check_value(subject: Subject, value: Tensor, poses: Poses) -> float:
 
 
 def _change_by_last_digit(function: Callable[[Poses], Tensor], poses: Poses, at: Tensor) -> Tensor:
-    """Return how much a result changes where its numbers move by a last digit of float32."""
+    """Return the change of a result if the last digit of its inputs in float32 changes."""
 
     def nearby(numbers: Tensor, sign: int) -> Tensor:
         by = sign * torch.finfo(torch.float32).eps * numbers.abs()
@@ -147,5 +157,5 @@ def _change_by_last_digit(function: Callable[[Poses], Tensor], poses: Poses, at:
 
 _LOW_PRECISION = (
     "the arithmetic is in the dtype of the predictions: compute in float32 at least, and shift by"
-    " the extreme before scaling (t·y alone loses the digits, and overflows float16)"
+    " the extreme before scaling, because t·y without a shift loses digits and overflows float16"
 )

@@ -1,4 +1,4 @@
-"""A5 and A6: the same call gives the same numbers, whatever was called before or meanwhile."""
+"""A5 and A6: the same call gives the same numbers, and other calls do not change them."""
 
 from __future__ import annotations
 
@@ -25,19 +25,22 @@ N_THREADS = 8
 
 @check("A5", "the same call gives the same numbers")
 def repeatable(subject: Subject) -> Metrics:
-    """Forward twice, and backward twice with ``retain_graph``, to the last bit."""
+    """Run forward twice, and backward twice with ``retain_graph``. All bits must be equal."""
     step = subject.probes.step(spread=1e-3)
     first, second = subject.call(step), subject.call(step)
     if not equal_with_nan(first, second):
         raise Fail(
-            f"the same call gave {first.item():.17g} and then {second.item():.17g}",
-            cause="random numbers from elsewhere than torch's global state, which alone is replayed"
+            f"the same call must give the same value; found {first.item():.17g} and then"
+            f" {second.item():.17g}",
+            cause="random numbers that do not come from torch's global random state: the checks"
+            " cannot replay them"
             if subject.combination.stochastic
-            else "random numbers (declare stochastic = True), or state left by the first call",
+            else "random numbers (declare stochastic = True), or state that the first call left",
         )
     go = torch.tensor(-3.7, dtype=first.dtype)  # 1 would hide a multiplication in place
     for value in (first, second):
-        # Not as grad_outputs: to compare its shape, torch imports sympy, which takes a second.
+        # Do not pass this tensor as grad_outputs: torch would import sympy to compare the shapes,
+        # which takes a second.
         value.register_hook(lambda _: go)
     once = gradients_of(first, step.params, retain_graph=True)
     twice = gradients_of(first, step.params, retain_graph=True)
@@ -45,23 +48,25 @@ def repeatable(subject: Subject) -> Metrics:
     for name, gradient in once.items():
         if not equal_with_nan(gradient, again[name]):
             raise Fail(
-                f"parameter {name!r}: the same call gave two gradients",
-                cause="random numbers or a counter in backward, or state left by the first call",
+                f"parameter {name!r}: the same call must give the same gradient; found two"
+                " different gradients",
+                cause="random numbers or a counter in backward, or state that the first call left",
             )
         if not equal_with_nan(gradient, twice[name]):
             raise Fail(
-                f"parameter {name!r}: backward twice (retain_graph=True) gave two gradients",
-                cause="backward changes what forward has saved, in place",
+                f"parameter {name!r}: a second backward (retain_graph=True) must give the same"
+                " gradient; found another",
+                cause="backward changes the saved tensors of forward in place",
             )
     return {}
 
 
-_SHARED = "a cache, or state that a call leaves behind on self, the class or the module"
+_SHARED = "a cache, or state that a call leaves on self, the class or the module"
 
 
 @check("A6", "calls do not affect one another")
 def isolated(subject: Subject) -> Metrics:
-    """Two live calls, backward in both orders; two instances; threads."""
+    """Check two calls at the same time, two instances, and threads."""
     step = subject.probes.step(spread=1e-3)
     before = _value_and_gradients(subject, step)
     others: list[tuple[str, Combination]] = [("a copy", subject.copy(torch.float64))]
@@ -74,7 +79,7 @@ def isolated(subject: Subject) -> Metrics:
         for n_poses, spread in ((5, 1.0), (3, 1e-3)):
             _check_two_live_calls(subject, what, combination, n_poses, spread)
         if not all(map(equal_with_nan, before, _value_and_gradients(subject, step))):
-            raise Fail(f"other numbers once there is {what}", cause=_SHARED)
+            raise Fail(f"{what} must not change the numbers; found a change", cause=_SHARED)
     _check_weights_without_state(subject)
     _check_pose_inputs_without_state(subject)
     buffers = dict(subject.combination.named_buffers())
@@ -96,8 +101,9 @@ def _check_weights_without_state(subject: Subject) -> None:
         found = subject.combination.pose_weights(one.predictions, **one.inputs)
     if not equal_with_nan(expected, found):
         raise Fail(
-            "pose_weights(y) gave other weights after combine of other predictions",
-            cause="state that combine leaves on self: compute it from the argument",
+            "pose_weights(y) must not depend on an earlier call of combine; found other weights"
+            " after combine(other predictions)",
+            cause="pose_weights uses state that combine leaves on self: compute it from y",
         )
 
 
@@ -134,20 +140,20 @@ def _check_two_live_calls(
         for name, gradient in expected.items():
             if not equal_with_nan(gradient, found[name]):
                 raise Fail(
-                    f"parameter {name!r}: another gradient after {what} between forward and"
-                    " backward",
-                    cause="state on self, the class or the module, which belongs to the last call:"
+                    f"parameter {name!r}: {what} between forward and backward must not change the"
+                    " gradient; found a change",
+                    cause="state on self, the class or the module, which the last call overwrites:"
                     " keep it on ctx",
                 )
     gradients_of(subject.call(two, combination=other), two.params)
     if any(not equal_with_nan(first_gradients[name], expected[name]) for name in first_gradients):
         raise Fail(
-            f"gradients that backward returned earlier have changed after {what}",
-            cause="a buffer that every backward writes to: return a tensor of its own",
+            f"{what} must not change gradients that backward returned earlier; found a change",
+            cause="every backward writes to the same buffer: return a new tensor",
         )
     if not equal_with_nan(subject.call(one), value):
         raise Fail(
-            f"another value after {what}",
+            f"{what} must not change the value; found a change",
             cause=_SHARED,
         )
 
@@ -160,8 +166,9 @@ def _check_threads(subject: Subject) -> None:
     for one, other in zip(5 * alone, found, strict=True):
         if not all(map(equal_with_nan, one, other)):
             raise Fail(
-                f"{N_THREADS} threads at once gave other numbers than one after the other",
-                cause="state that the threads share",
+                f"calls in {N_THREADS} threads must give the same numbers as calls one by one;"
+                " found other numbers",
+                cause="the threads share state",
             )
 
 

@@ -1,4 +1,4 @@
-"""A4 and A8: inputs, the process and memory are left as they were."""
+"""A4 and A8: a call changes no inputs and no global state, and keeps no memory."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 @check("A4", "it does not modify its inputs or global state")
 def purity(subject: Subject) -> Metrics:
-    """Predictions, inputs, gradients, parameters, ``.grad``, random states and settings."""
-    step = subject.probes.step(n_poses=5)  # few enough would be in order by chance
+    """Check inputs, parameters, ``.grad``, random states and settings after a call."""
+    step = subject.probes.step(n_poses=5)  # fewer poses may be sorted by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
     given: dict[str, Any] = {
@@ -34,9 +34,9 @@ def purity(subject: Subject) -> Metrics:
         "param_names": list(step.params),
         "pose_inputs": step.poses.copied_inputs(),
     }
-    for name in ("w1", "scalar", "rows"):  # the others have no .grad yet
+    for name in ("w1", "scalar", "rows"):  # the other parameters have no .grad
         step.params[name].grad = torch.ones_like(step.params[name])
-    torch.rand(())  # away from where manual_seed leaves the random state
+    torch.rand(())  # so that a call of manual_seed would change the random state
     before, state = _contents(subject, step, **given), process_state()
     value = subject.call(step, **given)
     after = _contents(subject, step, **given)
@@ -55,8 +55,8 @@ def purity(subject: Subject) -> Metrics:
         if param.grad is None or not torch.allclose(param.grad, expected):
             raise Fail(
                 f"parameter {name!r}: backward must add its gradient to .grad once",
-                cause=".grad is written or zeroed by the combination: return gradients instead, so"
-                " that they accumulate",
+                cause="the combination writes or zeroes .grad: return gradients instead, and"
+                " autograd accumulates them",
             )
     _check_poses_unchanged(subject)
     if subject.combination.stochastic:
@@ -136,23 +136,23 @@ def _check_unchanged(
 
 def _change_cause(what: str) -> str:
     if what in RANDOM_STATES:
-        return "it draws random numbers, or seeds: declare stochastic = True, and never seed"
+        return "it draws random numbers or sets a seed: declare stochastic = True, and set no seed"
     if what.startswith("requires_grad"):
-        return "requires_grad_() on what belongs to the caller"
+        return "requires_grad_() on a tensor of the caller"
     if what.startswith(".grad"):
         return "return the gradients; autograd accumulates them"
     if "mode" in what or "default" in what or "threads" in what:
-        return "a setting of the whole process is changed and not put back: use a context manager"
-    return "an operation in place (add_, mul_, *=, sort, pop) on what belongs to the caller: copy"
+        return "it changes a setting of the whole process: use a context manager, which restores it"
+    return "an operation in place (add_, mul_, *=, sort, pop) on an object of the caller: copy it"
 
 
 def _check_no_alias(what: str, tensor: Tensor, inputs: Mapping[str, Tensor]) -> None:
     for name, other in inputs.items():
         if tensor.untyped_storage().data_ptr() == other.untyped_storage().data_ptr():
             raise Fail(
-                f"{what} shares its memory with {name}",
-                cause="a view or the tensor itself is returned: whoever changes one changes both;"
-                " clone it",
+                f"{what} must have its own memory; found that it shares the memory of {name}",
+                cause="the combination returns an input or a view of it, so a change of one"
+                " changes both: return a clone",
             )
 
 
@@ -164,20 +164,21 @@ def _check_not_reseeded(subject: Subject, step: Step) -> None:
         states.append(torch.get_rng_state())
     if torch.equal(*states):
         raise Fail(
-            "after two different seeds the random state is the same",
-            cause="it seeds the generator itself (manual_seed): draw from the state that there is",
+            "the random state after a call must depend on the seed; found the same state for two"
+            " seeds",
+            cause="the combination sets a seed (manual_seed): use the current random state",
         )
 
 
 def call_keeping_state(combination: Combination, step: Step) -> None:
-    """Call ``forward`` without restored_state what it leaves behind."""
+    """Call ``forward``, and do not restore the state that it changes."""
     given = step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
     combination(*given, **step.poses.copied_inputs())
 
 
 @check("A8", "memory is freed after backward")
 def memory(subject: Subject) -> Metrics:
-    """Predictions and gradients of the poses die once the value is gone."""
+    """Check that inputs are freed when the value is deleted after backward."""
     step = subject.probes.step()
     pred_list, grad_dict, pose_inputs = (
         step.pred_list(),
@@ -195,9 +196,10 @@ def memory(subject: Subject) -> Metrics:
     gc.collect()
     alive = sum(ref() is not None for ref in inputs)
     raise Fail(
-        f"after backward, {alive or 'all'} of {len(inputs)} predictions, pose inputs and gradients"
-        f" are still alive{'' if alive else ' until the garbage collector runs'}",
-        cause="kept on self, the class or in a cache"
+        "predictions, pose inputs and gradients must be freed after backward; found"
+        f" {alive or 'all'} of {len(inputs)} alive"
+        f"{'' if alive else ' until the garbage collector runs'}",
+        cause="self, the class or a cache keeps them"
         if alive
         else "a cycle of references: save tensors with ctx.save_for_backward, not on ctx",
     )
@@ -205,7 +207,7 @@ def memory(subject: Subject) -> Metrics:
 
 @check("A8q", "gradients of the poses are freed by backward", "quality")
 def freed_by_backward(subject: Subject) -> Metrics:
-    """While the value lives on, for a log or a mean over the epoch."""
+    """Check that gradients are freed although a program keeps the value, for example for a log."""
     step = subject.probes.step()
     pred_list, grad_dict = step.pred_list(), step.grad_dict()
     inputs = [weakref.ref(gradient) for each in grad_dict.values() for gradient in each]
@@ -215,7 +217,9 @@ def freed_by_backward(subject: Subject) -> Metrics:
     alive = sum(ref() is not None for ref in inputs)
     if alive:
         raise Fail(
-            f"after backward, with the value kept, {alive} of {len(inputs)} gradients are alive",
-            cause="they are attributes of ctx: ctx.save_for_backward lets them go after backward",
+            "the gradients of the poses must be freed by backward, also if the value is kept; found"
+            f" {alive} of {len(inputs)} alive",
+            cause="they are attributes of ctx: backward only frees tensors that were saved with"
+            " ctx.save_for_backward",
         )
     return {}

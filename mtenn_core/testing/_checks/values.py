@@ -1,6 +1,6 @@
-"""D1 and D2: the value, whose mistakes a derivative does not show.
+"""D1 and D2: comparisons of the value with a reference and with declared properties.
 
-A wrong value has a derivative, too.
+They are needed because a wrong value may have a correct derivative.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from mtenn_core.testing._probe.finite_differences import (
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 
-# Two statements of one value round differently, the more so where one is scaled up.
+# Two formulas of one value have different roundoff, more so if one of them scales it up.
 VALUE_DIGITS = 1e-10
 
 
@@ -35,7 +35,10 @@ Statement = Callable[[Poses], Tensor]
 
 @check("D1", "the value equals the declared reference")
 def reference(subject: Subject) -> Metrics:
-    """Values and derivatives of the declared reference, and of ``combine`` next to ``forward``."""
+    """Compare value and derivative with those of the declared reference.
+
+    If the class has its own ``forward``, they are also compared with those of ``combine``.
+    """
     combination = subject.combination
     statements: dict[str, Statement] = {}
     if overrides(type(combination), "reference"):
@@ -76,7 +79,7 @@ def _check_statement(subject: Subject, what: str, statement: Statement, poses: P
             return off
         (gradient,) = torch.autograd.grad(expected, leaf, materialize_grads=True)
     if gradient.isfinite().all():
-        # Its own rounding is that of the value it was compared with.
+        # The derivative of the reference is not exact: it has roundoff, too.
         exact = Estimate(gradient, 1e-9 * gradient.abs().amax().expand(len(poses)))
         axes = torch.eye(len(poses), dtype=gradient.dtype)
         weights_at = poses.fixed(subject.weights)
@@ -93,24 +96,24 @@ def _error_in_tolerances(
     poses: Poses,
     statement: Statement | None = None,
 ) -> float:
-    """Return the difference of two values in tolerances; 0 if both are no number."""
+    """Return the difference of two values in tolerances, or 0 if both are NaN."""
     if found.isnan() and expected.isnan():
         return 0.0
     y, value_at = poses.predictions, poses.fixed(subject.value)
     size = max(float(y.abs().amax()), abs(float(expected)))
     tolerance = VALUE_DIGITS * size
     difference = abs(float(found) - float(expected))
-    if not difference <= tolerance:  # it may compute in less than float64
+    if not difference <= tolerance:  # the value may be computed in float32
         eps = resolution(torch.stack([value_at(y + k) for k in (0.0, 0.125, 0.25)]))
         tolerance = max(VALUE_DIGITS, 64 * len(y) * eps) * size
-    if not difference <= tolerance:  # what cancels inside of either shows around y
+    if not difference <= tolerance:  # terms may cancel in either function
         each = [value_at, *([poses.fixed(statement)] if statement else [])]
         tolerance += 8 * sum(_roundoff(function, y) for function in each)
     return ratio(difference, tolerance)
 
 
 def _roundoff(function: Callable[[Tensor], Tensor], y: Tensor) -> float:
-    """Return how far from a straight line a value is where ``y`` hardly moves: its roundoff."""
+    """Return the roundoff of a value: its deviation from a straight line very near ``y``."""
     near = torch.stack([function(y * (1 + k * 2.0**-33)).detach() for k in range(9)])
     return float(near.diff().diff().abs().amax().nan_to_num(0.0))
 
@@ -118,11 +121,11 @@ def _roundoff(function: Callable[[Tensor], Tensor], y: Tensor) -> float:
 def _value_cause(found: Tensor, expected: Tensor, y: Tensor) -> str:
     n, difference = len(y), float(found - expected)
     known = {
-        "the sign": float(-2 * expected),
-        "ln(n_poses) too much (sum where there should be a mean)": math.log(n),
-        "ln(n_poses) too little (mean where there should be a sum)": -math.log(n),
-        "n_poses times too large": float((n - 1) * expected),
-        "divided by n_poses": float((1 / n - 1) * expected),
+        "the value has the opposite sign": float(-2 * expected),
+        "the value is too large by ln(n_poses): a sum instead of a mean": math.log(n),
+        "the value is too small by ln(n_poses): a mean instead of a sum": -math.log(n),
+        "the value is n_poses times too large": float((n - 1) * expected),
+        "the value is divided by n_poses": float((1 / n - 1) * expected),
     }
     for cause, offset in known.items():
         if offset and math.isclose(difference, offset, rel_tol=1e-6):
@@ -130,10 +133,10 @@ def _value_cause(found: Tensor, expected: Tensor, y: Tensor) -> str:
     for word, extreme in (("highest", y.amax()), ("lowest", y.amin()), ("mean", y.mean())):
         if math.isclose(float(found), float(extreme), rel_tol=1e-9):
             return f"the value is the {word} prediction"
-    return "the value itself: its derivative may well be that of the wrong value"
+    return "the value is wrong; a correct derivative of a wrong value does not help"
 
 
-# What a combination may claim in `properties`, and what is wrong if it does not hold.
+# Each property that a combination may declare, and the message if it does not hold.
 Property = Callable[[Subject, Poses], tuple[Tensor, Tensor]]
 
 
@@ -175,27 +178,30 @@ PROPERTIES: dict[str, tuple[Property, str]] = {
     "permutation_invariant": (_permuted, "the order of the poses changes the value"),
     "translation_equivariant": (
         _translated,
-        "h(y + c) = h(y) + c does not hold: do the weights sum to 1?",
+        "h(y + c) must equal h(y) + c: do the weights sum to 1?",
     ),
     "bounded": (_within, "the value leaves the range of the predictions"),
-    "monotone": (_increasing, "a weight is negative: a prediction that rises lowers the value"),
-    "idempotent": (_of_equal_poses, "equal poses do not give their own value: normalisation?"),
+    "monotone": (_increasing, "a weight is negative: a higher prediction gives a lower value"),
+    "idempotent": (
+        _of_equal_poses,
+        "the value of equal predictions is another number: is the normalisation wrong?",
+    ),
     "replication_invariant": (
         _replicated,
-        "every pose twice gives another value: sum where there should be a mean?",
+        "if each pose appears twice, the value changes: is there a sum instead of a mean?",
     ),
-    "ignores_nan": (_without_nan, "a pose that is NaN is not as if it were not there"),
+    "ignores_nan": (_without_nan, "a further pose with a prediction of NaN changes the value"),
 }
 
 
 @check("D2", "the declared properties hold")
 def properties(subject: Subject) -> Metrics:
-    """Each name in ``properties``, for several numbers, sizes and spreads of predictions."""
+    """Check each declared property, for several numbers, sizes and spreads of predictions."""
     declared = sorted(subject.combination.properties)
     unknown = [name for name in declared if name not in PROPERTIES]
     if unknown:
         raise Fail(
-            f"unknown properties {unknown}; those that can be tested: {', '.join(PROPERTIES)}",
+            f"unknown properties {unknown}; known properties: {', '.join(PROPERTIES)}",
         )
     if not declared:
         raise Skip("it declares no properties")

@@ -1,4 +1,4 @@
-"""Numbers for the plots of a report."""
+"""Compute the numbers in the plots of a report."""
 
 from __future__ import annotations
 
@@ -19,29 +19,29 @@ N_SCANNED, SCANNED_PER_WEIGHT = 41, 3
 
 
 def curves(make: Callable[[], Subject]) -> dict[str, Any]:
-    """Return what is looked at rather than read, as lists of numbers.
+    """Return the numbers for the plots of a combination.
 
     Parameters
     ----------
-    make : makes the subject
+    make : returns a new subject
 
     Returns
     -------
-    ``weights``: for several spreads, the pose weights of backward and by finite differences;
-    ``steps``: for one pose, |central difference - weight of backward| against the step size;
-    ``scan``: the value over the prediction of one pose, the others fixed, and its weight there.
-    Empty if the combination raises.
+    ``weights``: pose weights from backward and from finite differences, for several spreads;
+    ``steps``: |central difference - weight from backward| for each step size, for one pose;
+    ``scan``: the value and the weight of one pose while its prediction changes, the others fixed.
+    The result is empty if the combination raises an error
     """
     try:
         subject = make()
         points = [subject.probes.poses(3, 0.0, spread) for spread in SPREADS]
         return {
             "weights": [_weights(subject, poses) for poses in points],
-            # At a sharp scale, the weights at large spreads are all 0 or 1: no step changes them.
+            # The smallest spread: with a large one, a sharp combination has only weights of 0 or 1.
             "steps": _steps(subject, points[-1]),
             "scan": _scan(subject, points[0]),
         }
-    except (Exception, SystemExit):  # the records say what it raises
+    except (Exception, SystemExit):  # the records contain the error
         return {}
 
 
@@ -77,7 +77,7 @@ def _scan(subject: Subject, poses: Poses) -> dict[str, Any]:
     low, high = subject.combination.domain
     margin = 1.5 * float(y.max() - y.min() + 1)
     low, high = max(low, float(y.min()) - margin), min(high, float(y.max()) + margin)
-    # Not the ends themselves, which the domain leaves out.
+    # The ends do not belong to the domain.
     along = torch.linspace(low, high, N_SCANNED + 2, dtype=y.dtype)[1:-1]
     points = [poses.at(torch.cat([moved[None], y[1:]])) for moved in along]
     return {

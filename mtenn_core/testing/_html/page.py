@@ -30,8 +30,8 @@ SIGNS = {
 def render(reports: Sequence[Report]) -> str:
     """Return a page with the results of the checks and plots of the gradients.
 
-    Styles and plots are part of the page. It can be encoded as UTF-8, whatever text a plugin
-    contains.
+    Styles and plots are part of the page. The page can be encoded as UTF-8, although the text of a
+    plugin may contain other characters.
 
     Parameters
     ----------
@@ -69,14 +69,14 @@ def _import_optional() -> tuple[Any, Any]:
         from mtenn_core.testing._html.plots import plots
     except ImportError as error:
         raise MtennError(
-            f"an HTML report needs matplotlib and Jinja2; found: {error}; install them with:"
+            f"an HTML report needs matplotlib and Jinja2; found: {error}. Install them with:"
             ' pip install "mtenn-core[html]"'
         ) from error
     return jinja2, plots
 
 
 def _groups(report: Report) -> list[tuple[str, list[Record], bool]]:
-    """Return the records by group, failures first: heading, records, True to unfold them."""
+    """Return groups of records, failures first: heading, records, and True to unfold the group."""
 
     def with_status(*statuses: str) -> list[Record]:
         return [r for r in report.records if r.status in statuses]
@@ -91,7 +91,7 @@ def _groups(report: Report) -> list[tuple[str, list[Record], bool]]:
 
 
 def _fact_text(value: Any, name: str) -> str:
-    """Return a declared fact as text; in a report from JSON, infinite ends of a domain are None."""
+    """Return a declared fact as text. In a report from JSON, infinite ends of a domain are None."""
     if name == "domain":
         ends = zip((-math.inf, math.inf), value, strict=True)
         return " to ".join(_value_text(default if end is None else end) for default, end in ends)

@@ -19,7 +19,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullLocator
 from numpy.typing import NDArray
 
 Numbers = NDArray[np.float64]
-# Draws numbers of a report; returns title, finding and explanation, see Plot.
+# A function that draws numbers of a report, and returns title, finding and explanation (see Plot).
 Draw = Callable[[Figure, Any], tuple[str, str, str]]
 
 # Placeholders for the CSS variables of the page, which differ between light and dark mode.
@@ -41,9 +41,9 @@ STYLE = {
     "ytick.color": INK,
 }
 SIZE = (4.0, 3.3)  # inches; about as wide as the screen of a phone
-# Limits of a logarithmic axis; zero is drawn at the lower one.
+# Limits of a logarithmic axis. Zero is drawn at the lower limit.
 LOWEST, HIGHEST = 1e-17, 1e17
-# Always visible, so that right and wrong gradients do not look alike on different scales.
+# This range is always visible. Otherwise, roundoff and an error could look the same.
 REFERENCE_RANGE = np.array([1e-13, 0.1])
 # Fields that matplotlib would write into each picture.
 METADATA = ("Creator", "Date", "Format", "Type")
@@ -75,7 +75,8 @@ def plots(curves: dict[str, Any], prefix: str) -> list[Plot]:
     curves : see :func:`mtenn_core.testing._html.curves.curves`
     prefix : prefix of the ids in these plots, unique on the page
     """
-    # Without the user's settings of matplotlib. pyplot would add windows and global state.
+    # after_reset: ignore the user's settings of matplotlib. This module does not import pyplot,
+    # because pyplot would add windows and global state.
     with matplotlib.style.context(STYLE, after_reset=True):
         return [
             _plot(draw, curves[name], f"{prefix}-{name}")
@@ -98,7 +99,7 @@ def _draw_weights(figure: Figure, groups: list[dict[str, Any]]) -> tuple[str, st
     places = _places(groups)
     top, bottom = _panels(figure)
     top.bar(places, differences, color=DIFFERENCES, alpha=0.4, label="finite difference")
-    # Limited, because a larger error bar would make the weights invisible.
+    # The bars are limited, because larger bars would make the weights invisible.
     uncertainty = np.fmin(errors, 1)
     top.errorbar(places, differences, uncertainty, fmt="none", ecolor=DIFFERENCES, capsize=3)
     top.plot(places, backward, "o", color=BACKWARD, markersize=5, label="backward")
@@ -279,9 +280,9 @@ def _svg(figure: Figure, description: str, salt: str) -> Markup:
     buffer = io.StringIO()
     with matplotlib.rc_context({"svg.hashsalt": salt}):
         figure.savefig(buffer, format="svg", metadata=dict.fromkeys(METADATA))
-    # Without the XML header and the first <defs>, whose style would apply to the whole page.
+    # Remove the XML header and the first <defs>, because its style would apply to the whole page.
     drawing = buffer.getvalue().partition("</defs>")[2]
-    # Groups have the same ids in every figure, and nothing refers to them.
+    # Remove the ids of groups. They are the same in every figure, and nothing refers to them.
     drawing = re.sub(r'<g id="[^"]*"', "<g", drawing)
     for color, variable in VARIABLES.items():
         drawing = drawing.replace(color, variable)

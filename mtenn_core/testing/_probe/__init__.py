@@ -1,1 +1,1 @@
-"""Probing a combination: poses, finite differences, comparison, likely causes."""
+"""Tools of the checks: poses, finite differences, comparisons, and likely causes."""

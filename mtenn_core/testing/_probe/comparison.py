@@ -1,4 +1,4 @@
-"""Comparison of a gradient from backward with one by finite differences."""
+"""Comparisons of gradients from backward with finite differences."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from mtenn_core.testing._checks.check import Fail, Inconclusive, Metrics
 from mtenn_core.testing._probe.finite_differences import Estimate
 from mtenn_core.testing._probe.poses import Poses, listed
 
-# A closed form may hold a constant in float32, which is no mistake.
+# A closed form may correctly contain a constant in float32.
 FLOAT32 = 8 * torch.finfo(torch.float32).eps
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One derivative, read off backward and by finite differences."""
+    """A derivative from backward, and the same derivative by finite differences."""
 
     unit: str
     direction: Tensor
@@ -28,20 +28,21 @@ class Comparison:
     analytic: float
     derivative: float
     error: float
-    slack: float  # what two units in the last place of the predictions change
-    scale: float  # the size of the whole gradient
+    slack: float  # change of ``analytic`` if predictions move by two units in the last place
+    scale: float  # the largest entry of the gradient
     inputs: PoseInputs
     of_predictions: bool = True
     against: str = "finite difference"
 
     @property
     def poses(self) -> Poses:
-        """The predictions, and the pose inputs."""
+        """The predictions and the pose inputs."""
         return Poses(self.predictions, self.inputs)
 
     @property
     def tolerance(self) -> float:
-        # A gradient that jumps at a last digit, where the value does not, is wrong: a tie, a cache.
+        # Slack is limited. A gradient that jumps if only last digits change (a tie, a cache) is
+        # wrong, unless the value jumps, too.
         slack = min(8 * self.slack, 1e-3 * self.scale)
         return 10 * self.error + slack + FLOAT32 * self.scale
 
@@ -52,12 +53,12 @@ class Comparison:
 
     @property
     def conclusive(self) -> bool:
-        """Whether an error of one percent would have been seen."""
+        """True if an error of one percent would exceed the tolerance."""
         return self.tolerance <= 0.01 * self.scale
 
     @property
     def wrong(self) -> bool:
-        """Whether the two differ where they can be told apart, or one is no number."""
+        """True if a conclusive comparison differs, or if backward gives infinity or NaN."""
         return self.off_by > 1 and (self.conclusive or not math.isfinite(self.analytic))
 
     def __str__(self) -> str:
@@ -89,7 +90,7 @@ def compare(
     no_slack = torch.zeros(1, 1)
     comparisons = _comparisons(gradient, no_slack, fd, directions, predictions, unit, inputs)
     if any(comparison.off_by > 1 for comparison in comparisons):
-        # It takes two more gradients, and only what differs needs the excuse.
+        # This computes two more gradients, so do it only if an entry differs.
         slack = sensitivity(gradient_at, predictions, gradient) @ directions.T
         comparisons = _comparisons(gradient, slack, fd, directions, predictions, unit, inputs)
     return comparisons
@@ -122,12 +123,20 @@ def _comparisons(
 def sensitivity(
     gradient_at: Callable[[Tensor], Tensor], predictions: Tensor, gradient: Tensor
 ) -> Tensor:
-    """Return how a gradient changes where the predictions move by their last digits: (2, n)."""
+    """Return the changes of a gradient if the last digits of the predictions change.
+
+    Returns
+    -------
+    shape (2, n)
+    """
     return torch.stack([gradient_at(near) - gradient for near in _neighbours(predictions)])
 
 
 def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Return ``y`` moved by two units in the last place, each prediction the other way."""
+    """Return two neighbours of ``y``: each prediction moves by two units in the last place.
+
+    Predictions with even and odd index move in opposite directions.
+    """
     up, down = y, y
     for _ in range(2):
         up = torch.nextafter(up, torch.full_like(y, torch.inf))
@@ -141,17 +150,17 @@ def judge(
     cause: str = "",
     table: Callable[[Comparison], str] = lambda comparison: "",
 ) -> Metrics:
-    """Return what was measured.
+    """Return metrics of the comparisons, or raise an error that describes the worst one.
 
     Parameters
     ----------
-    cause : the likely mistake, if some are wrong
-    table : text to show below the comparison that is shown
+    cause : the likely mistake, if comparisons are wrong
+    table : returns a text to show below the worst comparison
 
     Raises
     ------
-    Fail : some are wrong
-    Inconclusive : most are too uncertain to tell
+    Fail : a comparison is wrong
+    Inconclusive : most comparisons are too uncertain to decide
     """
     if not comparisons:
         return {"comparisons": 0}
@@ -164,20 +173,24 @@ def judge(
     if wrong:
         worst = max(wrong, key=_display_priority)
         raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
-    # Most probes of what computes in float32, or of a stiff value, are far from where it is told.
+    # 75 %, because most probes of a stiff value, or of a value in float32, may be inconclusive. The
+    # others still decide.
     if metrics["inconclusive"] > 0.75 * len(comparisons):
         raise Inconclusive(
-            f"at {metrics['inconclusive']} of {len(comparisons)} points finite differences are too"
-            " uncertain to see an error of 1 %: the value hardly depends on the predictions there,"
-            " or is not smooth, or is random (declare `smooth`, `stochastic` or `domain`)",
+            f"at {metrics['inconclusive']} of {len(comparisons)} points, finite differences are too"
+            " uncertain to show an error of 1 %. There, the value hardly depends on the"
+            " predictions, is not smooth, or is random. Declare `smooth`, `stochastic` or `domain`",
             **metrics,
         )
     return metrics
 
 
 def _display_priority(comparison: Comparison) -> tuple[bool, bool, bool, int]:
-    """Sort by what teaches a reader most; the first probes, the plainest, win a tie."""
-    # The weight of a single pose is 1 for most combinations. A direction mixes poses.
+    """Return a key that is highest for the comparison that helps the reader most.
+
+    If keys are equal, the first comparison is shown, because the first probes are the simplest.
+    """
+    # A single pose has the weight 1 in most combinations, and a direction mixes several poses.
     one_of_several = len(comparison.predictions) > 1
     along_one = int(comparison.direction.count_nonzero()) == 1
     small = float(comparison.predictions.abs().amax()) < 1e3
@@ -185,14 +198,14 @@ def _display_priority(comparison: Comparison) -> tuple[bool, bool, bool, int]:
 
 
 def equal_with_nan(one: Tensor, other: Tensor) -> bool:
-    """Whether two results are the same to the last bit, NaN in the same places."""
+    """Return True if all bits of two results are equal. NaN equals NaN."""
     return torch.equal(one, other) or (
         one.shape == other.shape and bool(((one == other) | (one.isnan() & other.isnan())).all())
     )
 
 
 def ratio(error: float, tolerance: float) -> float:
-    """Return error / tolerance, 0 for no error, and infinity for one that is not a number."""
+    """Return error / tolerance: 0 if there is no error, and infinity if the error is NaN."""
     if error == 0 or (tolerance == math.inf and not math.isnan(error)):
         return 0.0
     return error / tolerance if tolerance and not math.isnan(error) else math.inf

@@ -1,10 +1,14 @@
 """Derivatives by finite differences, each with an error bar.
 
-Central differences D(h) on a ladder of steps h, h/2, h/4 … are extrapolated to h = 0 by
-Richardson's scheme, as Ridders does (Advances in Engineering Software 4, 75, 1982). Three things
-are added. Without them the error bar cannot be trusted: a stiff function, a sharp smooth maximum
-say, has false plateaus at large h. They are a floor for roundoff; the change to the next step on
-either side, besides the change to the order below; and a veto on what any finer step contradicts.
+Richardson's scheme extrapolates central differences D(h) for the steps h, h/2, h/4 … to h = 0, as
+Ridders does (Advances in Engineering Software 4, 75, 1982). A stiff function, such as a sharp
+smooth maximum, has false plateaus at large h. For such functions, the error bar needs three
+additions:
+
+- It is never smaller than the roundoff.
+- It includes the changes to the next larger and the next smaller step. The change to the lower
+  order alone is not enough.
+- It is infinite if any smaller step contradicts the extrapolated derivative.
 """
 
 from __future__ import annotations
@@ -17,14 +21,14 @@ from torch import Tensor
 
 N_STEPS = 28
 ORDER = 6
-# The value is trusted to this many units in the last place of what goes into it.
+# Roundoff of a value, in units in the last place of its inputs.
 ULPS = 32
 
 
 class Estimate(NamedTuple):
     """Directional derivatives and their uncertainty, both of shape (n,).
 
-    The error is infinite where no step gives a derivative that finer steps agree with.
+    The error is infinite if smaller steps contradict the derivative from each step.
     """
 
     derivative: Tensor
@@ -34,25 +38,25 @@ class Estimate(NamedTuple):
 def directional_derivatives(
     function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, first_steps: Tensor
 ) -> Estimate:
-    """Differentiate a scalar function at several points, in one direction each.
+    """Differentiate a scalar function at several points, in one direction at each point.
 
     Parameters
     ----------
     function : maps points of shape (batch, n_inputs) to values of shape (batch,)
     points : shape (n, n_inputs), float64
-    directions : shape (n, n_moved): as many inputs move, the first, and the others stay. Numbers
-        with few binary digits make ``point ± h · direction`` exact.
-    first_steps : shape (n,), powers of two; the function is called no further away than that
+    directions : shape (n, n_moved). The first ``n_moved`` inputs move, and the others do not.
+        Numbers with few binary digits make ``point ± h · direction`` exact
+    first_steps : shape (n,), powers of two. These are the largest steps
 
     Returns
     -------
-    Estimate, in the function's unit over that of its inputs
+    Estimate, in the unit of the function divided by the unit of its inputs
     """
     return extrapolate([climb(function, points, directions, first_steps)])
 
 
 class Ladder(NamedTuple):
-    """Central differences at each step, and their roundoff: both of shape (n, n_steps)."""
+    """Central differences at each step, and their roundoff, both of shape (n, n_steps)."""
 
     differences: Tensor
     noise: Tensor
@@ -72,8 +76,8 @@ def climb(
         values.nan_to_num(0, 0, 0).abs().amax(dim=(0, 2)), points.abs().amax(dim=1)
     )
     changes = values[0] - values[1]
-    # At the finest steps the value changes linearly, by half as much from each to the next, but for
-    # roundoff: that of large intermediate results, too, which neither value nor input shows.
+    # At the smallest steps the value is linear, so each change is half of the one before. The rest
+    # is roundoff. This includes the roundoff of large intermediate results.
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
     noise = torch.maximum(noise, 4 * _quantum(changes))
@@ -81,14 +85,18 @@ def climb(
 
 
 def extrapolate(ladders: Sequence[Ladder]) -> Estimate:
-    """Extrapolate all central differences to step 0; their order is kept."""
+    """Extrapolate all central differences to step 0, in the order of ``ladders``."""
     return _extrapolate(*map(torch.cat, zip(*ladders, strict=True)))
 
 
 def _quantum(changes: Tensor) -> Tensor:
-    """Return the smallest change there is, where the finest steps change nothing; shape (n,).
+    """Return the smallest nonzero change of a value if the smallest step changes nothing, else 0.
 
-    A part of a function may compute in float32, and small steps are then lost in it.
+    This happens if a part of the function computes in float32, which rounds small steps to zero.
+
+    Returns
+    -------
+    shape (n,)
     """
     smallest = torch.where(changes == 0, torch.inf, changes.abs()).amin(dim=1)
     stuck = (changes[:, -1] == 0) & smallest.isfinite()
@@ -98,7 +106,7 @@ def _quantum(changes: Tensor) -> Tensor:
 def central_differences(
     function: Callable[[Tensor], Tensor], point: Tensor, direction: Tensor, first_step: float
 ) -> tuple[Tensor, Tensor]:
-    """Return the steps of the ladder and the central difference at each, both of shape (n_steps,).
+    """Return steps, and the central difference at each of them, both of shape (n_steps,).
 
     Parameters
     ----------
@@ -111,7 +119,12 @@ def central_differences(
 def _ladder(
     function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, first_steps: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Return steps, shape (n, n_steps), and the values ahead and behind, (2, n, n_steps)."""
+    """Return steps, and the values at both ends of each step.
+
+    Returns
+    -------
+    shapes (n, n_steps) and (2, n, n_steps)
+    """
     steps = first_steps[:, None] * 0.5 ** torch.arange(N_STEPS, dtype=points.dtype)
     n_fixed = points.shape[1] - directions.shape[1]
     moves = torch.nn.functional.pad(steps[..., None] * directions[:, None], (0, n_fixed))
@@ -120,10 +133,10 @@ def _ladder(
 
 
 def resolution(values: Tensor) -> float:
-    """Return the unit roundoff of the arithmetic that the values were computed in.
+    """Return the unit roundoff of the arithmetic that computed the values.
 
-    A function may compute in less than float64. Then each of its values is a number of that dtype,
-    which for hundreds of float64 values does not happen by chance.
+    If a function computes in a smaller dtype than float64, all its values are numbers of this
+    dtype. Hundreds of float64 values are not numbers of a smaller dtype by chance.
     """
     finite = values[values.isfinite()]
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
@@ -158,18 +171,18 @@ def _extrapolate(differences: Tensor, noise: Tensor) -> Estimate:
 
 
 def _contradicted(value: Tensor, error: Tensor, differences: Tensor, noise: Tensor) -> Tensor:
-    """Return which values a finer step speaks against.
+    """Return a mask of the values that a smaller step contradicts.
 
     Parameters
     ----------
-    value, error : shape (n, n_steps - order), each made of a step and the ``order`` before it
+    value, error : shape (n, n_steps - order); each uses a step and the ``order`` steps before it
     differences, noise : shape (n, n_steps)
     """
-    # D(h) is off by c h², so that it changed by three times its own error.
+    # The error of D(h) is c h², so the change from D(2h) to D(h) is three times the error of D(h).
     change = (differences[:, 1:] - differences[:, :-1]).abs()
     allowed = error[:, :, None] + (change + noise[:, 1:])[:, None]
     against = (value[:, :, None] - differences[:, None, 1:]).abs() > allowed
-    # value[k] is made of the steps up to k + order; the last axis of `against` starts at step 1.
+    # value[k] uses the steps up to k + order. The last axis of `against` starts at step 1.
     order = differences.shape[1] - value.shape[1]
     last_used = torch.arange(value.shape[1])[:, None] + order
     finer = torch.arange(1, differences.shape[1]) > last_used

@@ -1,4 +1,4 @@
-"""Values of many poses at once from a ``torch.autograd.Function`` that has no rule for vmap."""
+"""Run ``forward`` of a ``torch.autograd.Function`` in vmap, although it has no rule for vmap."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from torch.overrides import TorchFunctionMode
 
 
 class ForwardOnly(TorchFunctionMode):
-    """Calls the ``forward`` of an autograd function inside of ``torch.func.vmap``, and no more.
+    """A mode in which ``torch.func.vmap`` calls only the ``forward`` of an autograd function.
 
-    Without it, vmap asks each function for a rule, ``generate_vmap_rule``, which is about backward.
-    Seen in torch 2.13: ``Function.apply`` inside of a transform of torch.func calls
-    ``custom_function_call``. If a release does not, vmap raises, and poses go one by one.
+    Otherwise, vmap would require ``generate_vmap_rule`` of the function, which is a rule for
+    backward. In torch 2.13, ``Function.apply`` calls ``custom_function_call`` inside a transform of
+    torch.func. If another release does not, vmap raises, and the caller runs poses one by one.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -1,7 +1,7 @@
-"""The likely cause of a failure.
+"""Find the likely cause of a failure.
 
-Each known mistake predicts certain wrong numbers. The first mistake whose numbers fit at every
-wrong point is named. If none fits, there is no likely cause.
+Each known mistake predicts certain wrong numbers. The likely cause is the first mistake that
+predicts the numbers at all wrong points. If no mistake does, there is no likely cause.
 """
 
 from __future__ import annotations
@@ -19,21 +19,21 @@ from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.training_step import Step
 
 NOT_FINITE = (
-    "a weight is not finite: an exponential overflows (shift by the extreme first, as torch.softmax"
-    " does), 0/0, or too few poses (declare min_poses)"
+    "a weight is not finite: does an exponential overflow (shift by the extreme first, as"
+    " torch.softmax does), is it 0/0, or are there too few poses (declare min_poses)?"
 )
 
 
 @dataclass(frozen=True)
 class Point:
-    """The weights of some poses.
+    """The weights of one set of poses.
 
     Attributes
     ----------
-    poses : what they were probed with
-    found, expected : shape (n_poses,); ``expected`` by finite differences
-    tolerance : within which a weight is right
-    wrong : whether one is not
+    poses : the poses
+    found, expected : weights from backward and from finite differences, both of shape (n_poses,)
+    tolerance : the largest error of a correct weight
+    wrong : True if a weight is wrong
     """
 
     poses: Poses
@@ -47,19 +47,19 @@ class Point:
         return self.poses.predictions
 
     def fits(self, weights: Tensor | float) -> bool:
-        """Whether the weights found are these instead."""
+        """Return True if ``weights`` equal the weights that were found."""
         weights = torch.as_tensor(weights, dtype=self.found.dtype)
         slack = self.tolerance + 1e-5 * weights.abs().amax()
         return bool(((self.found - weights).abs() <= slack).all())
 
     def expects(self, weights: Tensor) -> bool:
-        """Whether these weights would be right."""
+        """Return True if ``weights`` equal the weights that were expected."""
         slack = self.tolerance + 1e-5 * self.expected.abs().amax()
         return bool(((weights - self.expected).abs() <= slack).all())
 
     @property
     def has_several_poses(self) -> bool:
-        """Whether the weights can differ between poses."""
+        """True if there is more than one pose."""
         return len(self.found) > 1
 
 
@@ -70,9 +70,10 @@ def cause_in_weights(
 
     Parameters
     ----------
-    points : probes at which every weight is known, right ones too
-    weights_at : the combination's weights of any poses
-    scales : numbers that may have been forgotten or doubled, by name
+    points : all probes with known weights, also those with correct weights
+    weights_at : returns the combination's weights for any poses
+    scales : numbers of the combination, by name. An author may have left out such a factor, or used
+        it twice
     """
     wrong = [point for point in points if point.wrong]
     if not wrong:
@@ -87,7 +88,7 @@ def cause_in_weights(
         or _structure(informative)
         or _of_another_point(wrong, points)
     )
-    # Where one pose, or a tie, says nothing, it says nothing of what is right either.
+    # Correct weights of a single pose, or of a tie, prove nothing.
     where = _where([p for p in points if p.wrong or (p.has_several_poses and _spread(p))])
     return "; ".join(filter(None, [what, where])) or _sum(informative)
 
@@ -100,23 +101,23 @@ def _first_fit(points: Sequence[Point], known: Mapping[str, Callable[[Point], Te
 
 
 def _whole(scales: Mapping[str, float]) -> dict[str, Callable[[Point], Tensor]]:
-    """Return mistakes in the weights as a whole."""
+    """Return mistakes that change all weights together."""
     known: dict[str, Callable[[Point], Tensor]] = {
-        "the sign: every weight has the opposite one": lambda p: -p.expected,
+        "the sign: every weight has the opposite sign": lambda p: -p.expected,
         "the weights are all zero: are the predictions detached?": lambda p: 0 * p.expected,
         "1/n_poses is missing": lambda p: len(p.expected) * p.expected,
-        "a division by n_poses too much": lambda p: p.expected / len(p.expected),
-        "n_poses - 1 where the value has n_poses": lambda p: (
+        "the weights are divided by n_poses once too often": lambda p: p.expected / len(p.expected),
+        "the weights use n_poses - 1, but the value uses n_poses": lambda p: (
             p.expected * len(p.expected) / max(len(p.expected) - 1, 1)
         ),
         "the weights are in reverse order of the poses": lambda p: p.expected.flip(0),
         "the weights are shifted by one pose (roll)": lambda p: p.expected.roll(1),
         "the weights are shifted back by one pose (roll)": lambda p: p.expected.roll(-1),
-        "the weights are those of the sorted predictions: put them back in order": lambda p: (
+        "the weights are in the order of the sorted predictions: undo the sorting": lambda p: (
             p.expected[p.predictions.argsort()]
         ),
-        "the weights are those of the predictions sorted from the highest: put them back in"
-        " order": lambda p: p.expected[p.predictions.argsort(descending=True)],
+        "the weights are in the order of the predictions sorted from the highest: undo the"
+        " sorting": lambda p: p.expected[p.predictions.argsort(descending=True)],
         "one-hot weights: those of a hard maximum": lambda p: _one_hot(p, p.predictions.argmax()),
         "one-hot weights: those of a hard minimum": lambda p: _one_hot(p, p.predictions.argmin()),
         "uniform weights: those of a mean": lambda p: torch.full_like(
@@ -125,9 +126,9 @@ def _whole(scales: Mapping[str, float]) -> dict[str, Callable[[Point], Tensor]]:
         "uniform weights of 1: those of a sum": lambda p: torch.ones_like(p.expected),
     }
     for name, scale in scales.items():
-        missing = f"the factor {name} is missing, or a division by it too much"
+        missing = f"the factor {name} is missing, or there is a division by it too much"
         known[missing] = partial(_times, 1 / scale)
-        known[f"a factor {name} too much, or the division by it is missing"] = partial(
+        known[f"there is a factor {name} too much, or a division by it is missing"] = partial(
             _times, scale
         )
     return known
@@ -154,35 +155,35 @@ def _constant_factor(points: Sequence[Point], scales: Mapping[str, float]) -> st
     if not all(point.fits(factor * point.expected) for point in points):
         return ""
     if factor < 0:
-        return f"the sign, and a constant factor: every weight is {factor:.6g} times what it should"
-    return f"a constant factor: every weight is {factor:.6g} times what it should be"
+        return f"the sign and a constant factor: every weight is {factor:.6g} times the correct one"
+    return f"a constant factor: every weight is {factor:.6g} times the correct one"
 
 
 def _elsewhere(
     points: Sequence[Point], weights_at: Callable[[Poses], Tensor], scales: Mapping[str, float]
 ) -> str:
-    """Return whether the weights are right at other predictions."""
+    """Return the likely cause if the weights are right for scaled predictions, or ""."""
     factors = {"-1": -1.0, "2": 2.0, "1/2": 0.5}
     for name, scale in scales.items():
         factors |= {name: scale, f"1/{name}": 1 / scale}
     for name, factor in factors.items():
         try:
             moved = [weights_at(p.poses.at(factor * p.predictions)) for p in points]
-        except Exception:  # outside of what it can combine
+        except Exception:  # the predictions may be invalid
             continue
         matches = all(p.expects(w) for p, w in zip(points, moved, strict=True))
         if matches and name == "-1":
             return "the sign inside the exponential: the weights are right at -predictions"
         if matches:
             return (
-                f"another scale (temperature) in the weights than in the value: they are right at"
-                f" {name} · predictions"
+                "the scale (temperature) of the weights differs from that of the value: the weights"
+                f" are right at {name} · predictions"
             )
     return ""
 
 
 def _of_inputs(points: Sequence[Point], weights_at: Callable[[Poses], Tensor]) -> str:
-    """Return what the weights make of a pose input instead."""
+    """Return the likely mistake in the use of a pose input, or ""."""
     for name in points[0].poses.inputs:
         for how, change in _IN_AN_INPUT.items():
             others = [p.poses.with_input(name, change(p.poses.inputs[name])) for p in points]
@@ -190,7 +191,7 @@ def _of_inputs(points: Sequence[Point], weights_at: Callable[[Poses], Tensor]) -
             if all(p.expects(w) for p, w in zip(points, weights, strict=True)):
                 return f"the weights are right with {name!r} {how}"
             if all(p.fits(w) for p, w in zip(points, weights, strict=True)):
-                return f"the weights do not depend on {name!r}, and the value does"
+                return f"the weights do not depend on {name!r}, but the value does"
     return ""
 
 
@@ -203,52 +204,54 @@ _IN_AN_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _distorted() -> dict[str, Callable[[Point], Tensor]]:
-    """Return mistakes in each weight by itself."""
+    """Return mistakes that change each weight independently."""
     return {
-        "the absolute value of each weight": lambda p: p.expected.abs(),
+        "the weights are replaced by their absolute values": lambda p: p.expected.abs(),
         "negative weights are set to zero (clamp, relu)": lambda p: p.expected.clamp(min=0),
         "weights are clamped to 0 … 1": lambda p: p.expected.clamp(0, 1),
         "the weights are squared": lambda p: p.expected.square(),
-        "the square root of each weight": lambda p: p.expected.abs().sqrt(),
-        "the weights are normalised to a sum of 1, and the derivative's sum is another": lambda p: (
+        "the weights are replaced by their square roots": lambda p: p.expected.abs().sqrt(),
+        "the weights are normalised to a sum of 1, but the derivative has another sum": lambda p: (
             p.expected / p.expected.sum()
         ),
-        "1 - weight": lambda p: 1 - p.expected,
-        "weight · (1 - weight): a derivative too much": lambda p: p.expected * (1 - p.expected),
-        "the weight times the prediction": lambda p: p.expected * p.predictions,
+        "the weights are 1 - weight": lambda p: 1 - p.expected,
+        "the weights are weight · (1 - weight): is a derivative applied twice?": lambda p: (
+            p.expected * (1 - p.expected)
+        ),
+        "the weights are multiplied by the predictions": lambda p: p.expected * p.predictions,
         **{f"the weights are rounded to {n} decimals": partial(_rounded, n) for n in range(1, 7)},
     }
 
 
 def _structure(points: Sequence[Point]) -> str:
-    """Return what the difference of the two has in common over the points."""
+    """Return the likely mistake from the pattern of the errors at all points, or ""."""
     several = [point for point in points if len(point.found) > 2]
     if all((p.expected.abs() <= p.tolerance).all() for p in points):
         return "the value does not depend on the predictions here (clamped, saturated, detached)"
     if several and all(_is_softmax(p, p.found) and _is_softmax(p, p.expected) for p in several):
-        return "another temperature in the weights than in the value"
+        return "the temperature of the weights differs from that of the value"
     if several and all(_is_softmax(p, p.found) for p in several):
         return (
-            "the weights are a softmax of the predictions alone: the term from the derivative of"
-            " the populations is missing (product rule)"
+            "the weights are only the softmax of the predictions: the derivative of the populations"
+            " is missing (product rule)"
         )
     if all(p.fits(_projected(p)) for p in points):
-        return "normalisation: the weights have the right proportions and a wrong sum"
+        return "normalisation: the weights have the right proportions, but a wrong sum"
     if all(((d := p.found - p.expected) - d.mean()).abs().amax() <= p.tolerance for p in points):
-        return "a term that is the same for all poses is missing or too much (normalisation)"
+        return "normalisation: all weights have the same error, so a term is missing or too much"
     at = [p.found[(p.found - p.expected).abs() > p.tolerance] for p in points]
     limits = torch.cat(at)
     if len(limits) > 1 and limits[0] and torch.allclose(limits, limits[:1].expand_as(limits)):
-        return f"weights are clamped at {limits[0]:.6g}"
+        return f"the weights are clamped at {limits[0]:.6g}"
     zeros = [(p.found == 0) & (p.expected.abs() > p.tolerance) for p in points]
     if all(zero.any() for zero in zeros):
         left_out = {int(i) for zero in zeros for i in zero.nonzero()}
         which = f"pose {left_out.pop()}" if len(left_out) == 1 else "some poses"
-        return f"{which} left out: the weight is zero (masked, dropped or detached)"
+        return f"the weight of {which} is zero: masked, dropped or detached?"
     off = {tuple(((p.found - p.expected).abs() > p.tolerance).tolist()) for p in points}
     if len(off) == 1 and not all(only := next(iter(off))):
         wrong = ", ".join(str(i) for i, one in enumerate(only) if one)
-        return f"always the weight of pose {wrong}, whatever its prediction"
+        return f"only the weight of pose {wrong} is wrong, for all predictions"
     return ""
 
 
@@ -257,12 +260,12 @@ def _of_another_point(wrong: Sequence[Point], points: Sequence[Point]) -> str:
         others = (p.expected for p in points if p is not point and len(p.found) == len(point.found))
         if not any(point.fits(expected) for expected in others):
             return ""
-    return "the weights are those of other predictions: a cache, or state of an earlier call"
+    return "the weights are those of other predictions: is there a cache, or state of a call?"
 
 
 def _sum(points: Sequence[Point]) -> str:
     if all((p.found - p.expected).sum().abs() <= len(p.found) * p.tolerance for p in points):
-        return "the weights have the right sum, and are wrong one by one"
+        return "the sum of the weights is right, but single weights are wrong"
     return ""
 
 
@@ -272,7 +275,7 @@ def _projected(point: Point) -> Tensor:
 
 
 def _is_softmax(point: Point, weights: Tensor) -> bool:
-    """Whether the logarithms of weights are linear in the predictions, with a sum of 1."""
+    """Return True if the weights sum to 1 and their logarithms are linear in the predictions."""
     if (weights <= 0).any() or abs(weights.sum() - 1) > 1e-6:
         return False
     x = point.predictions - point.predictions.mean()
@@ -285,7 +288,7 @@ def _is_softmax(point: Point, weights: Tensor) -> bool:
 
 
 def _where(points: Sequence[Point]) -> str:
-    """Return what the points where it is wrong have in common, against those where it is right."""
+    """Return a property that all wrong points have and no right point has, or ""."""
     right, wrong = [p for p in points if not p.wrong], [p for p in points if p.wrong]
     if not right:
         return ""
@@ -306,7 +309,7 @@ def _where(points: Sequence[Point]) -> str:
     if not ns & others:
         return f"wrong only for {_listed(ns)} poses, right for {_listed(others)}"
     if all(_ascending(p) for p in right) and not any(_ascending(p) for p in wrong):
-        return "right only where the predictions ascend: does it take them to be sorted?"
+        return "right only where the predictions ascend: does the code assume that they are sorted?"
     return ""
 
 
@@ -327,16 +330,16 @@ def cause_in_chain_rule(step: Step, name: str, go: float, found: Tensor, weights
 
     Parameters
     ----------
-    name : of the parameter
+    name : name of the parameter
     go : gradient of the loss
-    found : its gradient
-    weights : shape (n_poses,), read off backward for a loss gradient of 1
+    found : gradient of the parameter
+    weights : shape (n_poses,), from backward with a loss gradient of 1
     """
     if not found.isfinite().all():
-        return "the gradient is not finite: is it divided by something that can be zero?"
+        return "the gradient is not finite: is there a division by a number that can be zero?"
     expected = go * torch.tensordot(weights, step.gradients[name], dims=1)
     if _close(found, expected):
-        return "right to seven digits: computed in float32 on the way"
+        return "seven digits are right: is a part computed in float32?"
     for cause, candidate in _candidates(step, name, go, weights):
         if _close(found, candidate):
             return cause
@@ -350,38 +353,41 @@ def _close(found: Tensor, candidate: Tensor) -> bool:
 def _candidates(step: Step, name: str, go: float, w: Tensor) -> Iterator[tuple[str, Tensor]]:
     gradients = step.gradients[name]
     total = torch.tensordot(w, gradients, dims=1)
-    changed = "grad_output is not used as it comes"
-    yield "grad_output is ignored: multiply it in", total
-    yield f"{changed}: its absolute value", abs(go) * total
-    yield f"{changed}: its square", go * go * total
+    changed = "grad_output is changed"
+    yield "grad_output is ignored: multiply the gradients by it", total
+    yield f"{changed}: its absolute value is used", abs(go) * total
+    yield f"{changed}: its square is used", go * go * total
     if abs(go) > 1:
-        yield f"{changed}: clamped to ±1, or its sign alone", math.copysign(1, go) * total
-    yield f"{changed}: its sign alone", math.copysign(1, go) * total
-    yield f"{changed}: clamped", min(max(go, -1.0), 1.0) * total
-    yield f"{changed}: its opposite sign", -go * total
+        yield (
+            f"{changed}: it is clamped to ±1, or only its sign is used",
+            math.copysign(1, go) * total,
+        )
+    yield f"{changed}: only its sign is used", math.copysign(1, go) * total
+    yield f"{changed}: it is clamped", min(max(go, -1.0), 1.0) * total
+    yield f"{changed}: it has the opposite sign", -go * total
     for limit in (10.0, 100.0):
-        yield f"{changed}: clamped", min(max(go, -limit), limit) * total
-    yield f"{changed}: negative ones are set to zero", max(go, 0.0) * total
+        yield f"{changed}: it is clamped", min(max(go, -limit), limit) * total
+    yield f"{changed}: negative numbers are set to zero", max(go, 0.0) * total
     for other, theirs in step.gradients.items():
         if other != name:
             yield (
                 (
-                    f"it is the gradient of {other!r}: the order must be that of param_names, and"
-                    " names must be compared as a whole"
+                    f"it is the gradient of {other!r}: use the order of param_names, and compare"
+                    " whole names"
                 ),
                 go * torch.tensordot(w, theirs, dims=1),
             )
     if total.dim() == 2:
         yield "the gradient is transposed", go * total.T
-    yield "the sum is not weighted", go * gradients.sum(0)
-    yield "a mean over poses that is not weighted", go * gradients.mean(0)
+    yield "the sum over poses has no weights", go * gradients.sum(0)
+    yield "the gradient is a mean over poses, without weights", go * gradients.mean(0)
     yield (
         "the gradients of the poses are in reverse order",
         go * torch.tensordot(w.flip(0), gradients, 1),
     )
     size = float(total.norm())
     yield "the combined gradient is clipped to norm 1", go * total / max(1.0, abs(go) * size)
-    yield f"{changed}: it is added", go + total
+    yield f"{changed}: it is added instead of multiplied", go + total
     for limit in (0.1, 0.5, 1.0):
         clipped = torch.tensordot(w, gradients.clamp(-limit, limit), dims=1)
         yield "the gradients of the poses are clipped", go * clipped
@@ -392,17 +398,20 @@ def _candidates(step: Step, name: str, go: float, w: Tensor) -> Iterator[tuple[s
         "the gradients of the poses are clipped to norm 1",
         go * torch.tensordot(shrunk, gradients, 1),
     )
-    yield "the absolute value of the gradients", go * torch.tensordot(w, gradients.abs(), dims=1)
+    yield (
+        "the absolute values of the gradients are used",
+        go * torch.tensordot(w, gradients.abs(), dims=1),
+    )
     yield "the gradient is zero for this parameter", 0 * total
     for i, (weight, gradient) in enumerate(zip(w, gradients, strict=True)):
         yield (
             f"pose {i} is left out of the sum (zip, slice or mask)",
             go * (total - weight * gradient),
         )
-        yield f"pose {i} alone is used", go * weight * gradient
+        yield f"only pose {i} is used", go * weight * gradient
     for i, j in itertools.permutations(range(min(len(w), 4)), 2):
         swapped = w.clone()
         swapped[i] = w[j]
         yield f"pose {i} has the weight of pose {j}", go * torch.tensordot(swapped, gradients, 1)
-    yield "1/n_poses too much", go * total / len(w)
-    yield "n_poses times too large", go * total * len(w)
+    yield "the gradient is divided by n_poses once too often", go * total / len(w)
+    yield "the gradient is n_poses times too large", go * total * len(w)

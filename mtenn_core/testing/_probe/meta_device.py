@@ -1,7 +1,7 @@
-"""Torch's meta device, without its slow first use.
+"""Make the first operation on torch's meta device fast.
 
-Tensors on the meta device have a shape and a dtype, but no numbers. Most of its operations are
-written in Python, and the first call of one imports torch's compiler: about one second.
+Tensors on the meta device have a shape and a dtype, but no numbers. Most operations on it are
+written in Python. The first of them imports torch's compiler, which takes about one second.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ META = torch.device("meta")
 
 
 class ShapesFromCpu(TorchDispatchMode):
-    """Finds the shapes of results on the meta device by running the operation on the CPU.
+    """A mode that runs operations on the CPU to find the shapes of results on the meta device.
 
-    It does so only for operations that make new tensors from tensors on the meta device alone.
-    Torch itself runs all others: it decides which devices may be mixed, and what needs numbers.
+    This applies only to operations that make new tensors, and whose arguments are all on the meta
+    device. Torch itself runs all other operations. It raises an error if an operation mixes devices
+    or needs numbers.
     """
 
     @classmethod
@@ -34,7 +35,7 @@ class ShapesFromCpu(TorchDispatchMode):
         if _only_on_meta(args, kwargs) and _makes_new_tensors(func):
             try:
                 result = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
-            except Exception:  # for example, of a matrix that happens to be singular
+            except Exception:  # for example, because a matrix of ones is singular
                 return func(*args, **kwargs)
             return tree_map(_on_meta, result)
         return func(*args, **kwargs)
@@ -47,7 +48,7 @@ def _only_on_meta(args: Any, kwargs: Any) -> bool:
 
 
 def _makes_new_tensors(func: Any) -> bool:
-    """Whether an operation returns new tensors, and no numbers that are read from tensors."""
+    """Return True if an operation returns only new tensors whose shape depends on no numbers."""
     returns = func._schema.returns
     return (
         all(

@@ -1,4 +1,4 @@
-"""The poses of one compound: predictions, and further numbers for each pose."""
+"""The poses of one compound: predictions and pose inputs."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from mtenn_core._engine.evaluation import PoseInputs
 
 @dataclass(frozen=True)
 class Poses:
-    """The poses of a compound as a combination sees them.
+    """The numbers of one compound's poses, which a combination gets.
 
     Attributes
     ----------
     predictions : shape (n_poses,)
-    inputs : what the combination's ``pose_inputs`` name, each of shape (n_poses,)
+    inputs : the pose inputs by name, each of shape (n_poses,)
     """
 
     predictions: Tensor
@@ -28,7 +28,7 @@ class Poses:
         return len(self.predictions)
 
     def __getitem__(self, which: list[int]) -> Poses:
-        """Return some of the poses, in that order, each with its own inputs."""
+        """Return the poses with these indices, in this order."""
         return self.map(lambda numbers: numbers[which])
 
     def __str__(self) -> str:
@@ -39,7 +39,7 @@ class Poses:
         return {"predictions": self.predictions, **self.inputs}
 
     def map(self, function: Callable[[Tensor], Tensor]) -> Poses:
-        """Apply a function to the predictions, and to each of the inputs."""
+        """Apply a function to the predictions and to each of the inputs."""
         inputs = {name: function(numbers) for name, numbers in self.inputs.items()}
         return Poses(function(self.predictions), inputs)
 
@@ -48,27 +48,27 @@ class Poses:
         return Poses(predictions, self.inputs)
 
     def tied(self) -> Poses:
-        """Return the same poses, all with the prediction of the first."""
+        """Return the same poses, but all have the prediction of the first pose."""
         return self.at(self.predictions[:1].expand(len(self)).clone())
 
     def with_input(self, name: str, numbers: Tensor) -> Poses:
-        """Return the same poses with something else for one of the inputs."""
+        """Return the same poses with other numbers for one of the inputs."""
         return Poses(self.predictions, {**self.inputs, name: numbers})
 
     def fixed(self, function: Callable[[Poses], Tensor]) -> Callable[[Tensor], Tensor]:
-        """Return a function of poses as one of the predictions alone: the inputs are these."""
+        """Return ``function`` as a function of predictions, with the pose inputs of these poses."""
         return lambda predictions: function(self.at(predictions))
 
     def copied_inputs(self) -> dict[str, Tensor]:
-        """Return the inputs as a combination takes them, each a tensor of its own."""
+        """Return a copy of each input, as arguments of a combination."""
         return {name: numbers.clone() for name, numbers in self.inputs.items()}
 
     def row(self) -> Tensor:
-        """Return all numbers in a row, the predictions first."""
+        """Return all numbers in one tensor, which starts with the predictions."""
         return torch.cat(list(self.named().values()))
 
 
 def listed(numbers: Tensor) -> str:
-    """Return numbers as text, the first eight."""
+    """Return the first eight numbers as text."""
     more = ", …" if len(numbers) > 8 else ""
     return ", ".join(f"{number:.9g}" for number in numbers.tolist()[:8]) + more

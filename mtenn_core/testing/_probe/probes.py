@@ -1,4 +1,4 @@
-"""Numbers to probe a combination with: poses, steps and training steps."""
+"""Random numbers for the checks: predictions, pose inputs, finite-difference steps, gradients."""
 
 from __future__ import annotations
 
@@ -15,17 +15,17 @@ from mtenn_core.testing._probe.training_step import Step, default_shapes
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
 GRID = 2.0**33
 LARGEST_STEP = 2.0**-3
-# A wider domain is probed as if it had no end on the other side.
+# In a wider domain, probes stay away from one end only.
 WIDE = 1e3
 
 
 class Probes:
-    """Random numbers within the declared facts of a combination.
+    """Random arguments that are valid for a combination.
 
     Parameters
     ----------
-    combination : its ``min_poses``, ``domain``, ``smooth`` and ``pose_inputs`` count
-    seed : of the random numbers
+    combination : declares ``min_poses``, ``domain``, ``smooth`` and ``pose_inputs``
+    seed : seed of the random numbers
     """
 
     def __init__(self, combination: Combination, seed: int) -> None:
@@ -33,25 +33,25 @@ class Probes:
         self._generator = torch.Generator().manual_seed(seed)
 
     def n_poses(self, n_poses: int) -> int:
-        """Return ``n_poses``, or the fewest that the combination takes."""
+        """Return the larger of ``n_poses`` and the combination's ``min_poses``."""
         return max(n_poses, self.combination.min_poses)
 
     def randn(self, *shape: int) -> Tensor:
-        """Return normal random numbers, float64."""
+        """Return normally distributed random numbers in float64."""
         return torch.randn(shape, dtype=torch.float64, generator=self._generator)
 
     def permutation(self, n: int) -> list[int]:
-        """Return 0 … n - 1 in random order."""
+        """Return the numbers 0 … n - 1 in random order."""
         return torch.randperm(n, generator=self._generator).tolist()
 
     def poses(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Poses:
-        """Return poses to probe with: :meth:`predictions`, and pose inputs of the same spread.
+        """Return poses with random :meth:`predictions`, and with pose inputs of the same spread.
 
-        At a sharp scale, inputs that are far apart would make all weights 0 or 1.
+        If the combination is sharp, pose inputs with a large spread would make all weights 0 or 1.
 
         Parameters
         ----------
-        n_poses : raised to the fewest that the combination takes
+        n_poses : number of poses; at least ``min_poses`` are returned
         base, spread : see :meth:`predictions`
         """
         n_poses = self.n_poses(n_poses)
@@ -60,11 +60,11 @@ class Probes:
         return Poses(predictions, {name: (spread or 1.0) * self.randn(n_poses) for name in names})
 
     def predictions(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Tensor:
-        """Return probe predictions within ``spread`` of ``base``, moved into the declared domain.
+        """Return predictions within ``spread`` of ``base``, moved into the declared domain.
 
         Returns
         -------
-        shape (n_poses,), float64; none near another if the combination is not ``smooth``
+        shape (n_poses,), float64. They keep a distance if the combination is not ``smooth``
         """
         unit = torch.rand(n_poses, dtype=torch.float64, generator=self._generator)
         if not self.combination.smooth:
@@ -79,7 +79,10 @@ class Probes:
         return torch.round((base + spread * (2 * unit - 1)) * GRID) / GRID
 
     def first_step(self, predictions: Tensor) -> float:
-        """Return a step, a power of two, that keeps to the domain and to the order of the poses."""
+        """Return a power of two as the largest step of finite differences.
+
+        The step leaves predictions in the domain, and does not change the order of the poses.
+        """
         low, high = self.combination.domain
         room = min(float((predictions - low).min()), float((high - predictions).min())) / 2
         if not self.combination.smooth and len(predictions) > 1:
@@ -96,13 +99,14 @@ class Probes:
 
         Parameters
         ----------
-        shapes : of the parameters, by name; the default is :func:`default_shapes`
-        spread : of the predictions; at a sharp scale, weights are 0 or 1 unless it is small
+        shapes : shape of each parameter by name; :func:`default_shapes` by default
+        spread : spread of the predictions. If the combination is sharp, a large spread makes the
+            weights 0 or 1
         """
         n_poses = self.n_poses(n_poses)
         shapes = shapes or default_shapes(n_poses)
         gradients = {name: self.randn(n_poses, *shape) for name, shape in shapes.items()}
         for i, gradient in enumerate(gradients.values()):
-            gradient *= (1, 1e-3, 1e2)[i % 3]  # a clamp or a threshold shows at some sizes alone
+            gradient *= (1, 1e-3, 1e2)[i % 3]  # some sizes do not show a clamp or threshold
         params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}
         return Step(self.poses(n_poses, 0.0, spread), gradients, params)

@@ -1,4 +1,4 @@
-"""A combination under test, and its values, weights and gradients."""
+"""A combination under test: compute its values, weights and gradients."""
 
 from __future__ import annotations
 
@@ -27,21 +27,23 @@ from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
 class Subject:
-    """A float64 copy of a combination, whose state is restored after every call.
+    """A float64 copy of a combination. Its state is restored after every call.
 
-    In float64, since finite differences of float32 parameters would be confidently wrong.
+    The copy is in float64, because finite differences with float32 parameters would be wrong and
+    would have too small error bars.
 
     Attributes
     ----------
     combination : the copy
-    thorough : whether to probe more than the gate does
-    copied : False takes the combination itself, which must be in float64
-    seed : of the random numbers
-    probes : poses and training steps to evaluate the copy with
-    bounded : whether predictions may not lie anywhere
-    full_depth : whether it has a ``forward`` of its own
-    two_derivatives : whether ``gradients="graph"``, which takes the derivative of ``combine`` by
-        autograd, has another one than ``"stored"``
+    original : the combination
+    thorough : True to use more probes than the gate
+    copied : False to use the combination itself, which must be in float64
+    seed : seed of the random numbers
+    probes : random arguments for the copy
+    bounded : True if the declared domain has an end
+    full_depth : True if the class overrides ``forward``
+    two_derivatives : True if ``gradients="graph"`` and ``"stored"`` use different derivatives: the
+        first is the derivative of ``combine`` by autograd
     """
 
     def __init__(
@@ -59,23 +61,33 @@ class Subject:
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}
 
     def copy(self, dtype: torch.dtype | None = None) -> Combination:
-        """Return another copy, on the CPU, its parameters and buffers in ``dtype`` if given."""
+        """Return another copy on the CPU. ``dtype`` is that of its parameters and buffers."""
         return copy.deepcopy(self.original).to("cpu", dtype)
 
     def takes(self, poses: Poses) -> bool:
-        """Whether it combines poses that were made for another combination."""
+        """Return True if the combination can combine these poses of another combination."""
         names = self.combination.pose_inputs
         return len(poses) >= self.combination.min_poses and [*poses.inputs] == [*names]
 
     def values(self, rows: Tensor) -> Tensor:
-        """Return the value for many poses: shape (batch, :meth:`Poses.row`) to (batch,)."""
+        """Return the values of many sets of poses.
+
+        Parameters
+        ----------
+        rows : shape (batch, n_numbers), each row from :meth:`Poses.row`
+
+        Returns
+        -------
+        shape (batch,)
+        """
         if not (self.combination.stochastic or self._buffers):
             try:
-                # A copy: what forward keeps on self would be a tensor of vmap, and break later.
+                # Use a copy, because a tensor that forward keeps on self belongs to vmap and cannot
+                # be used later.
                 combination = copy.deepcopy(self.combination) if self.full_depth else None
                 with torch.no_grad(), ForwardOnly():
                     batched = torch.func.vmap(partial(self._value, combination))(rows.clone())
-            except Exception:  # control flow that depends on the data, say: one by one, then
+            except Exception:  # for example, because control flow depends on numbers
                 pass
             else:
                 first_and_last = (self.value(self._poses_of(rows[i])) for i in (0, -1))
@@ -107,11 +119,12 @@ class Subject:
             return self._value(None, row)
 
     def weights(self, poses: Poses) -> Tensor:
-        """Return the pose weights that training would use, shape (n_poses,), read off backward."""
+        """Return the pose weights that backward uses in training, shape (n_poses,)."""
         with self.restored_state():
             if self.full_depth:
                 return backward_weights(self.combination, poses.predictions, poses.copied_inputs())
-            # Past attach_gradients, which takes M² numbers; B1 checks that it uses these weights.
+            # This avoids attach_gradients, which would need M² numbers. B1 checks that it uses the
+            # same weights.
             with torch.inference_mode(False), torch.enable_grad():
                 y = poses.predictions.detach().clone().requires_grad_()
                 value = combined_prediction(self.combination, y, poses.copied_inputs())
@@ -133,7 +146,7 @@ class Subject:
         pose_inputs: Mapping[str, Tensor] | None = None,
         combination: Combination | None = None,
     ) -> Tensor:
-        """Call ``forward`` as a training step does, with something else than ``step`` if given."""
+        """Call ``forward`` with the arguments in ``step``, unless other arguments are given."""
         pred_list = step.pred_list() if pred_list is None else pred_list
         grad_dict = step.grad_dict() if grad_dict is None else grad_dict
         param_names = list(step.params) if param_names is None else param_names
@@ -144,11 +157,20 @@ class Subject:
             return first_of_pair(forward(*args, **pose_inputs))
 
     def gradients(self, step: Step, **instead: Any) -> dict[str, Tensor]:
-        """Return the gradient of the combined prediction for each parameter of a step."""
+        """Return the gradient of the combined prediction with respect to each parameter."""
         return gradients_of(self.call(step, **instead), step.params)
 
     def values_of_parameter(self, name: str, poses: Poses, settings: Tensor) -> Tensor:
-        """Return the value for each setting of an own parameter: (batch, size) to (batch,)."""
+        """Return the combination's value for each value of one of its own parameters.
+
+        Parameters
+        ----------
+        settings : shape (batch, n_entries)
+
+        Returns
+        -------
+        shape (batch,)
+        """
         module, _, own = name.rpartition(".")
         parameters = self.combination.get_submodule(module)._parameters
         param = self.combination.get_parameter(name)
@@ -181,25 +203,25 @@ class Subject:
         return one_by_one(settings)
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
-        """Return the gradient of an own parameter that training would use, flat."""
+        """Return the flattened gradient of one of its own parameters, as training uses it."""
         param = self.combination.get_parameter(name)
         value = self.call(Step(poses, {}, {}))
         gradient = None
         if value.requires_grad:
-            go = -3.7  # of the loss: a backward that ignores it is right for 1 alone
+            go = -3.7  # gradient of the loss; 1 would not show a backward that ignores it
             (gradient,) = torch.autograd.grad(value * go, param, allow_unused=True)
             gradient = None if gradient is None else gradient / go
         return (torch.zeros_like(param) if gradient is None else gradient).reshape(-1)
 
     @contextmanager
     def restored_state(self) -> Iterator[None]:
-        """Replay the random state and put buffers back, so that no call sees another."""
+        """Set the random state, and restore buffers afterwards, so that calls are independent."""
         if self.combination.stochastic:
             torch.default_generator.manual_seed(self.seed)
         try:
             yield
         finally:
-            # Others in their place, not the same put back: backward may need those of this call.
+            # Replace the buffers with copies, because backward may need the buffers of this call.
             with torch.inference_mode(False):
                 for name, buffer in self._buffers.items():
                     module, _, own = name.rpartition(".")
@@ -207,7 +229,10 @@ class Subject:
 
 
 def _agree(batched: Tensor, one_by_one: Iterable[Tensor], predictions: Tensor) -> bool:
-    """Whether some of a batch are what they are one by one: no state is left by the call before."""
+    """Return True if values from a batch equal the values that were computed one by one.
+
+    They differ if a call depends on state that the previous call left.
+    """
     expected = torch.stack(list(one_by_one))
     size = float(predictions.abs().amax())
     return torch.allclose(batched, expected, rtol=1e-9, atol=1e-9 * size, equal_nan=True)

@@ -1,4 +1,4 @@
-"""Tensors within nested containers."""
+"""Tensors in nested containers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Yield the tensors within lists, tuples and dicts, in order."""
+    """Yield the tensors in nested lists, tuples and dicts, in order."""
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):

@@ -18,9 +18,10 @@ class Step:
 
     Attributes
     ----------
-    poses : the predictions, and the pose inputs
-    gradients : by parameter, those of all poses, shape (n_poses, *shape of the parameter)
-    params : the parameters; their order is that of ``param_names``
+    poses : the predictions and the pose inputs
+    gradients : the gradients of all poses for each parameter, each of shape
+        (n_poses, *shape of the parameter)
+    params : the parameters, in the order of ``param_names``
     """
 
     poses: Poses
@@ -36,23 +37,23 @@ class Step:
         )
 
     def pred_list(self) -> list[Tensor]:
-        """Return the predictions as ``forward`` takes them, each a tensor of its own."""
+        """Return a copy of each prediction, as an argument of ``forward``."""
         return [prediction.clone() for prediction in self.poses.predictions]
 
     def grad_dict(self) -> dict[str, list[Tensor]]:
-        """Return the gradients as ``forward`` takes them, each a tensor of its own."""
+        """Return a copy of each gradient, as an argument of ``forward``."""
         return {n: [gradient.clone() for gradient in all] for n, all in self.gradients.items()}
 
 
 def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:
-    """Return the gradient of a value for each parameter, zeros where there is none."""
+    """Return the gradient of a value with respect to each parameter; zeros if there is none."""
     wanted = {name: param for name, param in params.items() if param.requires_grad}
     found = torch.autograd.grad(value, list(wanted.values()), materialize_grads=True, **options)
     return dict(zip(wanted, found, strict=True))
 
 
 def default_shapes(n_poses: int) -> dict[str, tuple[int, ...]]:
-    """Return shapes of parameters that a wrong sum over poses would mix up."""
+    """Return shapes of parameters in which a sum over a wrong axis has the right shape."""
     return {
         "w1": (n_poses,),
         "w10": (n_poses, n_poses),
