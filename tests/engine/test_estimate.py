@@ -140,6 +140,22 @@ def test_an_estimate_leaves_no_trace(pose_model, poses):
     assert all(param.grad is None for param in model.parameters())
 
 
+@pytest.mark.parametrize("option", [{"chunk_size": 4}, {"skip_below": 1e-3}], ids=str)
+def test_options_of_other_modes_do_not_stop_it(pose_model, poses, option):
+    model = MultiPoseModel(pose_model, SmoothMinimum(), collate=torch.stack, **option)
+    expected = model.estimate(poses)
+    model.gradients = "stored"
+    with pytest.raises(ValueError, match="gradients='stored'"):
+        model(poses)
+    assert costs(model.estimate(poses)) == costs(expected)
+
+
+def test_a_mode_that_the_combination_excludes_does_not_stop_it(pose_model, poses):
+    model = MultiPoseModel(pose_model, FullDepth(), gradients="stored")
+    model.gradients = "graph"
+    assert [cost.gradients for cost in model.estimate(poses).modes] == ["stored"]
+
+
 def test_full_depth_has_one_mode(pose_model, poses):
     model = MultiPoseModel(pose_model, FullDepth(), gradients="stored")
     assert [cost.gradients for cost in model.estimate(poses).modes] == ["stored"]
