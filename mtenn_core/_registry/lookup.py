@@ -352,6 +352,11 @@ class Registry:
         self._gate.forget(self._classes.forget(record))
 
 
+def current_scan(registry: Registry) -> Scan:
+    """Return the scan that a registry's queries use. Scan the path if there is none."""
+    return registry._current(strict=False).scan
+
+
 def _record_to_register(name: str, combination: type[Combination]) -> PluginRecord:
     if not isinstance(combination, type):
         raise PluginSpecError(
