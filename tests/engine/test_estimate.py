@@ -8,6 +8,7 @@ from mtenn_core import Combination, MultiPoseModel
 from mtenn_core._engine.autograd_nodes import operations
 from mtenn_core._engine.cost import ModeCost
 from mtenn_core._engine.estimate import NODE, choose
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core.errors import GradientError
 
 
@@ -30,7 +31,7 @@ def costs(estimate):
 
 
 def test_passes_are_those_that_a_step_makes(pose_model, poses):
-    for gradients in ("graph", "stored", "recomputed"):
+    for gradients in MODES:
         model = MultiPoseModel(pose_model, SmoothMinimum(1e5), gradients=gradients)
         estimate = model.estimate(poses)
         assert estimate.n_with_weight == 1
