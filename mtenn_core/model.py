@@ -205,9 +205,7 @@ class MultiPoseModel(torch.nn.Module):
         ----------
         poses, sizes, pose_inputs, collated : as for ``forward``
         """
-        options = self._options()
-        MODES[options.gradients].check_options(options)
-        return estimate(options, poses, sizes, pose_inputs, collated)
+        return estimate(self._options(), poses, sizes, pose_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode. Evaluation mode frees the memory of ``"stored"``."""

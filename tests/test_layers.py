@@ -81,14 +81,20 @@ def imports_of(path: Path, root: Path) -> Iterator[Import]:
             names = [alias.name for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{path}:{node.lineno}: a relative import"
-            # `from package import name` may import the module `package.name`.
-            modules = [f"{node.module}.{alias.name}" for alias in node.names]
-            names = [name if is_module(name, root) else node.module for name in modules]
+            names = [imported_module(node.module, alias.name, root) for alias in node.names]
         else:
             continue
         for name in dict.fromkeys(names):
             if name.split(".")[0] == root.name:
                 yield Import(importer, name, node.lineno)
+
+
+def imported_module(module: str, name: str, root: Path) -> str:
+    """Return the module that `from module import name` imports."""
+    if is_module(f"{module}.{name}", root):
+        return f"{module}.{name}"
+    # A public name comes from the module that the package imports when the name is used.
+    return mtenn_core._MODULE_OF.get(name, PUBLIC) if module == PUBLIC else module
 
 
 def walk_without_type_checking(node: ast.AST) -> Iterator[ast.AST]:
@@ -144,6 +150,8 @@ FAKES = {
     "at module level": "from mtenn_core._registry import registry\n",
     "inside of a function": "def f():\n    import mtenn_core._registry.lookup\n",
     "of a module as a name": "from mtenn_core import _registry\n",
+    "of a public name": "from mtenn_core import registry\n",
+    "of the model": "def f():\n    from mtenn_core import MultiPoseModel\n",
     "inside of a method": "class A:\n    def f(self):\n        from mtenn_core import _registry\n",
 }
 

@@ -7,12 +7,14 @@ import weakref
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
+from typing import get_args
 
 import pytest
 import torch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, registry
+from mtenn_core._engine import mode_table
 from mtenn_core._engine.gradient_buffers import _SPARE
 from mtenn_core.errors import (
     CombinationContractError,
@@ -21,10 +23,12 @@ from mtenn_core.errors import (
     GradientError,
     PredictionError,
 )
+from mtenn_core.model import GradientMode
 
 # Gradients are sums of a few hundred float64 products, in another order in each mode.
 EXACT = {"rtol": 1e-12, "atol": 1e-13}
-MODES = pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+GRADIENTS = get_args(GradientMode)
+MODES = pytest.mark.parametrize("gradients", GRADIENTS)
 SIZES = [1, 4, 2]
 
 
@@ -88,7 +92,7 @@ def assert_same_gradients(found, expected):
 @pytest.mark.parametrize(
     ("gradients", "combination"),
     [
-        *product(["graph", "stored", "recomputed"], [LogSumExp, ClosedForm, Learnable]),
+        *product(GRADIENTS, [LogSumExp, ClosedForm, Learnable]),
         ("stored", FullDepth),  # full depth works on stored gradients
     ],
 )
@@ -102,6 +106,10 @@ def test_gradients_equal_plain_autograd(pose_model, poses, gradients, collate, c
     model.zero_grad()
     losses(model(poses, sizes=SIZES))[loss].backward()
     assert_same_gradients({n: g for n, g in grads(model).items() if g is not None}, expected)
+
+
+def test_the_type_of_the_option_names_all_modes():
+    assert tuple(mode_table.MODES) == GRADIENTS
 
 
 @MODES
@@ -1076,6 +1084,7 @@ def test_a_step_does_not_import_sympy():
     code = """
 import sys, torch
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine.mode_table import MODES
 
 class Mean(Combination):
     def combine(self, predictions):
@@ -1084,13 +1093,13 @@ class Mean(Combination):
     def pose_weights(self, predictions):
         return torch.full_like(predictions, 1 / len(predictions))
 
-for gradients in ("graph", "stored", "recomputed"):
+for gradients in MODES:
     model = MultiPoseModel(torch.nn.Linear(4, 1), Mean(), gradients=gradients)
     model(torch.randn(3, 4)).prediction.backward()
     print("sympy" in sys.modules)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
-    assert done.stdout == 3 * "False\n"
+    assert done.stdout == len(GRADIENTS) * "False\n"
 
 
 def test_gradients_do_not_underflow_where_the_pose_model_has_autocast_of_its_own():

@@ -101,7 +101,7 @@ def command(
     names = [record.qualified_name for record in records] if everything else targets
     if not names:
         raise MtennError(nothing_installed())
-    with torch_importable():
+    with torch_importable(registry):
         from mtenn_core._cli.check_outcomes import check_targets
 
         passed = check_targets(names, arguments, as_json=as_json, html=html, **options)

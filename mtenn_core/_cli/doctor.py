@@ -57,7 +57,7 @@ def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
         records = lenient.records()
         problems = lenient.problems()
         if imports:
-            with torch_importable():
+            with torch_importable(lenient):
                 problems += _import_problems(records, lenient.policy.resolved(), time_limit)
         if as_json:
             documents = [problem.to_json() for problem in problems]

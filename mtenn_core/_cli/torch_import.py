@@ -13,18 +13,23 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from mtenn_core._registry import registry
-from mtenn_core._registry.installed import scan
+from mtenn_core._registry import Registry
+from mtenn_core._registry.lookup import current_scan
 from mtenn_core.errors import PluginWarning
 
 VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
 
 
 @contextmanager
-def torch_importable() -> Iterator[None]:
-    """Let this process and its children import torch until the context ends."""
+def torch_importable(registry: Registry) -> Iterator[None]:
+    """Let this process and its children import torch until the context ends.
+
+    Parameters
+    ----------
+    registry : its scan tells which distributions would stop torch
+    """
     before = os.environ.get(VARIABLE)
-    stops_torch = () if before == "0" else scan(registry.group).stops_torch
+    stops_torch = () if before == "0" else current_scan(registry).stops_torch
     if not stops_torch:
         yield
         return

@@ -57,6 +57,7 @@ class Registry:
         self._lock = threading.RLock()
         self._scan: Scan | None = None
         self._snapshot: Snapshot | None = None  # None after a change, until the next query
+        self._fully_loaded: Snapshot | None = None  # the last one that a strict policy has loaded
         self._registered: dict[str, PluginRecord] = {}
         self._temporary: list[dict[str, PluginRecord]] = []
         self._warned: set[str] = set()
@@ -347,13 +348,19 @@ class Registry:
 
     def _load(self, record: PluginRecord) -> type[Combination]:
         snapshot = self._current(strict=False)
-        if snapshot.policy.strict:
+        if snapshot.policy.strict and snapshot is not self._fully_loaded:
             self._classes.load_all(snapshot.available_records(), snapshot.policy)
+            self._fully_loaded = snapshot
         return self._classes.load(record, snapshot.policy)
 
     def _forget(self, record: PluginRecord) -> None:
         """Release the class of a combination that is no longer registered."""
         self._gate.forget(self._classes.forget(record))
+
+
+def current_scan(registry: Registry) -> Scan:
+    """Return the scan that a registry's queries use. Scan the path if there is none."""
+    return registry._current(strict=False).scan
 
 
 def _record_to_register(name: str, combination: type[Combination]) -> PluginRecord:

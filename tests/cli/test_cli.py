@@ -13,6 +13,7 @@ from installed import write_distribution
 
 from mtenn_core import registry
 from mtenn_core._cli import check, main
+from mtenn_core._registry import installed
 from mtenn_core.errors import MtennError
 from mtenn_core.testing import CHECKS, LEVELS
 
@@ -203,6 +204,24 @@ def test_doctor_finds_what_is_wrong_and_exits_with_one(places, monkeypatch):
         "malformed",
         "unknown setting",
     ]
+
+
+@pytest.mark.parametrize(
+    ("command", "allowed"), [("check healthy --level gate", "healthy"), ("doctor", "")]
+)
+def test_a_command_scans_the_path_once(places, monkeypatch, command, allowed):
+    monkeypatch.setenv("MTENN_PLUGINS", allowed)
+    groups, find_copies = [], installed._find_copies
+
+    def record_and_find(path, group, problems):
+        groups.append(group)
+        return find_copies(path, group, problems)
+
+    monkeypatch.setattr(installed, "_find_copies", record_and_find)
+    registry.refresh()
+    result = CliRunner().invoke(main, command.split())
+    assert result.exit_code == 0, result.output
+    assert groups == [registry.group]
 
 
 def test_a_strict_policy_says_why_another_plugin_was_imported(places, monkeypatch):

@@ -13,7 +13,7 @@ import os
 import sys
 import traceback
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -32,9 +32,9 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core.errors import CheckpointError, GradientError, PredictionError
 
-MODES = ["graph", "stored", "recomputed"]
 # Sums of a few hundred float64 products, in another order: some 1e-15 of the largest.
 EXACT = {"rtol": 1e-10, "atol": 1e-13}
 # Poses of each compound, by rank; as many poses in all, which nested fully_shard needs.
@@ -48,7 +48,7 @@ COUNTER = itertools.count()
 CASES: dict[str, Callable[[], None]] = {}
 
 
-def case(**options: Sequence[object]):
+def case(**options: Collection[object]):
     """Let a function be run on both ranks, once for each combination of options."""
 
     def register(function):

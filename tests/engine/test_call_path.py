@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine.mode_table import MODES
 
 
 class SmoothMinimum(Combination):
@@ -39,7 +40,7 @@ def modules_visited(call) -> list[str]:
     return visited
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_a_forward_of_five_poses_moves_between_few_modules(pose_model, poses, gradients):
     model = MultiPoseModel(pose_model, SmoothMinimum(), gradients=gradients)
     model(poses[:5])  # imports are not counted

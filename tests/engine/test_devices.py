@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine.mode_table import MODES
 
 DEVICES = [
     "cpu",
@@ -45,7 +46,7 @@ def gradients_of(loss, params):
     return torch.autograd.grad(loss, list(params))
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_gradients_equal_plain_autograd(pose_model, poses, device, gradients):
     prior = torch.randn(7)  # on the CPU, and float32
     torch.manual_seed(1)

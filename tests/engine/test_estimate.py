@@ -8,6 +8,7 @@ from mtenn_core import Combination, MultiPoseModel
 from mtenn_core._engine.autograd_nodes import operations
 from mtenn_core._engine.cost import ModeCost
 from mtenn_core._engine.estimate import NODE, choose
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core.errors import GradientError
 
 
@@ -30,7 +31,7 @@ def costs(estimate):
 
 
 def test_passes_are_those_that_a_step_makes(pose_model, poses):
-    for gradients in ("graph", "stored", "recomputed"):
+    for gradients in MODES:
         model = MultiPoseModel(pose_model, SmoothMinimum(1e5), gradients=gradients)
         estimate = model.estimate(poses)
         assert estimate.n_with_weight == 1
@@ -138,6 +139,22 @@ def test_an_estimate_leaves_no_trace(pose_model, poses):
     assert torch.equal(torch.rand(1), drawn)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
     assert all(param.grad is None for param in model.parameters())
+
+
+@pytest.mark.parametrize("option", [{"chunk_size": 4}, {"skip_below": 1e-3}], ids=str)
+def test_options_of_other_modes_do_not_stop_it(pose_model, poses, option):
+    model = MultiPoseModel(pose_model, SmoothMinimum(), collate=torch.stack, **option)
+    expected = model.estimate(poses)
+    model.gradients = "stored"
+    with pytest.raises(ValueError, match="gradients='stored'"):
+        model(poses)
+    assert costs(model.estimate(poses)) == costs(expected)
+
+
+def test_a_mode_that_the_combination_excludes_does_not_stop_it(pose_model, poses):
+    model = MultiPoseModel(pose_model, FullDepth(), gradients="stored")
+    model.gradients = "graph"
+    assert [cost.gradients for cost in model.estimate(poses).modes] == ["stored"]
 
 
 def test_full_depth_has_one_mode(pose_model, poses):

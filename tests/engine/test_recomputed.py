@@ -18,6 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError, GradientError
 
@@ -456,7 +457,7 @@ def test_a_pose_model_that_keeps_a_part_of_its_graph_is_an_error(pose_model, pos
         recomputed(Cached())(poses).prediction.backward()
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_parameters_are_those_of_a_functional_call(pose_model, poses, gradients):
     model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
     others = {
@@ -652,7 +653,7 @@ def test_one_graph_at_most_is_alive_and_nothing_is_left(pose_model, poses):
     assert sum(graph() is not None for graph in graphs) == 0
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_a_step_leaves_nothing_behind(pose_model, poses, gradients):
     """Not even for the collector of cycles: that is late, and does not count what tensors weigh."""
     model = MultiPoseModel(pose_model, ClosedForm(1e5), gradients=gradients)
@@ -668,7 +669,7 @@ def test_a_step_leaves_nothing_behind(pose_model, poses, gradients):
     assert counts[-1] <= counts[-2] + 1  # the entry in this list's own bookkeeping
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_a_pose_without_weight_does_no_harm_whatever_its_gradient(gradients):
     """0 · inf would be NaN. The square root of 0 has an infinite derivative."""
 
@@ -727,7 +728,7 @@ class EditsWhatItSaved(torch.nn.Module):
         return self.inner[2](hidden)
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_a_pose_model_that_edits_what_it_saved_is_an_error(pose_model, poses, gradients):
     model = MultiPoseModel(EditsWhatItSaved(pose_model), ClosedForm(), gradients=gradients)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
@@ -748,12 +749,12 @@ class Attention(torch.nn.Module):
 @pytest.mark.parametrize("scale", [1.0, 1e5], ids=["dense", "sharp"])
 def test_attention_is_left_out_and_run_again_rightly(pose_model, poses, scale):
     attention = Attention(pose_model)
-    found = [
+    expected, *found = (
         gradients_of(MultiPoseModel(attention, ClosedForm(scale), gradients=g), poses, loss=_y)
-        for g in ("graph", "stored", "recomputed")
-    ]
-    assert_same(found[1], found[0])
-    assert_same(found[2], found[0])
+        for g in MODES
+    )
+    for gradients in found:
+        assert_same(gradients, expected)
 
 
 class Penalised(torch.nn.Module):
@@ -770,7 +771,7 @@ class Penalised(torch.nn.Module):
 
 
 @pytest.mark.parametrize("other", ["penalty", "activations"])
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_a_loss_besides_the_predictions_is_right_or_an_error(pose_model, poses, gradients, other):
     found = []
     for mode in ("graph", gradients):
@@ -791,7 +792,7 @@ def test_a_loss_besides_the_predictions_is_right_or_an_error(pose_model, poses, 
     assert_same(found[1], found[0])
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 def test_many_backwards_at_once_give_the_jacobian(pose_model, poses, gradients):
     model = MultiPoseModel(pose_model, ClosedForm(), gradients=gradients)
     out = model(poses)

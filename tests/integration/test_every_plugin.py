@@ -6,6 +6,7 @@ from torch_geometric.data import Batch, Data
 from torch_geometric.nn import SchNet
 
 from mtenn_core import MultiPoseModel, as_mtenn_combination, registry
+from mtenn_core._engine.mode_table import MODES
 
 COMBINATIONS = {
     "mean": {},
@@ -78,7 +79,7 @@ def test_gradients_equal_plain_autograd(name, combination, gradients, chunk_size
     assert_gradients_equal_plain_autograd(model, poses, collate, loss)
 
 
-@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_gradients_equal_plain_autograd_under_dropout(combination, gradients):
     pose_model, poses, _ = MODELS["MLP"]()

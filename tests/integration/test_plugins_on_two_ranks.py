@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mtenn_core import MultiPoseModel, registry
+from mtenn_core._engine.mode_table import MODES
 
 COMBINATIONS = {
     "mean": {},
@@ -25,7 +26,6 @@ COMBINATIONS = {
     "min": {"pred_scale": 1000.0},
     "boltzmann": {"kT": 0.593, "learnable": True},
 }
-MODES = ["graph", "stored", "recomputed"]
 WRAPS = [DistributedDataParallel, fully_shard]
 # By rank: the poses of compounds of its own, and its share of the poses of the same compounds.
 SIZES = {"spread": [[1, 5, 3], [4, 2]], "shared": [[2, 0, 3], [3, 2, 1]]}

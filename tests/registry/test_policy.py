@@ -13,6 +13,7 @@ import pytest
 from installed import GOOD, write_distribution, write_record
 
 from mtenn_core import Policy, Registry
+from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.pins import pin
 from mtenn_core.errors import (
     CombinationConflictError,
@@ -235,6 +236,24 @@ def test_strict_checks_again_after_a_change_of_policy_or_installation(places):
     registry.refresh()
     with pytest.raises(PluginLoadError, match="ZeroDivisionError"):
         registry.get("healthy")
+
+
+def test_strict_goes_through_all_plugins_once_for_each_snapshot(places, marked, monkeypatch):
+    registry = Registry(policy=Policy(strict=True))
+    assert registry.get("healthy")
+    asked, load = [], ClassCache.load
+
+    def record_and_load(cache, record, policy):
+        asked.append(record.name)
+        return load(cache, record, policy)
+
+    monkeypatch.setattr(ClassCache, "load", record_and_load)
+    assert registry.get("healthy")
+    assert registry.create("healthy")
+    assert asked == ["healthy", "healthy"]
+    registry.refresh()
+    assert registry.get("healthy")
+    assert "marked" in asked
 
 
 def test_a_strict_registry_has_a_repr(places):

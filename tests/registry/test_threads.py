@@ -229,6 +229,30 @@ def test_random_numbers_that_another_thread_draws_do_not_come_again(places):
     assert not torch.equal(torch.rand(2), drawn)
 
 
+@pytest.mark.parametrize(
+    ("code", "is_restored"),
+    [
+        pytest.param("torch.manual_seed(1)", True, id="a new seed"),
+        pytest.param("torch.rand(1)", False, id="only drawn"),
+    ],
+)
+def test_while_another_thread_lives_only_a_new_seed_is_undone(places, code, is_restored):
+    write_distribution(
+        places.site, "demo-one", {"one": "demo_one:Good"}, f"import torch; {code}\n{dedent(GOOD)}"
+    )
+    end = threading.Event()
+    thread = threading.Thread(target=end.wait, args=[SECONDS])
+    before = torch.get_rng_state()
+    thread.start()
+    try:
+        Registry().get("one", validate=False)
+        assert thread.is_alive()
+    finally:
+        end.set()
+        thread.join()
+    assert torch.equal(torch.get_rng_state(), before) == is_restored
+
+
 def test_two_threads_that_wait_for_each_other_end(places, monkeypatch):
     """One imports a module that asks for what the other imports, which imports that module.
 
