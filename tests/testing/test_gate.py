@@ -283,6 +283,28 @@ def test_what_a_combination_keeps_from_a_batch_does_not_reach_later_calls(right)
     assert report.passed, str(report)
 
 
+class ContainsItself(Mean):
+    def __init__(self):
+        super().__init__()
+        self.facts = {}
+        self.facts["facts"] = [self.facts]
+
+
+def test_a_container_may_contain_itself():
+    assert failed(ContainsItself) == []
+
+
+def test_a_parameter_hidden_in_a_container_is_found_and_named():
+    class Hidden(ContainsItself):
+        def __init__(self):
+            super().__init__()
+            self.facts["kT"] = [torch.ones((), requires_grad=True)]
+
+    (record,) = gate(Hidden).failures
+    assert record.id == "C3"
+    assert "'facts' requires a gradient and is not among parameters()" in record.reason
+
+
 class Weighted(Combination):
     """An own parameter with many entries, which is probed in random directions."""
 
