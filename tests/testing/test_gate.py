@@ -283,6 +283,23 @@ def test_what_a_combination_keeps_from_a_batch_does_not_reach_later_calls(right)
     assert report.passed, str(report)
 
 
+class InPlace(Combination):
+    def combine(self, predictions):
+        centre = predictions.mean().detach()
+        predictions -= centre
+        return centre + torch.logsumexp(predictions, dim=0)
+
+
+def test_a_change_of_the_predictions_in_place_is_named_by_the_check_for_it():
+    assert failed(InPlace) == []
+    (record,) = check_combination(InPlace, only=["A4"]).failures
+    assert "combine changed the predictions" in record.reason
+    assert "an operation in place" in record.cause
+    others = [check.id for check in CHECKS if check.id != "A4" and check.level != "quality"]
+    report = check_combination(InPlace, only=others)
+    assert not [record for record in report.records if "leaf Variable" in record.reason]
+
+
 class ContainsItself(Mean):
     def __init__(self):
         super().__init__()

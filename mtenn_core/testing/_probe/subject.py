@@ -140,7 +140,8 @@ class Subject:
             # Past attach_gradients, which takes M² numbers; B1 checks that it uses these weights.
             with torch.inference_mode(False), torch.enable_grad():
                 y = poses.predictions.detach().clone().requires_grad_()
-                value = combined_prediction(self.combination, y, poses.copied_inputs())
+                # Not y itself, a leaf: A4 names a change in place, and here it would only raise.
+                value = combined_prediction(self.combination, y.clone(), poses.copied_inputs())
                 (weights,) = torch.autograd.grad(value, y)
                 return weights
 
