@@ -249,6 +249,79 @@ def test_the_gradient_of_an_own_parameter_is_checked():
     assert failed(type("Wrong", (Temperature,), {"detach": True})) == ["C3"]
 
 
+class RangeOfParameter(Temperature):
+    """It keeps the largest value of its parameter, as a log of the training."""
+
+    largest = None
+
+    def combine(self, predictions):
+        log_kT = self.log_kT.detach()
+        self.largest = log_kT if self.largest is None else torch.maximum(self.largest, log_kT)
+        return super().combine(predictions)
+
+
+class FirstParameter(Temperature):
+    first = None
+
+    def combine(self, predictions):
+        if self.first is None:
+            self.first = self.log_kT.detach().clone()
+        return super().combine(predictions) + 0 * self.first
+
+
+class RangeOfPredictions(Temperature):
+    largest = torch.tensor(-torch.inf)
+
+    def combine(self, predictions):
+        self.largest = torch.maximum(self.largest, predictions.detach().amax())
+        return super().combine(predictions)
+
+
+@pytest.mark.parametrize("right", [RangeOfParameter, FirstParameter, RangeOfPredictions])
+def test_what_a_combination_keeps_from_a_batch_does_not_reach_later_calls(right):
+    report = gate(right)
+    assert report.passed, str(report)
+
+
+class InPlace(Combination):
+    def combine(self, predictions):
+        centre = predictions.mean().detach()
+        predictions -= centre
+        return centre + torch.logsumexp(predictions, dim=0)
+
+
+def test_a_change_of_the_predictions_in_place_is_named_by_the_check_for_it():
+    assert failed(InPlace) == []
+    (record,) = check_combination(InPlace, only=["A4"]).failures
+    assert "combine changed the predictions" in record.reason
+    assert "an operation in place" in record.cause
+    others = [check.id for check in CHECKS if check.id != "A4" and check.level != "quality"]
+    report = check_combination(InPlace, only=others)
+    assert not [record for record in report.records if "leaf Variable" in record.reason]
+
+
+class ContainsItself(Mean):
+    def __init__(self):
+        super().__init__()
+        self.facts = {}
+        self.facts["facts"] = [self.facts]
+
+
+def test_a_container_may_contain_itself():
+    assert failed(ContainsItself) == []
+
+
+def test_a_parameter_hidden_in_a_container_is_found_and_named():
+    class Hidden(ContainsItself):
+        def __init__(self):
+            super().__init__()
+            self.facts["kT"] = [torch.ones((), requires_grad=True)]
+
+    (record,) = gate(Hidden).failures
+    assert record.id == "C3"
+    assert "'facts' requires a gradient and is not among parameters()" in record.reason
+
+
 class Weighted(Combination):
     """An own parameter with many entries, which is probed in random directions."""
 
@@ -561,7 +634,7 @@ def batched_value_and_loop(combination):
 
 def test_values_at_full_depth_are_computed_in_one_batch():
     batch, loop, n_calls = batched_value_and_loop(FullDepth())
-    assert n_calls == 3  # the batch, and its first and last value again
+    assert n_calls == 4  # the batch, its first and last value again, and once more the first
     torch.testing.assert_close(batch, loop, rtol=1e-12, atol=0)
 
 
@@ -576,8 +649,35 @@ def test_a_batch_at_full_depth_is_not_used_if_calls_depend_on_earlier_ones():
             return self.values.setdefault(len(pred_list), value)
 
     batch, loop, n_calls = batched_value_and_loop(Cached())
-    assert n_calls == 3 + 9
+    assert n_calls == 4 + 9
     assert torch.equal(batch, loop)
+
+
+@pytest.mark.parametrize("drift", [1e-8, 1e-6, 1e-5])
+def test_a_value_at_full_depth_that_drifts_from_call_to_call_is_not_a_pass(drift):
+    class Drifting(FullDepth):
+        n_calls = 0
+
+        def forward(self, pred_list, *args):
+            self.n_calls += 1
+            return super().forward([y + drift * self.n_calls for y in pred_list], *args)
+
+    assert "C1" in failed(Drifting)
+
+
+@pytest.mark.parametrize(("drift", "n_calls"), [(0, 3), (1e-10, 3 + 9), (1e-6, 3 + 9)])
+def test_a_batch_of_settings_is_not_used_if_the_value_drifts(drift, n_calls):
+    class Drifting(Temperature):
+        n_calls = 0
+
+        def combine(self, predictions):
+            self.n_calls += 1
+            return super().combine(predictions) + drift * self.n_calls
+
+    subject = Subject(Drifting(), 0)
+    settings = torch.linspace(-1, 1, 9, dtype=torch.float64)[:, None]
+    subject.values_of_parameter("log_kT", subject.probes.poses(3), settings)
+    assert subject.combination.n_calls == n_calls  # those of the batch are of a copy
 
 
 def test_the_full_level_does_not_import_the_compiler_of_torch():

@@ -20,7 +20,7 @@ from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
 from mtenn_core.testing._probe.finite_differences import resolution
 from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.tensors import tensors_in
+from mtenn_core.testing._probe.torch_internals import tensors_of
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # Gradients of the loss. 1 and 0 alone would not show an abs, square, sign or clamp of them.
@@ -110,9 +110,9 @@ class _Elements(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
-        inputs = list(tensors_in(args))
+        inputs = tensors_of(args)
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        outputs = list(tensors_in(result))
+        outputs = tensors_of(result)
         views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
         if not views or func._schema.is_mutable:
             self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))

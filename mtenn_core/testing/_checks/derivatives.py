@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import constructor_arguments, overrides
+from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.combination import Combination
 from mtenn_core.model import MultiPoseModel
 from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
@@ -26,7 +27,6 @@ from mtenn_core.testing._probe.likely_causes import NOT_FINITE, Point, cause_in_
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.tensors import tensors_in
 
 # (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
 PROBES = (
@@ -329,16 +329,14 @@ def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
 def _check_no_hidden_parameters(combination: Combination) -> None:
     known = {id(param) for param in combination.parameters()}
     for module in combination.modules():
-        for name, value in vars(module).items():
-            if name == "_arguments":
-                continue
-            for tensor in tensors_in(value):
-                if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
-                    raise Fail(
-                        f"{name!r} requires a gradient, so it must be in parameters(); found that"
-                        " it is not, and no optimizer would train it",
-                        cause="use a torch.nn.Parameter, or a ParameterList for several of them",
-                    )
+        values = {name: value for name, value in vars(module).items() if name != "_arguments"}
+        for index, tensor in tensors_in(list(values.values())):
+            if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
+                raise Fail(
+                    f"{list(values)[index]!r} requires a gradient, so it must be in parameters();"
+                    " found that it is not, and no optimizer would train it",
+                    cause="use a torch.nn.Parameter, or a ParameterList for several of them",
+                )
 
 
 def directions_for(subject: Subject, n: int) -> Tensor:

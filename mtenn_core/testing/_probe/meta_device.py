@@ -11,9 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_map
 
-from mtenn_core.testing._probe.tensors import tensors_in
+from mtenn_core.testing._probe.torch_internals import tensors_of, tree_map
 
 META = torch.device("meta")
 
@@ -42,7 +41,7 @@ class ShapesFromCpu(TorchDispatchMode):
 
 
 def _only_on_meta(args: Any, kwargs: Any) -> bool:
-    devices = {tensor.device for tensor in tensors_in((args, kwargs))}
+    devices = {tensor.device for tensor in tensors_of((args, kwargs))}
     devices |= {each for each in kwargs.values() if isinstance(each, torch.device)}
     return devices == {META}
 
