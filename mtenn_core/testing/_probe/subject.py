@@ -153,7 +153,7 @@ class Subject:
             # same weights.
             with torch.inference_mode(False), torch.enable_grad():
                 y = poses.predictions.detach().clone().requires_grad_()
-                # A clone, because a change of a leaf in place would raise here. A4 names such a change.
+                # A change of a leaf in place would raise here, and A4 names such a change.
                 value = combined_prediction(self.combination, y.clone(), poses.copied_inputs())
                 (weights,) = torch.autograd.grad(value, y)
                 return weights
