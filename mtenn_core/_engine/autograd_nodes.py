@@ -44,17 +44,13 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def engine_asks(hook_depth: int = 1) -> bool:
+def engine_asks() -> bool:
     """Return whether autograd's engine has called the hook that calls this function.
 
     Otherwise Python code did that wants to compute with the tensor: ``torch.utils.checkpoint``, or
     somebody who reads ``grad_fn.saved_tensors``.
-
-    Parameters
-    ----------
-    hook_depth : frames between this function and the caller of the hook
     """
-    hook: Any = sys._getframe(hook_depth)
+    hook: Any = sys._getframe(1)
     caller = hook.f_back
     # The engine runs nodes of the CPU on the thread that called it, so the frame below the hook is
     # the one that called the engine. Threads of accelerators have no Python frame below the hook.
