@@ -46,17 +46,13 @@ def is_batched(tensor: Tensor) -> bool:
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
 
 
-def engine_asks(hook_depth: int = 1) -> bool:
+def engine_asks() -> bool:
     """Return whether autograd's engine called the hook that calls this function.
 
     If not, Python code called the hook because it needs the tensor: ``torch.utils.checkpoint``, or
     code that reads ``grad_fn.saved_tensors``.
-
-    Parameters
-    ----------
-    hook_depth : the number of frames from this function up to the hook
     """
-    hook: Any = sys._getframe(hook_depth)
+    hook: Any = sys._getframe(1)
     caller = hook.f_back
     # The engine runs CPU nodes on the thread that called the engine. There, the hook's caller is
     # the function that called the engine. On threads of accelerators, the hook has no Python

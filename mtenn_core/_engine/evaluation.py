@@ -70,7 +70,7 @@ def by_compound(
 ) -> Iterator[tuple[Tensor, PoseInputs]]:
     """Return a pair for each compound: its predictions and its pose inputs."""
     if not inputs:
-        return zip(predictions.split(sizes), [{}] * len(sizes), strict=True)
+        return zip(predictions.split(sizes), [{} for _ in sizes], strict=True)
     columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
     own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
     return zip(predictions.split(sizes), own, strict=True)

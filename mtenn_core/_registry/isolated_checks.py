@@ -39,13 +39,13 @@ OUT_OF_MEMORY = re.compile(
 
 
 def check_target(
-    target: Target, registry: Registry = registry, *, isolated: bool = False, **options: Any
+    target: Target, source: Registry = registry, *, isolated: bool = False, **options: Any
 ) -> Iterator[tuple[str, Report]]:
     """Check the combination of a target with each set of its arguments.
 
     Parameters
     ----------
-    registry : the registry in which to look up the name
+    source : the registry in which to look up the name
     isolated : True to run the checks in a child process, which uses the default registry
     **options : arguments of :func:`~mtenn_core.testing.check_combination`, or of
         :func:`check_isolated`
@@ -61,7 +61,7 @@ def check_target(
     if isolated:
         yield from check_isolated(target, **options)
         return
-    for name, instance_target, combination in make_combinations(target, registry):
+    for name, instance_target, combination in make_combinations(target, source):
         report = check_combination(combination, name=name, target=instance_target, **options)
         yield _arguments_text(combination), report
 

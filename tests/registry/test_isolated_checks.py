@@ -5,6 +5,7 @@ from textwrap import dedent, indent
 
 import pytest
 
+from mtenn_core._process.child import Child, ChildDiedError
 from mtenn_core._registry import isolated_checks, registry
 from mtenn_core._registry.isolated_checks import check_isolated
 from mtenn_core._registry.targets import make_combinations
@@ -128,6 +129,29 @@ def test_a_crash_is_an_error_of_the_running_check(write, code, reason, printed):
     assert printed in record.reason
     assert record.repro.endswith("plugin.py:Mean --isolated --only A2 --seed 0")
     assert not report.passed
+
+
+def test_all_steps_together_have_a_time_limit(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "demo_steps.py").write_text(
+        dedent("""
+            import time
+
+            def main(job, send):
+                send("ready", True)
+                for _ in range(100):
+                    time.sleep(0.1)
+                    send("step", None)
+        """)
+    )
+    kinds = []
+    with (
+        Child("demo_steps", None, time_limit=1.0, step_time_limit=30.0) as child,
+        pytest.raises(ChildDiedError, match="when the time limit for all was reached"),
+    ):
+        kinds += (kind for kind, _ in child.messages())
+    assert {*kinds} == {"ready", "step"}
+    assert child.seconds > 1.0
 
 
 @pytest.mark.slow("it waits for the time limit several times")
