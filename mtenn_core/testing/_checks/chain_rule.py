@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights
+from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
 from mtenn_core.testing._probe.finite_differences import resolution
 from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule

@@ -14,7 +14,8 @@ from mtenn_core._engine.declarations import constructor_arguments, overrides
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.combination import Combination
 from mtenn_core.model import MultiPoseModel
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,

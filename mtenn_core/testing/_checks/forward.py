@@ -11,7 +11,8 @@ from torch import Tensor
 from mtenn_core._engine.declarations import overrides
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.chain_rule import check_chain_rule
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import (
     equal_with_nan,
 )

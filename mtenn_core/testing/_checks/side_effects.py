@@ -14,7 +14,8 @@ from torch import Tensor
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
 from mtenn_core.combination import Combination
-from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import (
     equal_with_nan,
 )

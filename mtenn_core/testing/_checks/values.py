@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import compare, judge, ratio
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,
