@@ -18,6 +18,7 @@ from mtenn_core.testing._probe.comparison import (
 )
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
 from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.torch_internals import output_shapes
 from mtenn_core.testing._probe.training_step import Step
 
 
@@ -36,7 +37,7 @@ def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
         raise Skip("the output is not that of an autograd.Function")
     # Of a pair (combined, pose predictions), no loss is on the second.
-    others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
+    others = [torch.zeros(shape, dtype=dtype) for shape in output_shapes(value.grad_fn)[1:]]
     with torch.no_grad():  # as in an ordinary backward
         returned = value.grad_fn.apply(torch.ones((), dtype=dtype), *others)
     returned = returned if isinstance(returned, tuple) else (returned,)

@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._functorch.autograd_function import custom_function_call
 from torch.overrides import TorchFunctionMode
+
+from mtenn_core.testing._probe.torch_internals import custom_function_call
 
 
 class ForwardOnly(TorchFunctionMode):
     """Calls the ``forward`` of an autograd function inside of ``torch.func.vmap``, and no more.
 
     Without it, vmap asks each function for a rule, ``generate_vmap_rule``, which is about backward.
-    Seen in torch 2.13: ``Function.apply`` inside of a transform of torch.func calls
-    ``custom_function_call``. If a release does not, vmap raises, and poses go one by one.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
