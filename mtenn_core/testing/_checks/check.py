@@ -19,8 +19,8 @@ class Check:
 
     Attributes
     ----------
-    id : its place in the catalogue: A for ``forward``, bad input and side effects, B for the
-        chain rule, C for derivatives, D for values
+    id : its place in the catalogue: A for ``forward``, bad input, side effects and double
+        backward, B for the chain rule, C for derivatives, D for values
     title : what holds, as a sentence
     level : ``"gate"`` for the checks before the registry hands a combination out, ``"full"`` for
         the others, ``"quality"`` for what a careful author does beyond the contract

@@ -1,4 +1,4 @@
-"""C: the derivatives that backward uses, compared with finite differences of the value."""
+"""C and A10: derivatives compared with finite differences of the value; double backward."""
 
 from __future__ import annotations
 
@@ -44,7 +44,6 @@ PROBES = (
     (6, 0.0, 1e-3),
     (6, 0.0, 30.0),
 )
-
 
 # ΔG in kT and in kcal/mol, pIC50, all of one sign, and numbers of poses beyond a handful.
 MORE_PROBES = (

@@ -17,9 +17,7 @@ from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
-from mtenn_core.testing._probe.comparison import (
-    equal_with_nan,
-)
+from mtenn_core.testing._probe.comparison import equal_with_nan
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import n_hooks
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -173,7 +171,7 @@ def _check_not_reseeded(subject: Subject, step: Step) -> None:
 
 
 def call_keeping_state(combination: Combination, step: Step) -> None:
-    """Call ``forward`` without restored_state what it leaves behind."""
+    """Call ``forward`` and keep the state that it leaves behind."""
     given = step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
     combination(*given, **step.poses.copied_inputs())
 
@@ -182,11 +180,8 @@ def call_keeping_state(combination: Combination, step: Step) -> None:
 def memory(subject: Subject) -> Metrics:
     """Predictions and gradients of the poses die once the value is gone."""
     step = subject.probes.step()
-    pred_list, grad_dict, pose_inputs = (
-        step.pred_list(),
-        step.grad_dict(),
-        step.poses.copied_inputs(),
-    )
+    pred_list, grad_dict = step.pred_list(), step.grad_dict()
+    pose_inputs = step.poses.copied_inputs()
     tensors = pred_list + [gradient for each in grad_dict.values() for gradient in each]
     tensors += pose_inputs.values()
     inputs = [weakref.ref(tensor) for tensor in tensors]

@@ -17,19 +17,14 @@ from mtenn_core._engine.declarations import overrides
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import compare, judge, ratio
-from mtenn_core.testing._probe.finite_differences import (
-    Estimate,
-    resolution,
-)
+from mtenn_core.testing._probe.finite_differences import Estimate, resolution
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 
 # Two statements of one value round differently, the more so where one is scaled up.
 VALUE_DIGITS = 1e-10
 
-
 SPREADS = ((0.0, 1.0), (0.0, 0.01), (-8.0, 2.0), (7.0, 1.5), (100.0, 10.0))
-
 
 Statement = Callable[[Poses], Tensor]
 
