@@ -21,6 +21,8 @@ LAYERS = (
     ("contract", "hookspecs gradients combination"),
     ("engine", "_engine"),
     ("model", "model"),
+    ("testing: probes", "testing._outcomes testing._report testing._probe"),
+    ("testing: checks", "testing._checks"),
     ("testing", "_pytest_plugin testing"),
     ("registry", "_registry"),
     ("command line", "_cli __main__"),

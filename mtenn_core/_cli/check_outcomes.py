@@ -151,10 +151,7 @@ def _error_outcome(target: Target, checks: Checks, error: Exception) -> Outcome:
         level=checks.level,
         status="error",
         reason=message,
-        cause="",
-        metrics={},
         seed=checks.seed,
-        duration=0.0,
         repro=target.command(),
     )
     return Outcome(target.path, _partial_report(target, checks, [record]), error=error)
@@ -162,7 +159,8 @@ def _error_outcome(target: Target, checks: Checks, error: Exception) -> Outcome:
 
 def _partial_report(target: Target, checks: Checks, records: Sequence[Record]) -> Report:
     """Return a report in which some checks are missing."""
-    return Report(target.path, "", {}, checks.level, len(checks.ids), list(records))
+    n_expected = len(checks.ids)
+    return Report(target.path, level=checks.level, n_expected=n_expected, records=list(records))
 
 
 def _show_nothing(outcome: Outcome) -> None:

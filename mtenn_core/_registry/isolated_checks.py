@@ -227,7 +227,7 @@ class _Results:
 
     def _empty_report(self, plugin: PluginRecord | None) -> Report:
         name = self.target.path if plugin is None else str(plugin)
-        return Report(name, "", {}, self.level, len(self.ids))
+        return Report(name, level=self.level, n_expected=len(self.ids))
 
     def _add_record(self, index: int, record: Record) -> None:
         if record.status == "error":
@@ -252,11 +252,8 @@ class _Results:
             level=self.level,
             status="error",
             reason=reason,
-            cause="",
-            metrics={},
             seed=self.seed,
             duration=death.seconds,
-            repro="",
         )
 
     def _with_memory_hint(self, reason: str) -> str:

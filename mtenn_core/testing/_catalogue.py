@@ -48,7 +48,7 @@ CHECKS: tuple[Check, ...] = (
     side_effects.purity,
     repeated_calls.repeatable,
     repeated_calls.isolated,
-    forward.modes,
+    repeated_calls.modes,
     side_effects.memory,
     copies.copies,
     derivatives.double_backward,

@@ -19,8 +19,9 @@ from mtenn_core._engine.declarations import check_facts
 from mtenn_core._process.settings import preserved_process_state
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
-from mtenn_core.testing._checks.check import Check, Level, Outcome
+from mtenn_core.testing._checks.check import Check, Level
 from mtenn_core.testing._html.curves import curves
+from mtenn_core.testing._outcomes import Outcome
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._target import Target, target_of

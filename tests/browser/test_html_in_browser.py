@@ -55,7 +55,7 @@ def reports():
 @pytest.fixture(scope="module")
 def url(reports, tmp_path_factory):
     path = tmp_path_factory.mktemp("page") / "report.html"
-    evil = Report(EVIL, EVIL, {"properties": [EVIL]}, "full", 1)
+    evil = Report(EVIL, EVIL, {"properties": [EVIL]}, n_expected=1)
     path.write_text(render([*reports, evil]), encoding="utf-8")
     return path.as_uri()
 

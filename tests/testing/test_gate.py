@@ -13,6 +13,7 @@ from torch import Tensor
 from mtenn_core import Combination, Registry
 from mtenn_core.errors import CombinationContractError, GradientValidationError
 from mtenn_core.testing import CHECKS, check_combination
+from mtenn_core.testing._probe import forward_only
 from mtenn_core.testing._probe.subject import Subject
 
 gate = partial(check_combination, level="gate")
@@ -650,6 +651,13 @@ def test_a_batch_at_full_depth_is_not_used_if_calls_depend_on_earlier_ones():
 
     batch, loop, n_calls = batched_value_and_loop(Cached())
     assert n_calls == 4 + 9
+    assert torch.equal(batch, loop)
+
+
+def test_values_are_computed_one_by_one_if_torch_lacks_the_hook_of_its_transforms(monkeypatch):
+    monkeypatch.setattr(forward_only, "custom_function_call", None)
+    batch, loop, n_calls = batched_value_and_loop(FullDepth())
+    assert n_calls == 1 + 9  # the batch, which raises
     assert torch.equal(batch, loop)
 
 

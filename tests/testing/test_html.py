@@ -134,8 +134,8 @@ def plain(right):
 
 
 def record(status, **changes):
-    plain = {"title": "it holds", "level": "full", "reason": "", "cause": "", "metrics": {}}
-    plain |= {"id": "C1", "seed": 7, "duration": 0.0123, "repro": "mtenn check it --only C1"}
+    plain = {"id": "C1", "title": "it holds", "level": "full"}
+    plain |= {"seed": 7, "duration": 0.0123, "repro": "mtenn check it --only C1"}
     return Record(status=status, **plain | changes)
 
 

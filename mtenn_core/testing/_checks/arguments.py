@@ -13,8 +13,9 @@ import torch
 
 from mtenn_core._engine.declarations import constructor_arguments, constructor_signature
 from mtenn_core.combination import Combination
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import judge
 from mtenn_core.testing._probe.subject import Subject
 

@@ -7,7 +7,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 

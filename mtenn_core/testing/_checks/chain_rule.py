@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights
+from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
 from mtenn_core.testing._probe.finite_differences import resolution
 from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import tensors_of
+from mtenn_core.testing._probe.torch_internals import DispatchMode, is_in_place, tensors_of
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # Gradients of the loss. 1 and 0 alone would not show an abs, square, sign or clamp of them.
@@ -97,16 +97,12 @@ def many_poses(subject: Subject) -> Metrics:
     return {"largest error in tolerances": worst, "growth of work, poses × 4": growth}
 
 
-class _Elements(TorchDispatchMode):
+class _Elements(DispatchMode):
     """Counts the elements that operations make or read. Views do not count."""
 
     def __init__(self) -> None:
         super().__init__()
         self.count = 0
-
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import the compiler, which takes more than a second
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -114,7 +110,7 @@ class _Elements(TorchDispatchMode):
         storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
         outputs = tensors_of(result)
         views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
-        if not views or func._schema.is_mutable:
+        if not views or is_in_place(func):
             self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
             self.count += inputs[0].numel() * inputs[1].shape[-1]

@@ -13,11 +13,10 @@ import torch
 from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.arguments import alternatives
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.side_effects import call_keeping_state
-from mtenn_core.testing._probe.comparison import (
-    equal_with_nan,
-)
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
+from mtenn_core.testing._probe.comparison import equal_with_nan
 from mtenn_core.testing._probe.subject import Subject
 
 

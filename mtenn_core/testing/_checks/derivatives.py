@@ -1,4 +1,4 @@
-"""C: comparisons of the derivatives in backward with finite differences of the value."""
+"""C and A10: comparisons of derivatives with finite differences, and double backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,8 @@ from mtenn_core._engine.declarations import constructor_arguments, overrides
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.combination import Combination
 from mtenn_core.model import MultiPoseModel
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,
@@ -43,7 +44,6 @@ PROBES = (
     (6, 0.0, 1e-3),
     (6, 0.0, 30.0),
 )
-
 
 # ΔG in kT and in kcal/mol, pIC50, predictions of one sign, and up to 20 poses.
 MORE_PROBES = (

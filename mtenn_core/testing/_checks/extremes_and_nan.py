@@ -8,7 +8,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.poses import Poses, listed
 from mtenn_core.testing._probe.subject import Subject
 

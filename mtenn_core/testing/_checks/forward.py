@@ -1,4 +1,4 @@
-"""A: the arguments and results of ``forward`` and backward."""
+"""A1 to A3, A12 and A13: the arguments and results of ``forward`` and backward."""
 
 from __future__ import annotations
 
@@ -11,12 +11,11 @@ from torch import Tensor
 from mtenn_core._engine.declarations import overrides
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.chain_rule import check_chain_rule
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
-from mtenn_core.testing._probe.comparison import (
-    equal_with_nan,
-)
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
 from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.torch_internals import output_shapes
 from mtenn_core.testing._probe.training_step import Step
 
 
@@ -35,7 +34,7 @@ def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
         raise Skip("the output does not come from an autograd.Function")
     # If forward returns the pair (combined prediction, pose predictions), no loss uses the second.
-    others = [torch.zeros(*o.shape, dtype=dtype) for o in value.grad_fn._input_metadata[1:]]
+    others = [torch.zeros(shape, dtype=dtype) for shape in output_shapes(value.grad_fn)[1:]]
     with torch.no_grad():  # as in an ordinary backward
         returned = value.grad_fn.apply(torch.ones((), dtype=dtype), *others)
     returned = returned if isinstance(returned, tuple) else (returned,)
@@ -228,63 +227,3 @@ def _on_meta(subject: Subject) -> list[Tensor]:
         value = combination(*given, **inputs)
         made += [value, *torch.autograd.grad(value, params)]
     return made
-
-
-@check("A7", "it works without gradients, and with frozen and unused parameters")
-def modes(subject: Subject) -> Metrics:
-    """Call without gradients, without parameters, and with frozen and unused parameters."""
-    step = subject.probes.step()
-    value = subject.call(step)
-    nothing = Step(step.poses, {}, {})
-    with torch.no_grad():
-        found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
-        if found["under no_grad"].requires_grad:
-            raise Fail(
-                "under no_grad: the output must not require a gradient; found that it does",
-                cause="forward switches the grad mode on (enable_grad, set_grad_enabled)",
-            )
-    with torch.inference_mode():
-        found["under inference_mode"] = subject.call(step).clone()
-    found["with no parameters"] = subject.call(nothing)
-    for what, other in found.items():
-        if not equal_with_nan(value, other):
-            raise Fail(
-                f"{what}: expected the value {value.item():.17g}; found {other.item():.17g}",
-            )
-    _check_frozen(subject, step)
-    _check_unused(subject, step)
-    _check_without_elements(subject)
-    return {}
-
-
-def _check_without_elements(subject: Subject) -> None:
-    step = subject.probes.step({"w": (2,), "empty": (0, 2)})
-    if subject.gradients(step)["empty"].shape != (0, 2):
-        raise Fail("a parameter without elements: its gradient must have the same shape, (0, 2)")
-
-
-def _check_frozen(subject: Subject, step: Step) -> None:
-    expected = subject.gradients(step)
-    params = {n: p.detach().requires_grad_(n != "w2") for n, p in step.params.items()}
-    found = subject.gradients(Step(step.poses, step.gradients, params))
-    for name, gradient in found.items():
-        if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
-            raise Fail(
-                f"parameter {name!r}: the gradient must not change if 'w2' is frozen; found a"
-                " change",
-                cause="frozen parameters are left out, so other parameters get wrong gradients",
-            )
-
-
-def _check_unused(subject: Subject, step: Step) -> None:
-    zero = {n: torch.zeros_like(g) if n == "w2" else g for n, g in step.gradients.items()}
-    value = subject.call(replace(step, gradients=zero))
-    (found,) = torch.autograd.grad(value, step.params["w2"], allow_unused=True)
-    if found is None or not (found == 0).all():
-        raise Fail(
-            "parameter 'w2', unused by every pose: expected a gradient of 0; found"
-            f" {found if found is None else found.flatten()[0].item()}",
-            cause="return zeros, not None"
-            if found is None
-            else "a division by the size of the gradient, or a further term (weight decay)",
-        )

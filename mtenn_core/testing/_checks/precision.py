@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core.testing._checks.check import Fail, Metrics, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import FLOAT32, ratio
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject

@@ -11,14 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.autograd_nodes import version_of
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
 from mtenn_core.combination import Combination
-from mtenn_core.testing._checks.check import Fail, Metrics, check
-from mtenn_core.testing._probe.comparison import (
-    equal_with_nan,
-)
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics
+from mtenn_core.testing._probe.comparison import equal_with_nan
 from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._probe.torch_internals import n_hooks
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
@@ -96,10 +97,10 @@ def _contents(
     return {
         "tensors": tensors,
         "values": {what: tensor.detach().clone() for what, tensor in tensors.items()},
-        "versions": {what: tensor._version for what, tensor in tensors.items()},
+        "versions": {what: version_of(tensor) for what, tensor in tensors.items()},
         "grads": {what: None if grad is None else grad.clone() for what, grad in grads.items()},
         "needs": {f"requires_grad of {what}": t.requires_grad for what, t in tensors.items()},
-        "hooks": {what: len(tensor._backward_hooks or ()) for what, tensor in tensors.items()},
+        "hooks": {what: n_hooks(tensor) for what, tensor in tensors.items()},
         "names": {"param_names": list(param_names)},
         "own": {f"which tensor {name!r} is": id(param) for name, param in own.items()},
         "lists": [
@@ -180,11 +181,8 @@ def call_keeping_state(combination: Combination, step: Step) -> None:
 def memory(subject: Subject) -> Metrics:
     """Check that inputs are freed when the value is deleted after backward."""
     step = subject.probes.step()
-    pred_list, grad_dict, pose_inputs = (
-        step.pred_list(),
-        step.grad_dict(),
-        step.poses.copied_inputs(),
-    )
+    pred_list, grad_dict = step.pred_list(), step.grad_dict()
+    pose_inputs = step.poses.copied_inputs()
     tensors = pred_list + [gradient for each in grad_dict.values() for gradient in each]
     tensors += pose_inputs.values()
     inputs = [weakref.ref(tensor) for tensor in tensors]

@@ -14,21 +14,17 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
-from mtenn_core.testing._checks.check import Fail, Metrics, Skip, check
+from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import compare, judge, ratio
-from mtenn_core.testing._probe.finite_differences import (
-    Estimate,
-    resolution,
-)
+from mtenn_core.testing._probe.finite_differences import Estimate, resolution
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 
 # Two formulas of one value have different roundoff, more so if one of them scales it up.
 VALUE_DIGITS = 1e-10
 
-
 SPREADS = ((0.0, 1.0), (0.0, 0.01), (-8.0, 2.0), (7.0, 1.5), (100.0, 10.0))
-
 
 Statement = Callable[[Poses], Tensor]
 

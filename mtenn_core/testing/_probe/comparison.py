@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.evaluation import NO_INPUTS, PoseInputs
-from mtenn_core.testing._checks.check import Fail, Inconclusive, Metrics
+from mtenn_core.testing._outcomes import Fail, Inconclusive, Metrics
 from mtenn_core.testing._probe.finite_differences import Estimate
 from mtenn_core.testing._probe.poses import Poses, listed
 

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch._functorch.autograd_function import custom_function_call
 from torch.overrides import TorchFunctionMode
+
+from mtenn_core.testing._probe.torch_internals import custom_function_call
 
 
 class ForwardOnly(TorchFunctionMode):

@@ -10,14 +10,18 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
-from mtenn_core.testing._probe.torch_internals import tensors_of, tree_map
+from mtenn_core.testing._probe.torch_internals import (
+    DispatchMode,
+    makes_new_tensors,
+    tensors_of,
+    tree_map,
+)
 
 META = torch.device("meta")
 
 
-class ShapesFromCpu(TorchDispatchMode):
+class ShapesFromCpu(DispatchMode):
     """A mode that runs operations on the CPU to find the shapes of results on the meta device.
 
     This applies only to operations that make new tensors, and whose arguments are all on the meta
@@ -25,13 +29,9 @@ class ShapesFromCpu(TorchDispatchMode):
     or needs numbers.
     """
 
-    @classmethod
-    def _should_skip_dynamo(cls) -> bool:
-        return False  # True would import the compiler
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _only_on_meta(args, kwargs) and _makes_new_tensors(func):
+        if _only_on_meta(args, kwargs) and makes_new_tensors(func):
             try:
                 result = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
             except Exception:  # for example, because a matrix of ones is singular
@@ -44,18 +44,6 @@ def _only_on_meta(args: Any, kwargs: Any) -> bool:
     devices = {tensor.device for tensor in tensors_of((args, kwargs))}
     devices |= {each for each in kwargs.values() if isinstance(each, torch.device)}
     return devices == {META}
-
-
-def _makes_new_tensors(func: Any) -> bool:
-    """Return True if an operation returns only new tensors whose shape depends on no numbers."""
-    returns = func._schema.returns
-    return (
-        all(
-            each.alias_info is None and isinstance(each.type, torch.TensorType | torch.ListType)
-            for each in returns
-        )
-        and torch.Tag.dynamic_output_shape not in func.tags
-    )
 
 
 def _on_cpu(each: Any) -> Any:

@@ -1,15 +1,26 @@
 """Private interfaces of torch that the conformance suite uses.
 
 Each has a comment: its use, the version of torch in which it was seen to work, and what could
-replace it. The suite also uses ``version_of`` from the engine's own list of them.
+replace it. Those that the engine uses too are in ``mtenn_core._engine.autograd_nodes``.
 """
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+
+# Function.apply calls it inside of a transform of torch.func. Seen in torch 2.13. Without it: vmap
+# raises for a Function that has no rule for it, and poses go one by one.
+custom_function_call: Any = None
+with suppress(ImportError):
+    from torch._functorch import autograd_function
+
+    custom_function_call = getattr(autograd_function, "custom_function_call", None)
 
 # Apply a function to the leaves of nested lists, tuples and dicts: the arguments of an operation.
 # Seen in torch 2.13, whose own dispatch modes use it. Without it: a recursion of a few lines.
@@ -20,3 +31,47 @@ def tensors_of(arguments: Any) -> list[Tensor]:
     """Return the tensors among the arguments or results of an operation, repeated ones too."""
     # See tree_map.
     return [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
+
+
+# Seen in torch 2.13. Without it: a subclass of Tensor with __torch_dispatch__, which combinations
+# would notice.
+class DispatchMode(TorchDispatchMode):
+    """Sees every operation, and does not import torch's compiler, which takes a second and more."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        # True, the default, would import the compiler. Seen in torch 2.13; where there is no such
+        # method, it is not called.
+        return False
+
+
+def is_in_place(operation: Any) -> bool:
+    """Return whether an operation that a dispatch mode sees changes one of its arguments."""
+    # The schema that torch's own modes read. Seen in torch 2.13. Without it: the names of
+    # operations in place, which end in an underscore or in "_out".
+    return bool(operation._schema.is_mutable)
+
+
+def makes_new_tensors(operation: Any) -> bool:
+    """Return whether an operation returns new tensors, and no numbers read from tensors."""
+    # See is_in_place. Without it: a list of the operations by name.
+    return (
+        all(
+            each.alias_info is None and isinstance(each.type, torch.TensorType | torch.ListType)
+            for each in operation._schema.returns
+        )
+        and torch.Tag.dynamic_output_shape not in operation.tags
+    )
+
+
+def output_shapes(node: Any) -> list[torch.Size]:
+    """Return the shapes of the outputs of the function to which a node of a graph belongs."""
+    # Of the gradients that its backward takes. Seen in torch 2.13. Without it: A1 could check only
+    # functions with one output.
+    return [torch.Size(output.shape) for output in node._input_metadata]
+
+
+def n_hooks(tensor: Tensor) -> int:
+    """Return how many hooks a tensor has of those that ``register_hook`` adds."""
+    # Seen in torch 2.13; None before the first hook. Without it: A4 would not see hooks.
+    return len(tensor._backward_hooks or ())

@@ -1,0 +1,45 @@
+"""What a check measured, and the exceptions with which it ends unless the combination passes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from mtenn_core.testing._report import Status
+
+Metrics = dict[str, Any]
+
+
+class Outcome(Exception):
+    """The exception that ends a check whose status is not ``"pass"``.
+
+    Attributes
+    ----------
+    status : status of the record
+    cause : the likely mistake, or ""
+    metrics : numbers that the check measured
+    """
+
+    status: ClassVar[Status]
+
+    def __init__(self, reason: str, *, cause: str = "", **metrics: Any) -> None:
+        super().__init__(reason)
+        self.cause = cause
+        self.metrics = metrics
+
+
+class Fail(Outcome):
+    """The combination breaks the rule of the check."""
+
+    status = "fail"
+
+
+class Skip(Outcome):
+    """The check does not apply to the combination."""
+
+    status = "skip"
+
+
+class Inconclusive(Outcome):
+    """The numerical derivative is too uncertain to decide."""
+
+    status = "inconclusive"
