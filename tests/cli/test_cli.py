@@ -10,6 +10,7 @@ from textwrap import dedent
 import pytest
 from click.testing import CliRunner
 from installed import write_distribution
+from tiers import slow
 
 from mtenn_core import registry
 from mtenn_core._cli import check, main
@@ -38,6 +39,7 @@ PLUGIN = """
             return 1.001 * predictions.new_ones(len(predictions)) / len(predictions)
 """
 GATE = ("--level", "gate")
+INTERPRETERS = "each case starts new interpreters, and one like it is here"
 posix = pytest.mark.skipif(os.name != "posix", reason="needs a POSIX shell")
 
 
@@ -471,7 +473,9 @@ def test_help_of_check_needs_no_torch():
 
 
 @posix
-@pytest.mark.parametrize("command", ["list", "check plugin.py:Mean --only A2"])
+@pytest.mark.parametrize(
+    "command", ["list", *slow("check plugin.py:Mean --only A2", reason=INTERPRETERS)]
+)
 @pytest.mark.parametrize(
     ("output", "returncodes", "said"),
     [
@@ -499,7 +503,13 @@ def test_output_that_goes_nowhere_is_no_traceback(shell, command, output, return
 
 
 @posix
-@pytest.mark.parametrize("isolated", [(), ("--isolated",)], ids=["here", "isolated"])
+@pytest.mark.parametrize(
+    "isolated",
+    [
+        pytest.param((), id="here"),
+        pytest.param(("--isolated",), id="isolated", marks=pytest.mark.slow(INTERPRETERS)),
+    ],
+)
 def test_an_interrupt_shows_what_was_finished_and_exits_with_130(tmp_path, isolated):
     (tmp_path / "plugin.py").write_text(
         dedent(PLUGIN)

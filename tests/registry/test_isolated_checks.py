@@ -220,6 +220,7 @@ def test_after_several_deaths_the_remaining_checks_do_not_run(write, monkeypatch
     assert report.verdict == "ran 2 of 3 checks, 2 failed"
 
 
+@ALIKE
 def test_every_example_is_checked_although_one_crashes(write, tmp_path):
     write("os._exit(3) if self.name == 'bad' else None")
     file = tmp_path / "plugin.py"
@@ -264,6 +265,7 @@ def test_arguments_do_not_change_on_their_way_to_the_child(write):
     assert check(target, only=["A2"]).combination == "Mean(name='1', scale=inf)"
 
 
+@ALIKE
 def test_a_module_is_found_from_where_the_shell_is(write, tmp_path, monkeypatch):
     write()
     (tmp_path / "random.py").write_text("raise RuntimeError('not the one of Python')")

@@ -320,7 +320,7 @@ def test_a_parameter_hidden_in_a_container_is_found_and_named():
 
     (record,) = gate(Hidden).failures
     assert record.id == "C3"
-    assert "'facts' requires a gradient and is not among parameters()" in record.reason
+    assert "'facts' requires a gradient, so it must be in parameters()" in record.reason
 
 
 class Weighted(Combination):

@@ -92,7 +92,9 @@ def test_a_missing_table_names_the_command_that_installs_it(example, monkeypatch
 @pytest.mark.usefixtures("_same_threads")
 def test_a_short_run_goes_through_and_draws_the_figure(example, tmp_path, capsys):
     figures_file = tmp_path / "figures.json"
-    arguments = ["--molecules", "12", "--epochs", "1", "--output", str(tmp_path / "new")]
+    # One thread: threads that wait for each other while other tests run take minutes.
+    arguments = ["--molecules", "12", "--epochs", "1", "--threads", "1"]
+    arguments += ["--output", str(tmp_path / "new")]
     assert example.demo.main([*arguments, "--json", str(figures_file)]) == 0, capsys.readouterr()
 
     figures = json.loads(figures_file.read_text())
