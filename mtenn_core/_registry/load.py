@@ -129,7 +129,7 @@ def _spec_error(record: PluginRecord, message: str) -> PluginSpecError:
 def _hook_hint(plugin: Any, hooks: Sequence[str]) -> str:
     """Return a part of a message: the function that the author probably meant as the hook."""
     if hooks:
-        return f", but found {', '.join(hooks)}"
+        return f", but {', '.join(hooks)}"
     if callable(getattr(plugin, _HOOK, None)):
         return f", but a function {_HOOK} without marker or with the marker of another project"
     return ""

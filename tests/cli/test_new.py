@@ -159,7 +159,7 @@ def test_a_distribution_of_the_same_name_is_not_replaced(new, install_plugin):
     assert "but mtenn-my-rule 1.0 is installed. Choose another name" in result.stderr
     result = new("core")
     assert result.exit_code == 1
-    assert f"found mtenn-core {mtenn_core.__version__} installed" in result.stderr
+    assert f"but mtenn-core {mtenn_core.__version__} is installed" in result.stderr
     assert files_in(".") == []
 
 

@@ -373,7 +373,7 @@ CASES = {
     "no hook": Case(
         module("Bad = object()", "demo_bad:Bad"),
         PluginSpecError,
-        ("must implement the hook mtenn_combination; found no such hook;", UNINSTALL),
+        ("must implement the hook mtenn_combination; found no such hook. Write", UNINSTALL),
     ),
     "an object that raises at every look": Case(
         module(
@@ -404,7 +404,7 @@ CASES = {
             "from mtenn_core import Combination\nclass Good(Combination): pass\n",
         ),
         PluginSpecError,
-        ("cannot be made", "it must define combine(predictions)"),
+        ("must be valid arguments; found {}", "it must define combine(predictions)"),
     ),
     "a gradient that is wrong": Case(
         lambda at: write_distribution(
@@ -588,7 +588,7 @@ def test_a_bad_plugin_does_not_affect_other_plugins(places, case):
         assert "demo_bad" not in sys.modules
     assert not changed(before, process_state())
     told = [str(w.message) for w in warned if issubclass(w.category, PluginWarning)]
-    words = {"restored": "the old values were restored", "reported": "replaced torch.erfinv"}.get(
+    words = {"restored": "The old values were restored", "reported": "replaced torch.erfinv"}.get(
         case.state
     )
     assert len(told) == (words is not None), told

@@ -334,7 +334,7 @@ def no_pin(record):
 
 
 PINNED_OTHERWISE = {
-    without_a_line: "is not pinned in .*pins.txt; .*add the line: demo-marked==1.0 RECORD=sha256:",
+    without_a_line: "is not pinned in .*pins.txt. .*add the line: demo-marked==1.0 RECORD=sha256:",
     of_another_version: r"is pinned to 2\.0 in .*: pip install demo-marked==2\.0",
     of_another_hash: "differs from the build pinned in .*pins.txt: expected RECORD=sha256:",
     no_pin: r"pins.txt:1: a pin must have the form 'dist.*found 'demo-marked==1\.0'",

@@ -98,11 +98,11 @@ def test_a_name_of_the_registry_comes_with_its_distribution(install_plugin):
         ("targets:not_callable", "cannot be called with {}: TypeError"),
         (
             "targets:Nothing",
-            r"Nothing\.examples must be a tuple of at least one dict .*; found \(\);",
+            r"Nothing\.examples must be a tuple of at least one dict .*; found \(\)\. Write",
         ),
         (
             "targets:Listed",
-            r"Listed\.examples must be a tuple of at least one dict .*; found \(\{\}, 3\);",
+            r"Listed\.examples must be a tuple of at least one dict .*; found \(\{\}, 3\)\. Write",
         ),
     ],
 )
@@ -121,7 +121,7 @@ def test_a_file_whose_name_another_module_has_is_not_taken_for_it(module, tmp_pa
     shown(Target("targets.py:Scaled"))
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "targets.py").write_text(MODULE.replace("Scaled", "Other"))
-    with pytest.raises(TargetError, match=r"the name 'targets' belongs to .*; rename the file"):
+    with pytest.raises(TargetError, match=r"the name 'targets' belongs to .*\. Rename the file"):
         shown(Target("other/targets.py:Scaled"))
 
 

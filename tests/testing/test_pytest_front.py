@@ -199,7 +199,7 @@ def test_malformed_examples_are_named(pytest_on, examples):
     tests = f"PowerMean.examples = {examples}\n" + of_class("combination = PowerMean")
     result = pytest_on(tests)
     assert counted(result) == {"errors": 1}
-    message = f"*PowerMean.examples must be a tuple of at least one dict*found {examples};*"
+    message = f"*PowerMean.examples must be a tuple of at least one dict*found {examples}. Write*"
     result.stdout.fnmatch_lines([message])
 
 
