@@ -90,7 +90,8 @@ def test_a_missing_table_names_the_command_that_installs_it(example, monkeypatch
 
 
 @pytest.mark.usefixtures("_same_threads")
-def test_a_short_run_goes_through_and_draws_the_figure(example, tmp_path, capsys):
+def test_a_short_run_goes_through_and_draws_the_figure(example, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(example.demo, "MANY_CONFORMERS", 4)
     figures_file = tmp_path / "figures.json"
     # One thread: threads that wait for each other while other tests run take minutes.
     arguments = ["--molecules", "12", "--epochs", "1", "--threads", "1"]
