@@ -147,7 +147,7 @@ def test_all_steps_together_have_a_time_limit(tmp_path, monkeypatch):
     kinds = []
     with (
         Child("demo_steps", None, time_limit=1.0, step_time_limit=30.0) as child,
-        pytest.raises(ChildDiedError, match="when the time limit for all was reached"),
+        pytest.raises(ChildDiedError, match="the total time limit was reached"),
     ):
         kinds += (kind for kind, _ in child.messages())
     assert {*kinds} == {"ready", "step"}
