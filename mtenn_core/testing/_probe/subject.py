@@ -69,9 +69,7 @@ class Subject:
 
     def values(self, rows: Tensor) -> Tensor:
         """Return the value for many poses: shape (batch, :meth:`Poses.row`) to (batch,)."""
-        return self._batch_or_loop(
-            self._value, self._values_one_by_one, rows, rows, held_to_loop=self.full_depth
-        )
+        return self._batch_or_loop(self._value, self._values_one_by_one, rows, rows)
 
     def _values_one_by_one(self, rows: Tensor) -> Tensor:
         return torch.stack([self.value(self._poses_of(row)) for row in rows])
@@ -82,8 +80,6 @@ class Subject:
         loop: Callable[[Tensor], Tensor],
         inputs: Tensor,
         rows: Tensor,
-        *,
-        held_to_loop: bool = True,
     ) -> Tensor:
         """Return the value for each of many inputs, shape (batch,), in one batch if that is right.
 
@@ -93,7 +89,6 @@ class Subject:
         loop : the values for several inputs, one by one
         inputs : shape (batch, size)
         rows : the numbers that are combined for each of the inputs, shape (batch, any)
-        held_to_loop : whether values of the batch must be those of the loop
         """
         if self.combination.stochastic or self._buffers:
             return loop(inputs)
@@ -106,7 +101,7 @@ class Subject:
             return loop(inputs)
         # The first once more after the last: a value that drifts from call to call shows there.
         some = [0, -1, 0]
-        if not held_to_loop or _agree(batch[some], loop(inputs[some]), rows[some]):
+        if _agree(batch[some], loop(inputs[some]), rows[some]):
             return batch
         return loop(inputs)
 
@@ -194,8 +189,6 @@ class Subject:
                 param.copy_(before)
             return torch.stack(values)
 
-        if self.full_depth:
-            return one_by_one(settings)
         return self._batch_or_loop(value, one_by_one, settings, row.expand(len(settings), -1))
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
