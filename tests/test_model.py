@@ -811,7 +811,7 @@ def test_a_batch_is_handed_on_as_it_is(pose_model, poses):
 @pytest.mark.parametrize(
     ("gradients", "sizes", "error", "message"),
     [
-        ("graph", None, PredictionError, "one batch of poses needs sizes"),
+        ("graph", None, PredictionError, "poses that come in one batch need the argument sizes"),
         ("graph", [3, 3], PredictionError, r"poses 0 to 5: .* 6 numbers, .*shape \(7, 1\)"),
         ("graph", [8, -1], PredictionError, "compound 1: .*must not be negative; found -1"),
         ("stored", [7], ValueError, "'stored' runs pose by pose .*gradients='recomputed'"),

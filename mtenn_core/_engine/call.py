@@ -117,7 +117,8 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
     if sizes is None:
         if collated:
             raise PredictionError(
-                "one batch of poses needs sizes: pass the number of poses of each compound"
+                "poses that come in one batch need the argument sizes: pass the number of poses"
+                " of each compound"
             )
         return [len(poses)]
     try:

@@ -180,7 +180,7 @@ class Replay:
         There may be many poses, so the check runs once in a backward.
         """
         backward = current_backward()
-        # -1 means outside of backward: code reads grad_fn.saved_tensors.
+        # -1 means that no backward runs, for example if code reads grad_fn.saved_tensors.
         if backward == self._checked_in != -1:
             return
         for pose, tensor, version in self._inputs:
