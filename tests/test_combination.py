@@ -109,6 +109,23 @@ def test_training_uses_the_closed_form():
     assert y.grad.tolist() == [1, 3]
 
 
+def test_a_stochastic_value_has_the_weights_that_were_drawn_for_it():
+    class Noisy(SumOfSquares):
+        stochastic = True
+
+        def combine(self, predictions: Tensor) -> Tensor:
+            self.drawn = torch.rand_like(predictions)
+            return (self.drawn * predictions).sum()
+
+        def pose_weights(self, predictions: Tensor) -> Tensor:
+            return torch.rand_like(predictions)
+
+    combination = Noisy()
+    predictions = torch.randn(5, dtype=torch.float64, requires_grad=True)
+    combined_prediction(combination, predictions).backward()
+    assert torch.equal(predictions.grad, combination.drawn)
+
+
 def test_graph_leaves_the_closed_form_out():
     class Wrong(SumOfSquares):
         def pose_weights(self, predictions):

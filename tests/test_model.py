@@ -570,6 +570,12 @@ def test_a_pose_without_a_finite_prediction_is_named(pose_model, poses, gradient
     assert raised.value.compound == 1
 
 
+def test_the_first_pose_of_a_compound_is_named_with_its_own_compound(pose_model, poses):
+    poses[SIZES[0], 0] = float("nan")
+    with pytest.raises(PredictionError, match=r"pose 1 \(pose 0 of compound 1\)"):
+        MultiPoseModel(pose_model, LogSumExp())(poses, sizes=SIZES)
+
+
 def test_a_pose_without_a_finite_prediction_is_combined_on_request(pose_model, poses):
     class IgnoresNan(Combination):
         def combine(self, predictions):

@@ -185,6 +185,11 @@ def test_dense_weights_are_stored_where_that_fits_and_the_graphs_do_not():
     assert choose(modes, 500) == "recomputed"
 
 
+def test_a_backward_takes_twice_as_long_as_a_forward():
+    modes = (ModeCost("stored", 10, 10, 100), ModeCost("recomputed", 15, 5, 100))
+    assert choose(modes, None) == "recomputed"
+
+
 def test_it_prints_as_a_table(pose_model, poses):
     lines = str(MultiPoseModel(pose_model, SmoothMinimum(1e5)).estimate(poses)).splitlines()
     assert lines[0].startswith("7 poses, 1 with a weight that is not zero; the graph of one: ")
