@@ -486,6 +486,19 @@ def shared_poses_may_come_as_one_batch(mode):
 
 
 @case(mode=MODES)
+def a_rank_of_a_smaller_group_is_its_rank_in_that_group(mode):
+    # new_group is collective: every process makes both groups.
+    groups = [dist.new_group([rank]) for rank in range(dist.get_world_size())]
+    model = MultiPoseModel(new_pose_model(), Learnable(), gradients=mode)
+    reference = copy.deepcopy(model)
+    (poses,) = new_poses([3])
+    expected = plain_output(reference, poses, [3])
+    loss_of(*expected).backward()
+    loss_of(*model(poses, [3], group=groups[dist.get_rank()])).backward()
+    check_same(gradients(model), gradients(reference))
+
+
+@case(mode=MODES)
 def shared_poses_of_one_compound_need_no_sizes(mode):
     rank, n_poses = dist.get_rank(), [2, 5]
     poses = new_poses(n_poses)

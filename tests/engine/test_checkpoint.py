@@ -52,6 +52,14 @@ def test_a_checkpoint_loads_into_the_same_combination(tmp_path):
     assert again.combination.offset == 3.0
 
 
+def test_a_checkpoint_from_before_the_registration_loads():
+    before = model_of(SmoothMinimum(2.0)).state_dict()
+    with registry.temporary({"smooth-minimum": SmoothMinimum}):
+        registered = model_of(SmoothMinimum(2.0))
+        registered.load_state_dict(before)
+    model_of(SmoothMinimum(2.0)).load_state_dict(registered.state_dict())
+
+
 @pytest.mark.parametrize(
     ("combination", "message"),
     [
