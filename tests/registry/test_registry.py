@@ -184,6 +184,13 @@ def test_create_validates_with_its_arguments(registry):
         assert registry.create("scaled", -1.0, validate=False).factor == -1.0
 
 
+def test_a_combination_that_failed_is_refused_each_time(registry):
+    with registry.temporary({"scaled": Scaled}):
+        for _ in range(2):
+            with pytest.raises(GradientValidationError):
+                registry.create("scaled", factor=-1.0)
+
+
 def test_get_needs_examples_for_required_arguments(registry):
     with (
         registry.temporary({"scaled": Scaled}),
