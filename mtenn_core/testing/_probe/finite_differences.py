@@ -6,8 +6,8 @@ smooth maximum, has false plateaus at large h. For such functions, the error bar
 additions:
 
 - It is never smaller than the roundoff.
-- It includes the changes to the next larger and the next smaller step. The change to the lower
-  order alone is not enough.
+- It includes the differences from the results at the next larger and the next smaller step.
+  Ridders' scheme compares only with the results of lower order, which is not enough.
 - It is infinite if any smaller step contradicts the extrapolated derivative.
 """
 
@@ -28,7 +28,7 @@ ULPS = 32
 class Estimate(NamedTuple):
     """Directional derivatives and their uncertainty, both of shape (n,).
 
-    The error is infinite if smaller steps contradict the derivative from each step.
+    The error is infinite if smaller steps contradict every extrapolated derivative.
     """
 
     derivative: Tensor
