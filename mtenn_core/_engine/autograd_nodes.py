@@ -128,5 +128,6 @@ def computes_anyway(node_class: type) -> bool:
 
 def add_in_place(sums: list[Tensor], tensors: list[Tensor], factor: float) -> None:
     """Add ``factor`` · tensor to each sum in one call."""
-    # A beta interface of torch 2.13; the optimizers use it, too. Without it: a loop of add_().
+    # This is a beta interface of torch 2.13, which the optimizers also use. Without it: a loop of
+    # add_().
     torch._foreach_add_(sums, tensors, alpha=factor)

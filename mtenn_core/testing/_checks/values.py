@@ -75,7 +75,7 @@ def _check_statement(subject: Subject, what: str, statement: Statement, poses: P
             return off
         (gradient,) = torch.autograd.grad(expected, leaf, materialize_grads=True)
     if gradient.isfinite().all():
-        # The derivative of the reference is not exact: it has roundoff, too.
+        # The derivative of the reference also has roundoff.
         exact = Estimate(gradient, 1e-9 * gradient.abs().amax().expand(len(poses)))
         axes = torch.eye(len(poses), dtype=gradient.dtype)
         weights_at = poses.fixed(subject.weights)

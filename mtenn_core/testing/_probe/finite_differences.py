@@ -76,8 +76,8 @@ def climb(
         values.nan_to_num(0, 0, 0).abs().amax(dim=(0, 2)), points.abs().amax(dim=1)
     )
     changes = values[0] - values[1]
-    # At the smallest steps the value is linear, so each change is half of the one before. The rest
-    # is roundoff. This includes the roundoff of large intermediate results.
+    # At the smallest steps the value is linear, so its change is half of the change at the step
+    # before. The rest is roundoff. This includes the roundoff of large intermediate results.
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
     noise = torch.maximum(noise, 4 * _quantum(changes))

@@ -22,7 +22,7 @@ class BoltzmannCombination(Combination):
     ValueError : ``kT`` is not positive and finite
     """
 
-    # Not monotone: if a prediction is more than kT above the mean and rises, the mean falls.
+    # The mean is not monotone: it falls if a prediction more than kT above the mean rises.
     properties = frozenset(
         {
             "permutation_invariant",
