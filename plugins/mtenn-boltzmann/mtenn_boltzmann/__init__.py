@@ -22,7 +22,7 @@ class BoltzmannCombination(Combination):
     ValueError : ``kT`` is not positive and finite
     """
 
-    # The mean is not monotone: it falls if a prediction more than kT above the mean rises.
+    # The mean is not monotone. It falls if a prediction rises that is more than kT above the mean.
     properties = frozenset(
         {
             "permutation_invariant",
