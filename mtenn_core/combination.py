@@ -56,7 +56,7 @@ class Combination(torch.nn.Module):
                 " or forward(pred_list, grad_dict, param_names, *model_params)"
             )
         combination = super().__new__(cls)
-        # Not by setattr: torch's __setattr__ works only after __init__.
+        # Write to __dict__, because torch's __setattr__ works only after __init__.
         combination.__dict__["_arguments"] = args, kwargs
         return combination
 

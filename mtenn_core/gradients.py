@@ -2,7 +2,7 @@
 
 The gradient of a combined prediction h(ŷ_1 … ŷ_M) is Σ_i w_i ∂ŷ_i/∂θ with w_i = ∂h/∂ŷ_i.
 :func:`attach_gradients` takes the vectors ∂ŷ_i/∂θ and returns the predictions as one tensor. In
-backward, autograd gives weights to this tensor, and the tensor returns that sum. For this reason,
+backward, this tensor receives the weights w_i from autograd and computes the sum. For this reason,
 every loss on the predictions gets the right gradient.
 """
 
@@ -79,8 +79,8 @@ def attach_gradients(
     """Return one differentiable vector of pose predictions whose gradients are already known.
 
     When backward reaches the result with gradient v, every parameter receives
-    Σ_i v_i · ``grad_dict[name][i]``. Each stored gradient is read once. If two names are swapped,
-    this is detected only if the shapes of the two parameters differ.
+    Σ_i v_i · ``grad_dict[name][i]``. Each stored gradient is read once. A swap of two names is
+    detected only if the two parameters differ in shape.
 
     Parameters
     ----------
@@ -101,7 +101,7 @@ def attach_gradients(
         parameter and the pose.
     DoubleBackwardError : in backward, under ``create_graph=True``
     """
-    # In the order of imports, the engine comes after this module.
+    # The engine is in a higher layer, so import it only here.
     from mtenn_core._engine.known_gradients import attach, sum_over_poses
 
     predictions = stack_predictions(pred_list)

@@ -243,7 +243,7 @@ class MultiPoseModel(torch.nn.Module):
 def _combination(combination: str | Combination) -> Combination:
     """Return the given instance, or the combination with this name in the registry."""
     if isinstance(combination, str):
-        # In the order of imports, the registry comes after the model.
+        # The registry is in a higher layer, so import it only here.
         from mtenn_core._registry import registry
 
         return registry.create(combination)

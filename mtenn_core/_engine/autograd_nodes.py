@@ -17,28 +17,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
-# The number of the backward pass that runs on this thread; -1 outside of backward. Two calls of a
-# hook or a Function belong to the same backward if this number is the same. Seen in torch 2.13,
+# Returns the number of the backward pass that runs on this thread, or -1 if none runs. Two calls of
+# a hook or a Function belong to the same backward if they get the same number. Seen in torch 2.13,
 # where torch.utils.checkpoint and register_multi_grad_hook use it, too. Without it: _Join
-# (skipping.py) could count its backwards. But it would miss backwards that start below the join.
+# (skipping.py) could count its backwards, but would miss backwards that start below the join.
 current_backward = torch._C._current_graph_task_id
 
-# True if the running backward pass was called with retain_graph=True. Seen in torch 2.13, where
-# AOTAutograd calls it before it frees saved tensors. Without it: the memory of the gradients could
-# not be reused, and each step would fill fresh memory.
+# Returns True if the running backward pass was called with retain_graph=True. Seen in torch 2.13,
+# where AOTAutograd calls it before it frees saved tensors. Without it: the memory of the gradients
+# could not be reused, and each step would fill fresh memory.
 graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 
-# Counts how often a tensor was changed in place. It raises a RuntimeError for a tensor of
-# inference_mode. Autograd compares the same number when it checks saved tensors. Seen in torch
-# 2.13; every release since 0.4 has it, but it is not documented. Without it: keep copies of the
-# values. They need memory.
+# Returns how often a tensor was changed in place, or raises a RuntimeError for a tensor that was
+# made in inference_mode. Autograd compares the same number when it checks saved tensors. Seen in
+# torch 2.13; every release since 0.4 has it, but it is not documented. Without it: keep copies of
+# the values, which need memory.
 version_of = operator.attrgetter("_version")
 
 
 def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor represents many tensors, under ``vmap`` or ``is_grads_batched``.
 
-    Its values cannot be read (``tolist``, ``item``), since they differ along the hidden dimension.
+    Such a tensor has a hidden dimension, so its values cannot be read (``tolist``, ``item``).
     """
     # Both functions were seen in torch 2.13. is_grads_batched makes "legacy" tensors. Without them:
     # try tolist() and catch the RuntimeError.
@@ -75,7 +75,7 @@ def is_leaf(node: Any) -> bool:
 
 
 def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
-    """Return the nodes of a graph. Leave out known nodes, and nodes that only these lead to."""
+    """Return the nodes of a graph. Leave out known nodes, and nodes reached only through these."""
     # In next_functions, None represents an input that needs no gradient.
     seen = {*known, None}
     if root in seen:
@@ -91,7 +91,7 @@ def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
 
 
 def operations(root: Tensor) -> list[type]:
-    """Return the class of each node of a graph, except those of leaves."""
+    """Return the class of each node of a graph. Leave out the nodes of leaves."""
     return [type(node) for node in nodes_of(root.grad_fn) if not is_leaf(node)]
 
 
@@ -103,8 +103,8 @@ def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
     return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
 
 
-# These nodes of torch read their saved tensors even if they get no gradient: fused attention and
-# recurrent layers. They were found in torch 2.13. tests/engine/test_skipping.py repeats the search:
+# These nodes of torch (fused attention and recurrent layers) read their saved tensors even if they
+# get no gradient. They were found in torch 2.13. tests/engine/test_skipping.py repeats the search:
 # it runs, without a gradient, every formula of derivatives.yaml that has several results.
 _READS_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
 
@@ -113,8 +113,9 @@ _READS_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
 def computes_anyway(node_class: type) -> bool:
     """Return whether a node may compute something although it gets no gradient.
 
-    The engine calls every node of a graph, with or without a gradient. torch's own formulas return
-    None for None. A Function in Python or C++ gets zeros instead of None, and runs its code.
+    The engine calls every node of a graph, with or without a gradient. If torch's own formulas get
+    None, they return None. A Function in Python or C++ gets zeros instead of None, and runs its
+    code.
     """
     name = node_class.__name__
     # BackwardCFunction is the base class of the nodes of all Functions in Python. It is not
@@ -127,5 +128,6 @@ def computes_anyway(node_class: type) -> bool:
 
 def add_in_place(sums: list[Tensor], tensors: list[Tensor], factor: float) -> None:
     """Add ``factor`` · tensor to each sum in one call."""
-    # A beta interface of torch 2.13; the optimizers use it, too. Without it: a loop of add_().
+    # This is a beta interface of torch 2.13, which the optimizers also use. Without it: a loop of
+    # add_().
     torch._foreach_add_(sums, tensors, alpha=factor)

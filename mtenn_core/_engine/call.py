@@ -1,4 +1,4 @@
-"""The arguments of one call of a multi-pose model: checked, and cut into chunks."""
+"""Check the arguments of one call of a multi-pose model, and cut its poses into chunks."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def checked_call(
 
     Raises
     ------
-    PredictionError : it describes the first disagreement
+    PredictionError : two arguments disagree; the message describes the first disagreement
     """
     poses = [poses] if collated else _as_list(poses)
     own_sizes = _checked_sizes(poses, sizes, collated)
@@ -173,7 +173,7 @@ def _checked_inputs(
 def _numbers(name: str, values: Any) -> Tensor:
     try:
         if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
-            # Stacked: torch.as_tensor would lose the graphs of these numbers.
+            # Stack the numbers, because torch.as_tensor would lose their graphs.
             values = torch.stack([torch.as_tensor(value).reshape(()) for value in values])
         if not isinstance(values, Tensor):
             values = torch.as_tensor(values, dtype=torch.float64)

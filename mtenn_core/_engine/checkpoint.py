@@ -23,13 +23,13 @@ _REMEDY = (
     ". Make the model with the checkpoint's combination. To load the checkpoint anyway, delete the"
     " key that ends in '_extra_state' from the state dict, and load it with strict=False."
 )
-# In bytes. Each text is filled up to a multiple of this length.
+# A length in bytes. Each text is filled up to a multiple of it.
 _BLOCK = 1024
 
 
 def identity(combination: Combination) -> dict[str, Any]:
     """Return the name, distribution, version, class and arguments of a combination."""
-    # The registry knows the distribution. In the order of imports, it comes after the engine.
+    # The registry knows the distribution. It is in a higher layer, so import it only here.
     from mtenn_core._registry import registry
 
     record = registry.record_of(type(combination))
@@ -47,8 +47,8 @@ def identity_tensor(combination: Combination) -> Tensor:
 
     It is a tensor because some formats of checkpoints (safetensors, distributed checkpoints) hold
     only tensors. Blanks fill it up to a round length, because torch.distributed.checkpoint reads
-    the checkpoint's tensor into the model's tensor. Without blanks, one of the two could be a few
-    bytes longer.
+    the checkpoint's tensor into the model's tensor. Without blanks, the two tensors could have
+    different lengths.
     """
     text = json.dumps(identity(combination), ensure_ascii=False).encode()
     n_bytes = _BLOCK * math.ceil(len(text) / _BLOCK)
@@ -94,7 +94,7 @@ def _held(combination: Combination) -> set[int]:
 
 
 def _plain(argument: Any, held: Container[int]) -> Any:
-    """Return an argument as types of JSON. Equal arguments give equal results in all processes."""
+    """Convert an argument to types of JSON. Equal arguments give equal results in all processes."""
     if argument is None or isinstance(argument, str | int | float):
         return argument if argument == argument else "nan"  # a NaN is not equal to itself
     if isinstance(argument, Mapping):

@@ -12,7 +12,7 @@ class ModeCost(NamedTuple):
     Attributes
     ----------
     gradients : the mode
-    forwards, backwards : the number of runs of chunks forward, and backward
+    forwards, backwards : the number of forward runs of chunks, and of backward runs
     memory : bytes of graphs, stored gradients and the gradient itself, without parameters and poses
     """
 

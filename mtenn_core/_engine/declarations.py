@@ -35,7 +35,7 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
     try:
         args, kwargs = combination.__dict__["_arguments"]
         bound = constructor_signature(type(combination)).bind(*args, **kwargs)
-    except (KeyError, TypeError, ValueError):  # made without __new__, or an odd signature
+    except (KeyError, TypeError, ValueError):  # made without __new__, or with an odd signature
         return {}
     if defaults:
         bound.apply_defaults()

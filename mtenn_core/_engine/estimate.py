@@ -99,12 +99,12 @@ def estimate(
     has_weight = with_weight(weights, options.skip_below).tolist()
     params = [param for param in options.pose_model.parameters() if param.requires_grad]
     gradient = sum(param.nbytes for param in params)
-    # Stored gradients have float32 at least.
+    # Gradients in half precision are stored in float32.
     stored = sum(param.numel() * at_least_float32(param.dtype).itemsize for param in params)
     costs = []
     for mode in modes:
         size = (None if collated else mode.chunk_size(options)) or len(graphs)
-        # Twice: the gradient, and the next gradient that is added to it.
+        # Count the gradient twice, because the next one needs memory until it is added.
         costs.append(mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored)))
     free = free_memory(weights.device)
     return Estimate(
@@ -203,7 +203,7 @@ class _Sizes:
     def add(self, tensor: Tensor) -> int:
         storage, address = tensor.untyped_storage(), _address(tensor)
         known = self._seen.get(address)
-        # The same memory counts once. After it is freed, another tensor may use the same address.
+        # Count shared memory once. After memory is freed, another tensor may use its address.
         if address not in self._without and (known is None or known.expired()):
             self._seen[address] = StorageWeakRef(storage)
             self.total += storage.nbytes()

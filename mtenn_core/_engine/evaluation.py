@@ -27,7 +27,7 @@ class PoseGradients(Protocol):
         """Return the parameters by name."""
 
     def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return the gradients of some poses, in the form of the argument of ``forward``."""
+        """Return the gradients of some poses as the ``grad_dict`` of ``forward``."""
 
 
 def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
@@ -161,8 +161,8 @@ def _with_closed_form(
     combination: Combination, predictions: Tensor, pose_inputs: PoseInputs
 ) -> Tensor:
     """Return the value with ``pose_weights`` as its derivative."""
-    # Detached, so that the graph of the value leads only to the combination's own parameters. The
-    # predictions then get their gradient only from the weights, and not a second time.
+    # The predictions are detached, so the graph of the value leads only to the combination's own
+    # parameters. The predictions get their gradient from the weights, and not a second time.
     detached = predictions.detach()
     value = _checked_scalar(combination, combination.combine(detached, **pose_inputs))
     # The weights are computed in forward and cloned below. Before backward, an optimizer may change

@@ -18,8 +18,8 @@ Layout = Mapping[str, tuple[torch.Size, torch.dtype]]
 Key = tuple[torch.device, torch.dtype]
 Spare = dict[Key, torch.UntypedStorage]
 
-# Memory for the next call; no graph needs it any more. It takes five times as long to fill fresh
-# memory, because the operating system provides each page at the first write.
+# Memory that no graph needs any more, kept for the next call. Fresh memory would take five times as
+# long to fill, because the operating system provides each page at the first write.
 _SPARE: WeakKeyDictionary[torch.nn.Module, Spare] = WeakKeyDictionary()
 
 
@@ -103,8 +103,8 @@ def weighted_sum(
     sums: dict[str, Tensor] = {}
     for matrix, layout in zip(matrices, layouts, strict=True):
         sums |= split_columns(_product(weights.to(matrix.device, matrix.dtype), matrix), layout)
-        # Only on a CPU, because the allocator of an accelerator itself keeps memory. Not with
-        # retain_graph, because another backward reads the matrix again.
+        # Keep memory only on a CPU, because the allocator of an accelerator itself keeps memory.
+        # With retain_graph, keep none, because another backward may read the matrix.
         if matrix.device.type == "cpu" and not graph_is_retained():
             spare[matrix.device, matrix.dtype] = matrix.untyped_storage()
     return [sums[name] for name in names]
@@ -117,7 +117,7 @@ def _product(weights: Tensor, matrix: Tensor) -> Tensor:
             return weights @ matrix
         with_weight = weights != 0
         n_with_weight = int(with_weight.sum())
-        # It takes three times as long to copy rows and read the copy as to read the rows.
+        # To copy a row and read the copy takes three times as long as to read the row.
         if 3 * n_with_weight > len(weights):
             product = weights @ matrix
             if n_with_weight == len(weights) or product.isfinite().all():

@@ -12,7 +12,7 @@ from mtenn_core._engine.skipping import join_chunks
 
 
 class Graph(Mode):
-    """The mode that keeps all graphs. With plain autograd, it is the reference for other modes."""
+    """The mode of plain autograd. It keeps all graphs and is the reference for other modes."""
 
     name = "graph"
     # Autograd takes the derivative here, so that tests can compare closed forms with this mode.

@@ -34,10 +34,10 @@ def attach(
 
 
 class _AttachGradients(torch.autograd.Function):
-    """A function that returns predictions, and in backward the weighted sum of known gradients."""
+    """A function whose backward returns the weighted sum of known gradients."""
 
-    # forward takes ctx because there is no setup_context. With setup_context, torch (2.13) would
-    # inspect the signature of forward in every call; this takes 50 µs.
+    # This class has no setup_context, so forward takes ctx. With setup_context, torch (2.13) would
+    # inspect the signature of forward in every call, which takes 50 µs.
     @staticmethod
     def forward(
         ctx: Any,
@@ -47,11 +47,11 @@ class _AttachGradients(torch.autograd.Function):
         *model_params: Tensor,
     ) -> Tensor:
         ctx.weighted_sum = weighted_sum
-        # Saved, and not set as an attribute of ctx: torch frees saved tensors after backward. It
-        # also raises an error if one of them was changed in place.
+        # Torch frees saved tensors after backward, and raises an error if one of them was changed
+        # in place. It would do neither for an attribute of ctx.
         ctx.save_for_backward(*gradients)
-        # A copy: if forward returned its input unchanged, the output would be a view, and a caller
-        # could change the input through it.
+        # Return a copy. If forward returned its input, the output would be a view of the input, and
+        # a caller could change the input through it.
         return predictions.clone()
 
     @staticmethod

@@ -15,7 +15,7 @@ from mtenn_core.errors import GradientError
 
 
 class Places:
-    """The places in a module and its children that hold tensors, each once.
+    """The places in a module and its children that hold tensors. Each place is listed once.
 
     ``torch.func.functional_call`` does not work here. If a child is registered under two names,
     ``functional_call`` counts the child twice and leaves its own tensor in the second place.
@@ -89,7 +89,7 @@ class Aliases:
             yield
 
 
-# While a module holds other tensors, another thread would run with these tensors.
+# While a module temporarily holds other tensors, a run in a second thread would use them.
 _LOCKS: WeakKeyDictionary[torch.nn.Module, threading.RLock] = WeakKeyDictionary()
 
 

@@ -14,7 +14,7 @@ from mtenn_core.gradients import GradDict, attach_gradients
 
 
 class MtennCombination(torch.nn.Module):
-    """A module that returns (combined, pose predictions), where a combination returns one."""
+    """A module that returns the pair (combined prediction, pose predictions)."""
 
     def __init__(self, combination: Combination) -> None:
         super().__init__()

@@ -7,7 +7,7 @@ from functools import partial
 
 import torch
 
-# Returns float32 for half precision, which has too few digits, and float64 for float64.
+# Half precision has too few digits, so it becomes float32. float64 stays float64.
 at_least_float32 = partial(torch.promote_types, torch.float32)
 
 

@@ -64,7 +64,7 @@ def _checked_shares(shares: list[list[int] | PredictionError]) -> list[list[int]
 
 
 def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> list[Tensor]:
-    """Return the numbers of all ranks by compound, and for each compound in the order of the ranks.
+    """Return the numbers of all ranks, sorted by compound and then by rank.
 
     The function is differentiable. A rank gets the gradient of the sum over all ranks' losses.
 

@@ -89,8 +89,8 @@ class RecomputedGraphs:
         predictions = []
         try:
             for graph in graphs:
-                # Set before the run: if a pose model takes gradients in its own forward, the second
-                # run comes before the end of the first run.
+                # Set this before the run. If a pose model takes gradients in its own forward, the
+                # second run starts before the first run ends.
                 graph.conditions = self._replay.before_run()
                 with saved_tensors_hooks(graph.index_instead, graph.saved_again):
                     prediction = graph.chunk.run()
@@ -109,18 +109,18 @@ class RecomputedGraphs:
 
     def run_again(self, graph: RecomputedGraph) -> list[tuple[Tensor, int]]:
         """Return all tensors that a graph would have saved, and the version of each."""
-        # Backward goes through the chunks one after the other. Here, it has finished the last
-        # chunk. Tensors of that chunk that were not used would stay until the end.
+        # Backward goes through the chunks one after the other. Here, it has finished the previous
+        # chunk. Free the unused tensors of that chunk.
         if (last := self._last()) is not None:
             last.forget()
         self._last = weakref.ref(graph)
         saved: list[tuple[Tensor, int]] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            # Detached, so that the second graph is freed at once. No backward goes through it.
+            # Detach the tensor, so that the second graph is freed at once. No backward needs that
+            # graph.
             detached = tensor.detach()
-            # torch checks versions only of tensors that it saves without hooks, so keep the
-            # version.
+            # Keep the version for a check, because torch does not check tensors that hooks saved.
             saved.append((detached, version_of(detached)))
             return detached
 
@@ -245,7 +245,7 @@ _QUESTIONS = (
     " its graph? If this is intended, use gradients='stored' or 'graph', which run each pose once."
 )
 
-# It is on another device. So code that computes with it by mistake raises an error.
+# It is on the meta device, so code that computes with it by mistake raises an error.
 _NOTHING = torch.empty(1, device="meta")
 
 

@@ -98,10 +98,10 @@ class Replay:
         return Conditions(random_states_before, before.buffers, self._differ_from(before.buffers))
 
     def _buffers_now(self) -> Buffers:
-        """Return the buffers. Copies from the previous run are used again if still right."""
+        """Return the buffers. Use copies from the previous run again if they are still right."""
         if self._differ_from(self._noted):
-            # An id and a version identify one value, because self._noted keeps the tensors alive.
-            # So no other tensor gets the same id.
+            # self._noted keeps the tensors alive, so no other tensor gets the same id. For this
+            # reason, an id and a version identify one value.
             known = {(id(t), version): copy for t, version, copy in zip(*self._noted, strict=True)}
             tensors = self._buffers.tensors()
             versions = _versions(tensors)
@@ -142,7 +142,7 @@ class Replay:
         ]
         for device, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(device):
-                # Without the cache. The cache would keep casts of weights until the end of the
+                # Switch the cache off. It would keep casts of weights until the end of the
                 # outermost autocast, and these casts would keep the graph of the second run.
                 contexts.append(torch.autocast(device, dtype, enabled, cache_enabled=False))
         if conditions.random_states:
@@ -177,7 +177,7 @@ class Replay:
     def _check_poses(self) -> None:
         """Raise an error if a tensor of a pose was changed in place.
 
-        There may be many poses, so the check runs once in a backward.
+        The check runs only once in each backward, because there may be many poses.
         """
         backward = current_backward()
         # -1 means that no backward runs, for example if code reads grad_fn.saved_tensors.
@@ -207,7 +207,8 @@ class Replay:
         dtypes = [dtype for _, enabled, dtype in self._autocast if enabled]
         dtypes += [tensor.dtype for tensor in self._held if tensor.is_floating_point()]
         eps = max(torch.finfo(dtype).eps for dtype in [predictions.dtype, *dtypes])
-        # Accelerators add in any order. This limit is larger than the differences from that.
+        # An accelerator may add numbers in another order in each run. This limit allows the
+        # resulting differences.
         return eps ** (2 / 3)
 
 
@@ -261,7 +262,7 @@ def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterat
 
 
 class _Flags:
-    """The values of one attribute of several modules or parameters, noted to be set again."""
+    """Saved values of one attribute of several modules or parameters."""
 
     def __init__(self, name: str, owners: Sequence[Any]) -> None:
         self._name = name

@@ -114,8 +114,8 @@ def _graphs_to_run(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[boo
     """
     if all(has_weight):
         return list(has_weight)
-    # It holds only leaves and nodes that must run. The nodes of all poses would be many objects,
-    # and Python's garbage collector would go through all of them.
+    # The set holds only leaves and nodes that must run. With the nodes of all poses, it would hold
+    # many objects, and Python's garbage collector would visit each of them.
     known: set[Any] = set()
     for root, weight in zip(roots, has_weight, strict=True):
         if weight:

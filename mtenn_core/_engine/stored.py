@@ -31,8 +31,9 @@ from mtenn_core.errors import GradientError
 
 Run = Callable[[], Tensor]
 
-# No loss scaler has multiplied the gradient of one prediction. It may be below 6e-8, the smallest
-# float16, so the prediction is scaled. The scale is a power of two, so that it changes no digit.
+# No loss scaler has multiplied the gradient of a single prediction. Its entries may be below 6e-8,
+# the smallest float16, so the prediction is scaled first. The scale is a power of two, so that it
+# changes no digit.
 FLOAT16_SCALE = 2.0**16
 
 NOT_IN_A_BATCH = (
@@ -80,7 +81,7 @@ class Stored(Mode):
         if call.collated:
             raise ValueError(NOT_IN_A_BATCH)
         stored = StoredGradients(options.pose_model, runs)
-        # A combination that gets the grad_dict may keep it. Its memory must not be used again.
+        # A combination may keep the grad_dict that it gets, so its memory must not be used again.
         return stored.attach(reuse=not needs_gradients), stored if needs_gradients else None
 
     def cost(self, totals: StepTotals) -> ModeCost:
@@ -95,7 +96,7 @@ def _needs_gradients(combination: Combination) -> bool:
 
 
 class _NoGradients:
-    """The gradients under ``torch.no_grad``: there are none."""
+    """An empty set of gradients, for calls under ``torch.no_grad``."""
 
     params: Params = MappingProxyType({})
 
@@ -177,7 +178,7 @@ class StoredGradients:
         for pose, run in enumerate(runs):
             prediction = run()
             used |= self._store(pose, *inner.of(prediction, pose))
-            # A clone, because a view would keep the whole tensor of its base alive.
+            # Clone the prediction, because a view would keep the tensor of its base alive.
             predictions.append(prediction.detach().clone())
         self.predictions = torch.cat(predictions)
         return used

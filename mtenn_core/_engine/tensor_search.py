@@ -21,8 +21,8 @@ def tensors_in(values: Sequence[Any]) -> list[tuple[int, Tensor]]:
     ``Data``). The search goes to a depth of five. It does not look into modules.
     """
     # The search goes breadth first. So a tensor is found in its own pose, even if every pose refers
-    # to a data set of all poses. ``seen`` keeps the objects alive; otherwise Python could use an id
-    # again for another object.
+    # to a data set of all poses. ``seen`` keeps the objects alive; otherwise another object could
+    # get the id of an object that was freed.
     found = []
     seen: dict[int, object] = {}
     level: list[tuple[int, Any]] = list(enumerate(values))

@@ -78,7 +78,7 @@ class Child:
             json.dump([path, job], job_file)
             job_file.seek(0)
             self._process = subprocess.Popen(
-                # -P, because a file in the working directory may hide a standard module.
+                # Use -P, because a file in the working directory may hide a standard module.
                 [
                     *(sys.executable, "-P", "-u", "-m", __name__),
                     *(module, str(messages_end), self._token),
@@ -193,7 +193,7 @@ def main() -> None:
     os.set_inheritable(int(number), False)
     messages = os.fdopen(int(number), "w")
     pid = os.getpid()
-    # A copy of the file descriptor, because a plugin may close standard error.
+    # Use a copy of the file descriptor, because a plugin may close standard error.
     faulthandler.enable(os.dup(2), all_threads=False)
 
     def send(kind: str, content: Any) -> None:

@@ -6,8 +6,9 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-# In seconds. A thread that holds a lock for a longer time hangs, or it waits for this thread, for
-# example because this thread is importing a module. To avoid a deadlock, the work is done twice.
+# A time in seconds. If a thread holds a lock for longer, it hangs, or it waits for this thread (for
+# example, because this thread is importing a module). To avoid a deadlock, this thread then
+# continues without the lock, and the work is done twice.
 TIMEOUT = 30.0
 
 

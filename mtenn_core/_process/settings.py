@@ -35,7 +35,7 @@ def _set_numpy_state(state: Any) -> None:
         sys.modules["numpy"].random.set_state(pickle.loads(state))
 
 
-# Separate from the settings, because a stochastic combination may advance the random state.
+# These are not in the settings, because a stochastic combination may advance a random state.
 RANDOM_STATES = {
     "torch's random state": _Setting(torch.get_rng_state, torch.set_rng_state),
     "the random state of `random`": _Setting(random.getstate, random.setstate),
@@ -178,7 +178,7 @@ def _belongs_to_torch(function: Any, name: str) -> bool:
 
     An import of torch's compiler wraps some functions.
     """
-    # The code shows the file of a wrapper. Its __module__ is that of the wrapped function.
+    # Use the file of the code, because a wrapper has the __module__ of the wrapped function.
     code = getattr(function, "__code__", None)
     if name == "Storage":
         return True  # an alias that changes with the default dtype

@@ -19,7 +19,7 @@ _lock = threading.RLock()
 
 
 class Gate:
-    """Validates each class once with the same arguments and the same version."""
+    """Validates a class once for each set of arguments and each version."""
 
     def __init__(self) -> None:
         self._passed: set[Any] = set()

@@ -27,7 +27,7 @@ class Scan:
     key : a value that changes when a distribution is installed or removed
     records : all plugins, including those of shadowed copies
     problems : problems with metadata, and with names that cannot be reached
-    stops_torch : metadata folders with an ``entry_points.txt`` at which ``import torch`` raises
+    stops_torch : metadata folders whose ``entry_points.txt`` makes ``import torch`` raise an error
     """
 
     key: tuple[Any, ...]
@@ -45,8 +45,8 @@ def scan(group: str) -> Scan:
     """Find the entry points of ``group`` in all installed distributions, sorted by name."""
     key = path_key()
     problems: list[Problem] = []
-    # Leave out missing entries. Every path contains a zip file that usually does not exist, and the
-    # finder would import a library to open it.
+    # Leave out missing entries. By default, the path contains a zip file that does not exist, and
+    # the finder would import a library to open it.
     copies = _find_copies([entry for entry, time in key if time is not None], group, problems)
     names = {copy.name for copy in copies if copy.mentions_group}
     relevant = sorted((copy for copy in copies if copy.name in names), key=attrgetter("name"))
@@ -150,7 +150,7 @@ def _distribution_records(copies: list[Metadata], problems: list[Problem]) -> li
 
 
 def _torch_problems(stops_torch: list[Metadata], known: list[Problem]) -> list[Problem]:
-    """Return a problem for each distribution that stops ``import torch``, unless it is known."""
+    """Return problems of distributions that stop ``import torch``, except known problems."""
     malformed = [problem.message for problem in known if problem.kind == "malformed"]
     return [
         Problem(

@@ -205,7 +205,7 @@ class _Results:
         return self.pop_finished()
 
     def _add_import_death(self, death: ChildDiedError) -> None:
-        """Add the death of a child before the first check, and stop: a new child would die, too."""
+        """Add the death of a child before the first check, and stop. A new child would also die."""
         plugin = self._plugin()
         if not self._reports:
             self._reports, self._arguments = [self._empty_report(plugin)], [""]

@@ -145,7 +145,7 @@ def _attribute_hint(error: BaseException, module: ModuleType | None, attribute: 
 
 
 def _place_of(error: BaseException, record: PluginRecord) -> str:
-    """Return the file and line that raised, outside of Python's import system and this package."""
+    """Return where an error was raised. Skip Python's import system, pluggy and this package."""
     if isinstance(error, SyntaxError) and error.filename:
         return f"in {error.filename}:{error.lineno}"
     ours, pluggys = os.path.dirname(__file__), os.path.dirname(pluggy.__file__)

@@ -204,7 +204,7 @@ class Registry:
         name : a name in :meth:`names`, or ``distribution:name``
         isolated : True to run it in a child process, and to report a crash, a hang or too much
             memory as a result. This works only for installed plugins. The policy of this registry
-            applies, and in the child process also the environment variables
+            applies. In the child process, the environment variables apply, too
         **options : ``level``, ``seed`` and other arguments of
             :func:`~mtenn_core.testing.check_combination`; if isolated, also ``time_limit`` in
             seconds and ``memory_limit`` in MiB

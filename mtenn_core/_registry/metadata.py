@@ -45,7 +45,7 @@ class Metadata:
         self._is_folder = isinstance(path, Path)
         self.path = str(path or distribution.locate_file("")).rstrip(os.sep)
         self.folder, file_name = os.path.split(self.path)
-        if file_name == "EGG-INFO":  # then the folder or zip file around it has the name
+        if file_name == "EGG-INFO":  # use the name of the folder or zip file around it
             file_name = os.path.basename(self.folder)
         stem, suffix = os.path.splitext(file_name)
         self.is_egg = suffix != ".dist-info"

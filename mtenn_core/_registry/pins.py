@@ -2,9 +2,9 @@
 
 A line of a pins file has the form ``distribution==version RECORD=sha256:…``. RECORD is a file with
 the hash of each installed file
-(https://packaging.python.org/specifications/recording-installed-packages/). The hash in a pin is
-that of the lines of RECORD that are the same on every machine. A check also compares the installed
-files with these lines.
+(https://packaging.python.org/specifications/recording-installed-packages/). A pin contains one
+hash, computed from the lines of RECORD that are the same on every machine. A check also compares
+the installed files with these lines.
 """
 
 from __future__ import annotations

@@ -31,9 +31,9 @@ class Policy:
 
     Attributes
     ----------
-    allowed : the only entries that may be imported. Its variable is ``MTENN_PLUGINS``. If this is
-        not set, either, all entries are allowed
-    disabled : entries that may not be imported, even if they are allowed. Its variable is
+    allowed : the only entries that may be imported. Its variable is ``MTENN_PLUGINS``. If neither
+        the rule nor the variable is set, all entries are allowed
+    disabled : entries that must not be imported, even if they are allowed. Its variable is
         ``MTENN_DISABLE_PLUGINS``
     strict : True to raise an error if there is a problem with any plugin. Its variable is
         ``MTENN_STRICT``

@@ -51,7 +51,7 @@ def make_combinations(
 
 
 def _is_importable(path: str) -> bool:
-    """Return True if a path may name a file or a module: ``my_rules:x``, but not ``my-rules:x``."""
+    """Return True if a path looks like a file or module: ``my_rules:x``, but not ``my-rules:x``."""
     where, colon, _ = path.rpartition(":")
     is_module = bool(colon) and all(map(str.isidentifier, where.split(".")))
     return is_module or where.endswith(".py") or path.endswith(".py")

@@ -1,4 +1,4 @@
-"""What a check measured, and the exceptions with which it ends unless the combination passes."""
+"""The measured numbers of a check, and the exceptions that end a check without a pass."""
 
 from __future__ import annotations
 

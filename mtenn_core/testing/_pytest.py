@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 
 Expected = Mapping[str, str]
 
-# This replaces tests that do not apply to a class. pytest does not collect it: it is not callable.
+# This replaces tests that do not apply to a class. pytest does not collect it, because it is not
+# callable.
 _NO_TEST = object()
 
 
@@ -86,14 +87,14 @@ class BoundCheck:
                     seed=self.seed,
                     only=[id],
                 )
-        except Exception as error:  # not an error inside a check: that is in the report
+        except Exception as error:  # an error outside of the checks; others are in the report
             what, where = described(error).rsplit("\n", 1)
             if not isinstance(error, MtennError):
                 what += (
                     ". Declare the arguments that the constructor needs in the class:"
                     " examples = ({'name': value},)"
                 )
-            # From None, because pytest would otherwise show this error twice.
+            # Raise from None, because pytest would otherwise show this error twice.
             raise ConformanceFailure(f"{self.label} cannot be checked: {what}\n{where}") from None
         return replace(report, n_expected=len(chosen_checks(self.level)))
 

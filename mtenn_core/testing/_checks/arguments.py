@@ -19,7 +19,8 @@ from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import judge
 from mtenn_core.testing._probe.subject import Subject
 
-# (poses, base, spread): an argument or pose input with an effect changes one of these results.
+# Each row is (poses, base, spread). An argument or pose input that has an effect changes the result
+# at one of these rows.
 EFFECTS = (
     (3, 0.0, 1.0),
     (3, 0.0, 0.05),
@@ -32,7 +33,7 @@ EFFECTS = (
 
 @check("D5", "every argument has an effect and a correct derivative")
 def arguments(subject: Subject) -> Metrics:
-    """Check that each argument and pose input has an effect, and the derivative with each value."""
+    """Check the effect of each argument and pose input, and the derivatives at each value."""
     tried: dict[str, bool] = {}
     for name, other in alternatives(subject):
         with_other = Subject(other, subject.seed, thorough=True)
@@ -65,7 +66,7 @@ def _input_shows(subject: Subject, name: str) -> bool:
 
 @check("D5q", "invalid numbers are refused as arguments", "quality")
 def refused_arguments(subject: Subject) -> Metrics:
-    """Pass NaN, and then 0, for each number: an error is right, an infinite or NaN value is not."""
+    """Pass NaN, and then 0, for each number. Fail if the value is then infinite or NaN."""
     given = constructor_arguments(subject.original, defaults=True)
     numbers = [name for name, value in given.items() if type(value) in (int, float)]
     if not numbers:
@@ -104,8 +105,8 @@ def alternatives(subject: Subject) -> Iterator[tuple[str, Combination]]:
     """Yield combinations that differ from the one under test in one argument.
 
     Their arguments are the ``examples`` of the class, and other values for each number, flag and
-    choice. This leaves out arguments that the class refuses, and those that make the value infinite
-    or NaN.
+    choice. Arguments are left out if the class refuses them, or if they make the value infinite or
+    NaN.
     """
     cls = type(subject.original)
     given = constructor_arguments(subject.original, defaults=True)

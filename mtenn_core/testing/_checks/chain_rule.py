@@ -23,7 +23,7 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import DispatchMode, is_in_place, tensors_of
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
-# Gradients of the loss. 1 and 0 alone would not show an abs, square, sign or clamp of them.
+# Gradients of the loss. With only 1 and 0, an abs, square, sign or clamp would not show.
 GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
 GradDict = dict[str, list[Tensor]]
 
@@ -135,7 +135,7 @@ def check_chain_rule(
     grad_outputs: Sequence[float],
     layout: Callable[[Tensor], list[Tensor]] = lambda gradients: list(gradients.clone()),
 ) -> float:
-    """Compare backward with go · Σ_i w_i g_i and return the largest error in tolerances.
+    """Compare backward with go · Σ_i w_i g_i and return the largest error / tolerance.
 
     Parameters
     ----------
@@ -147,8 +147,8 @@ def check_chain_rule(
     Fail : backward differs
     """
     weights = subject.weights(step.poses)
-    # The resolution comes from values, because weights may be equal in every dtype: a mean of four
-    # poses has weights of 1/4.
+    # The resolution comes from values, because weights may be exact in every dtype. For example, a
+    # mean of four poses has weights of 1/4.
     probes = [subject.probes.poses(len(weights)).row() for _ in range(8)]
     eps = resolution(subject.values(torch.stack(probes)))
     worst = 0.0
@@ -175,7 +175,7 @@ def _check_parameter(
     weights: Tensor,
     eps: float,
 ) -> float:
-    """Compare the gradient of one parameter, and return the error in tolerances."""
+    """Compare the gradient of one parameter, and return error / tolerance."""
     gradients = step.gradients[name]
     terms = go * weights.view(-1, *[1] * found.dim()) * gradients
     expected = terms.sum(0)

@@ -37,7 +37,7 @@ def copies(subject: Subject) -> Metrics:
     for how, other in made.items():
         for spread in (1.0, 0.1):
             poses = subject.probes.poses(3, 0.0, spread)
-            # copied=False, because a copy of the original would lose the same state as the copy.
+            # Use the original itself (copied=False), because a copy of it may lose the same state.
             ours, theirs = (Subject(c, subject.seed, copied=False) for c in (original, other))
             same = equal_with_nan(ours.value(poses), theirs.value(poses))
             if not (same and equal_with_nan(ours.weights(poses), theirs.weights(poses))):

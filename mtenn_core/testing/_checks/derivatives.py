@@ -29,7 +29,8 @@ from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
 
-# (poses, base, spread): at a sharp scale, the weights are all 0 or 1 unless the spread is small.
+# Each row is (poses, base, spread). If a combination is sharp, all weights are 0 or 1 unless the
+# spread is small.
 PROBES = (
     (3, 0.0, 1.0),
     (3, 0.0, 0.1),
@@ -45,7 +46,7 @@ PROBES = (
     (6, 0.0, 30.0),
 )
 
-# ΔG in kT and in kcal/mol, pIC50, predictions of one sign, and up to 20 poses.
+# These rows cover ΔG in kT and in kcal/mol, pIC50, predictions of one sign, and up to 20 poses.
 MORE_PROBES = (
     (3, -8.0, 2.0),
     (3, -30.0, 8.0),
@@ -292,7 +293,7 @@ def own_parameters(subject: Subject) -> Metrics:
     if subject.thorough:
         with torch.no_grad():
             for param in own.values():
-                # Near the old values and of the same sign, because others may be invalid.
+                # Stay near the old values and keep the sign, because other values may be invalid.
                 factor = 1 + 0.3 * subject.probes.randn(*param.shape).tanh()
                 param.copy_(torch.where(param == 0, 0.1 * (factor - 1), factor * param))
         comparisons += _of_own_parameters(subject, list(own))
@@ -304,7 +305,7 @@ def own_parameters(subject: Subject) -> Metrics:
     zero = all(c.analytic == 0 for c in comparisons if c.wrong)
     which = "detached, or not used" if zero else "wrong"
     cause = f"the gradient of {', '.join(sorted(wrong))} is {which}" if wrong else ""
-    # Derivatives that are both zero do not count: a value may not depend on a parameter.
+    # A pair of zeros does not count, because the value need not depend on every parameter.
     return judge([c for c in comparisons if c.analytic or c.derivative], cause)
 
 

@@ -80,7 +80,7 @@ def _check_nan(subject: Subject, poses: Poses) -> None:
 
 
 def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
-    """Return True if the lowest or highest number in the place of NaN gives the same value."""
+    """Return True if the value stays the same with the lowest or highest number instead of NaN."""
     low, high = subject.combination.domain
     ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)
     instead = [broken.at(broken.predictions.nan_to_num(end)) for end in ends]

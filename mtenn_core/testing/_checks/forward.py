@@ -187,7 +187,7 @@ def value_of_predictions(subject: Subject) -> Metrics:
 def device(subject: Subject) -> Metrics:
     """Run a copy on torch's meta device.
 
-    It has no numbers, but an operation on tensors of this device and of the CPU raises an error.
+    Tensors on this device have no numbers, but torch refuses to mix them with tensors on the CPU.
     """
     try:
         with ShapesFromCpu():

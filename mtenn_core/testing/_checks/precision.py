@@ -32,7 +32,7 @@ LOW_PRECISION_PROBES = (
 def low_precision(subject: Subject) -> Metrics:
     """Compare float32, bfloat16 and float16 with float64.
 
-    The float64 predictions are those of the other dtype, so they have the same rounding.
+    The float64 predictions are converted from the other dtype, so they have the same rounding.
     """
     worst = 0.0
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
@@ -82,10 +82,10 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
     expected = subject.gradients(wide, **_views(wide))
     weights = subject.weights(wide.poses)
     few = len(poses) <= 30
-    # This is slow for many poses, so it is then computed only if it is needed.
+    # This is slow. For many poses, compute it only if it is needed.
     moved = _change_by_last_digit(subject.weights, wide.poses, weights) if few else None
-    # Roundoff in a float32 derivative may be as large as the usual weight, even where the weight is
-    # small: the derivative of tanh is computed as 1 - tanh².
+    # A small weight may have the roundoff of a usual weight. For example, the derivative of tanh is
+    # computed as 1 - tanh².
     usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
     digits = 2048 if dtype == torch.float32 else 16
     slack = digits * torch.finfo(dtype).eps * weights.abs() + 8 * FLOAT32 * usual
@@ -123,7 +123,7 @@ def _views(step: Step) -> dict[str, Any]:
 
 
 def _check_value(subject: Subject, value: Tensor, poses: Poses) -> float:
-    """Return the error of a value in low precision, in tolerances."""
+    """Return error / tolerance of a value in low precision."""
     expected = subject.value(poses)
     size = max(float(poses.predictions.abs().amax()), abs(float(expected)))
     moved = float(_change_by_last_digit(subject.value, poses, expected))

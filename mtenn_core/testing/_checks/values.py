@@ -21,7 +21,7 @@ from mtenn_core.testing._probe.finite_differences import Estimate, resolution
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 
-# Two formulas of one value have different roundoff, more so if one of them scales it up.
+# Two formulas for one value have different roundoff. One of them may also scale it up.
 VALUE_DIGITS = 1e-10
 
 SPREADS = ((0.0, 1.0), (0.0, 0.01), (-8.0, 2.0), (7.0, 1.5), (100.0, 10.0))
@@ -75,7 +75,7 @@ def _check_statement(subject: Subject, what: str, statement: Statement, poses: P
             return off
         (gradient,) = torch.autograd.grad(expected, leaf, materialize_grads=True)
     if gradient.isfinite().all():
-        # The derivative of the reference is not exact: it has roundoff, too.
+        # The derivative of the reference also has roundoff.
         exact = Estimate(gradient, 1e-9 * gradient.abs().amax().expand(len(poses)))
         axes = torch.eye(len(poses), dtype=gradient.dtype)
         weights_at = poses.fixed(subject.weights)
@@ -92,7 +92,7 @@ def _error_in_tolerances(
     poses: Poses,
     statement: Statement | None = None,
 ) -> float:
-    """Return the difference of two values in tolerances, or 0 if both are NaN."""
+    """Return difference / tolerance of two values, or 0 if both are NaN."""
     if found.isnan() and expected.isnan():
         return 0.0
     y, value_at = poses.predictions, poses.fixed(subject.value)

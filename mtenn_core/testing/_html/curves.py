@@ -37,7 +37,7 @@ def curves(make: Callable[[], Subject]) -> dict[str, Any]:
         points = [subject.probes.poses(3, 0.0, spread) for spread in SPREADS]
         return {
             "weights": [_weights(subject, poses) for poses in points],
-            # The smallest spread: with a large one, a sharp combination has only weights of 0 or 1.
+            # Use the smallest spread. With a large one, a sharp combination has weights of 0 or 1.
             "steps": _steps(subject, points[-1]),
             "scan": _scan(subject, points[0]),
         }

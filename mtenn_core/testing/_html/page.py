@@ -15,7 +15,7 @@ from mtenn_core import __version__
 from mtenn_core.errors import MtennError
 from mtenn_core.testing._report import Record, Report
 
-# A sign for each status, because not everybody can distinguish the colors.
+# Each status also has a sign, because not everybody can distinguish the colors.
 SIGNS = {
     "pass": "✓",
     "fail": "✗",

@@ -173,8 +173,8 @@ def judge(
     if wrong:
         worst = max(wrong, key=_display_priority)
         raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
-    # 75 %, because most probes of a stiff value, or of a value in float32, may be inconclusive. The
-    # others still decide.
+    # The limit is 75 %, because most probes of a stiff value, or of a value in float32, may be
+    # inconclusive. The other probes still decide.
     if metrics["inconclusive"] > 0.75 * len(comparisons):
         raise Inconclusive(
             f"at {metrics['inconclusive']} of {len(comparisons)} points, finite differences are too"
@@ -190,7 +190,8 @@ def _display_priority(comparison: Comparison) -> tuple[bool, bool, bool, int]:
 
     If keys are equal, the first comparison is shown, because the first probes are the simplest.
     """
-    # A single pose has the weight 1 in most combinations, and a direction mixes several poses.
+    # One pose alone says little: its weight is 1 in most combinations. A comparison along several
+    # poses is hard to read.
     one_of_several = len(comparison.predictions) > 1
     along_one = int(comparison.direction.count_nonzero()) == 1
     small = float(comparison.predictions.abs().amax()) < 1e3

@@ -6,8 +6,8 @@ smooth maximum, has false plateaus at large h. For such functions, the error bar
 additions:
 
 - It is never smaller than the roundoff.
-- It includes the changes to the next larger and the next smaller step. The change to the lower
-  order alone is not enough.
+- It includes the differences from the results at the next larger and the next smaller step.
+  Ridders' scheme compares only with the results of lower order, which is not enough.
 - It is infinite if any smaller step contradicts the extrapolated derivative.
 """
 
@@ -28,7 +28,7 @@ ULPS = 32
 class Estimate(NamedTuple):
     """Directional derivatives and their uncertainty, both of shape (n,).
 
-    The error is infinite if smaller steps contradict the derivative from each step.
+    The error is infinite if smaller steps contradict every extrapolated derivative.
     """
 
     derivative: Tensor
@@ -76,8 +76,8 @@ def climb(
         values.nan_to_num(0, 0, 0).abs().amax(dim=(0, 2)), points.abs().amax(dim=1)
     )
     changes = values[0] - values[1]
-    # At the smallest steps the value is linear, so each change is half of the one before. The rest
-    # is roundoff. This includes the roundoff of large intermediate results.
+    # At the smallest steps the value is linear, so its change is half of the change at the step
+    # before. The rest is roundoff. This includes the roundoff of large intermediate results.
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
     noise = torch.maximum(noise, 4 * _quantum(changes))

@@ -72,8 +72,8 @@ def cause_in_weights(
     ----------
     points : all probes with known weights, also those with correct weights
     weights_at : returns the combination's weights for any poses
-    scales : numbers of the combination, by name. An author may have left out such a factor, or used
-        it twice
+    scales : numbers of the combination, by name. The author may have left out one of them as a
+        factor, or used it twice
     """
     wrong = [point for point in points if point.wrong]
     if not wrong:

@@ -15,7 +15,7 @@ from mtenn_core.testing._probe.training_step import Step, default_shapes
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
 GRID = 2.0**33
 LARGEST_STEP = 2.0**-3
-# In a wider domain, probes stay away from one end only.
+# If a domain is wider than this, probes stay away from only one of its ends.
 WIDE = 1e3
 
 

@@ -65,7 +65,7 @@ class Subject:
         return copy.deepcopy(self.original).to("cpu", dtype)
 
     def takes(self, poses: Poses) -> bool:
-        """Return True if the combination can combine these poses of another combination."""
+        """Return True if the combination accepts poses that were made for another combination."""
         names = self.combination.pose_inputs
         return len(poses) >= self.combination.min_poses and [*poses.inputs] == [*names]
 
@@ -92,7 +92,9 @@ class Subject:
         inputs: Tensor,
         rows: Tensor,
     ) -> Tensor:
-        """Return the values for many inputs, shape (batch,), from one batch if that is right.
+        """Return the values for many inputs, shape (batch,).
+
+        They are computed as one batch if a comparison shows that the batch gives the right values.
 
         Parameters
         ----------
@@ -111,7 +113,7 @@ class Subject:
                 batch = torch.func.vmap(partial(function, combination))(inputs.clone())
         except Exception:  # for example, because control flow depends on numbers
             return loop(inputs)
-        # The first comes again after the last, to show a value that drifts from call to call.
+        # Repeat the first input after the last, to find values that change from call to call.
         some = [0, -1, 0]
         if _agree(batch[some], loop(inputs[some]), rows[some]):
             return batch
@@ -148,7 +150,8 @@ class Subject:
             # same weights.
             with torch.inference_mode(False), torch.enable_grad():
                 y = poses.predictions.detach().clone().requires_grad_()
-                # A change of a leaf in place would raise here, and A4 names such a change.
+                # With y itself, a change in place would raise an error here. A4 reports such a
+                # change.
                 value = combined_prediction(self.combination, y.clone(), poses.copied_inputs())
                 (weights,) = torch.autograd.grad(value, y)
                 return weights

@@ -14,21 +14,22 @@ from torch import Tensor
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-# Function.apply calls it inside of a transform of torch.func. Seen in torch 2.13. Without it: vmap
-# raises for a Function that has no rule for it, and poses go one by one.
+# Function.apply calls this operator inside of a transform of torch.func. Seen in torch 2.13.
+# Without it: vmap raises for a Function that has no rule for vmap, and poses run one by one.
 custom_function_call: Any = None
 with suppress(ImportError):
     from torch._functorch import autograd_function
 
     custom_function_call = getattr(autograd_function, "custom_function_call", None)
 
-# Apply a function to the leaves of nested lists, tuples and dicts: the arguments of an operation.
-# Seen in torch 2.13, whose own dispatch modes use it. Without it: a recursion of a few lines.
+# Applies a function to the leaves of nested lists, tuples and dicts, such as the arguments of an
+# operation. Seen in torch 2.13, whose own dispatch modes use it. Without it: a recursion of a few
+# lines.
 tree_map = _pytree.tree_map
 
 
 def tensors_of(arguments: Any) -> list[Tensor]:
-    """Return the tensors among the arguments or results of an operation, repeated ones too."""
+    """Return the tensors among the arguments or results of an operation, with repetitions."""
     # See tree_map.
     return [leaf for leaf in _pytree.tree_leaves(arguments) if isinstance(leaf, Tensor)]
 
@@ -36,24 +37,24 @@ def tensors_of(arguments: Any) -> list[Tensor]:
 # Seen in torch 2.13. Without it: a subclass of Tensor with __torch_dispatch__, which combinations
 # would notice.
 class DispatchMode(TorchDispatchMode):
-    """Sees every operation, and does not import torch's compiler, which takes a second and more."""
+    """A mode that sees every operation. It avoids the slow import of torch's compiler."""
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        # True, the default, would import the compiler. Seen in torch 2.13; where there is no such
-        # method, it is not called.
+        # The default, True, would import the compiler. Seen in torch 2.13. A release without this
+        # method does not call it.
         return False
 
 
 def is_in_place(operation: Any) -> bool:
     """Return whether an operation that a dispatch mode sees changes one of its arguments."""
-    # The schema that torch's own modes read. Seen in torch 2.13. Without it: the names of
+    # Torch's own modes read this schema, too. Seen in torch 2.13. Without it: the names of
     # operations in place, which end in an underscore or in "_out".
     return bool(operation._schema.is_mutable)
 
 
 def makes_new_tensors(operation: Any) -> bool:
-    """Return whether an operation returns new tensors, and no numbers read from tensors."""
+    """Return whether an operation returns only new tensors, with shapes that need no values."""
     # See is_in_place. Without it: a list of the operations by name.
     return (
         all(
@@ -66,12 +67,12 @@ def makes_new_tensors(operation: Any) -> bool:
 
 def output_shapes(node: Any) -> list[torch.Size]:
     """Return the shapes of the outputs of the function to which a node of a graph belongs."""
-    # Of the gradients that its backward takes. Seen in torch 2.13. Without it: A1 could check only
-    # functions with one output.
+    # These are the shapes of the gradients that backward takes. Seen in torch 2.13. Without it: A1
+    # could check only functions with one output.
     return [torch.Size(output.shape) for output in node._input_metadata]
 
 
 def n_hooks(tensor: Tensor) -> int:
-    """Return how many hooks a tensor has of those that ``register_hook`` adds."""
+    """Return the number of hooks that ``register_hook`` has added to a tensor."""
     # Seen in torch 2.13; None before the first hook. Without it: A4 would not see hooks.
     return len(tensor._backward_hooks or ())

@@ -53,7 +53,7 @@ def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) ->
 
 
 def default_shapes(n_poses: int) -> dict[str, tuple[int, ...]]:
-    """Return shapes of parameters in which a sum over a wrong axis has the right shape."""
+    """Return shapes of parameters. With them, a sum over a wrong axis also has the right shape."""
     return {
         "w1": (n_poses,),
         "w10": (n_poses, n_poses),

@@ -22,7 +22,7 @@ class BoltzmannCombination(Combination):
     ValueError : ``kT`` is not positive and finite
     """
 
-    # Not monotone: if a prediction is more than kT above the mean and rises, the mean falls.
+    # The mean is not monotone. It falls if a prediction rises that is more than kT above the mean.
     properties = frozenset(
         {
             "permutation_invariant",
