@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from installed import GOOD
+from installed import GOOD, write_distribution
 
 from mtenn_core import Combination, PluginRecord, Registry
 from mtenn_core.errors import (
@@ -114,6 +114,13 @@ def test_a_plugin_that_is_installed_while_the_process_runs_is_found(registry, in
     install_plugin("demo-late", {"late": "demo_late:Good"}, GOOD)
     assert "late" in registry
     assert registry.get("late").__name__ == "Good"
+
+
+def test_of_two_versions_in_one_folder_the_newer_counts(places):
+    for version, target in (("1.0", "demo_twice:Old"), ("2.0", "demo_twice:Good")):
+        write_distribution(places.site, "demo-twice", {"twice": target}, version=version)
+    record = Registry().info("twice")
+    assert (record.version, record.target) == ("2.0", "demo_twice:Good")
 
 
 def test_an_upgrade_while_the_process_runs_wants_a_restart(registry, places):

@@ -1,5 +1,8 @@
 """Single checks, on mistakes that another check of the suite would catch as well."""
 
+import random
+
+import numpy
 import torch
 
 from mtenn_core import Combination
@@ -48,3 +51,13 @@ def test_a_value_that_is_nan_does_not_ignore_nan():
     record = only("D2", Mean)
     assert record.status == "fail"
     assert "ignores_nan" in record.reason
+
+
+def test_the_suite_restores_the_random_states_that_a_combination_uses():
+    class Noisy(Combination):
+        def combine(self, predictions):
+            return predictions.mean() + 0 * (random.random() + numpy.random.random())
+
+    states = random.getstate(), numpy.random.get_state()[1].tolist()
+    check_combination(Noisy, level="gate")
+    assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states
