@@ -8,18 +8,21 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable
-from functools import partial
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
 from pathlib import Path
+from typing import Any, TypeVar
 
 import click
 import torch
 from rich.console import Console
 from rich.progress import track
 
-from bank import RIGHT, WRONG, make_right, make_wrong
-from mtenn_core import Combination
-from mtenn_core.testing import CHECKS, SUITE_VERSION, Report, check_combination
+from bank import RIGHT, WRONG
+from bank.runs import caught_by_own_check, failed_by_right, failed_by_wrong, gradcheck_catches
+from mtenn_core.testing import CHECKS, SUITE_VERSION
 
+T = TypeVar("T")
 CONSOLE = Console(stderr=True)
 IDS = [check.id for check in CHECKS]
 
@@ -31,64 +34,33 @@ IDS = [check.id for check in CHECKS]
 @click.option("--seeds", default=4, show_default=True, help="Of the probes, for the wrong ones.")
 def main(matrix: Path | None, runs: int, scales: str, seeds: int) -> None:
     """Run the suite on what is wrong and on what is right."""
-    torch.set_num_threads(1)
     ts = [float(t) for t in scales.split(",")]
-    rows = {}
-    for wrong in track(WRONG, "wrong combinations", console=CONSOLE):
-        rows[wrong.name] = failed_ids(partial(make_wrong, name=wrong.name, t=1.0), seed=0)
-    missed = [
-        (wrong.name, t, seed)
-        for wrong in track(WRONG, f"× {len(ts)} scales × {seeds} seeds", console=CONSOLE)
-        for t in ts
-        for seed in range(seeds)
-        if not failed_ids(partial(make_wrong, name=wrong.name, t=t), seed, only=[wrong.check])
-    ]
-    gradcheck = [
-        w.name
-        for w in track(WRONG, "gradcheck", console=CONSOLE)
-        if gradcheck_catches(lambda w=w: make_wrong(w.name, 1.0))
-    ]
-    alarms = [
-        (right.name, seed, ids)
-        for seed in track(range(-(-runs // len(RIGHT))), "right combinations", console=CONSOLE)
-        for right in RIGHT
-        if (ids := failed_ids(partial(make_right, name=right.name), seed, level="full"))
-    ]
+    wrong = [(wrong.name,) for wrong in WRONG]
+    own_checks = [(w.name, w.check, t, seed) for w in WRONG for t in ts for seed in range(seeds)]
+    right = [(right.name, seed) for seed in range(-(-runs // len(RIGHT))) for right in RIGHT]
+    # Not forked: torch has threads by now, which a forked process lacks.
+    with ProcessPoolExecutor(
+        mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
+    ) as pool:
+
+        def each(function: Callable[..., T], tasks: list[Any], what: str) -> list[tuple[Any, T]]:
+            """Return the tasks, each with its result."""
+            results = pool.map(function, *zip(*tasks, strict=True), chunksize=4)
+            results = track(results, what, total=len(tasks), console=CONSOLE)
+            return list(zip(tasks, results, strict=True))
+
+        rows = {name: ids for (name,), ids in each(failed_by_wrong, wrong, "wrong combinations")}
+        caught = each(caught_by_own_check, own_checks, f"× {len(ts)} scales × {seeds} seeds")
+        gradcheck = [n for (n,), seen in each(gradcheck_catches, wrong, "gradcheck") if seen]
+        failures = each(failed_by_right, right, "right combinations")
+    missed = [(name, t, seed) for (name, _, t, seed), is_caught in caught if not is_caught]
+    alarms = [(name, seed, ids) for (name, seed), ids in failures if ids]
     tried = len(WRONG) * len(ts) * seeds
     text = summary(rows, missed, tried, gradcheck, alarms, runs)
     print(text)
     if matrix is not None:
         matrix.write_text(page(text, rows, gradcheck), encoding="utf-8")
     sys.exit(bool(missed or alarms or not all(rows.values())))
-
-
-def failed_ids(
-    make: Callable[[], Combination],
-    seed: int,
-    level: str = "quality",
-    only: list[str] | None = None,
-) -> list[str]:
-    """Return the checks that a combination fails."""
-    report: Report = check_combination(make, level=level, seed=seed, only=only)
-    return [record.id for record in report.failures]
-
-
-def gradcheck_catches(make: Callable[[], Combination]) -> bool:
-    """Whether torch's gradcheck, as it comes, finds anything wrong with a loss on three poses."""
-    torch.manual_seed(0)
-    features = torch.randn(3, 4, dtype=torch.float64)
-    theta = torch.randn(4, dtype=torch.float64, requires_grad=True)
-
-    def combined(theta: torch.Tensor) -> torch.Tensor:
-        predictions = torch.tanh(features @ theta.detach())
-        gradients = (1 - predictions**2)[:, None] * features
-        return combination(list(predictions), {"theta": list(gradients)}, ["theta"], theta)
-
-    try:
-        combination = make().double()
-        return not torch.autograd.gradcheck(combined, (theta,), raise_exception=False)
-    except Exception:
-        return True
 
 
 def summary(rows, missed, tried, gradcheck, alarms, runs) -> str:
@@ -133,4 +105,5 @@ def page(text: str, rows: dict[str, list[str]], gradcheck: list[str]) -> str:
     return "\n".join([*lines, ""])
 
 
-main()
+if __name__ == "__main__":
+    main()

@@ -325,6 +325,11 @@ def test_combinations_with_equal_labels_have_different_ids(pytest_on):
     result.stdout.fnmatch_lines(["FAILED test_rules.py::test_rule[[]<lambda>#2-C1[]] - *"])
 
 
+def test_two_decorated_tests_of_one_combination_count_twice(pytest_on):
+    result = pytest_on(decorated("[Mean()]") + decorated("[Mean()]").replace("_rule", "_again"))
+    result.stdout.fnmatch_lines([f"conformance: 2 combinations, {2 * len(GATE)} checks: *"])
+
+
 def test_a_failure_of_the_decorator_shows_the_same_report(pytest_on):
     result = pytest_on(decorated("[Wrong()]"))
     assert counted(result)["failed"] == 1
