@@ -9,6 +9,8 @@ import pytest
 import torch
 from installed import Places, write_distribution
 
+from mtenn_core import registry
+
 # Tests write modules, and write them again within the second that bytecode is told apart by.
 sys.dont_write_bytecode = True
 
@@ -62,7 +64,8 @@ def places(tmp_path, monkeypatch):
 
 
 def forget_modules_in(folder: Path, before: set[str]) -> None:
-    """Let the next import of what was imported from ``folder`` run it again."""
+    """Let the next import of a module in ``folder`` run it again, and the next query scan again."""
+    registry.refresh()
     for name in set(sys.modules) - before:
         if str(getattr(sys.modules[name], "__file__", None)).startswith(str(folder)):
             del sys.modules[name]
