@@ -100,6 +100,14 @@ def describe(app: Any, what: str, name: str, value: Any, options: Any, lines: li
     ]
 
 
+def name_factories(
+    app: Any, what: str, name: str, value: Any, options: Any, signature: str | None, returns: Any
+) -> tuple[str | None, Any]:
+    """Replace the default of a dataclass field that a function makes, which Sphinx cannot parse."""
+    return signature and signature.replace("<factory>", "..."), returns
+
+
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
     app.connect("autodoc-process-docstring", describe, priority=400)
+    app.connect("autodoc-process-signature", name_factories)

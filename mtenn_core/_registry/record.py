@@ -90,7 +90,7 @@ class PluginRecord:
 
     @property
     def where(self) -> str:
-        """A part of a message with the metadata folder: `` in …``, or "" without such a folder."""
+        """The end of a message that names the metadata folder; empty without such a folder."""
         return f" in {self.metadata}" if self.metadata else ""
 
     def parsed_target(self) -> tuple[str, str]:

@@ -335,7 +335,7 @@ def _check_no_hidden_parameters(combination: Combination) -> None:
             if tensor.requires_grad and tensor.is_leaf and id(tensor) not in known:
                 raise Fail(
                     f"{list(values)[index]!r} requires a gradient, so it must be in parameters();"
-                    " found that it is not, and no optimizer would train it",
+                    " it is missing there. An optimizer trains only what is in parameters()",
                     cause="use a torch.nn.Parameter, or a ParameterList for several of them",
                 )
 

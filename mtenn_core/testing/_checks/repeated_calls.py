@@ -54,7 +54,7 @@ def repeatable(subject: Subject) -> Metrics:
         if not equal_with_nan(gradient, twice[name]):
             raise Fail(
                 f"parameter {name!r}: a second backward (retain_graph=True) must give the same"
-                " gradient; found another",
+                " gradient; found a different gradient",
                 cause="backward changes the saved tensors of forward in place",
             )
     return {}
