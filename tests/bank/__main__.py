@@ -1,6 +1,6 @@
 """What the suite makes of the bank and the zoo: ``python -m bank``, with ``tests`` on the path.
 
-Writes the matrix of mistakes and checks, with what ``torch.autograd.gradcheck`` catches beside it,
+Writes the matrix of mistakes and checks, with what ``torch.autograd.gradcheck`` catches next to it,
 and runs the right combinations for false alarms.
 """
 

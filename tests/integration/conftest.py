@@ -25,7 +25,7 @@ def python(tmp_path: Path) -> Path:
     venv.create(folder, symlinks=sys.platform != "win32")
     paths = {"base": str(folder), "platbase": str(folder)}
     site = Path(sysconfig.get_path("purelib", "venv", paths))
-    # `site` and not the folder alone: it reads the .pth files in there, too.
+    # addsitedir also reads the .pth files in the folder.
     ours = sysconfig.get_path("purelib")
     (site / "outer.pth").write_text(f"import site; site.addsitedir({ours!r})\n")
     return Path(sysconfig.get_path("scripts", "venv", paths)) / Path(sys.executable).name

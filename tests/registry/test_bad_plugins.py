@@ -35,7 +35,6 @@ from mtenn_core.errors import (
     RegistryError,
 )
 
-REINSTALL = "--force-reinstall"
 UNINSTALL = "pip uninstall demo-bad"
 
 
