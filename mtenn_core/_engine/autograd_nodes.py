@@ -11,7 +11,8 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -74,6 +75,29 @@ def is_leaf(node: Any) -> bool:
     return type(node) is AccumulateGrad
 
 
+@contextmanager
+def muted_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+    """Leave out the hooks of leaf tensors in the backward passes of a block.
+
+    ``torch.autograd.grad`` does not run other hooks of a leaf (those of ``AccumulateGrad``, which
+    DistributedDataParallel and FSDP use, and those of ``register_post_accumulate_grad_hook``).
+    """
+    # The engine reads this dict in every backward. Seen in torch 2.13; every release has it,
+    # because Tensor.register_hook writes to it. Without it: take the gradients of detached aliases,
+    # which a pose model can tell from its parameters.
+    muted = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    try:
+        for hooks, _ in muted:
+            hooks.clear()
+        yield
+    finally:
+        for hooks, kept in muted:
+            added = dict(hooks)
+            hooks.update(kept)
+            for key in added:  # the hooks run in the order in which they were registered
+                hooks.move_to_end(key)
+
+
 def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
     """Return the nodes of a graph. Leave out known nodes, and nodes reached only through these."""
     # In next_functions, None represents an input that needs no gradient.
@@ -124,6 +148,14 @@ def computes_anyway(node_class: type) -> bool:
     # torch 2.13 gives this name to the nodes of Functions in C++.
     in_cpp = name == "CppFunction"
     return in_python or in_cpp or _READS_ANYWAY.search(name) is not None
+
+
+def is_compiled(node_class: type) -> bool:
+    """Return whether a node belongs to a compiled module, which refuses ``retain_graph=True``."""
+    # AOTAutograd gives this name to its Function. It may reuse memory that backward has read
+    # (donated buffers). Seen in torch 2.13. Without it: catch the RuntimeError about donated
+    # buffers, and take the gradient of the pose without retain_graph.
+    return node_class.__name__ == "CompiledFunctionBackward"
 
 
 def add_in_place(sums: list[Tensor], tensors: list[Tensor], factor: float) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -65,26 +66,35 @@ class Places:
             held[name] = tensor
 
 
-class Aliases:
-    """Detached aliases of a module's trainable parameters: other tensors with the same memory.
+class Leaves:
+    """A module's trainable parameters, as leaves of the graphs of its runs.
 
-    A graph of aliases ends at the aliases, so hooks on the parameters do not see its backward.
+    Inside ``torch.func.functional_call``, a parameter may be the result of a computation. A
+    detached alias then takes its place: another tensor with the same memory. The gradient with
+    respect to the alias does not contain what the parameter passes on to other parameters.
 
     Attributes
     ----------
-    params, aliases : dicts from the name of the parameter to the tensor
+    params, leaves : dicts from the name of the parameter to the tensor
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
         self._places = Places(module, "parameters")
         self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
-        self.aliases = {n: p.detach().requires_grad_() for n, p in self.params.items()}
+        self.leaves = {
+            name: param if param.is_leaf else param.detach().requires_grad_()
+            for name, param in self.params.items()
+        }
 
     @contextmanager
     def in_place(self) -> Iterator[None]:
-        """Put the aliases into the module. At the end, put the parameters back."""
-        alias_of = {id(param): self.aliases[name] for name, param in self.params.items()}
-        tensors = [alias_of.get(id(param), param) for param in self._places.tensors()]
+        """Put the leaves into the module. At the end, put the parameters back."""
+        alias_of = {id(param): self.leaves[name] for name, param in self.params.items()}
+        now = self._places.tensors()
+        tensors = [alias_of.get(id(param), param) for param in now]
+        if all(map(operator.is_, now, tensors)):
+            yield
+            return
         with self._places.holding(tensors):
             yield
 

@@ -1,4 +1,9 @@
-"""Mode ``"stored"``: it takes and keeps the gradient of each pose, with one graph at a time."""
+"""Mode ``"stored"``: it takes and keeps the gradient of each pose, with one graph at a time.
+
+The gradients are taken with respect to the parameters themselves, so that the pose model is exactly
+the user's. Hooks on parameters belong to the backward of the loss; they are muted while the
+gradient of a pose is taken.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +16,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import AccumulateGrad, computes_in
+from mtenn_core._engine.autograd_nodes import (
+    AccumulateGrad,
+    computes_in,
+    is_compiled,
+    muted_hooks,
+    version_of,
+)
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.evaluation import PoseGradients
@@ -24,7 +35,7 @@ from mtenn_core._engine.gradient_buffers import (
 )
 from mtenn_core._engine.known_gradients import attach
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.module_tensors import Aliases, lock_of, sharded_part
+from mtenn_core._engine.module_tensors import Leaves, lock_of, sharded_part
 from mtenn_core._engine.precision import no_autocast
 from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
@@ -124,25 +135,20 @@ class StoredGradients:
 
     def __init__(self, pose_model: torch.nn.Module, runs: Sequence[Run]) -> None:
         if (sharded := sharded_part(pose_model)) is not None:
-            # The hooks of a sharded module replace parameters in each run. They would not see the
-            # gradients of aliases.
+            # The hooks of a sharded module replace parameters in each run. The gradients of those
+            # parameters would be lost.
             raise GradientError(
                 f"module {sharded!r} of the pose model is sharded over processes, and"
                 " gradients='stored' needs whole parameters. Use gradients='recomputed' or 'graph',"
                 " or shard the MultiPoseModel as one."
             )
-        with lock_of(pose_model):
-            # The pose model runs with aliases. So hooks on the parameters (from users,
-            # DistributedDataParallel or FSDP) run only once, in the backward of the loss. With the
-            # parameters themselves, the hooks would also run for each pose.
-            own = Aliases(pose_model)
-            self._aliases = own.aliases
-            with own.in_place():
-                self._spare = spare_memory(pose_model)
-                self._buffers = allocate(own.params, len(runs), self._spare)
-                for name, alias in self._aliases.items():
-                    alias.register_post_accumulate_grad_hook(partial(_refuse_other_losses, name))
-                used = self._run(runs)
+        own = Leaves(pose_model)
+        self._inner = _InnerGradients(own.leaves, lock_of(pose_model))
+        self._spare = spare_memory(pose_model)
+        self._buffers = allocate(own.params, len(runs), self._spare)
+        with own.in_place():
+            self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
+        used = self._inner.used
         self.params = {name: param for name, param in own.params.items() if name in used}
 
     def attach(self, *, reuse: bool = True) -> Tensor:
@@ -170,37 +176,42 @@ class StoredGradients:
             views |= split_columns(buffer.matrix[poses], buffer.layout)
         return {name: list(views[name]) for name in self.params}
 
-    def _run(self, runs: Sequence[Run]) -> set[str]:
-        """Run all poses and store their gradients. Return the names of the used parameters."""
-        inner = _InnerGradients(self._aliases)
-        used: set[str] = set()
-        predictions = []
-        for pose, run in enumerate(runs):
-            prediction = run()
-            used |= self._store(pose, *inner.of(prediction, pose))
-            # Clone the prediction, because a view would keep the tensor of its base alive.
-            predictions.append(prediction.detach().clone())
-        self.predictions = torch.cat(predictions)
-        return used
+    def _store(self, pose: int, run: Run) -> Tensor:
+        """Run a pose and write its row of gradients. Return its prediction, shape (1,), detached.
 
-    def _store(self, pose: int, gradients: dict[str, Tensor], scale: float) -> set[str]:
-        """Write one row of gradients. Return the names of the used parameters."""
+        The graph of the pose is freed here, unless the pose model keeps a part of it.
+        """
+        prediction = run()
+        gradients, scale = self._inner.of(prediction, pose)
         for layout, matrix in self._buffers:
-            row = [_flat(name, gradients.get(name), self._aliases[name]) for name in layout]
+            row = [_flat(name, gradients.get(name), self._inner.leaves[name]) for name in layout]
             torch.cat(row, out=matrix[pose])  # it converts half precision to float32
             if scale != 1:
                 matrix[pose] /= scale
-        return set(gradients)
+        # Clone the prediction, because a view would keep the tensor of its base alive.
+        return prediction.detach().clone()
 
 
 class _InnerGradients:
-    """Gradients of predictions with respect to aliases of the parameters."""
+    """Gradients of predictions with respect to the parameters.
 
-    def __init__(self, aliases: Params) -> None:
-        self._aliases = aliases
-        self._own = {id(alias) for alias in aliases.values()}
-        # Nodes of aliases in the graphs of earlier poses. This set keeps them alive, so that each
-        # alias has the same node in the graph of the next pose.
+    Parameters
+    ----------
+    leaves : the parameters by name; all are leaves of autograd's graphs
+    lock : hold it while hooks are muted
+
+    Attributes
+    ----------
+    used : the names of the parameters that affect any prediction
+    """
+
+    def __init__(self, leaves: Params, lock: AbstractContextManager[object]) -> None:
+        self.leaves = leaves
+        self.used: set[str] = set()
+        self._lock = lock
+        self._own = {id(leaf) for leaf in leaves.values()}
+        # Nodes of leaves in the graphs of earlier poses. This set keeps them alive, so that each
+        # leaf has the same node in the graph of the next pose.
         self._known: set[Any] = set()
         # Both are set at the first pose.
         self._scale: float | None = None
@@ -210,27 +221,47 @@ class _InnerGradients:
         """Return scale · ∂ŷ/∂θ for the parameters θ that affect ŷ, and the scale."""
         if not prediction.requires_grad:
             return {}, 1.0
-        self._check_leaves(prediction, pose)
-        gradients, scale = self._scaled(prediction)
-        named = zip(self._aliases, gradients, strict=False)
-        return {name: gradient for name, gradient in named if gradient is not None}, scale
+        node_classes = self._check_nodes(prediction, pose)
+        # If anything else keeps a part of the graph (a penalty, a receptor that all poses share),
+        # it must stay whole. A compiled module refuses to keep its graph.
+        retain_graph = not any(map(is_compiled, node_classes))
+        try:
+            gradients, scale = self._scaled(prediction, retain_graph)
+        except RuntimeError as error:
+            if "backward through the graph a second time" not in str(error):
+                raise
+            raise GradientError(f"pose {pose}: {_FREED}", pose=pose) from error
+        named = zip(self.leaves, gradients, strict=False)
+        found = {name: gradient for name, gradient in named if gradient is not None}
+        self.used.update(found)
+        return found, scale
 
-    def _check_leaves(self, prediction: Tensor, pose: int) -> None:
-        """Raise a GradientError if any leaf besides the aliases would get a gradient."""
+    def _check_nodes(self, prediction: Tensor, pose: int) -> set[type]:
+        """Return the classes of a graph's nodes. Raise an error if a gradient would be lost."""
         # nodes_of() is not used: this code runs for every pose and looks only for leaves.
         root = torch.autograd.graph.get_gradient_edge(prediction).node
+        if type(root) is AccumulateGrad:
+            self._check_leaf(root, pose)
+            return set()
         seen = {root}
         nodes = [root]
         for node in nodes:  # the loop also visits the nodes that it appends
-            if type(node) is AccumulateGrad:
-                self._check_leaf(node, pose)
             for parent, _ in node.next_functions:
+                if parent in self._known:
+                    _check_age(node, parent, pose)
                 # None represents an input that needs no gradient.
-                if parent is not None and parent not in seen and parent not in self._known:
+                elif parent is None or parent in seen:
+                    continue
+                elif type(parent) is AccumulateGrad:
+                    self._check_leaf(parent, pose)
+                    _check_age(node, parent, pose)
+                else:
                     seen.add(parent)
                     nodes.append(parent)
+        return set(map(type, nodes))
 
     def _check_leaf(self, node: Any, pose: int) -> None:
+        """Raise a GradientError if a leaf is not a parameter of the pose model."""
         if id(node.variable) in self._own:
             self._known.add(node)
             return
@@ -244,7 +275,9 @@ class _InnerGradients:
             pose=pose,
         )
 
-    def _scaled(self, prediction: Tensor) -> tuple[Sequence[Tensor | None], float]:
+    def _scaled(
+        self, prediction: Tensor, retain_graph: bool
+    ) -> tuple[Sequence[Tensor | None], float]:
         """Return scale · ∂ŷ/∂θ for each parameter θ (None if it does not affect ŷ), and scale."""
         if self._scale is None:
             self._scale = FLOAT16_SCALE if computes_in(torch.float16, prediction) else 1.0
@@ -252,20 +285,45 @@ class _InnerGradients:
             # Users call the backward of a loss after the autocast block, so do the same here.
             if torch.is_autocast_enabled(device_type):
                 self._outside_autocast = no_autocast(device_type)
-        params = list(self._aliases.values())
+        params = list(self.leaves.values())
         scale = self._scale
         while params:
-            with self._outside_autocast:
+            with self._outside_autocast, self._lock, muted_hooks(params):
                 gradients = torch.autograd.grad(
                     prediction * scale if scale > 1 else prediction,
                     params,
                     allow_unused=True,
-                    retain_graph=scale > 1,  # another attempt may follow
+                    retain_graph=retain_graph,
                 )
             if scale == 1 or all(g.isfinite().all() for g in gradients if g is not None):
                 return gradients, scale
+            if not retain_graph:
+                raise GradientError(_OVERFLOW)
             scale /= 16
         return [], 1.0
+
+
+def _check_age(node: Any, leaf: Any, pose: int) -> None:
+    """Raise a GradientError if a node is older than the current value of a parameter.
+
+    Graphs are retained. So torch does not notice that a pose model uses a part of its graph again
+    after an optimizer's step, as it does after an ordinary backward.
+
+    Parameters
+    ----------
+    node : a node that needs the gradient of the parameter
+    leaf : the node of the parameter
+    """
+    version = version_of(leaf.variable)
+    # torch keeps the dict as long as the node.
+    if node.metadata.setdefault(leaf, version) != version:
+        raise GradientError(
+            f"pose {pose}: the pose model uses a tensor that it computed before a parameter of"
+            f" shape {tuple(leaf.variable.shape)} changed (in an optimizer's step, for example)."
+            " Compute the tensor again in each call. If all poses of a compound use it, give its"
+            " module to MultiPoseModel as shared=….",
+            pose=pose,
+        )
 
 
 def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
@@ -281,16 +339,12 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
     return gradient.flatten()
 
 
-def _refuse_other_losses(name: str, alias: Tensor) -> None:
-    """Raise an error: a loss has reached an alias, and its gradient would not reach the parameter.
-
-    The inner ``torch.autograd.grad`` accumulates no gradients. So this hook runs only in the
-    backward of a loss.
-    """
-    raise GradientError(
-        f"parameter {name!r}: the loss uses a tensor from inside the pose model (for example, a"
-        " stored penalty or an activation), not only its predictions. gradients='stored' would lose"
-        " the gradient of that tensor. Compute it outside of the pose model, or use"
-        " gradients='graph'.",
-        parameter=name,
-    )
+_FREED = (
+    "the prediction uses a part of a graph that an earlier backward has freed, such as a receptor"
+    " that the pose model embedded for another pose. Give the part that all poses of a compound"
+    " share to MultiPoseModel as shared=…, or use gradients='graph'."
+)
+_OVERFLOW = (
+    "a gradient of the compiled pose model overflows in float16, and a compiled module cannot repeat"
+    " its backward with another scale. Use gradients='recomputed' or 'graph', or bfloat16."
+)
