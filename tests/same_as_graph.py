@@ -20,7 +20,8 @@ from mtenn_core import Combination, MultiPoseModel
 from mtenn_core.errors import MtennError
 from mtenn_core.model import MultiPoseOutput
 
-# A mode must give what plain autograd gives, or it may also raise an error that names a better mode.
+# A mode must give what plain autograd gives, or it may instead raise an error that names a mode
+# that works.
 RIGHT, RIGHT_OR_ERROR = "right", "right or an error"
 
 # float64 gradients are sums of a few hundred products, in another order in each mode: 1e-14. The
@@ -101,7 +102,7 @@ class Case:
     Attributes
     ----------
     make, poses : make the pose model and the poses, the same ones each time
-    stored, recomputed : RIGHT or RIGHT_OR_ERROR; None if the documentation excludes the case
+    graph, stored, recomputed : RIGHT or RIGHT_OR_ERROR; None if the documentation excludes the case
     step : one or several training steps on a model and its poses; it returns the last output
     options : further options of the model
     dtype : the default dtype
@@ -111,6 +112,7 @@ class Case:
 
     make: Callable[[], nn.Module]
     poses: Callable[[], list[Any]] = vectors
+    graph: str = RIGHT
     stored: str | None = RIGHT
     recomputed: str | None = RIGHT
     step: Callable[[Any, list[Any]], MultiPoseOutput] = step
@@ -118,10 +120,9 @@ class Case:
     dtype: torch.dtype = torch.float64
     tolerance: float = TOLERANCE
     not_in_message: str = "\0"
-    graph: str = RIGHT
 
     def check(self, gradients: str, scale: float, without: str = "\0") -> None:
-        """Compare a mode with the plain loop, but not the values whose names contain ``without``."""
+        """Compare a mode with the plain loop. Leave out values whose names contain ``without``."""
         try:
             found = self.outcome(gradients, scale)
         except MtennError as error:

@@ -1,4 +1,4 @@
-"""Random numbers and orders from outside of torch: each mode gives what graph gives, or an error."""
+"""Orders and random numbers from outside of torch, half precision: as in graph, or an error."""
 
 import random
 import secrets

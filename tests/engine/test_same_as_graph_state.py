@@ -6,9 +6,8 @@ from dataclasses import dataclass
 from types import SimpleNamespace
 
 import numpy as np
-import pytest
 import torch
-from same_as_graph import RIGHT, RIGHT_OR_ERROR, Case, Hidden, in_each_mode, table
+from same_as_graph import RIGHT_OR_ERROR, Case, Hidden, in_each_mode, table
 from torch import Tensor, nn
 
 # --- poses that forward edits ---------------------------------------------------------------------
