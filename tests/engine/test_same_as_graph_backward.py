@@ -347,7 +347,7 @@ class KeptTwoParts(KeptFromOutside):
 
 class Symmetric(nn.Module):
     def forward(self, weight):
-        return weight.triu() + weight.triu(1).T
+        return torch.tanh(weight.triu() + weight.triu(1).T)
 
 
 class Parametrized(nn.Module):
