@@ -36,6 +36,11 @@ graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
 version_of = operator.attrgetter("_version")
 
 
+def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
+    """Return how often each tensor was changed in place; -1 for None and for inference tensors."""
+    return [-1 if t is None or t.is_inference() else version_of(t) for t in tensors]
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor represents many tensors, under ``vmap`` or ``is_grads_batched``.
 
@@ -75,17 +80,20 @@ def is_leaf(node: Any) -> bool:
     return type(node) is AccumulateGrad
 
 
+# Returns the hooks of a tensor as a dict, or None. For a leaf, the engine reads this dict in every
+# backward. Seen in torch 2.13; every release has it, because Tensor.register_hook writes to it.
+# Without it: take the gradients of detached aliases, which a pose model can tell from parameters.
+hooks_of = operator.attrgetter("_backward_hooks")
+
+
 @contextmanager
 def muted_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     """Leave out the hooks of leaf tensors in the backward passes of a block.
 
-    ``torch.autograd.grad`` does not run other hooks of a leaf (those of ``AccumulateGrad``, which
-    DistributedDataParallel and FSDP use, and those of ``register_post_accumulate_grad_hook``).
+    ``torch.autograd.grad`` leaves out the other hooks of a leaf: those of its ``AccumulateGrad``
+    node (DistributedDataParallel, FSDP) and those of ``register_post_accumulate_grad_hook``.
     """
-    # The engine reads this dict in every backward. Seen in torch 2.13; every release has it,
-    # because Tensor.register_hook writes to it. Without it: take the gradients of detached aliases,
-    # which a pose model can tell from its parameters.
-    muted = [(hooks, dict(hooks)) for tensor in tensors if (hooks := tensor._backward_hooks)]
+    muted = [(hooks, dict(hooks)) for hooks in map(hooks_of, tensors) if hooks]
     try:
         for hooks, _ in muted:
             hooks.clear()
@@ -93,9 +101,8 @@ def muted_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
     finally:
         for hooks, kept in muted:
             added = dict(hooks)
-            hooks.update(kept)
-            for key in added:  # the hooks run in the order in which they were registered
-                hooks.move_to_end(key)
+            hooks.clear()
+            hooks.update(kept | added)
 
 
 def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
@@ -150,6 +157,7 @@ def computes_anyway(node_class: type) -> bool:
     return in_python or in_cpp or _READS_ANYWAY.search(name) is not None
 
 
+@functools.lru_cache
 def is_compiled(node_class: type) -> bool:
     """Return whether a node belongs to a compiled module, which refuses ``retain_graph=True``."""
     # AOTAutograd gives this name to its Function. It may reuse memory that backward has read

@@ -19,7 +19,8 @@ from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import by_compound, inputs_like
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.mode_table import MODES
-from mtenn_core._engine.module_tensors import Places, accelerators, lock_of
+from mtenn_core._engine.module_tensors import Places, accelerators, copied, lock_of
+from mtenn_core._engine.plain_attributes import attributes_kept
 from mtenn_core._engine.precision import at_least_float32
 from mtenn_core._engine.skipping import with_weight
 from mtenn_core._engine.stored import NOT_IN_A_BATCH
@@ -136,16 +137,19 @@ def _measure(
 ) -> tuple[Tensor, list[PoseGraph]]:
     """Return the predictions of all poses, shape (n_poses,), and the graph of each.
 
-    The graphs do not keep their saved tensors. Buffers and random states are restored at the end.
+    The graphs do not keep their saved tensors. At the end, buffers, plain attributes
+    of modules and random states are restored.
 
     Parameters
     ----------
     runs : each returns the predictions of one chunk. The bytes of its graph are divided equally
         among its poses.
     """
-    buffers = Places(pose_model, "buffers")
-    copies = [buffer.clone() for buffer in buffers.tensors()]
-    held = [*Places(pose_model, "parameters").tensors(), *copies]
+    modules = list(pose_model.modules())
+    buffers = Places(modules, "buffers")
+    copies = list(map(copied, buffers.now()))
+    held = Places(modules, "parameters").tensors()
+    held += [place.tensor for place in copies if place.tensor is not None]
     devices = accelerators(held)
     own = set(map(_address, held))
     predictions: list[Tensor] = []
@@ -153,6 +157,7 @@ def _measure(
     with (
         lock_of(pose_model),
         buffers.holding(copies),
+        attributes_kept(map(vars, modules)),
         torch.random.fork_rng(devices),
         torch.enable_grad(),
     ):

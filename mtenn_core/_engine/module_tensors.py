@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import operator
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
 import torch
@@ -15,55 +15,82 @@ from torch import Tensor
 from mtenn_core.errors import GradientError
 
 
+class Place(NamedTuple):
+    """A place in a module: the dict ``Module._parameters`` or ``Module._buffers``, and a name."""
+
+    held: dict[str, Tensor | None]
+    name: str
+    tensor: Tensor | None
+
+
 class Places:
-    """The places in a module and its children that hold tensors. Each place is listed once.
+    """The places in a module and its children that hold parameters or buffers.
 
     ``torch.func.functional_call`` does not work here. If a child is registered under two names,
     ``functional_call`` counts the child twice and leaves its own tensor in the second place.
 
     Parameters
     ----------
-    module : the module
+    modules : the module and its children, each once
     kind : ``"parameters"`` or ``"buffers"``
+
+    Attributes
+    ----------
+    dicts : the dict of each module, from a name to a tensor or None
 
     Raises
     ------
     GradientError : a tensor gets its shape only in the first run (``LazyLinear``)
     """
 
-    def __init__(self, module: torch.nn.Module, kind: str) -> None:
-        # The places are in the dicts Module._parameters and Module._buffers. setattr would refuse a
-        # plain tensor in place of a parameter. Subclasses of torch.nn.Module may read both dicts.
-        self._places = [
-            (held, name)
-            for child in module.modules()
-            for held in [getattr(child, f"_{kind}")]
-            for name, tensor in held.items()
-            if tensor is not None
-        ]
+    def __init__(self, modules: Iterable[torch.nn.Module], kind: str) -> None:
+        # setattr would refuse a plain tensor in place of a parameter.
+        self.dicts = [getattr(module, f"_{kind}") for module in modules]
         if any(map(torch.nn.parameter.is_lazy, self.tensors())):
             raise GradientError(
                 "a lazy module of the pose model has no parameters yet. First run the pose model"
                 " once on a pose, or use gradients='graph'."
             )
 
+    def now(self) -> list[Place]:
+        """Return the places as they are now. A forward may add, empty and remove places."""
+        return [Place(held, *item) for held in self.dicts if held for item in held.items()]
+
     def tensors(self) -> list[Tensor]:
         """Return the tensors in these places. A tied parameter appears more than once."""
-        return [held[name] for held, name in self._places]
+        return [t for held in self.dicts if held for t in held.values() if t is not None]
 
     @contextmanager
-    def holding(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Put other tensors into these places. At the end, put the previous tensors back."""
-        before = self.tensors()
-        self._put(tensors)
+    def holding(self, places: Sequence[Place]) -> Iterator[None]:
+        """Make these the only places. At the end, restore the previous places and tensors."""
+        before = self.now()
         try:
+            self._put(places)
             yield
         finally:
             self._put(before)
 
-    def _put(self, tensors: Sequence[Any]) -> None:
-        for (held, name), tensor in zip(self._places, tensors, strict=True):
+    def _put(self, places: Sequence[Place]) -> None:
+        # Only if a forward has added or removed places: a ScriptModule refuses to clear its dict.
+        if [place.name for place in self.now()] != [place.name for place in places]:
+            for held in self.dicts:
+                held.clear()
+        for held, name, tensor in places:
             held[name] = tensor
+
+
+def same_places(one: Sequence[Place], other: Sequence[Place]) -> bool:
+    """Return whether the same places hold the same tensors."""
+    return len(one) == len(other) and all(
+        a.tensor is b.tensor and a.name == b.name for a, b in zip(one, other, strict=True)
+    )
+
+
+def copied(place: Place) -> Place:
+    """Return the place with a copy of its tensor."""
+    if (tensor := place.tensor) is None:
+        return place
+    return place._replace(tensor=tensor.detach().clone().requires_grad_(tensor.requires_grad))
 
 
 class Leaves:
@@ -79,7 +106,7 @@ class Leaves:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._places = Places(module, "parameters")
+        self._places = Places(module.modules(), "parameters")
         self.params = {n: p for n, p in module.named_parameters() if p.requires_grad}
         self.leaves = {
             name: param if param.is_leaf else param.detach().requires_grad_()
@@ -89,13 +116,14 @@ class Leaves:
     @contextmanager
     def in_place(self) -> Iterator[None]:
         """Put the leaves into the module. At the end, put the parameters back."""
-        alias_of = {id(param): self.leaves[name] for name, param in self.params.items()}
-        now = self._places.tensors()
-        tensors = [alias_of.get(id(param), param) for param in now]
-        if all(map(operator.is_, now, tensors)):
+        if all(map(operator.is_, self.params.values(), self.leaves.values())):
             yield
             return
-        with self._places.holding(tensors):
+        alias_of = {id(param): self.leaves[name] for name, param in self.params.items()}
+        now = self._places.now()
+        with self._places.holding(
+            [place._replace(tensor=alias_of.get(id(place.tensor), place.tensor)) for place in now]
+        ):
             yield
 
 

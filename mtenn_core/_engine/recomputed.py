@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
+from collections import defaultdict
 from collections.abc import Callable, Sequence
-from functools import partial
 from typing import Any
 
 import torch
@@ -21,8 +21,9 @@ from mtenn_core._engine.autograd_nodes import current_backward, engine_asks, ver
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
+from mtenn_core._engine.fingerprint import Fingerprint, difference
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.replay import Conditions, Replay
+from mtenn_core._engine.replay import Replay, Run, fingerprint_of
 from mtenn_core._engine.skipping import join_chunks
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
@@ -91,12 +92,14 @@ class RecomputedGraphs:
             for graph in graphs:
                 # Set this before the run. If a pose model takes gradients in its own forward, the
                 # second run starts before the first run ends.
-                graph.conditions = self._replay.before_run()
-                with saved_tensors_hooks(graph.index_instead, graph.saved_again):
+                graph.first_run = self._replay.before_run()
+                # There is one call per saved tensor. This one is fast, because it runs no Python
+                # code: a new tensor gets the next number. It keeps the tensors of one chunk.
+                numbers: defaultdict[Tensor, int] = defaultdict(itertools.count().__next__)
+                with saved_tensors_hooks(numbers.__getitem__, graph.saved_again):
                     prediction = graph.chunk.run()
-                graph.predictions = prediction.detach().clone()
-                graph.n_saved = next(graph.count)
-                graph.conditions = self._replay.after_run(graph.conditions)
+                graph.first_run = self._replay.after_run(graph.first_run, prediction, numbers)
+                numbers.clear()
                 predictions.append(prediction)
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
@@ -114,25 +117,30 @@ class RecomputedGraphs:
         if (last := self._last()) is not None:
             last.forget()
         self._last = weakref.ref(graph)
-        saved: list[tuple[Tensor, int]] = []
+        saved: dict[Tensor, tuple[Tensor, int]] = {}
 
         def keep(tensor: Tensor) -> Tensor:
-            # Detach the tensor, so that the second graph is freed at once. No backward needs that
-            # graph.
-            detached = tensor.detach()
-            # Keep the version for a check, because torch does not check tensors that hooks saved.
-            saved.append((detached, version_of(detached)))
-            return detached
+            if tensor not in saved:
+                # Detach the tensor, so that the second graph is freed at once. No backward needs
+                # that graph. Keep the version for a check, because torch does not check tensors
+                # that hooks saved.
+                detached = tensor.detach()
+                saved[tensor] = detached, version_of(detached)
+            return saved[tensor][0]
 
+        changed = self._replay.changed_parameters()
         # Backward runs with grad mode off. The second run needs grad mode to save tensors.
         with (
-            self._replay.restored(graph.conditions),
+            self._replay.restored(graph.first_run),
             torch.enable_grad(),
             saved_tensors_hooks(keep, _unchanged),
         ):
             predictions = graph.run_again()
-        graph.check(predictions, len(saved), self._replay.rounding)
-        return saved
+        self._replay.check_parameters(changed, predictions)
+        graph.check(fingerprint_of(predictions, saved))
+        found = list(saved.values())
+        saved.clear()  # its keys have graphs
+        return found
 
 
 class RecomputedGraph:
@@ -141,24 +149,15 @@ class RecomputedGraph:
     Attributes
     ----------
     chunk : the poses
-    conditions : the conditions of the first run
-    predictions : the result of the first run
-    n_saved : the number of tensors that the graph of the first run would have saved
-    count : a counter that numbers the tensors of the first run
-    index_instead : the hook that replaces a tensor by its number
+    first_run : the conditions and the fingerprint of the first run
     skipped_in : the number of the backward pass that skips this graph, or None
     """
 
-    conditions: Conditions
-    predictions: Tensor | None = None  # None until the end of the first run
-    n_saved: int = 0
+    first_run: Run
     skipped_in: int | None = None
 
     def __init__(self, graphs: RecomputedGraphs, chunk: Chunk) -> None:
         self.chunk = chunk
-        self.count = itertools.count()
-        # There is one call per saved tensor. partial and count are fast: they run no Python code.
-        self.index_instead = partial(next, self.count)
         self._graphs = graphs
         self._saved: dict[int, tuple[Tensor, int]] = {}
 
@@ -198,9 +197,11 @@ class RecomputedGraph:
         """Return the predictions of a second run."""
         try:
             return self.chunk.run()
-        except (MtennError, MemoryError, torch.cuda.OutOfMemoryError):
+        except (MtennError, MemoryError, torch.OutOfMemoryError):
             raise
         except Exception as error:
+            if "can't allocate memory" in str(error):  # torch has no class of its own for the CPU
+                raise
             raise ChangedBeforeBackwardError(
                 f"pose {self.chunk.first_pose}: the pose model ran again in backward and raised"
                 f" {type(error).__name__}: {error}. {_QUESTIONS}"
@@ -210,39 +211,26 @@ class RecomputedGraph:
         """Free the saved tensors that backward has not used."""
         self._saved = {}
 
-    def check(
-        self, predictions: Tensor, n_saved: int, rounding_of: Callable[[Tensor], float]
-    ) -> None:
-        """Raise an error if the second run differed from the first.
-
-        Parameters
-        ----------
-        predictions, n_saved : the results of the second run
-        rounding_of : returns the allowed difference of predictions. It is slow, and is rarely
-            called.
-        """
-        if self.predictions is None:  # the pose model takes gradients in its own forward
+    def check(self, second: Fingerprint) -> None:
+        """Raise an error if the second run differed from the first."""
+        first = self.first_run.fingerprint
+        if first is None:  # the pose model takes gradients in its own forward
             return
-        if n_saved == self.n_saved and torch.equal(predictions, self.predictions):
-            return
-        first, rounding = self.predictions, rounding_of(predictions)
-        same = torch.isclose(predictions.detach(), first, rounding, rounding, equal_nan=True)
-        if n_saved == self.n_saved and same.all():
-            return
-        pose = int((~same).int().argmax())
-        found = f"saved {n_saved} tensors instead of {self.n_saved}"
-        if not same.all():
-            found = f"predicted {predictions[pose].item()!r} instead of {first[pose].item()!r}"
-        raise ChangedBeforeBackwardError(
-            f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and behaved"
-            f" differently than in forward. It {found}. {_QUESTIONS}"
-        )
+        differs = difference(first, second)
+        if differs is not None:
+            pose, how = differs
+            raise ChangedBeforeBackwardError(
+                f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and"
+                f" behaved differently than in forward. {how} {_QUESTIONS}"
+            )
 
 
 _QUESTIONS = (
-    "Has it read a value that changed in between? Does it draw random numbers outside of torch,"
-    " count its runs, or keep something for the next pose, such as a cache that grows or a part of"
-    " its graph? If this is intended, use gradients='stored' or 'graph', which run each pose once."
+    "Has it read a value that changed in between? Does it write to its pose? Does it draw random"
+    " numbers outside of torch, use a set whose order changes, count its runs, or keep something"
+    " for the next pose, such as a cache that grows or a part of its graph? If all poses of a"
+    " compound share that part, give it to MultiPoseModel as shared=…. Otherwise use"
+    " gradients='stored' or 'graph', which run each pose once."
 )
 
 # It is on the meta device, so code that computes with it by mistake raises an error.

@@ -1,47 +1,55 @@
 """Restore random state (dropout), buffers, modes and autocast for the second run of a pose.
 
 The conditions of a run are the random states, autocast, the buffers, the parameters, and the flags
-``training`` and ``requires_grad``. They are noted before the first run. Poses and parameters must
-not change in place between the two runs.
+``training`` and ``requires_grad``. They are noted before the first run. Between the two runs,
+nobody but the pose model may change poses and parameters in place.
 """
 
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import current_backward, version_of
-from mtenn_core._engine.module_tensors import Places, accelerators, is_sharded, lock_of
+from mtenn_core._engine.autograd_nodes import current_backward, is_leaf, nodes_of, version_of
+from mtenn_core._engine.fingerprint import Fingerprint, Kind
+from mtenn_core._engine.module_tensors import (
+    Places,
+    accelerators,
+    is_sharded,
+    lock_of,
+    same_places,
+)
+from mtenn_core._engine.noted_buffers import Buffers, NotedBuffers
+from mtenn_core._engine.plain_attributes import PlainAttributes
 from mtenn_core._engine.tensor_search import tensors_in
+from mtenn_core._process.interrupts import delayed_interrupts
 from mtenn_core.errors import ChangedBeforeBackwardError
 
-
-class Buffers(NamedTuple):
-    """The buffers before a run: the tensors, the version of each, and copies."""
-
-    tensors: list[Tensor]
-    versions: list[int]
-    copies: list[Tensor]
+# Numbers per saved tensor in a fingerprint. If an input differs, most numbers of the next layers
+# differ, so few are enough.
+N_SAMPLES = 8
 
 
-class Conditions(NamedTuple):
-    """The conditions of one run, as far as a run may change them.
+class Run(NamedTuple):
+    """The first run of a chunk: its conditions, as far as a run may change them, and its result.
 
     Attributes
     ----------
     random_states : the random states before the run; empty if the run drew no random number
     buffers : the buffers before the run
     buffers_change : True if the run changes the buffers
+    fingerprint : the result, and samples of the saved tensors; None until the end of the run
     """
 
     random_states: Sequence[Tensor]
     buffers: Buffers
     buffers_change: bool = True
+    fingerprint: Fingerprint | None = None
 
 
 class Replay:
@@ -60,82 +68,70 @@ class Replay:
     def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
         self.lock = lock_of(pose_model)
         self._pose_model = pose_model
-        self._parameters = Places(pose_model, "parameters")
-        self._buffers = Places(pose_model, "buffers")
+        modules = list(pose_model.modules())
+        self._parameters = Places(modules, "parameters")
+        buffers = Places(modules, "buffers")
+        self._places = self._parameters.now()
         self._held = self._parameters.tensors()
-        buffers = self._buffers.tensors()
-        self._has_buffers = bool(buffers)
-        self._devices = accelerators([*self._held, *buffers])
+        self._devices = accelerators([*self._held, *buffers.tensors()])
+        self._buffers = NotedBuffers(buffers)
+        self._buffer_dicts = buffers.dicts
+        self._attributes = PlainAttributes([*modules, *self._held])
         inputs = tensors_in(poses)
         self._inputs = [(pose, tensor, _versions([tensor])) for pose, tensor in inputs]
         self._versions = _versions(self._held)
         self._flags = [
-            _Flags("training", list(pose_model.modules())),
+            _Flags("training", modules),
             # torch refuses to set requires_grad of a tensor that is not a leaf.
             _Flags("requires_grad", [param for param in self._held if param.is_leaf]),
         ]
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
-        self._noted = Buffers([], [], [])
         self._checked_in: int | None = None  # the backward that has checked the poses
 
-    def before_run(self) -> Conditions:
+    def before_run(self) -> Run:
         """Return the conditions of the next run."""
-        return Conditions(self._random_states, self._buffers_now())
+        # In a model without buffers, this is one shortcut for each chunk.
+        return Run(self._random_states, self._buffers.now() if self._any_buffers() else Buffers())
 
-    def after_run(self, before: Conditions) -> Conditions:
-        """Return the conditions of the last run. Leave out random states that it did not change.
+    def after_run(self, before: Run, predictions: Tensor, saved: Iterable[Tensor]) -> Run:
+        """Return the conditions and the fingerprint of the last run.
 
         Parameters
         ----------
         before : the result of :meth:`before_run`
+        predictions, saved : the result of the run, and the tensors that it saves for backward
         """
+        # In the run, the pose model itself may have changed parameters (max_norm).
+        self._versions = _versions(self._held)
         random_states = _random_states(self._devices)
         if all(map(torch.equal, random_states, before.random_states)):
             random_states_before: Sequence[Tensor] = ()
         else:
             random_states_before, self._random_states = before.random_states, random_states
-        return Conditions(random_states_before, before.buffers, self._differ_from(before.buffers))
+        changed = self._any_buffers() and self._buffers.differ_from(before.buffers)
+        fingerprint = fingerprint_of(predictions, saved)
+        return Run(random_states_before, before.buffers, changed, fingerprint)
 
-    def _buffers_now(self) -> Buffers:
-        """Return the buffers. Use copies from the previous run again if they are still right."""
-        if self._differ_from(self._noted):
-            # self._noted keeps the tensors alive, so no other tensor gets the same id. For this
-            # reason, an id and a version identify one value.
-            known = {(id(t), version): copy for t, version, copy in zip(*self._noted, strict=True)}
-            tensors = self._buffers.tensors()
-            versions = _versions(tensors)
-            keys = [(id(t), version) for t, version in zip(tensors, versions, strict=True)]
-            copies = [
-                known[key] if key in known else tensor.detach().clone()
-                for key, tensor in zip(keys, tensors, strict=True)
-            ]
-            self._noted = Buffers(tensors, versions, copies)
-        return self._noted
-
-    def _differ_from(self, buffers: Buffers) -> bool:
-        """Return whether a buffer is now another tensor, or has another value."""
-        if not self._has_buffers:  # a shortcut: each chunk calls this three times
-            return False
-        now = self._buffers.tensors()
-        return not _same(now, buffers.tensors) or _versions(now) != buffers.versions
+    def _any_buffers(self) -> bool:
+        return any(self._buffer_dicts)
 
     @contextmanager
-    def restored(self, conditions: Conditions) -> Iterator[None]:
+    def restored(self, conditions: Run) -> Iterator[None]:
         """Restore the conditions of a run. At the end, restore the conditions of the caller.
 
         Raises
         ------
-        ChangedBeforeBackwardError : a parameter or a pose was changed in place
+        ChangedBeforeBackwardError : a pose was changed in place
         """
-        self._check_parameters()
         self._check_poses()
-        with ExitStack() as stack:
+        # Otherwise a Ctrl-C could leave a part of the conditions behind.
+        with delayed_interrupts(), self._attributes.kept(), ExitStack() as stack:
             for context in self._contexts(conditions):
                 stack.enter_context(context)
             yield
 
-    def _contexts(self, conditions: Conditions) -> list[AbstractContextManager[object]]:
+    def _contexts(self, conditions: Run) -> list[AbstractContextManager[object]]:
         """Return one context for each condition that has changed since the run."""
         contexts: list[AbstractContextManager[object]] = [
             flags.restored() for flags in self._flags if flags.have_changed()
@@ -147,32 +143,49 @@ class Replay:
                 contexts.append(torch.autocast(device, dtype, enabled, cache_enabled=False))
         if conditions.random_states:
             contexts.append(_random(conditions.random_states, self._devices))
-        if conditions.buffers_change or self._differ_from(conditions.buffers):
-            contexts.append(self._buffers.holding(_copies(conditions.buffers)))
+        if conditions.buffers_change or self._buffers.differ_from(conditions.buffers):
+            contexts.append(self._buffers.holding(conditions.buffers))
         if self._parameters_differ():
-            contexts.append(self._parameters.holding(self._held))
+            contexts.append(self._parameters.holding(self._places))
         return contexts
 
-    def _check_parameters(self) -> None:
-        """Raise an error if a parameter was changed in place, for example by an optimizer.
+    def changed_parameters(self) -> list[Tensor]:
+        """Return the parameters that were changed in place since the last run.
 
         torch checks versions only of tensors that a graph saves, but these graphs save no tensors.
         """
         now = _versions(self._held)
         if now == self._versions:
+            return []
+        versions = zip(self._held, now, self._versions, strict=True)
+        return [param for param, version, then in versions if version != then]
+
+    def check_parameters(self, changed: Sequence[Tensor], predictions: Tensor) -> None:
+        """Raise an error if a second run used a parameter that was changed before the run.
+
+        Parameters
+        ----------
+        changed : the result of :meth:`changed_parameters` before the run
+        predictions : the result of the run, with its graph
+        """
+        # In the run, the pose model itself may have changed parameters, as in forward (max_norm).
+        # An optimizer may have changed others in this backward, after the last pose that uses them.
+        self._versions = _versions(self._held)
+        if not changed:
             return
-        changed = next(
-            param
-            for param, version, then in zip(self._held, now, self._versions, strict=True)
-            if version != then
-        )
-        names = [name for name, param in self._pose_model.named_parameters() if param is changed]
-        raise ChangedBeforeBackwardError(
-            f"parameter {(names or ['?'])[0]!r} was changed in place between forward and backward."
-            " gradients='recomputed' runs the poses again and needs the parameters unchanged. Call"
-            " backward before the optimizer's step, or use gradients='stored', which runs each pose"
-            " once."
-        )
+        nodes = [] if predictions.grad_fn is None else nodes_of(predictions.grad_fn)
+        used = {id(node.variable) for node in nodes if is_leaf(node)}
+        for param in changed:
+            # A graph does not show whether it uses a frozen parameter.
+            if param.requires_grad and id(param) not in used:
+                continue
+            names = [name for name, own in self._pose_model.named_parameters() if own is param]
+            raise ChangedBeforeBackwardError(
+                f"parameter {(names or ['?'])[0]!r} was changed in place between forward and"
+                " backward. gradients='recomputed' runs the poses again and needs the parameters"
+                " unchanged. Call backward before the optimizer's step, or use gradients='stored',"
+                " which runs each pose once."
+            )
 
     def _check_poses(self) -> None:
         """Raise an error if a tensor of a pose was changed in place.
@@ -195,33 +208,59 @@ class Replay:
 
     def _parameters_differ(self) -> bool:
         """Return whether forward ran with other parameters, for example in ``functional_call``."""
-        try:
-            now = self._parameters.tensors()
-        except KeyError:  # FullyShardedDataParallel itself removes parameters and puts them back
-            return False
+        now = self._parameters.now()
+        if [place.name for place in now] != [place.name for place in self._places]:
+            return False  # FullyShardedDataParallel itself removes parameters and puts them back
         # fully_shard also replaces sharded parameters itself.
-        return not _same(now, self._held) and not any(map(is_sharded, self._held))
-
-    def rounding(self, predictions: Tensor) -> float:
-        """Return the allowed difference of a second run, relative to 1 and to the prediction."""
-        dtypes = [dtype for _, enabled, dtype in self._autocast if enabled]
-        dtypes += [tensor.dtype for tensor in self._held if tensor.is_floating_point()]
-        eps = max(torch.finfo(dtype).eps for dtype in [predictions.dtype, *dtypes])
-        # An accelerator may add numbers in another order in each run. This limit allows the
-        # resulting differences.
-        return eps ** (2 / 3)
+        return not same_places(now, self._places) and not any(map(is_sharded, self._held))
 
 
-def _copies(buffers: Buffers) -> list[Tensor]:
-    """Return copies of the buffers for the second run, since this run also changes its buffers."""
-    return [
-        copy.clone().requires_grad_(tensor.requires_grad)
-        for tensor, copy in zip(buffers.tensors, buffers.copies, strict=True)
-    ]
+def fingerprint_of(predictions: Tensor, saved: Iterable[Tensor]) -> Fingerprint:
+    """Return the fingerprint of a run.
+
+    Parameters
+    ----------
+    predictions : the result of the run
+    saved : the tensors that the run saves for backward, in their order
+    """
+    n_saved = 0
+    views: dict[Kind, list[Tensor]] = {}
+    for tensor in saved:  # this loop runs for each pose
+        n_saved += 1
+        if _is_sampled(tensor):
+            kind = tensor.dtype, tensor.device
+            views.setdefault(kind, []).append(_samples(tensor.detach()))
+    samples = {kind: torch.cat(of_kind) for kind, of_kind in views.items()}
+    lengths = {kind: list(map(len, of_kind)) for kind, of_kind in views.items()}
+    return Fingerprint(predictions.detach().clone(), n_saved, samples, lengths)
 
 
-def _same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    return list(map(id, one)) == list(map(id, other))
+def _is_sampled(tensor: Tensor) -> bool:
+    """Return whether the numbers of a saved tensor must be the same in two runs."""
+    # Leave out parameters, because torch counts their changes, and subclasses, because not all have
+    # numbers in memory (DTensor). uint8 is the working memory of cuDNN and oneDNN, and fused
+    # attention on a GPU saves integers of shape () that it leaves uninitialized without dropout.
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.dtype is not torch.uint8
+        and (tensor.is_cpu or tensor.dim() > 0)
+    )
+
+
+def _samples(tensor: Tensor) -> Tensor:
+    """Return a view of some of a tensor's numbers, shape (n,)."""
+    size, stride = tensor.numel(), 1
+    if tensor.dim() > 2:
+        # Only the first numbers of the last dimension: fused attention on a GPU pads the end.
+        size //= tensor.shape[-1] or 1
+        stride = tensor.shape[-1]
+    if not tensor.is_contiguous():
+        size, stride = max(zip(tensor.shape, tensor.stride(), strict=True))
+    if size > N_SAMPLES:
+        stride *= (size - 1) // (N_SAMPLES - 1)
+        size = N_SAMPLES
+    return tensor.as_strided((size,), (stride,))
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

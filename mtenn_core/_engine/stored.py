@@ -19,6 +19,7 @@ from torch import Tensor
 from mtenn_core._engine.autograd_nodes import (
     AccumulateGrad,
     computes_in,
+    hooks_of,
     is_compiled,
     muted_hooks,
     version_of,
@@ -143,10 +144,11 @@ class StoredGradients:
                 " or shard the MultiPoseModel as one."
             )
         own = Leaves(pose_model)
-        self._inner = _InnerGradients(own.leaves, lock_of(pose_model))
+        lock = lock_of(pose_model)
         self._spare = spare_memory(pose_model)
         self._buffers = allocate(own.params, len(runs), self._spare)
         with own.in_place():
+            self._inner = _InnerGradients(own.leaves, lock)
             self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
         used = self._inner.used
         self.params = {name: param for name, param in own.params.items() if name in used}
@@ -288,7 +290,8 @@ class _InnerGradients:
         params = list(self.leaves.values())
         scale = self._scale
         while params:
-            with self._outside_autocast, self._lock, muted_hooks(params):
+            muted = muted_hooks(params) if any(map(hooks_of, params)) else nullcontext()
+            with self._outside_autocast, self._lock, muted:
                 gradients = torch.autograd.grad(
                     prediction * scale if scale > 1 else prediction,
                     params,
@@ -319,9 +322,10 @@ def _check_age(node: Any, leaf: Any, pose: int) -> None:
     if node.metadata.setdefault(leaf, version) != version:
         raise GradientError(
             f"pose {pose}: the pose model uses a tensor that it computed before a parameter of"
-            f" shape {tuple(leaf.variable.shape)} changed (in an optimizer's step, for example)."
-            " Compute the tensor again in each call. If all poses of a compound use it, give its"
-            " module to MultiPoseModel as shared=….",
+            f" shape {tuple(leaf.variable.shape)} changed (for example, in an optimizer's step)."
+            " Its gradient would belong to the old value, in gradients='graph', too. Compute the"
+            " tensor again in each call. If all poses of a compound use it, give its module to"
+            " MultiPoseModel as shared=….",
             pose=pose,
         )
 
@@ -345,6 +349,6 @@ _FREED = (
     " share to MultiPoseModel as shared=…, or use gradients='graph'."
 )
 _OVERFLOW = (
-    "a gradient of the compiled pose model overflows in float16, and a compiled module cannot repeat"
-    " its backward with another scale. Use gradients='recomputed' or 'graph', or bfloat16."
+    "a gradient of the compiled pose model overflows in float16, and a compiled module cannot"
+    " repeat its backward with another scale. Use gradients='recomputed' or 'graph', or bfloat16."
 )
