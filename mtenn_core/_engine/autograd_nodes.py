@@ -41,6 +41,11 @@ def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
     return [-1 if t is None or t.is_inference() else version_of(t) for t in tensors]
 
 
+# Returns a node's number. Nodes that one thread creates later have larger numbers. Seen in torch
+# 2.13, where profilers use it. Without it: skip no pose if the pose model keeps any tensor.
+sequence_number = operator.methodcaller("_sequence_nr")
+
+
 def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor represents many tensors, under ``vmap`` or ``is_grads_batched``.
 

@@ -22,7 +22,7 @@ Attributes = dict[str, Any]
 
 # torch's own attributes of a module. Its parameters, buffers and flags are restored elsewhere.
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
-_CONTAINERS = (list, dict, set, deque)
+_CONTAINERS = (list, dict, set, deque, tuple)
 
 
 class PlainAttributes:
@@ -34,7 +34,8 @@ class PlainAttributes:
     """
 
     def __init__(self, owners: Iterable[Any]) -> None:
-        self._noted = [_Note(attributes) for attributes in (owner.__dict__ for owner in owners)]
+        self._owners = [owner.__dict__ for owner in owners]
+        self._noted = list(map(_Note, self._owners))
         self._moving: list[Attributes] | None = None
 
     def kept(self) -> AbstractContextManager[None]:
@@ -46,6 +47,13 @@ class PlainAttributes:
             self._moving = [note.attributes for note in self._noted if note.has_changed()]
             self._noted = []
         return attributes_kept(self._moving)
+
+    def tensors_with_graph(self) -> list[Tensor]:
+        """Return the attributes, and entries of containers, that are tensors with a graph."""
+        values = [v for attributes in self._owners for v in _without_torch(attributes).values()]
+        for container in _containers(values):
+            values += container.values() if isinstance(container, dict) else container
+        return [v for v in values if isinstance(v, Tensor) and v.grad_fn is not None]
 
 
 @contextmanager

@@ -8,16 +8,26 @@ them, the chunk runs a second time, and this run provides all of them.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
+from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mtenn_core._engine.autograd_nodes import current_backward, engine_asks, version_of
+from mtenn_core._engine.autograd_nodes import (
+    current_backward,
+    engine_asks,
+    is_leaf,
+    nodes_of,
+    sequence_number,
+    version_of,
+)
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
@@ -74,6 +84,9 @@ class RecomputedGraphs:
         # graphs. If this object also owned one of them, there would be a reference cycle, and
         # memory would stay until the garbage collector runs. So this is a weak reference.
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
+        self._ends: list[int] = []  # for each chunk, the number of the last node of its graph
+        self._kept: list[int] = []  # the numbers of nodes that the pose model keeps
+        self._kept_in: int | None = None  # the backward for which they were found
 
     def predict(self, chunks: Sequence[Chunk], skip_below: float | None) -> Tensor:
         """Run all chunks and return their predictions. The graphs save no tensors.
@@ -86,7 +99,7 @@ class RecomputedGraphs:
         -------
         shape (n_poses,)
         """
-        graphs = [RecomputedGraph(self, chunk) for chunk in chunks]
+        graphs = [RecomputedGraph(self, chunk, index) for index, chunk in enumerate(chunks)]
         predictions = []
         try:
             for graph in graphs:
@@ -101,6 +114,8 @@ class RecomputedGraphs:
                 graph.first_run = self._replay.after_run(graph.first_run, prediction, numbers)
                 numbers.clear()
                 predictions.append(prediction)
+                root = prediction.grad_fn
+                self._ends.append(sequence_number(root) if root else max(self._ends, default=-1))
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
@@ -110,23 +125,40 @@ class RecomputedGraphs:
             ) from error
         return join_chunks(predictions, graphs, skip_below)
 
-    def run_again(self, graph: RecomputedGraph) -> list[tuple[Tensor, int]]:
-        """Return all tensors that a graph would have saved, and the version of each."""
+    def is_kept(self, index: int) -> bool:
+        """Return whether the pose model keeps a tensor that a chunk computed, with its graph.
+
+        Parameters
+        ----------
+        index : the number of the chunk
+        """
+        if self._kept_in != current_backward():
+            self._kept_in = current_backward()
+            roots = [tensor.grad_fn for tensor in self._replay.kept_tensors()]
+            nodes = {node for root in roots for node in nodes_of(root) if not is_leaf(node)}
+            self._kept = sorted(map(sequence_number, nodes))
+        # A forward hook may compute a penalty after the prediction, so look beyond the last node.
+        begin = self._ends[index - 1] if index else -1
+        end = self._ends[index + 1] if index + 1 < len(self._ends) else sys.maxsize
+        return bisect_right(self._kept, begin) < bisect_right(self._kept, end)
+
+    def run_again(self, graph: RecomputedGraph) -> list[Saved]:
+        """Return all tensors that a graph would have saved."""
         # Backward goes through the chunks one after the other. Here, it has finished the previous
         # chunk. Free the unused tensors of that chunk.
         if (last := self._last()) is not None:
             last.forget()
         self._last = weakref.ref(graph)
-        saved: dict[Tensor, tuple[Tensor, int]] = {}
+        saved: dict[Tensor, Saved] = {}
 
         def keep(tensor: Tensor) -> Tensor:
             if tensor not in saved:
                 # Detach the tensor, so that the second graph is freed at once. No backward needs
-                # that graph. Keep the version for a check, because torch does not check tensors
-                # that hooks saved.
+                # that graph.
                 detached = tensor.detach()
-                saved[tensor] = detached, version_of(detached)
-            return saved[tensor][0]
+                saved[tensor] = Saved(detached, version_of(detached))
+            saved[tensor].n_uses += 1
+            return saved[tensor].tensor
 
         changed = self._replay.changed_parameters()
         # Backward runs with grad mode off. The second run needs grad mode to save tensors.
@@ -143,6 +175,22 @@ class RecomputedGraphs:
         return found
 
 
+@dataclass(slots=True)
+class Saved:
+    """A tensor that a run saves for backward.
+
+    Attributes
+    ----------
+    tensor : the tensor, detached
+    version : its version in the run. torch does not check tensors that hooks saved.
+    n_uses : how many nodes of the graph will still ask for the tensor
+    """
+
+    tensor: Tensor
+    version: int
+    n_uses: int = 0
+
+
 class RecomputedGraph:
     """The graph of one chunk. A second run provides its saved tensors.
 
@@ -156,10 +204,11 @@ class RecomputedGraph:
     first_run: Run
     skipped_in: int | None = None
 
-    def __init__(self, graphs: RecomputedGraphs, chunk: Chunk) -> None:
+    def __init__(self, graphs: RecomputedGraphs, chunk: Chunk, index: int) -> None:
         self.chunk = chunk
         self._graphs = graphs
-        self._saved: dict[int, tuple[Tensor, int]] = {}
+        self._index = index
+        self._saved: dict[int, Saved] = {}
 
     def saved_again(self, index: int) -> Tensor:
         """Return a tensor that the graph would have saved. torch calls this hook in backward.
@@ -172,25 +221,26 @@ class RecomputedGraph:
         # tensors, then finds that it has no gradient, and computes nothing.
         if self.skipped_in is not None and self.skipped_in == current_backward() and engine_asks():
             return _NOTHING
-        # Each tensor is returned once and forgotten, so that memory shrinks during backward. If a
+        # Each tensor is forgotten after its last use, so that memory shrinks during backward. If a
         # node asks for it again (another backward, with retain_graph), the chunk runs again.
-        found = self._saved.pop(index, None)
-        tensor, version = found or self._from_second_run(index)
-        if version_of(tensor) != version:
+        saved = self._saved.get(index) or self._from_second_run(index)
+        saved.n_uses -= 1
+        if saved.n_uses == 0:
+            self._saved.pop(index, None)
+        if version_of(saved.tensor) != saved.version:
             raise ChangedBeforeBackwardError(
                 "one of the variables needed for gradient computation, shape"
-                f" {tuple(tensor.shape)}, was modified by an inplace operation of the pose model"
-                " itself. Let this operation work on a copy."
+                f" {tuple(saved.tensor.shape)}, was modified by an inplace operation of the pose"
+                " model itself. Let this operation work on a copy."
             )
-        return tensor
+        return saved.tensor
 
-    def _from_second_run(self, index: int) -> tuple[Tensor, int]:
+    def _from_second_run(self, index: int) -> Saved:
         with self._graphs.lock:
-            found = self._saved.pop(index, None)  # another thread may have run the chunk
+            found = self._saved.get(index)  # another thread may have run the chunk
             if found is None:
-                saved = dict(enumerate(self._graphs.run_again(self)))
-                found = saved.pop(index)
-                self._saved = saved
+                self._saved = dict(enumerate(self._graphs.run_again(self)))
+                found = self._saved[index]
             return found
 
     def run_again(self) -> Tensor:
@@ -206,6 +256,10 @@ class RecomputedGraph:
                 f"pose {self.chunk.first_pose}: the pose model ran again in backward and raised"
                 f" {type(error).__name__}: {error}. {_QUESTIONS}"
             ) from error
+
+    def is_kept(self) -> bool:
+        """Return whether a loss may need the graph for another tensor than its prediction."""
+        return self._graphs.is_kept(self._index)
 
     def forget(self) -> None:
         """Free the saved tensors that backward has not used."""

@@ -116,6 +116,10 @@ class Replay:
     def _any_buffers(self) -> bool:
         return any(self._buffer_dicts)
 
+    def kept_tensors(self) -> list[Tensor]:
+        """Return the tensors with a graph that the pose model holds in plain attributes."""
+        return self._attributes.tensors_with_graph()
+
     @contextmanager
     def restored(self, conditions: Run) -> Iterator[None]:
         """Restore the conditions of a run. At the end, restore the conditions of the caller.

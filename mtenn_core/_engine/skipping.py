@@ -22,6 +22,9 @@ class Skippable(Protocol):
 
     skipped_in: int | None
 
+    def is_kept(self) -> bool:
+        """Return whether a loss may need the graph for another tensor than its prediction."""
+
 
 def join_chunks(
     predictions: Sequence[Tensor],
@@ -89,6 +92,8 @@ class _Join(torch.autograd.Function):
             counts = with_weight(weights, ctx.skip_below).tolist()
             has_weight = [any(of_chunk) for of_chunk in _split(counts, ctx.sizes)]
             runs = _graphs_to_run([node for node, _ in ctx.next_functions], has_weight)
+            for index, chunk in enumerate(ctx.chunks):
+                runs[index] = runs[index] or chunk.is_kept()
         for chunk, run in zip(ctx.chunks, runs, strict=False):
             chunk.skipped_in = None if run else current_backward()
         return None, None, *(part if run else None for part, run in zip(parts, runs, strict=True))

@@ -409,7 +409,8 @@ def test_a_part_of_the_previous_step_is_an_error(make, gradients, scale):
     pose_model = make()
     pose_model.forget()
     model = MultiPoseModel(pose_model, Minimum(scale), gradients=gradients)
-    with pytest.raises((RuntimeError, MtennError), match=r"a second time|gradients="):
+    # "recomputed" cannot see what a cache keeps, and then torch's words name its device.
+    with pytest.raises((RuntimeError, MtennError), match=r"a second time|gradients=|device meta"):
         two_steps(model, poses)
 
 
