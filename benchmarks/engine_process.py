@@ -11,7 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, NoReturn
 
 if TYPE_CHECKING:
     from engine_cases import Case, Setup, Step
@@ -27,19 +27,70 @@ PINNED = {
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 
-def measure(what: str, case: Case, ways: Sequence[str], **options: Any) -> Any:
+def measure(
+    what: str, case: Case, ways: Sequence[str], checkout: Path | None = None, **options: Any
+) -> Any:
     """Return the figures from a fresh process, or None if it was killed or failed.
 
     Parameters
     ----------
     what : ``"times"``, ``"peak"``, ``"estimated"`` or ``"thousand_steps"``, a function of this file
+    checkout : folder whose ``mtenn_core`` is measured; None is the installed one
     options : ``threads`` for all functions; ``seconds``, the duration of the timing
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
-    environment = {**os.environ, **(PINNED if what != "times" else {})}
-    command = [sys.executable, __file__, json.dumps(asked)]
-    done = subprocess.run(command, env=environment, stdout=subprocess.PIPE, check=False)
+    pinned = PINNED if what != "times" else {}
+    command, environment = process(asked, checkout)
+    done = subprocess.run(command, env=environment | pinned, stdout=subprocess.PIPE, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None
+
+
+def process(asked: dict[str, Any], checkout: Path | None) -> tuple[list[str], dict[str, str]]:
+    """Return the command and the environment of a process that runs this file."""
+    environment = dict(os.environ)
+    if checkout is not None:
+        asked = {**asked, "checkout": str(checkout)}
+        environment["PYTHONPATH"] = str(checkout)  # it comes before installed packages
+    return [sys.executable, __file__, json.dumps(asked)], environment
+
+
+class Worker:
+    """A process that keeps the models and poses of one case, and runs steps when it is asked to."""
+
+    def __init__(self, checkout: Path) -> None:
+        self.checkout = checkout
+        command, environment = process({"what": "serve", "threads": 1}, checkout)
+        pipe = subprocess.PIPE
+        self._process = subprocess.Popen(
+            command, env=environment, stdin=pipe, stdout=pipe, text=True
+        )
+
+    def send(self, what: str, *arguments: Any) -> None:
+        """Ask for a call of a method of :class:`Server`."""
+        try:
+            print(json.dumps([what, *arguments]), file=self._process.stdin, flush=True)
+        except BrokenPipeError:
+            self._fail()
+
+    def receive(self) -> Any:
+        """Return the value that the method returned."""
+        line = self._process.stdout.readline()
+        if not line:
+            self._fail()
+        return json.loads(line)
+
+    def ask(self, what: str, *arguments: Any) -> Any:
+        """Send and receive."""
+        self.send(what, *arguments)
+        return self.receive()
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.kill()
+        self._process.communicate()
+
+    def _fail(self) -> NoReturn:
+        raise SystemExit(f"The process that measures {self.checkout} failed. See its error above.")
 
 
 def times(setup: Setup, ways: Sequence[str], seconds: float) -> dict[str, Any]:
@@ -69,6 +120,34 @@ def threads() -> int:
     import torch
 
     return torch.get_num_threads()
+
+
+class Server:
+    """The other end of a :class:`Worker`."""
+
+    def set_up(self, case: dict[str, Any], ways: Sequence[str]) -> None:
+        """Take a case instead of the last one, and check that all ways give the same gradients."""
+        from engine_cases import Case, Setup
+
+        self._setup = Setup(Case(**case))
+        self._steps = {way: self._setup.steps()[way] for way in ways}
+        check(self._setup, self._steps)
+
+    def seconds(self, way: str, at_least: float) -> float:
+        """Return the CPU seconds of a step: the mean over the steps that fill a time."""
+        begin, n_steps, taken = time.process_time(), 0, 0.0
+        while taken < at_least:
+            self._setup.clear()
+            self._steps[way]()
+            n_steps += 1
+            taken = time.process_time() - begin
+        return taken / n_steps
+
+    def serve(self, lines: IO[str]) -> None:
+        """Answer each line with a line."""
+        for line in lines:
+            what, *arguments = json.loads(line)
+            print(json.dumps(getattr(self, what)(*arguments)), flush=True)
 
 
 def check(setup: Setup, steps: dict[str, Step]) -> None:
@@ -142,12 +221,26 @@ def resident(field: str) -> int:
 
 def main(asked: dict[str, Any]) -> None:
     """Run the measurement that the parent asks for, and print it as JSON."""
+    if "checkout" in asked:
+        check_package(Path(asked.pop("checkout")))
     import torch
     from engine_cases import Case, Setup
 
     torch.set_num_threads(asked.pop("threads"))
-    what, case = asked.pop("what"), Case(**asked.pop("case"))
+    what = asked.pop("what")
+    if what == "serve":
+        return Server().serve(sys.stdin)
+    case = Case(**asked.pop("case"))
     print(json.dumps(globals()[what](Setup(case), **asked)))
+
+
+def check_package(checkout: Path) -> None:
+    """Raise unless the ``mtenn_core`` of this process is that of a folder."""
+    import mtenn_core
+
+    found = Path(mtenn_core.__file__).resolve().parent
+    if found != checkout.resolve() / "mtenn_core":
+        raise SystemExit(f"mtenn_core must come from {checkout}; it was imported from {found}.")
 
 
 if __name__ == "__main__":

@@ -1,0 +1,90 @@
+"""``benchmarks/against.py`` compares two versions of the core."""
+
+from __future__ import annotations
+
+import importlib
+import shutil
+from contextlib import closing
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def against(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("against")
+
+
+@pytest.fixture
+def cell(against):
+    case = against.Case(2, n_parameters=100, pose_model="vector")
+    return against.Cell(case, "graph")
+
+
+class SlowingWorkers:
+    """Two workers on a machine on which each turn takes 0.5 seconds more than the one before."""
+
+    def __init__(self) -> None:
+        self.seconds = 0.5
+
+    def send(self, *_: object) -> None:
+        pass
+
+    def receive(self) -> None:
+        pass
+
+    def ask(self, *_: object) -> float:
+        self.seconds += 0.5
+        return self.seconds
+
+
+def test_the_order_of_turns_cancels_a_drift(against, cell):
+    workers = SlowingWorkers()
+    against.add_times(cell, workers, workers, seconds=0.0)
+    assert (cell.other[:2], cell.this[:2]) == ([1.0, 2.5], [1.5, 2.0])
+    assert against.time_cells(cell) == ["1.000", "0.000", "1.500"]
+
+
+def test_times_are_compared_by_the_median_round_and_the_fastest_turns(against, cell):
+    cell.other, cell.this = [2.0, 2.0, 4.0, 4.0, 1.0, 1.0], [1.0, 1.0, 3.0, 3.0, 2.0, 2.0]
+    median, _, fastest = against.time_cells(cell)
+    assert (median, fastest) == ("0.750", "1.000")
+
+
+@pytest.mark.parametrize(
+    ("memory", "shown"),
+    [
+        pytest.param((4_000_000, 3_000_000), ["0.750", "3.0"], id="measured"),
+        pytest.param((None, 3_000_000), ["–", "–"], id="failed"),
+        pytest.param((), ["–", "–"], id="not measured"),
+    ],
+)
+def test_memory_is_shown_as_a_ratio_and_in_megabytes(against, cell, memory, shown):
+    cell.memory = memory
+    assert against.memory_cells(cell) == shown
+
+
+def test_the_package_must_come_from_the_checkout(against, tmp_path):
+    with pytest.raises(SystemExit, match="mtenn_core must come from "):
+        importlib.import_module("engine_process").check_package(tmp_path)
+
+
+@pytest.mark.slow("two processes import torch")
+def test_two_checkouts_run_in_two_processes(against, cell, tmp_path):
+    shutil.copytree(ROOT / "mtenn_core", tmp_path / "mtenn_core")
+    with closing(against.Worker(tmp_path)) as other, closing(against.Worker(ROOT)) as this:
+        against.add_times(cell, other, this, seconds=0.0)
+    assert len(cell.other) == len(cell.this) == 2 * against.MIN_ROUNDS
+    assert min(cell.other + cell.this) > 0.0
+
+
+def test_a_worker_without_its_own_package_is_an_error(against, tmp_path):
+    with (
+        closing(against.Worker(tmp_path)) as worker,
+        pytest.raises(SystemExit, match=r"The process that measures .* failed\."),
+    ):
+        worker.ask("set_up")
