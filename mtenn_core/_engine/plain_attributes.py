@@ -38,15 +38,19 @@ class PlainAttributes:
         self._noted = list(map(_Note, self._owners))
         self._moving: list[Attributes] | None = None
 
-    def kept(self) -> AbstractContextManager[None]:
-        """Return a context that, at the end, undoes changes of attributes.
-
-        It knows only attributes that the first run has changed, too. Most pose models change none.
-        """
+    def move(self) -> bool:
+        """Return whether the first run has changed any attribute. Most pose models change none."""
         if self._moving is None:
             self._moving = [note.attributes for note in self._noted if note.has_changed()]
             self._noted = []
-        return attributes_kept(self._moving)
+        return bool(self._moving)
+
+    def kept(self) -> AbstractContextManager[None]:
+        """Return a context that, at the end, undoes changes of attributes.
+
+        It knows only attributes that the first run has changed, too.
+        """
+        return attributes_kept(self._moving or ())
 
     def tensors_with_graph(self) -> list[Tensor]:
         """Return the attributes, and entries of containers, that are tensors with a graph."""

@@ -13,7 +13,6 @@ import weakref
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -31,9 +30,9 @@ from mtenn_core._engine.autograd_nodes import (
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
-from mtenn_core._engine.fingerprint import Fingerprint, difference
+from mtenn_core._engine.fingerprint import difference
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.replay import Replay, Run, fingerprint_of
+from mtenn_core._engine.replay import Replay, Run, samples_of
 from mtenn_core._engine.skipping import join_chunks
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
@@ -62,6 +61,12 @@ class Recomputed(Mode):
         memory = totals.gradient + totals.largest_chunk + totals.bare
         forwards = totals.n_chunks + totals.n_chunks_run
         return ModeCost(self.name, forwards, totals.n_chunks_run, round(memory))
+
+
+# A tensor that a run saves for backward, detached; its version in the run, because torch does not
+# check tensors that hooks saved; and how many nodes will still ask for it. It is a list and not a
+# class, because there are many.
+Saved = list[Any]
 
 
 class RecomputedGraphs:
@@ -106,16 +111,18 @@ class RecomputedGraphs:
                 # Set this before the run. If a pose model takes gradients in its own forward, the
                 # second run starts before the first run ends.
                 graph.first_run = self._replay.before_run()
-                # There is one call per saved tensor. This one is fast, because it runs no Python
-                # code: a new tensor gets the next number. It keeps the tensors of one chunk.
-                numbers: defaultdict[Tensor, int] = defaultdict(itertools.count().__next__)
+                numbers = _numbers()
                 with saved_tensors_hooks(numbers.__getitem__, graph.saved_again):
                     prediction = graph.chunk.run()
                 graph.first_run = self._replay.after_run(graph.first_run, prediction, numbers)
                 numbers.clear()
                 predictions.append(prediction)
                 root = prediction.grad_fn
-                self._ends.append(sequence_number(root) if root else max(self._ends, default=-1))
+                self._ends.append(sequence_number(root) if root else (self._ends or [-1])[-1])
+            for graph, run in zip(
+                graphs, self._replay.after_forward([g.first_run for g in graphs]), strict=True
+            ):
+                graph.first_run = run
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise
@@ -149,16 +156,18 @@ class RecomputedGraphs:
         if (last := self._last()) is not None:
             last.forget()
         self._last = weakref.ref(graph)
-        saved: dict[Tensor, Saved] = {}
+        numbers = _numbers()
+        saved: list[Saved] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            if tensor not in saved:
+            number = numbers[tensor]
+            if number == len(saved):
                 # Detach the tensor, so that the second graph is freed at once. No backward needs
                 # that graph.
-                detached = tensor.detach()
-                saved[tensor] = Saved(detached, version_of(detached))
-            saved[tensor].n_uses += 1
-            return saved[tensor].tensor
+                saved.append([tensor.detach(), version_of(tensor), 1])
+            else:
+                saved[number][2] += 1
+            return saved[number][0]
 
         changed = self._replay.changed_parameters()
         # Backward runs with grad mode off. The second run needs grad mode to save tensors.
@@ -169,26 +178,9 @@ class RecomputedGraphs:
         ):
             predictions = graph.run_again()
         self._replay.check_parameters(changed, predictions)
-        graph.check(fingerprint_of(predictions, saved))
-        found = list(saved.values())
-        saved.clear()  # its keys have graphs
-        return found
-
-
-@dataclass(slots=True)
-class Saved:
-    """A tensor that a run saves for backward.
-
-    Attributes
-    ----------
-    tensor : the tensor, detached
-    version : its version in the run. torch does not check tensors that hooks saved.
-    n_uses : how many nodes of the graph will still ask for the tensor
-    """
-
-    tensor: Tensor
-    version: int
-    n_uses: int = 0
+        graph.check(predictions.detach(), len(numbers), samples_of(numbers))
+        numbers.clear()  # its tensors have graphs
+        return saved
 
 
 class RecomputedGraph:
@@ -224,16 +216,17 @@ class RecomputedGraph:
         # Each tensor is forgotten after its last use, so that memory shrinks during backward. If a
         # node asks for it again (another backward, with retain_graph), the chunk runs again.
         saved = self._saved.get(index) or self._from_second_run(index)
-        saved.n_uses -= 1
-        if saved.n_uses == 0:
+        tensor, version, n_uses = saved
+        saved[2] = n_uses - 1
+        if n_uses == 1:
             self._saved.pop(index, None)
-        if version_of(saved.tensor) != saved.version:
+        if version_of(tensor) != version:
             raise ChangedBeforeBackwardError(
                 "one of the variables needed for gradient computation, shape"
-                f" {tuple(saved.tensor.shape)}, was modified by an inplace operation of the pose"
-                " model itself. Let this operation work on a copy."
+                f" {tuple(tensor.shape)}, was modified by an inplace operation of the pose model"
+                " itself. Let this operation work on a copy."
             )
-        return saved.tensor
+        return tensor
 
     def _from_second_run(self, index: int) -> Saved:
         with self._graphs.lock:
@@ -265,18 +258,32 @@ class RecomputedGraph:
         """Free the saved tensors that backward has not used."""
         self._saved = {}
 
-    def check(self, second: Fingerprint) -> None:
-        """Raise an error if the second run differed from the first."""
+    def check(self, predictions: Tensor, n_saved: int, samples: Sequence[Tensor]) -> None:
+        """Raise an error if the second run differed from the first.
+
+        Parameters
+        ----------
+        predictions, n_saved, samples : see :func:`difference`
+        """
         first = self.first_run.fingerprint
         if first is None:  # the pose model takes gradients in its own forward
             return
-        differs = difference(first, second)
+        differs = difference(first, predictions, n_saved, samples)
         if differs is not None:
             pose, how = differs
             raise ChangedBeforeBackwardError(
                 f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and"
                 f" behaved differently than in forward. {how} {_QUESTIONS}"
             )
+
+
+def _numbers() -> defaultdict[Tensor, int]:
+    """Return a dict that gives each new tensor the next number.
+
+    It is the hook for saved tensors. It is fast, because it runs no Python code. It keeps the
+    tensors of one chunk until the end of the chunk's run.
+    """
+    return defaultdict(itertools.count().__next__)
 
 
 _QUESTIONS = (

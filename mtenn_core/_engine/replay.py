@@ -8,15 +8,16 @@ nobody but the pose model may change poses and parameters in place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_backward, is_leaf, nodes_of, version_of
-from mtenn_core._engine.fingerprint import Fingerprint, Kind
+from mtenn_core._engine.fingerprint import Fingerprint, joined
 from mtenn_core._engine.module_tensors import (
     Places,
     accelerators,
@@ -87,14 +88,16 @@ class Replay:
         ]
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
-        self._checked_in: int | None = None  # the backward that has checked the poses
+        # The backward that has been compared with the conditions of forward, and the differences.
+        self._compared_in: int | None = None
+        self._of_caller: list[Callable[[], AbstractContextManager[object]]] = []
 
     def before_run(self) -> Run:
         """Return the conditions of the next run."""
-        # In a model without buffers, this is one shortcut for each chunk.
+        # A model without buffers takes a shortcut.
         return Run(self._random_states, self._buffers.now() if self._any_buffers() else Buffers())
 
-    def after_run(self, before: Run, predictions: Tensor, saved: Iterable[Tensor]) -> Run:
+    def after_run(self, before: Run, predictions: Tensor, saved: Collection[Tensor]) -> Run:
         """Return the conditions and the fingerprint of the last run.
 
         Parameters
@@ -102,16 +105,21 @@ class Replay:
         before : the result of :meth:`before_run`
         predictions, saved : the result of the run, and the tensors that it saves for backward
         """
-        # In the run, the pose model itself may have changed parameters (max_norm).
-        self._versions = _versions(self._held)
-        random_states = _random_states(self._devices)
-        if all(map(torch.equal, random_states, before.random_states)):
-            random_states_before: Sequence[Tensor] = ()
-        else:
-            random_states_before, self._random_states = before.random_states, random_states
+        self._random_states = _random_states(self._devices)
         changed = self._any_buffers() and self._buffers.differ_from(before.buffers)
-        fingerprint = fingerprint_of(predictions, saved)
-        return Run(random_states_before, before.buffers, changed, fingerprint)
+        fingerprint = Fingerprint(
+            predictions.detach().clone(), len(saved), joined(samples_of(saved))
+        )
+        return Run(before.random_states, before.buffers, changed, fingerprint)
+
+    def after_forward(self, runs: Sequence[Run]) -> list[Run]:
+        """Return the runs of all chunks. Leave out random states that no run has changed."""
+        # In forward, the pose model itself may have changed parameters (max_norm).
+        self._versions = _versions(self._held)
+        # To compare the states of each run would take long.
+        if all(map(torch.equal, runs[0].random_states, self._random_states)):
+            return [run._replace(random_states=()) for run in runs]
+        return list(runs)
 
     def _any_buffers(self) -> bool:
         return any(self._buffer_dicts)
@@ -128,18 +136,34 @@ class Replay:
         ------
         ChangedBeforeBackwardError : a pose was changed in place
         """
-        self._check_poses()
+        backward = current_backward()
+        # Compare only once in each backward, because there may be many poses. -1 means that no
+        # backward runs, for example if code reads grad_fn.saved_tensors.
+        if backward != self._compared_in or backward == -1:
+            self._compare_with_caller()
+            self._compared_in = backward
+        contexts = self._contexts(conditions)
+        if not contexts:
+            yield
+            return
         # Otherwise a Ctrl-C could leave a part of the conditions behind.
-        with delayed_interrupts(), self._attributes.kept(), ExitStack() as stack:
-            for context in self._contexts(conditions):
+        with delayed_interrupts(), ExitStack() as stack:
+            for context in contexts:
                 stack.enter_context(context)
             yield
 
+    def _compare_with_caller(self) -> None:
+        """Note which conditions of the caller differ from those of forward. Check the poses."""
+        self._check_poses()
+        self._of_caller = [flags.restored for flags in self._flags if flags.have_changed()]
+        if self._attributes.move():
+            self._of_caller.insert(0, self._attributes.kept)
+        if self._parameters_differ():
+            self._of_caller.append(partial(self._parameters.holding, self._places))
+
     def _contexts(self, conditions: Run) -> list[AbstractContextManager[object]]:
         """Return one context for each condition that has changed since the run."""
-        contexts: list[AbstractContextManager[object]] = [
-            flags.restored() for flags in self._flags if flags.have_changed()
-        ]
+        contexts = [context() for context in self._of_caller]
         for device, enabled, dtype in self._autocast:
             if enabled or torch.is_autocast_enabled(device):
                 # Switch the cache off. It would keep casts of weights until the end of the
@@ -147,10 +171,10 @@ class Replay:
                 contexts.append(torch.autocast(device, dtype, enabled, cache_enabled=False))
         if conditions.random_states:
             contexts.append(_random(conditions.random_states, self._devices))
-        if conditions.buffers_change or self._buffers.differ_from(conditions.buffers):
+        if conditions.buffers_change or (
+            self._any_buffers() and self._buffers.differ_from(conditions.buffers)
+        ):
             contexts.append(self._buffers.holding(conditions.buffers))
-        if self._parameters_differ():
-            contexts.append(self._parameters.holding(self._places))
         return contexts
 
     def changed_parameters(self) -> list[Tensor]:
@@ -192,14 +216,7 @@ class Replay:
             )
 
     def _check_poses(self) -> None:
-        """Raise an error if a tensor of a pose was changed in place.
-
-        The check runs only once in each backward, because there may be many poses.
-        """
-        backward = current_backward()
-        # -1 means that no backward runs, for example if code reads grad_fn.saved_tensors.
-        if backward == self._checked_in != -1:
-            return
+        """Raise an error if a tensor of a pose was changed in place."""
         for pose, tensor, version in self._inputs:
             if _versions([tensor]) != version:
                 raise ChangedBeforeBackwardError(
@@ -208,7 +225,6 @@ class Replay:
                     " again and needs them unchanged. Pass a copy to the model, or use"
                     " gradients='stored'."
                 )
-        self._checked_in = backward
 
     def _parameters_differ(self) -> bool:
         """Return whether forward ran with other parameters, for example in ``functional_call``."""
@@ -219,24 +235,32 @@ class Replay:
         return not same_places(now, self._places) and not any(map(is_sharded, self._held))
 
 
-def fingerprint_of(predictions: Tensor, saved: Iterable[Tensor]) -> Fingerprint:
-    """Return the fingerprint of a run.
-
-    Parameters
-    ----------
-    predictions : the result of the run
-    saved : the tensors that the run saves for backward, in their order
-    """
-    n_saved = 0
-    views: dict[Kind, list[Tensor]] = {}
-    for tensor in saved:  # this loop runs for each pose
-        n_saved += 1
-        if _is_sampled(tensor):
-            kind = tensor.dtype, tensor.device
-            views.setdefault(kind, []).append(_samples(tensor.detach()))
-    samples = {kind: torch.cat(of_kind) for kind, of_kind in views.items()}
-    lengths = {kind: list(map(len, of_kind)) for kind, of_kind in views.items()}
-    return Fingerprint(predictions.detach().clone(), n_saved, samples, lengths)
+def samples_of(saved: Iterable[Tensor]) -> list[Tensor]:
+    """Return views of some numbers of each tensor that a run saves for backward, shape (n,)."""
+    samples = []
+    seen = set()
+    # This loop runs for each pose. A view without a graph costs the least.
+    with torch.no_grad():
+        for tensor in saved:
+            if not _is_sampled(tensor):
+                continue
+            # An output and the input of the next layer are often one tensor, which is saved twice.
+            address = tensor.data_ptr()
+            if address in seen:
+                continue
+            seen.add(address)
+            size, stride = tensor.numel(), 1
+            if tensor.dim() > 2:
+                # Only the first numbers of the last dimension: fused attention on a GPU pads it.
+                stride = tensor.shape[-1]
+                size //= stride or 1
+            if not tensor.is_contiguous():
+                size, stride = max(zip(tensor.shape, tensor.stride(), strict=True))
+            if size > N_SAMPLES:
+                stride *= (size - 1) // (N_SAMPLES - 1)
+                size = N_SAMPLES
+            samples.append(tensor.as_strided((size,), (stride,)))
+    return samples
 
 
 def _is_sampled(tensor: Tensor) -> bool:
@@ -250,21 +274,6 @@ def _is_sampled(tensor: Tensor) -> bool:
         and tensor.dtype is not torch.uint8
         and (tensor.is_cpu or tensor.dim() > 0)
     )
-
-
-def _samples(tensor: Tensor) -> Tensor:
-    """Return a view of some of a tensor's numbers, shape (n,)."""
-    size, stride = tensor.numel(), 1
-    if tensor.dim() > 2:
-        # Only the first numbers of the last dimension: fused attention on a GPU pads the end.
-        size //= tensor.shape[-1] or 1
-        stride = tensor.shape[-1]
-    if not tensor.is_contiguous():
-        size, stride = max(zip(tensor.shape, tensor.stride(), strict=True))
-    if size > N_SAMPLES:
-        stride *= (size - 1) // (N_SAMPLES - 1)
-        size = N_SAMPLES
-    return tensor.as_strided((size,), (stride,))
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

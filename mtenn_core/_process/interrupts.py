@@ -15,21 +15,20 @@ def delayed_interrupts() -> Iterator[None]:
 
     Python runs signal handlers only in the main thread, so other threads need no delay.
     """
-    before = signal.getsignal(signal.SIGINT)
-    if threading.current_thread() is not threading.main_thread() or not callable(before):
+    if threading.current_thread() is not threading.main_thread():
         yield
         return
     received: list[tuple[Any, ...]] = []
 
     def delay(*arguments: Any) -> None:
-        if received:
+        if received and callable(before):
             before(*arguments)
         received.append(arguments)
 
-    signal.signal(signal.SIGINT, delay)
+    before = signal.signal(signal.SIGINT, delay)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if len(received) == 1:
+        if len(received) == 1 and callable(before):
             before(*received[0])
