@@ -9,7 +9,7 @@ for any input.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -22,6 +22,10 @@ from mtenn_core._engine.precision import at_least_float32
 FEW = 0.1
 
 
+# Numbers per tensor. Few are enough: if an input differs, most numbers of the next layers differ.
+N_SAMPLES = 8
+
+
 class Fingerprint(NamedTuple):
     """The fingerprint of a run.
 
@@ -29,12 +33,44 @@ class Fingerprint(NamedTuple):
     ----------
     predictions : the result, shape (n_poses,), detached
     n_saved : the number of tensors that the run saves for backward
-    samples : numbers from these tensors, one after the other
+    samples : numbers from these tensors, one after the other; None if they are not compared
     """
 
     predictions: Tensor
     n_saved: int
-    samples: Tensor
+    samples: Tensor | None
+
+
+def samples_of(saved: Iterable[Tensor]) -> list[Tensor]:
+    """Return views of some numbers of each tensor, shape (n,)."""
+    samples = []
+    with torch.no_grad():
+        for tensor in filter(_is_sampled, saved):
+            size, stride = tensor.numel(), 1
+            if tensor.dim() > 2:
+                # Only the first numbers of the last dimension: fused attention on a GPU pads it.
+                stride = tensor.shape[-1]
+                size //= stride or 1
+            if not tensor.is_contiguous():
+                size, stride = max(zip(tensor.shape, tensor.stride(), strict=True))
+            if size > N_SAMPLES:
+                stride *= (size - 1) // (N_SAMPLES - 1)
+                size = N_SAMPLES
+            samples.append(tensor.as_strided((size,), (stride,)))
+    return samples
+
+
+def _is_sampled(tensor: Tensor) -> bool:
+    """Return whether the numbers of a saved tensor must be the same in two runs."""
+    # Leave out parameters, because torch counts their changes, and subclasses, because not all have
+    # numbers in memory (DTensor). uint8 is the working memory of cuDNN and oneDNN, and fused
+    # attention on a GPU saves integers of shape () that it leaves uninitialized without dropout.
+    return (
+        type(tensor) is Tensor
+        and tensor.layout is torch.strided
+        and tensor.dtype is not torch.uint8
+        and (tensor.is_cpu or tensor.dim() > 0)
+    )
 
 
 def joined(samples: Sequence[Tensor]) -> Tensor:
@@ -48,22 +84,23 @@ def joined(samples: Sequence[Tensor]) -> Tensor:
 
 
 def difference(
-    first: Fingerprint, predictions: Tensor, n_saved: int, samples: Sequence[Tensor]
+    first: Fingerprint, predictions: Tensor, saved: Sequence[Tensor]
 ) -> tuple[int, str] | None:
     """Return how a second run differs: the index of a pose, and a sentence. None if it does not.
 
     Parameters
     ----------
     first : the fingerprint of the first run
-    predictions, n_saved, samples : the result of the second run, the number of saved tensors, and
-        the samples of each
+    predictions, saved : the result of the second run, and the tensors that it saves
     """
-    same_number = n_saved == first.n_saved
-    if same_number and torch.equal(predictions, first.predictions):
-        second = joined(samples)
-        if torch.equal(second, first.samples):
-            return None
-    floats = [s.dtype for s in (*samples, predictions) if s.is_floating_point() or s.is_complex()]
+    samples = samples_of(saved) if first.samples is not None else []
+    if (
+        len(saved) == first.n_saved
+        and torch.equal(predictions, first.predictions)
+        and (first.samples is None or torch.equal(joined(samples), first.samples))
+    ):
+        return None
+    floats = [t.dtype for t in (*saved, predictions) if t.is_floating_point() or t.is_complex()]
     coarsest = max(torch.finfo(dtype).eps for dtype in floats)
     room = _room(coarsest)
     same = torch.isclose(predictions, first.predictions, room, room, equal_nan=True)
@@ -71,9 +108,9 @@ def difference(
         pose = int((~same).int().argmax())
         one, other = predictions[pose].item(), first.predictions[pose].item()
         return pose, f"It predicted {one!r} instead of {other!r}."
-    if not same_number:
-        return 0, f"It saved {n_saved} tensors instead of {first.n_saved}."
-    if not _agree(first.samples, samples, coarsest):
+    if len(saved) != first.n_saved:
+        return 0, f"It saved {len(saved)} tensors instead of {first.n_saved}."
+    if first.samples is not None and not _agree(first.samples, samples, coarsest):
         return 0, "It predicted the same, but its gradient would be another."
     return None
 

@@ -11,9 +11,11 @@ import itertools
 import sys
 import weakref
 from bisect import bisect_right
-from collections import defaultdict
 from collections.abc import Callable, Sequence
+from functools import partial
+from operator import attrgetter
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -32,7 +34,7 @@ from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.fingerprint import difference
 from mtenn_core._engine.mode import Mode, Options
-from mtenn_core._engine.replay import Replay, Run, samples_of
+from mtenn_core._engine.replay import Replay, Run
 from mtenn_core._engine.skipping import join_chunks
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
@@ -63,10 +65,43 @@ class Recomputed(Mode):
         return ModeCost(self.name, forwards, totals.n_chunks_run, round(memory))
 
 
-# A tensor that a run saves for backward, detached; its version in the run, because torch does not
-# check tensors that hooks saved; and how many nodes will still ask for it. It is a list and not a
-# class, because there are many.
-Saved = list[Any]
+# A tensor that a run saves for backward, detached, and its version in the run. torch does not check
+# tensors that hooks saved.
+Saved = tuple[Tensor, int]
+
+# A comparison of saved tensors takes up to a third of the time of a small pose. A pose model that
+# does not repeat itself usually shows this at once. So all poses are compared in the first calls
+# of a pose model, and later one in a few. Predictions are always compared.
+ALL_COMPARED = 3
+ONE_IN = 16
+_N_CALLS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+class Numbering:
+    """The numbers of the tensors that a run saves for backward.
+
+    Parameters
+    ----------
+    keeps_tensors : True if the tensors are needed at the end of the run
+
+    Attributes
+    ----------
+    hook : returns the next number. It is called for each saved tensor.
+    count : gives the next number
+    tensors : the saved tensors, if they are kept
+    """
+
+    def __init__(self, keeps_tensors: bool) -> None:
+        self.count = itertools.count()
+        self.tensors: list[Tensor] = []
+        # partial and count are fast: they run no Python code.
+        self.hook: Callable[[Tensor], int] = (
+            self._keep if keeps_tensors else partial(next, self.count)
+        )
+
+    def _keep(self, tensor: Tensor) -> int:
+        self.tensors.append(tensor)
+        return next(self.count)
 
 
 class RecomputedGraphs:
@@ -89,6 +124,7 @@ class RecomputedGraphs:
         # graphs. If this object also owned one of them, there would be a reference cycle, and
         # memory would stay until the garbage collector runs. So this is a weak reference.
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
+        self._call = _N_CALLS[pose_model] = _N_CALLS.get(pose_model, -1) + 1
         self._ends: list[int] = []  # for each chunk, the number of the last node of its graph
         self._kept: list[int] = []  # the numbers of nodes that the pose model keeps
         self._kept_in: int | None = None  # the backward for which they were found
@@ -104,24 +140,31 @@ class RecomputedGraphs:
         -------
         shape (n_poses,)
         """
-        graphs = [RecomputedGraph(self, chunk, index) for index, chunk in enumerate(chunks)]
+        compared = self._compared(len(chunks))
+        graphs = [
+            RecomputedGraph(self, chunk, index, is_compared)
+            for index, (chunk, is_compared) in enumerate(zip(chunks, compared, strict=True))
+        ]
         predictions = []
         try:
             for graph in graphs:
                 # Set this before the run. If a pose model takes gradients in its own forward, the
                 # second run starts before the first run ends.
                 graph.first_run = self._replay.before_run()
-                numbers = _numbers()
-                with saved_tensors_hooks(numbers.__getitem__, graph.saved_again):
+                with saved_tensors_hooks(graph.numbering.hook, graph.saved_again):
                     prediction = graph.chunk.run()
-                graph.first_run = self._replay.after_run(graph.first_run, prediction, numbers)
-                numbers.clear()
+                graph.first_run = self._replay.after_run(
+                    graph.first_run,
+                    prediction,
+                    next(graph.numbering.count),
+                    graph.numbering.tensors if graph.is_compared else None,
+                )
+                graph.numbering.tensors.clear()
                 predictions.append(prediction)
                 root = prediction.grad_fn
                 self._ends.append(sequence_number(root) if root else (self._ends or [-1])[-1])
-            for graph, run in zip(
-                graphs, self._replay.after_forward([g.first_run for g in graphs]), strict=True
-            ):
+            runs = self._replay.after_forward(list(map(attrgetter("first_run"), graphs)))
+            for graph, run in zip(graphs, runs, strict=True):
                 graph.first_run = run
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
@@ -131,6 +174,11 @@ class RecomputedGraphs:
                 " around the model or inside the pose model. Use gradients='graph'."
             ) from error
         return join_chunks(predictions, graphs, skip_below)
+
+    def _compared(self, n_chunks: int) -> list[bool]:
+        """Return for each chunk whether the saved tensors of its two runs are compared."""
+        everything = self._call < ALL_COMPARED
+        return [everything or (index + self._call) % ONE_IN == 0 for index in range(n_chunks)]
 
     def is_kept(self, index: int) -> bool:
         """Return whether the pose model keeps a tensor that a chunk computed, with its graph.
@@ -156,18 +204,16 @@ class RecomputedGraphs:
         if (last := self._last()) is not None:
             last.forget()
         self._last = weakref.ref(graph)
-        numbers = _numbers()
+        tensors: list[Tensor] = []
         saved: list[Saved] = []
 
         def keep(tensor: Tensor) -> Tensor:
-            number = numbers[tensor]
-            if number == len(saved):
-                # Detach the tensor, so that the second graph is freed at once. No backward needs
-                # that graph.
-                saved.append([tensor.detach(), version_of(tensor), 1])
-            else:
-                saved[number][2] += 1
-            return saved[number][0]
+            # Detach the tensor, so that the second graph is freed at once. No backward needs that
+            # graph.
+            detached = tensor.detach()
+            tensors.append(tensor)
+            saved.append((detached, version_of(detached)))
+            return detached
 
         changed = self._replay.changed_parameters()
         # Backward runs with grad mode off. The second run needs grad mode to save tensors.
@@ -178,8 +224,8 @@ class RecomputedGraphs:
         ):
             predictions = graph.run_again()
         self._replay.check_parameters(changed, predictions)
-        graph.check(predictions.detach(), len(numbers), samples_of(numbers))
-        numbers.clear()  # its tensors have graphs
+        graph.check(predictions.detach(), tensors)
+        tensors.clear()  # they have graphs
         return saved
 
 
@@ -190,14 +236,20 @@ class RecomputedGraph:
     ----------
     chunk : the poses
     first_run : the conditions and the fingerprint of the first run
+    is_compared : True if the saved tensors of the two runs are compared
+    numbering : the numbers of the saved tensors of the first run
     skipped_in : the number of the backward pass that skips this graph, or None
     """
 
     first_run: Run
     skipped_in: int | None = None
 
-    def __init__(self, graphs: RecomputedGraphs, chunk: Chunk, index: int) -> None:
+    def __init__(
+        self, graphs: RecomputedGraphs, chunk: Chunk, index: int, is_compared: bool
+    ) -> None:
         self.chunk = chunk
+        self.is_compared = is_compared
+        self.numbering = Numbering(is_compared)
         self._graphs = graphs
         self._index = index
         self._saved: dict[int, Saved] = {}
@@ -213,13 +265,10 @@ class RecomputedGraph:
         # tensors, then finds that it has no gradient, and computes nothing.
         if self.skipped_in is not None and self.skipped_in == current_backward() and engine_asks():
             return _NOTHING
-        # Each tensor is forgotten after its last use, so that memory shrinks during backward. If a
+        # Each tensor is returned once and forgotten, so that memory shrinks during backward. If a
         # node asks for it again (another backward, with retain_graph), the chunk runs again.
-        saved = self._saved.get(index) or self._from_second_run(index)
-        tensor, version, n_uses = saved
-        saved[2] = n_uses - 1
-        if n_uses == 1:
-            self._saved.pop(index, None)
+        found = self._saved.pop(index, None)
+        tensor, version = found or self._from_second_run(index)
         if version_of(tensor) != version:
             raise ChangedBeforeBackwardError(
                 "one of the variables needed for gradient computation, shape"
@@ -230,10 +279,11 @@ class RecomputedGraph:
 
     def _from_second_run(self, index: int) -> Saved:
         with self._graphs.lock:
-            found = self._saved.get(index)  # another thread may have run the chunk
+            found = self._saved.pop(index, None)  # another thread may have run the chunk
             if found is None:
-                self._saved = dict(enumerate(self._graphs.run_again(self)))
-                found = self._saved[index]
+                saved = dict(enumerate(self._graphs.run_again(self)))
+                found = saved.pop(index)
+                self._saved = saved
             return found
 
     def run_again(self) -> Tensor:
@@ -258,32 +308,23 @@ class RecomputedGraph:
         """Free the saved tensors that backward has not used."""
         self._saved = {}
 
-    def check(self, predictions: Tensor, n_saved: int, samples: Sequence[Tensor]) -> None:
+    def check(self, predictions: Tensor, saved: Sequence[Tensor]) -> None:
         """Raise an error if the second run differed from the first.
 
         Parameters
         ----------
-        predictions, n_saved, samples : see :func:`difference`
+        predictions, saved : the result of the second run, and the tensors that it saves
         """
         first = self.first_run.fingerprint
         if first is None:  # the pose model takes gradients in its own forward
             return
-        differs = difference(first, predictions, n_saved, samples)
+        differs = difference(first, predictions, saved)
         if differs is not None:
             pose, how = differs
             raise ChangedBeforeBackwardError(
                 f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and"
                 f" behaved differently than in forward. {how} {_QUESTIONS}"
             )
-
-
-def _numbers() -> defaultdict[Tensor, int]:
-    """Return a dict that gives each new tensor the next number.
-
-    It is the hook for saved tensors. It is fast, because it runs no Python code. It keeps the
-    tensors of one chunk until the end of the chunk's run.
-    """
-    return defaultdict(itertools.count().__next__)
 
 
 _QUESTIONS = (

@@ -8,7 +8,7 @@ nobody but the pose model may change poses and parameters in place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_backward, is_leaf, nodes_of, version_of
-from mtenn_core._engine.fingerprint import Fingerprint, joined
+from mtenn_core._engine.fingerprint import Fingerprint, joined, samples_of
 from mtenn_core._engine.module_tensors import (
     Places,
     accelerators,
@@ -30,10 +30,6 @@ from mtenn_core._engine.plain_attributes import PlainAttributes
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core._process.interrupts import delayed_interrupts
 from mtenn_core.errors import ChangedBeforeBackwardError
-
-# Numbers per saved tensor in a fingerprint. If an input differs, most numbers of the next layers
-# differ, so few are enough.
-N_SAMPLES = 8
 
 
 class Run(NamedTuple):
@@ -97,19 +93,21 @@ class Replay:
         # A model without buffers takes a shortcut.
         return Run(self._random_states, self._buffers.now() if self._any_buffers() else Buffers())
 
-    def after_run(self, before: Run, predictions: Tensor, saved: Collection[Tensor]) -> Run:
+    def after_run(
+        self, before: Run, predictions: Tensor, n_saved: int, saved: Collection[Tensor] | None
+    ) -> Run:
         """Return the conditions and the fingerprint of the last run.
 
         Parameters
         ----------
         before : the result of :meth:`before_run`
-        predictions, saved : the result of the run, and the tensors that it saves for backward
+        predictions, n_saved : the result of the run, and the number of tensors that it saves
+        saved : these tensors; None if they are not compared
         """
         self._random_states = _random_states(self._devices)
         changed = self._any_buffers() and self._buffers.differ_from(before.buffers)
-        fingerprint = Fingerprint(
-            predictions.detach().clone(), len(saved), joined(samples_of(saved))
-        )
+        samples = None if saved is None else joined(samples_of(saved))
+        fingerprint = Fingerprint(predictions.detach().clone(), n_saved, samples)
         return Run(before.random_states, before.buffers, changed, fingerprint)
 
     def after_forward(self, runs: Sequence[Run]) -> list[Run]:
@@ -233,47 +231,6 @@ class Replay:
             return False  # FullyShardedDataParallel itself removes parameters and puts them back
         # fully_shard also replaces sharded parameters itself.
         return not same_places(now, self._places) and not any(map(is_sharded, self._held))
-
-
-def samples_of(saved: Iterable[Tensor]) -> list[Tensor]:
-    """Return views of some numbers of each tensor that a run saves for backward, shape (n,)."""
-    samples = []
-    seen = set()
-    # This loop runs for each pose. A view without a graph costs the least.
-    with torch.no_grad():
-        for tensor in saved:
-            if not _is_sampled(tensor):
-                continue
-            # An output and the input of the next layer are often one tensor, which is saved twice.
-            address = tensor.data_ptr()
-            if address in seen:
-                continue
-            seen.add(address)
-            size, stride = tensor.numel(), 1
-            if tensor.dim() > 2:
-                # Only the first numbers of the last dimension: fused attention on a GPU pads it.
-                stride = tensor.shape[-1]
-                size //= stride or 1
-            if not tensor.is_contiguous():
-                size, stride = max(zip(tensor.shape, tensor.stride(), strict=True))
-            if size > N_SAMPLES:
-                stride *= (size - 1) // (N_SAMPLES - 1)
-                size = N_SAMPLES
-            samples.append(tensor.as_strided((size,), (stride,)))
-    return samples
-
-
-def _is_sampled(tensor: Tensor) -> bool:
-    """Return whether the numbers of a saved tensor must be the same in two runs."""
-    # Leave out parameters, because torch counts their changes, and subclasses, because not all have
-    # numbers in memory (DTensor). uint8 is the working memory of cuDNN and oneDNN, and fused
-    # attention on a GPU saves integers of shape () that it leaves uninitialized without dropout.
-    return (
-        type(tensor) is Tensor
-        and tensor.layout is torch.strided
-        and tensor.dtype is not torch.uint8
-        and (tensor.is_cpu or tensor.dim() > 0)
-    )
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:

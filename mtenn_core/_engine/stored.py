@@ -212,9 +212,9 @@ class _InnerGradients:
         self.used: set[str] = set()
         self._lock = lock
         self._own = {id(leaf) for leaf in leaves.values()}
-        # Nodes of leaves in the graphs of earlier poses. This set keeps them alive, so that each
-        # leaf has the same node in the graph of the next pose.
-        self._known: set[Any] = set()
+        # Nodes of leaves in the graphs of earlier poses, and the version of each leaf. This dict
+        # keeps the nodes alive, so that each leaf has the same node in the graph of the next pose.
+        self._known: dict[Any, int] = {}
         # Both are set at the first pose.
         self._scale: float | None = None
         self._outside_autocast: AbstractContextManager[object] = nullcontext()
@@ -249,23 +249,28 @@ class _InnerGradients:
         nodes = [root]
         for node in nodes:  # the loop also visits the nodes that it appends
             for parent, _ in node.next_functions:
-                if parent in self._known:
-                    _check_age(node, parent, pose)
                 # None represents an input that needs no gradient.
-                elif parent is None or parent in seen:
+                if parent is None or parent in seen:
                     continue
-                elif type(parent) is AccumulateGrad:
-                    self._check_leaf(parent, pose)
-                    _check_age(node, parent, pose)
-                else:
+                if type(parent) is not AccumulateGrad:
                     seen.add(parent)
                     nodes.append(parent)
+                    continue
+                if parent not in self._known:
+                    self._check_leaf(parent, pose)
+                # torch keeps this dict as long as the node. If the pose model keeps the node until
+                # the parameter changes, the gradient belongs to the old value. torch itself does
+                # not notice this, because the graphs are retained.
+                version = self._known[parent]
+                metadata: Any = node.metadata
+                if metadata.setdefault(parent, version) != version:
+                    raise GradientError(f"pose {pose}: {_OLD}", pose=pose)
         return set(map(type, nodes))
 
     def _check_leaf(self, node: Any, pose: int) -> None:
         """Raise a GradientError if a leaf is not a parameter of the pose model."""
         if id(node.variable) in self._own:
-            self._known.add(node)
+            self._known[node] = version_of(node.variable)
             return
         raise GradientError(
             f"pose {pose}: the prediction depends on a tensor of shape"
@@ -306,30 +311,6 @@ class _InnerGradients:
         return [], 1.0
 
 
-def _check_age(node: Any, leaf: Any, pose: int) -> None:
-    """Raise a GradientError if a node is older than the current value of a parameter.
-
-    Graphs are retained. So torch does not notice that a pose model uses a part of its graph again
-    after an optimizer's step, as it does after an ordinary backward.
-
-    Parameters
-    ----------
-    node : a node that needs the gradient of the parameter
-    leaf : the node of the parameter
-    """
-    version = version_of(leaf.variable)
-    # torch keeps the dict as long as the node.
-    if node.metadata.setdefault(leaf, version) != version:
-        raise GradientError(
-            f"pose {pose}: the pose model uses a tensor that it computed before a parameter of"
-            f" shape {tuple(leaf.variable.shape)} changed (for example, in an optimizer's step)."
-            " Its gradient would belong to the old value, in gradients='graph', too. Compute the"
-            " tensor again in each call. If all poses of a compound use it, give its module to"
-            " MultiPoseModel as shared=….",
-            pose=pose,
-        )
-
-
 def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
     """Return a gradient as a flat part of a row. Return zeros if there is no gradient."""
     if gradient is None:
@@ -347,6 +328,12 @@ _FREED = (
     "the prediction uses a part of a graph that an earlier backward has freed, such as a receptor"
     " that the pose model embedded for another pose. Give the part that all poses of a compound"
     " share to MultiPoseModel as shared=…, or use gradients='graph'."
+)
+_OLD = (
+    "the pose model uses a tensor that it computed before a parameter changed (for example, in an"
+    " optimizer's step). Its gradient would belong to the old value, in gradients='graph', too."
+    " Compute the tensor again in each call. If all poses of a compound use it, give its module to"
+    " MultiPoseModel as shared=…."
 )
 _OVERFLOW = (
     "a gradient of the compiled pose model overflows in float16, and a compiled module cannot"
