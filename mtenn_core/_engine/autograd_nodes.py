@@ -12,11 +12,13 @@ import operator
 import re
 import sys
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from mtenn_core._process.interrupts import delayed_interrupts
 
 # Returns the number of the backward pass that runs on this thread, or -1 if none runs. Two calls of
 # a hook or a Function belong to the same backward if they get the same number. Seen in torch 2.13,
@@ -92,22 +94,28 @@ hooks_of = operator.attrgetter("_backward_hooks")
 
 
 @contextmanager
-def muted_hooks(tensors: Iterable[Tensor]) -> Iterator[None]:
+def muted_hooks(tensors: Iterable[Tensor], lock: AbstractContextManager[object]) -> Iterator[None]:
     """Leave out the hooks of leaf tensors in the backward passes of a block.
 
     ``torch.autograd.grad`` leaves out the other hooks of a leaf: those of its ``AccumulateGrad``
     node (DistributedDataParallel, FSDP) and those of ``register_post_accumulate_grad_hook``.
+
+    Parameters
+    ----------
+    lock : is held during the block, so that only one thread mutes the hooks
     """
-    muted = [(hooks, dict(hooks)) for hooks in map(hooks_of, tensors) if hooks]
-    try:
-        for hooks, _ in muted:
-            hooks.clear()
-        yield
-    finally:
-        for hooks, kept in muted:
-            added = dict(hooks)
-            hooks.clear()
-            hooks.update(kept | added)
+    # A Ctrl-C could lose the hooks.
+    with delayed_interrupts(), lock:
+        muted = [(hooks, dict(hooks)) for hooks in map(hooks_of, tensors)]
+        try:
+            for hooks, _ in muted:
+                hooks.clear()
+            yield
+        finally:
+            for hooks, kept in muted:
+                added = dict(hooks)
+                hooks.clear()
+                hooks.update(kept | added)
 
 
 def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:

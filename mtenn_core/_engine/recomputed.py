@@ -153,7 +153,7 @@ class RecomputedGraphs:
                 graph.first_run = self._replay.before_run()
                 with saved_tensors_hooks(graph.numbering.hook, graph.saved_again):
                     prediction = graph.chunk.run()
-                graph.first_run = self._replay.after_run(
+                self._replay.after_run(
                     graph.first_run,
                     prediction,
                     next(graph.numbering.count),
@@ -163,9 +163,7 @@ class RecomputedGraphs:
                 predictions.append(prediction)
                 root = prediction.grad_fn
                 self._ends.append(sequence_number(root) if root else (self._ends or [-1])[-1])
-            runs = self._replay.after_forward(list(map(attrgetter("first_run"), graphs)))
-            for graph, run in zip(graphs, runs, strict=True):
-                graph.first_run = run
+            self._replay.after_forward(list(map(attrgetter("first_run"), graphs)))
         except RuntimeError as error:
             if "saved tensor hooks" not in str(error):
                 raise

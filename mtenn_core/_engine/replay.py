@@ -8,10 +8,11 @@ nobody but the pose model may change poses and parameters in place.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,12 +33,13 @@ from mtenn_core._process.interrupts import delayed_interrupts
 from mtenn_core.errors import ChangedBeforeBackwardError
 
 
-class Run(NamedTuple):
+@dataclass(slots=True)
+class Run:
     """The first run of a chunk: its conditions, as far as a run may change them, and its result.
 
     Attributes
     ----------
-    random_states : the random states before the run; empty if the run drew no random number
+    random_states : the random states before the run; empty if no run drew a random number
     buffers : the buffers before the run
     buffers_change : True if the run changes the buffers
     fingerprint : the result, and samples of the saved tensors; None until the end of the run
@@ -47,6 +49,9 @@ class Run(NamedTuple):
     buffers: Buffers
     buffers_change: bool = True
     fingerprint: Fingerprint | None = None
+
+
+_NO_BUFFERS = Buffers()
 
 
 class Replay:
@@ -90,37 +95,32 @@ class Replay:
 
     def before_run(self) -> Run:
         """Return the conditions of the next run."""
-        # A model without buffers takes a shortcut.
-        return Run(self._random_states, self._buffers.now() if self._any_buffers() else Buffers())
+        buffers = self._buffers.now() if any(self._buffer_dicts) else _NO_BUFFERS
+        return Run(self._random_states, buffers)
 
     def after_run(
-        self, before: Run, predictions: Tensor, n_saved: int, saved: Collection[Tensor] | None
-    ) -> Run:
-        """Return the conditions and the fingerprint of the last run.
+        self, run: Run, predictions: Tensor, n_saved: int, saved: Sequence[Tensor] | None
+    ) -> None:
+        """Complete the result of :meth:`before_run` after the run.
 
         Parameters
         ----------
-        before : the result of :meth:`before_run`
         predictions, n_saved : the result of the run, and the number of tensors that it saves
         saved : these tensors; None if they are not compared
         """
         self._random_states = _random_states(self._devices)
-        changed = self._any_buffers() and self._buffers.differ_from(before.buffers)
+        run.buffers_change = any(self._buffer_dicts) and self._buffers.differ_from(run.buffers)
         samples = None if saved is None else joined(samples_of(saved))
-        fingerprint = Fingerprint(predictions.detach().clone(), n_saved, samples)
-        return Run(before.random_states, before.buffers, changed, fingerprint)
+        run.fingerprint = Fingerprint(predictions.detach().clone(), n_saved, samples)
 
-    def after_forward(self, runs: Sequence[Run]) -> list[Run]:
-        """Return the runs of all chunks. Leave out random states that no run has changed."""
+    def after_forward(self, runs: Sequence[Run]) -> None:
+        """Free the random states if no run has changed them."""
         # In forward, the pose model itself may have changed parameters (max_norm).
         self._versions = _versions(self._held)
-        # To compare the states of each run would take long.
+        # Compare only once, because it takes long.
         if all(map(torch.equal, runs[0].random_states, self._random_states)):
-            return [run._replace(random_states=()) for run in runs]
-        return list(runs)
-
-    def _any_buffers(self) -> bool:
-        return any(self._buffer_dicts)
+            for run in runs:
+                run.random_states = ()
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors with a graph that the pose model holds in plain attributes."""
@@ -170,7 +170,7 @@ class Replay:
         if conditions.random_states:
             contexts.append(_random(conditions.random_states, self._devices))
         if conditions.buffers_change or (
-            self._any_buffers() and self._buffers.differ_from(conditions.buffers)
+            any(self._buffer_dicts) and self._buffers.differ_from(conditions.buffers)
         ):
             contexts.append(self._buffers.holding(conditions.buffers))
         return contexts

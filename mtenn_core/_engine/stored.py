@@ -282,6 +282,12 @@ class _InnerGradients:
             pose=pose,
         )
 
+    def _muted(self, params: Sequence[Tensor]) -> AbstractContextManager[object]:
+        """Return a context in which the parameters' hooks do not run."""
+        # The dict of hooks is not None if another thread has muted the hooks.
+        hooked = [param for param in params if hooks_of(param) is not None]
+        return muted_hooks(hooked, self._lock) if hooked else nullcontext()
+
     def _scaled(
         self, prediction: Tensor, retain_graph: bool
     ) -> tuple[Sequence[Tensor | None], float]:
@@ -295,8 +301,7 @@ class _InnerGradients:
         params = list(self.leaves.values())
         scale = self._scale
         while params:
-            muted = muted_hooks(params) if any(map(hooks_of, params)) else nullcontext()
-            with self._outside_autocast, self._lock, muted:
+            with self._outside_autocast, self._muted(params):
                 gradients = torch.autograd.grad(
                     prediction * scale if scale > 1 else prediction,
                     params,
