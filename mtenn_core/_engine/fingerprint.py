@@ -65,11 +65,13 @@ def _is_sampled(tensor: Tensor) -> bool:
     # Leave out parameters, because torch counts their changes, and subclasses, because not all have
     # numbers in memory (DTensor). uint8 is the working memory of cuDNN and oneDNN, and fused
     # attention on a GPU saves integers of shape () that it leaves uninitialized without dropout.
+    # After a run, fully_shard frees the memory of parameters and of their views.
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
         and tensor.dtype is not torch.uint8
         and (tensor.is_cpu or tensor.dim() > 0)
+        and tensor.untyped_storage().nbytes() > 0
     )
 
 
