@@ -43,6 +43,10 @@ def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
     return [-1 if t is None or t.is_inference() else version_of(t) for t in tensors]
 
 
+# Returns the tensor of which a tensor is a view, or None. Seen in torch 2.13; every release has it,
+# but it is not documented. Without it: compare the addresses of the memory.
+base_of = operator.attrgetter("_base")
+
 # Returns a node's number. Nodes that one thread creates later have larger numbers. Seen in torch
 # 2.13, where profilers use it. Without it: skip no pose if the pose model keeps any tensor.
 sequence_number = operator.methodcaller("_sequence_nr")

@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.autograd_nodes import base_of
 from mtenn_core._engine.precision import at_least_float32
 
 # An accelerator may add up in another order in each run. In half precision, this changes the
@@ -62,16 +63,16 @@ def samples_of(saved: Iterable[Tensor]) -> list[Tensor]:
 
 def _is_sampled(tensor: Tensor) -> bool:
     """Return whether the numbers of a saved tensor must be the same in two runs."""
-    # Leave out parameters, because torch counts their changes, and subclasses, because not all have
-    # numbers in memory (DTensor). uint8 is the working memory of cuDNN and oneDNN, and fused
-    # attention on a GPU saves integers of shape () that it leaves uninitialized without dropout.
-    # After a run, fully_shard frees the memory of parameters and of their views.
+    # Leave out parameters and their views, because torch counts their changes, and fully_shard frees
+    # their memory. Leave out subclasses, because not all have numbers in memory (DTensor). uint8 is
+    # the working memory of cuDNN and oneDNN, and fused attention on a GPU saves integers of shape
+    # () that it leaves uninitialized without dropout.
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided
         and tensor.dtype is not torch.uint8
         and (tensor.is_cpu or tensor.dim() > 0)
-        and tensor.untyped_storage().nbytes() > 0
+        and not isinstance(base_of(tensor), torch.nn.Parameter)
     )
 
 
