@@ -30,13 +30,22 @@ ALL_CHECKS = [check.id for check in CHECKS]  # of every level
 
 # What nobody can tell from the plugin itself: why, and which.
 EQUIVALENT = {
-    "h(y - c) + c is the same for every c, so its derivative with respect to c is 0": [
-        "MaxCombination._exponents: (wide.amin() if self.negate_preds else wide.amax()).detach()"
-        " -> wide.amin() if self.negate_preds else wide.amax()",
-        "BoltzmannCombination._populations: wide.amin().detach() -> wide.amin()",
-    ],
     "softmax shifts by the extreme itself: another shift before it is rounded otherwise at most": [
         "BoltzmannCombination._populations: wide.amin() -> wide.amax()",
+    ],
+    "at the ends of the range of the arithmetic, the value has reached its limit": [
+        "MaxCombination._signed_scale: 1 -> 2",
+        "BoltzmannCombination._kT_within_range: 1 -> 2",
+    ],
+    "min and max take their arguments in any order": [
+        "MaxCombination._signed_scale: max(self.pred_scale, 1 / highest)"
+        " -> max(1 / highest, self.pred_scale)",
+        "MaxCombination._signed_scale: min(max(self.pred_scale, 1 / highest), highest)"
+        " -> min(highest, max(self.pred_scale, 1 / highest))",
+        "BoltzmannCombination._kT_within_range: max(self._kT, 1 / highest)"
+        " -> max(1 / highest, self._kT)",
+        "BoltzmannCombination._kT_within_range: min(max(self._kT, 1 / highest), highest)"
+        " -> min(highest, max(self._kT, 1 / highest))",
     ],
     "promote_types takes its arguments in any order": [
         "MaxCombination._exponents: torch.promote_types(predictions.dtype, torch.float32)"
@@ -72,8 +81,8 @@ BEYOND_THE_SUITE = {
     },
     "the core calls combine and pose_weights in float32 at least": {
         "test_half_precision_is_that_of_float32_rounded_once": [
-            "MaxCombination.combine: (extreme + log / self._signed_scale).to(predictions.dtype)"
-            " -> extreme + log / self._signed_scale",
+            "MaxCombination.combine: (extreme + log / scale).to(predictions.dtype)"
+            " -> extreme + log / scale",
             "MaxCombination.pose_weights: torch.softmax(exponents, dim=0).to(predictions.dtype)"
             " -> torch.softmax(exponents, dim=0)",
             "MaxCombination._exponents:"
@@ -83,11 +92,64 @@ BEYOND_THE_SUITE = {
             " (lowest + (populations * above).sum()).to(predictions.dtype)"
             " -> lowest + (populations * above).sum()",
             "BoltzmannCombination.pose_weights:"
-            " (populations * (1 + (mean - above) / self.kT)).to(predictions.dtype)"
-            " -> populations * (1 + (mean - above) / self.kT)",
+            " (populations * (1 + (mean - above) / kT)).to(predictions.dtype)"
+            " -> populations * (1 + (mean - above) / kT)",
             "BoltzmannCombination._populations:"
             " predictions.to(torch.promote_types(predictions.dtype, torch.float32))"
             " -> predictions",
+        ],
+    },
+    "no probe is infinite, or overflows": {
+        "test_the_mean_of_large_predictions_does_not_overflow": [
+            "MeanCombination.combine: torch.where(mean.isfinite(), mean,"
+            " (predictions / len(predictions)).sum()) -> torch.where(mean.isfinite(),"
+            " (predictions / len(predictions)).sum(), mean)",
+            "MeanCombination.combine: predictions / len(predictions)"
+            " -> predictions * len(predictions)",
+            "MeanCombination.combine: (predictions / len(predictions)).sum()"
+            " -> (predictions / len(predictions)).mean()",
+        ],
+        "test_the_mean_of_whole_numbers_is_exact": [
+            "MeanCombination.combine: mean.isfinite() -> mean.isnan()",
+        ],
+        "test_a_failed_pose_counts_as_absent": [
+            "BoltzmannCombination._populations: above = above.clamp(max=FAR * kT) -> pass",
+            "BoltzmannCombination._populations: FAR * kT -> FAR / kT",
+        ],
+    },
+    "no example is at the end of the range of floating-point numbers": {
+        "test_a_scale_that_is_not_positive_and_finite_is_refused": [
+            "MaxCombination.__init__: 0 < pred_scale < math.inf and 1 / pred_scale < math.inf"
+            " -> 0 < pred_scale < math.inf or 1 / pred_scale < math.inf",
+            "MaxCombination.__init__: 1 / pred_scale < math.inf -> 1 / pred_scale <= math.inf",
+            "MaxCombination.__init__: 1 / pred_scale -> 1 * pred_scale",
+            "MaxCombination.__init__: 1 -> 0",
+        ],
+        "test_a_scale_that_underflows_gives_the_mean_if_normalized": [
+            "MaxCombination.__init__: 1 -> 2",
+            "MaxCombination._signed_scale: 1 -> 0",
+        ],
+        "test_a_scale_that_overflows_gives_the_hard_extreme": [
+            "MaxCombination._signed_scale: torch.finfo(dtype).max / FAR"
+            " -> torch.finfo(dtype).max * FAR",
+        ],
+        "test_a_temperature_that_is_not_positive_and_finite_is_refused": [
+            "BoltzmannCombination.__init__: 0 < kT < math.inf and 1 / kT < math.inf"
+            " -> 0 < kT < math.inf or 1 / kT < math.inf",
+            "BoltzmannCombination.__init__: 1 / kT < math.inf -> 1 / kT <= math.inf",
+            "BoltzmannCombination.__init__: 1 / kT -> 1 * kT",
+            "BoltzmannCombination.__init__: 1 -> 0",
+        ],
+        "test_a_vanishing_temperature_gives_the_minimum": [
+            "BoltzmannCombination.__init__: 1 -> 2",
+            "BoltzmannCombination._kT_within_range: 1 -> 0",
+        ],
+        "test_an_infinite_temperature_gives_the_mean": [
+            "BoltzmannCombination._kT_within_range: torch.finfo(dtype).max / FAR"
+            " -> torch.finfo(dtype).max * FAR",
+        ],
+        "test_a_float32_temperature_is_computed_in_the_dtype_of_the_predictions": [
+            "BoltzmannCombination._kT_within_range: self.log_kT.to(dtype) -> self.log_kT",
         ],
     },
 }

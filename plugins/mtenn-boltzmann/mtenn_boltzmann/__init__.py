@@ -7,19 +7,30 @@ from torch import Tensor
 
 from mtenn_core import Combination
 
+# In units of kT. A pose this far above the lowest has the population 0: exp(-1000) is 0 in float64.
+FAR = 1000.0
+
 
 class BoltzmannCombination(Combination):
     """Population-weighted mean, Σ_i p_i y_i with p = softmax(-y/kT).
 
+    A pose at +inf, or so far above the others that -y/kT overflows, has the population 0 and the
+    weight 0. The others are combined as if it were absent. If all poses are at +inf, or some are at
+    -inf, the value is this infinity, and these poses share the weight equally.
+
+    The arithmetic is in float32 or float64. A ``kT`` outside 3e-36 to 3e35 (in float64, 6e-306 to
+    2e305) counts as the nearer end of this range. The value there is the minimum or the mean, and
+    the derivative with respect to ln kT is 0.
+
     Parameters
     ----------
-    kT : thermal energy in the unit of the predictions (0.593 kcal/mol at 298 K), positive and
-        finite
+    kT : thermal energy in the unit of the predictions (0.593 kcal/mol at 298 K). kT and 1/kT are
+        positive and finite.
     learnable : train ln kT with the rest of the model; training starts at ``kT``
 
     Raises
     ------
-    ValueError : ``kT`` is not positive and finite
+    ValueError : ``kT`` or 1/kT is not positive and finite
     """
 
     # The mean is not monotone. It falls if a prediction rises that is more than kT above the mean.
@@ -36,8 +47,8 @@ class BoltzmannCombination(Combination):
 
     def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
-        if not (kT > 0 and math.isfinite(kT)):
-            raise ValueError(f"kT must be positive and finite; found {kT}")
+        if not (0 < kT < math.inf and 1 / kT < math.inf):
+            raise ValueError(f"kT and 1/kT must be positive and finite; found kT = {kT}")
         self.learnable = learnable
         self._kT = float(kT)
         if learnable:
@@ -59,7 +70,7 @@ class BoltzmannCombination(Combination):
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the population-weighted mean of the predictions, shape (), in their unit."""
-        lowest, above, populations = self._populations(predictions)
+        lowest, above, populations, _ = self._populations(predictions)
         return (lowest + (populations * above).sum()).to(predictions.dtype)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
@@ -77,20 +88,40 @@ class BoltzmannCombination(Combination):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        _, above, populations = self._populations(predictions)
+        _, above, populations, kT = self._populations(predictions)
         mean = (populations * above).sum()
-        return (populations * (1 + (mean - above) / self.kT)).to(predictions.dtype)
+        return (populations * (1 + (mean - above) / kT)).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return Σ_i p_i y_i with p = softmax(-y/kT), shape (), without the shift."""
         return (torch.softmax(-predictions / self.kT, dim=0) * predictions).sum()
 
-    def _populations(self, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Return the lowest y, each y minus the lowest, and p. All are float32 at least."""
+    def _populations(self, predictions: Tensor) -> tuple[Tensor, Tensor, Tensor, float | Tensor]:
+        """Return the lowest y, each y minus the lowest, p, and kT. All are float32 at least.
+
+        A y that is more than 1000 kT above the lowest is returned as 1000 kT. There p is 0.
+        """
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
+        kT = self._kT_within_range(wide.dtype)
+        largest = torch.finfo(wide.dtype).max
+        lowest = wide.amin()
         # Subtract the lowest y first: without this shift, y/kT loses its last digits if |y| is
         # large. A shift of all y shifts the mean equally. So the derivative of the mean does not
         # depend on the shift, and autograd need not differentiate the lowest y.
-        lowest = wide.amin().detach()
-        above = wide - lowest
-        return lowest, above, torch.softmax(-above / self.kT, dim=0)
+        # Infinite y count as the largest numbers, because inf - inf is NaN.
+        above = wide.clamp(-largest, largest) - lowest.detach().clamp(-largest, largest)
+        # If y or y/kT were infinite, p y would be 0 * inf, which is NaN.
+        above = above.clamp(max=FAR * kT)
+        # An infinite lowest y is the exception. clamp has no derivative there. amin has one, and
+        # shares it equally among ties.
+        lowest = torch.where(lowest.isinf(), lowest, lowest.detach())
+        return lowest, above, torch.softmax(-above / kT, dim=0), kT
+
+    def _kT_within_range(self, dtype: torch.dtype) -> float | Tensor:
+        """Return kT for arithmetic in ``dtype``. FAR * kT and FAR / kT do not overflow."""
+        highest = torch.finfo(dtype).max / FAR
+        if not self.learnable:
+            return min(max(self._kT, 1 / highest), highest)
+        # Clamp ln kT and not kT: the derivative of a clamped exp(1000) would be 0 * inf.
+        bound = math.log(highest)
+        return self.log_kT.to(dtype).clamp(-bound, bound).exp().squeeze(0)

@@ -119,10 +119,156 @@ def test_nan_in_gives_nan_out():
     assert BoltzmannCombination().pose_weights(y).isnan().any()
 
 
-@pytest.mark.parametrize("kT", [0.0, -0.6, math.inf, math.nan])
+# 1e-320 is positive, and 1/1e-320 is inf.
+@pytest.mark.parametrize("kT", [0.0, -0.6, math.inf, math.nan, 1e-320])
 def test_a_temperature_that_is_not_positive_and_finite_is_refused(kT):
-    with pytest.raises(ValueError, match=f"kT must be positive and finite; found {kT}"):
+    message = f"kT and 1/kT must be positive and finite; found kT = {kT}$"
+    with pytest.raises(ValueError, match=message):
         BoltzmannCombination(kT)
+
+
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+LEARNABLE = pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
+
+
+def results(combination, y):
+    """Return the value, the closed form, autograd's weights, and the gradient of ln kT (or 0)."""
+    y = y.clone().requires_grad_()
+    value = combination.combine(y)
+    by_autograd, *of_log_kT = torch.autograd.grad(value, [y, *combination.parameters()])
+    log_kT_gradient = of_log_kT[0].item() if of_log_kT else 0.0
+    return value.detach(), combination.pose_weights(y.detach()), by_autograd, log_kT_gradient
+
+
+@FLOATS
+@LEARNABLE
+@pytest.mark.parametrize("kT", [0.593, 1e-3, 100.0])
+@pytest.mark.parametrize("failed", ["mark", "largest", "inf"])
+def test_a_failed_pose_counts_as_absent(dtype, learnable, kT, failed):
+    largest = torch.finfo(dtype).max
+    mark = {"mark": largest / 3, "largest": largest, "inf": math.inf}[failed]
+    y = torch.tensor([mark, -8.0, -7.4, mark, -6.1], dtype=dtype)
+    there = torch.tensor([1, 2, 4])
+    combination = BoltzmannCombination(kT, learnable)
+    value, weights, by_autograd, log_kT_gradient = results(combination, y)
+    expected = results(combination, y[there])
+    assert weights[[0, 3]].tolist() == by_autograd[[0, 3]].tolist() == [0, 0]
+    # The sums have more terms, which are 0. Their order may differ.
+    few = 8 * torch.finfo(dtype).eps
+    found = (value, weights[there], by_autograd[there])
+    torch.testing.assert_close(found, expected[:3], rtol=few, atol=few)
+    assert log_kT_gradient == pytest.approx(expected[3], rel=few, abs=few)
+
+
+@LEARNABLE
+def test_a_failed_pose_has_no_second_derivative(learnable):
+    y = torch.tensor([-8.0, -7.4, 1e300, math.inf], dtype=torch.float64)
+    combination = BoltzmannCombination(0.593, learnable)
+    found = torch.autograd.functional.hessian(combination.combine, y)
+    expected = torch.zeros_like(found)
+    expected[:2, :2] = torch.autograd.functional.hessian(combination.combine, y[:2])
+    torch.testing.assert_close(found, expected)
+
+
+@FLOATS
+@LEARNABLE
+def test_a_difference_that_overflows_counts_as_infinite(dtype, learnable):
+    largest = torch.finfo(dtype).max
+    y = torch.tensor([largest, -largest], dtype=dtype)
+    value, weights, by_autograd, log_kT_gradient = results(BoltzmannCombination(1, learnable), y)
+    assert value == -largest
+    assert weights.tolist() == by_autograd.tolist() == [0, 1]
+    assert log_kT_gradient == 0
+
+
+INFINITE = {
+    "all +inf": ([math.inf, math.inf], math.inf, [0.5, 0.5]),
+    "one -inf": ([1.0, -math.inf, math.inf, 2.0], -math.inf, [0, 1, 0, 0]),
+    "two -inf": ([-math.inf, 1.0, -math.inf], -math.inf, [0.5, 0, 0.5]),
+    "one pose": ([math.inf], math.inf, [1]),
+}
+
+
+@FLOATS
+@LEARNABLE
+@pytest.mark.parametrize("kT", [0.593, 1e-3])
+@pytest.mark.parametrize("case", INFINITE.values(), ids=INFINITE)
+def test_poses_at_an_infinite_minimum_share_the_weight(case, kT, dtype, learnable):
+    y, value, weights = case
+    found = results(BoltzmannCombination(kT, learnable), torch.tensor(y, dtype=dtype))
+    assert found[0] == value
+    assert found[1].tolist() == found[2].tolist() == weights
+    assert found[3] == 0
+
+
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_nan_next_to_an_infinite_pose_stays_nan(infinity):
+    y = torch.tensor([math.nan, infinity, 1.0])
+    assert BoltzmannCombination().combine(y).isnan()
+    assert BoltzmannCombination().pose_weights(y).isnan().all()
+
+
+def at_log_kT(log_kT):
+    combination = BoltzmannCombination(learnable=True)
+    with torch.no_grad():
+        combination.log_kT.fill_(log_kT)
+    return combination
+
+
+COLD = {
+    "ln kT = -50": lambda: at_log_kT(-50.0),
+    "ln kT = -1000": lambda: at_log_kT(-1000.0),
+    "kT = 1e-50": lambda: BoltzmannCombination(1e-50),
+    "kT = 1e-308": lambda: BoltzmannCombination(1e-308),
+}
+HOT = {
+    "ln kT = 89": lambda: at_log_kT(89.0),
+    "ln kT = 1000": lambda: at_log_kT(1000.0),
+    "kT = 1e39": lambda: BoltzmannCombination(1e39),
+    "kT = 1e308": lambda: BoltzmannCombination(1e308),
+}
+
+
+@FLOATS
+@pytest.mark.parametrize("made", COLD.values(), ids=COLD)
+def test_a_vanishing_temperature_gives_the_minimum(made, dtype):
+    y = torch.tensor([3.0, -9.0, -5.0, -9.0], dtype=dtype)
+    value, weights, by_autograd, log_kT_gradient = results(made(), y)
+    assert value == -9
+    assert weights.tolist() == by_autograd.tolist() == [0, 0.5, 0, 0.5]
+    assert log_kT_gradient == 0
+
+
+@FLOATS
+@pytest.mark.parametrize("made", HOT.values(), ids=HOT)
+def test_an_infinite_temperature_gives_the_mean(made, dtype):
+    y = torch.tensor([3.0, -9.0, -5.0, -9.0], dtype=dtype)
+    value, weights, by_autograd, log_kT_gradient = results(made(), y)
+    assert value == -5
+    assert weights.tolist() == by_autograd.tolist() == [0.25] * 4
+    assert log_kT_gradient == pytest.approx(0, abs=1e-30)  # Var/kT, with kT of 3e35 at least
+
+
+@LEARNABLE
+@pytest.mark.parametrize("kT", [1e-30, 1e-10, 1e10, 1e30])
+def test_a_temperature_within_the_range_only_sets_the_unit(kT, learnable):
+    """y = (0, kT ln 4), as worked by hand. The derivative with respect to ln kT is Var/kT."""
+    y = torch.tensor([0.0, kT * math.log(4)])
+    value, weights, by_autograd, gradient = results(BoltzmannCombination(kT, learnable), y)
+    mean, top = math.log(4) / 5, 0.2 * (1 - 0.8 * math.log(4))
+    # float32 holds ln kT to 4e-6, and that is the relative error of kT.
+    assert value / kT == pytest.approx(mean, rel=1e-5)
+    for found in (weights, by_autograd):
+        torch.testing.assert_close(found, torch.tensor([1 - top, top]), rtol=1e-5, atol=1e-5)
+    if learnable:
+        assert gradient / kT == pytest.approx(0.16 * math.log(4) ** 2, rel=1e-5)
+
+
+def test_a_float32_temperature_is_computed_in_the_dtype_of_the_predictions():
+    kT = math.exp(89)  # inf in float32
+    y = torch.tensor([0.0, kT * math.log(4)], dtype=torch.float64)
+    value = at_log_kT(89.0).combine(y)
+    torch.testing.assert_close(value.item() / kT, math.log(4) / 5, rtol=1e-12, atol=0)
 
 
 @pytest.mark.parametrize("gradients", ["graph", "stored"])

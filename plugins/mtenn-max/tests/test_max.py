@@ -4,7 +4,7 @@ import pickle
 
 import pytest
 import torch
-from mtenn_max import MaxCombination, MinCombination
+from mtenn_max import MaxCombination, MinCombination, log_mean_exp
 
 from mtenn_core import registry
 from mtenn_core.testing import CombinationConformance, check_combination
@@ -157,10 +157,194 @@ def test_nan_in_gives_nan_out(cls):
 
 
 @pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
-@pytest.mark.parametrize("scale", [0.0, -5.0, math.inf, math.nan])
+# 1e-320 is positive, and 1/1e-320 is inf.
+@pytest.mark.parametrize("scale", [0.0, -5.0, math.inf, math.nan, 1e-320])
 def test_a_scale_that_is_not_positive_and_finite_is_refused(cls, scale):
-    with pytest.raises(ValueError, match=f"pred_scale must be positive and finite; found {scale}"):
+    message = (
+        f"pred_scale and 1/pred_scale must be positive and finite; found pred_scale = {scale}$"
+    )
+    with pytest.raises(ValueError, match=message):
         cls(pred_scale=scale)
+
+
+FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+NORMALIZE = pytest.mark.parametrize("normalize", [False, True], ids=["sum", "normalized"])
+
+
+def results(combination, y):
+    """Return the value, the closed form and autograd's weights."""
+    y = y.clone().requires_grad_()
+    value = combination.combine(y)
+    (by_autograd,) = torch.autograd.grad(value, y)
+    return value.detach(), combination.pose_weights(y.detach()), by_autograd
+
+
+@FLOATS
+@NORMALIZE
+@pytest.mark.parametrize("failed", ["mark", "largest", "inf"])
+def test_a_failed_pose_has_no_weight_in_the_minimum(dtype, normalize, failed):
+    largest = torch.finfo(dtype).max
+    mark = {"mark": largest / 3, "largest": largest, "inf": math.inf}[failed]
+    y = torch.tensor([mark, -8.0, -7.4, mark, -6.1], dtype=dtype)
+    there = torch.tensor([1, 2, 4])
+    value, weights, by_autograd = results(MinCombination(2.0, normalize), y)
+    expected = results(MinCombination(2.0, normalize), y[there])
+    # A mean over five poses, of which two add nothing, and not over three.
+    more = math.log(5 / 3) / 2 if normalize else 0
+    few = 8 * torch.finfo(dtype).eps  # the sums have more terms, in another order
+    torch.testing.assert_close(value, expected[0] + more, rtol=few, atol=0)
+    for found in (weights, by_autograd):
+        assert found[[0, 3]].tolist() == [0, 0]
+        torch.testing.assert_close(found[there], expected[1], rtol=few, atol=few)
+
+
+@NORMALIZE
+def test_a_failed_pose_has_no_second_derivative(normalize):
+    y = torch.tensor([-8.0, -7.4, 1e300, math.inf], dtype=torch.float64)
+    combine = MinCombination(2.0, normalize).combine
+    found = torch.autograd.functional.hessian(combine, y)
+    expected = torch.zeros_like(found)
+    expected[:2, :2] = torch.autograd.functional.hessian(combine, y[:2])
+    torch.testing.assert_close(found, expected)
+
+
+INFINITE = {  # for the maximum
+    "all -inf": ([-math.inf, -math.inf], -math.inf, [0.5, 0.5]),
+    "one +inf": ([1.0, math.inf, -math.inf, 2.0], math.inf, [0, 1, 0, 0]),
+    "two +inf": ([math.inf, 1.0, math.inf], math.inf, [0.5, 0, 0.5]),
+    "one pose": ([math.inf], math.inf, [1]),
+}
+
+
+@FLOATS
+@NORMALIZE
+@pytest.mark.parametrize("case", INFINITE.values(), ids=INFINITE)
+def test_poses_at_an_infinite_extreme_share_the_weight(case, dtype, normalize):
+    y, value, weights = case
+    y = torch.tensor(y, dtype=dtype)
+    high = MaxCombination(pred_scale=2.0, normalize=normalize)
+    low = MinCombination(pred_scale=2.0, normalize=normalize)
+    for found, expected in ((results(high, y), value), (results(low, -y), -value)):
+        assert found[0] == expected
+        assert found[1].tolist() == found[2].tolist() == weights
+
+
+@NORMALIZE
+@pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
+def test_nan_next_to_an_infinite_pose_stays_nan(cls, infinity, normalize):
+    y = torch.tensor([math.nan, infinity, 1.0])
+    assert cls(normalize=normalize).combine(y).isnan()
+    assert cls().pose_weights(y).isnan().all()
+
+
+@FLOATS
+@NORMALIZE
+@pytest.mark.parametrize("scale", [1e30, 1e39, 1e308])
+def test_a_scale_that_overflows_gives_the_hard_extreme(scale, dtype, normalize):
+    y = torch.tensor([3.0, -9.0, -5.0, -9.0], dtype=dtype)
+    value, *weights = results(MinCombination(scale, normalize), y)
+    assert value == -9
+    # Autograd divides by the scale and multiplies by it, with a rounding each.
+    for found in weights:
+        torch.testing.assert_close(found.tolist(), [0.0, 0.5, 0.0, 0.5], rtol=3e-7, atol=0)
+
+
+@FLOATS
+@pytest.mark.parametrize("scale", [1e-30, 1e-37, 1e-45, 1e-50, 1e-300, 1e-308])
+@pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+def test_a_scale_that_underflows_gives_the_mean_if_normalized(cls, scale, dtype):
+    y = torch.tensor([3.0, -9.0, -5.0, -9.0], dtype=dtype)
+    value, *weights = results(cls(pred_scale=scale, normalize=True), y)
+    # A few roundings of float32.
+    torch.testing.assert_close(value.item(), -5.0, rtol=1e-6, atol=0)
+    for found in weights:
+        torch.testing.assert_close(found.tolist(), [0.25] * 4, rtol=1e-6, atol=0)
+
+
+@FLOATS
+@NORMALIZE
+@pytest.mark.parametrize("scale", [1e-30, 1e-45, 1e-308])
+def test_an_infinite_pose_has_no_weight_at_a_scale_that_underflows(scale, dtype, normalize):
+    y = torch.tensor([-9.0, math.inf], dtype=dtype)
+    _, *weights = results(MinCombination(scale, normalize), y)
+    for found in weights:  # by autograd, with a few roundings of float32
+        torch.testing.assert_close(found.tolist(), [1.0, 0.0], rtol=1e-6, atol=0)
+
+
+@FLOATS
+@pytest.mark.parametrize("scale", [1e-30, 1e-45, 1e-308])
+def test_one_pose_gives_its_own_value_at_a_scale_that_underflows(scale, dtype):
+    y = torch.tensor([-7.25], dtype=dtype)
+    assert results(MaxCombination(pred_scale=scale), y) == (y[0], 1, 1)
+
+
+SHAPES = {
+    "one dominates": lambda n: torch.where(torch.arange(n) == n // 2, 0.0, -1.0),
+    "one falls behind": lambda n: torch.where(torch.arange(n) == n // 2, -1.0, 0.0),
+    "evenly spread": lambda n: torch.linspace(-1.0, 0.0, n),
+}
+SPREADS = (1e-6, 1e-3, 0.1, 0.6, 0.8, 3.0, 10.0, 30.0, 100.0, 1000.0)
+MANY = pytest.param(
+    10_000_000,
+    (1e-6, 0.6, 1000.0),
+    marks=pytest.mark.slow("ten million poses take seconds"),
+    id="10M",
+)
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize(
+    ("n_poses", "spreads"),
+    [*(pytest.param(n, SPREADS, id=str(n)) for n in (1, 2, 10, 1000, 100_000)), MANY],
+)
+def test_the_normalized_value_keeps_its_digits(n_poses, spreads, shape):
+    """Against log-sum-exp less ln M in float64. A spread is that of t y."""
+    scale = 3.0
+    combination = MaxCombination(pred_scale=scale, normalize=True)
+    for spread in spreads:
+        for base in (0.0, -8.0):
+            y = base + shape(n_poses) * (spread / scale)
+            extreme = y.amax().double()
+            log_sum_exp = torch.logsumexp(scale * (y.double() - extreme), dim=0)
+            distance = (log_sum_exp - math.log(n_poses)) / scale
+            error = (combination.combine(y).double() - extreme - distance).abs()
+            # The distance from the extreme is right to a few eps, and the sum is rounded once.
+            bound = torch.finfo(torch.float32).eps * (
+                8 * distance.abs() + (extreme + distance).abs()
+            )
+            # The reference loses the digits of ln M in float64.
+            bound += 4 * torch.finfo(torch.float64).eps * (1 + math.log(n_poses))
+            assert error <= bound, (spread, base)
+
+
+def test_autograd_of_the_log_mean_exp_is_finite_where_the_mean_rounds_to_minus_one():
+    """In bfloat16, a thousand poses are as many as 100 million in float32."""
+    exponents = torch.full((1000,), -200.0, dtype=torch.bfloat16)
+    exponents[3] = 0
+    assert exponents.expm1().mean() == -1
+    exponents.requires_grad_()
+    log_mean_exp(exponents).backward()
+    assert exponents.grad.nonzero().tolist() == [[3]]
+    # 1/M and M are rounded once each, to 8 digits.
+    torch.testing.assert_close(exponents.grad[3].item(), 1.0, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+@pytest.mark.parametrize("below", [0.0, 0.5, 1.3, 1.5, 40.0])  # a is 1/2 between 1.3 and 1.5
+def test_the_normalized_value_has_its_derivative_in_both_formulas(cls, below):
+    combination = cls(pred_scale=1.0, normalize=True)
+    sign = 1 if cls is MaxCombination else -1
+    y = sign * (torch.tensor([0.0, -1.0, -1.0, -0.9], dtype=torch.float64) * below - 8)
+    weights, by_autograd = results(combination, y)[1:]
+    torch.testing.assert_close(by_autograd, weights, rtol=1e-14, atol=1e-16)
+    step = 1e-5
+    by_differences = [
+        (combination.combine(y + step * axis) - combination.combine(y - step * axis)) / (2 * step)
+        for axis in torch.eye(4, dtype=torch.float64)
+    ]
+    # The step squared, and the roundoff of 8 over the step, are about 1e-10.
+    torch.testing.assert_close(torch.stack(by_differences), weights, rtol=0, atol=1e-9)
 
 
 def test_arguments_show_and_survive_copies():

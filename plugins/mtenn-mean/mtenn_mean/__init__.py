@@ -22,7 +22,10 @@ class MeanCombination(Combination):
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the predictions, shape (), in their unit."""
-        return predictions.mean()
+        mean = predictions.mean()
+        # The sum of large predictions overflows, though their mean does not. Dividing first avoids
+        # this, but rounds every term.
+        return torch.where(mean.isfinite(), mean, (predictions / len(predictions)).sum())
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative of the mean, ∂m/∂y_i = 1/M.

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 from mtenn_mean import MeanCombination
@@ -44,6 +46,37 @@ def test_large_predictions_keep_their_dtype_and_their_digits(dtype):
     exact = y.double().mean()
     assert (value - exact).abs() <= torch.finfo(dtype).eps * exact.abs()
     assert (weights == 0.25).all()
+
+
+@pytest.mark.parametrize("n_poses", [3, 7, 11, 49])
+def test_the_mean_of_whole_numbers_is_exact(n_poses):
+    y = torch.arange(1.0, n_poses + 1)
+    assert MeanCombination().combine(y) == (n_poses + 1) / 2
+
+
+LARGE = {  # in units of the largest number
+    "the sum overflows": ([1.0, 0.5], 0.75),
+    "partial sums overflow": ([1.0] * 16 + [-1.0] * 16, 0.0),
+    "one infinite": ([math.inf, 1.0, 1.0], math.inf),
+    "opposite infinities": ([math.inf, -math.inf], math.nan),
+    "NaN": ([math.nan, 1.0, 1.0], math.nan),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("case", LARGE.values(), ids=LARGE)
+def test_the_mean_of_large_predictions_does_not_overflow(case, dtype):
+    y, expected = case
+    largest = torch.finfo(dtype).max
+    y = (torch.tensor(y, dtype=dtype) * largest).requires_grad_()
+    value = MeanCombination().combine(y)
+    expected = torch.tensor(expected, dtype=dtype) * largest
+    # Each of up to 32 terms of up to 1/32 of the largest number is rounded once.
+    torch.testing.assert_close(
+        value, expected, rtol=0, atol=torch.finfo(dtype).eps * largest, equal_nan=True
+    )
+    value.backward()
+    torch.testing.assert_close(y.grad, MeanCombination().pose_weights(y.detach()))
 
 
 @pytest.mark.parametrize("gradients", ["graph", "stored"])
