@@ -12,6 +12,7 @@ import sys
 import weakref
 from bisect import bisect_right
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
 from typing import Any
@@ -69,12 +70,22 @@ class Recomputed(Mode):
 # tensors that hooks saved.
 Saved = tuple[Tensor, int]
 
-# A comparison of saved tensors takes up to a third of the time of a small pose. A pose model that
-# does not repeat itself usually shows this at once. So all poses are compared in the first calls
-# of a pose model, and later one in a few. Predictions are always compared.
-ALL_COMPARED = 3
+# To compare the saved tensors takes up to a third of the time of a small pose. A pose model that does
+# not repeat itself usually shows this at once. So all poses are compared until the runs have agreed
+# in a few calls, and later one pose in ONE_IN. Predictions are always compared.
+FEW_CALLS = 3
 ONE_IN = 16
-_N_CALLS: WeakKeyDictionary[torch.nn.Module, int] = WeakKeyDictionary()
+
+
+@dataclass
+class Record:
+    """What is known of a pose model: the number of calls, and in how many its runs agreed."""
+
+    n_calls: int = 0
+    n_agreed: int = 0
+
+
+_RECORDS: WeakKeyDictionary[torch.nn.Module, Record] = WeakKeyDictionary()
 
 
 class Numbering:
@@ -124,7 +135,9 @@ class RecomputedGraphs:
         # graphs. If this object also owned one of them, there would be a reference cycle, and
         # memory would stay until the garbage collector runs. So this is a weak reference.
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
-        self._call = _N_CALLS[pose_model] = _N_CALLS.get(pose_model, -1) + 1
+        self._record = _RECORDS.setdefault(pose_model, Record())
+        self._record.n_calls += 1
+        self._agreed = False  # True after the first comparison
         self._ends: list[int] = []  # for each chunk, the number of the last node of its graph
         self._kept: list[int] = []  # the numbers of nodes that the pose model keeps
         self._kept_in: int | None = None  # the backward for which they were found
@@ -175,8 +188,10 @@ class RecomputedGraphs:
 
     def _compared(self, n_chunks: int) -> list[bool]:
         """Return for each chunk whether the saved tensors of its two runs are compared."""
-        everything = self._call < ALL_COMPARED
-        return [everything or (index + self._call) % ONE_IN == 0 for index in range(n_chunks)]
+        n_calls, n_agreed = self._record.n_calls, self._record.n_agreed
+        return [
+            n_agreed < FEW_CALLS or (index + n_calls) % ONE_IN == 0 for index in range(n_chunks)
+        ]
 
     def is_kept(self, index: int) -> bool:
         """Return whether the pose model keeps a tensor that a chunk computed, with its graph.
@@ -222,9 +237,31 @@ class RecomputedGraphs:
         ):
             predictions = graph.run_again()
         self._replay.check_parameters(changed, predictions)
-        graph.check(predictions.detach(), tensors)
+        self._check(graph, predictions.detach(), tensors)
         tensors.clear()  # they have graphs
         return saved
+
+    def _check(self, graph: RecomputedGraph, predictions: Tensor, saved: Sequence[Tensor]) -> None:
+        """Raise an error if the second run of a graph differed from the first.
+
+        Parameters
+        ----------
+        predictions, saved : the result of the second run, and the tensors that it saves
+        """
+        first = graph.first_run.fingerprint
+        if first is None:  # the pose model takes gradients in its own forward
+            return
+        differs = difference(first, predictions, saved)
+        if differs is not None:
+            self._record.n_agreed = 0
+            pose, how = differs
+            raise ChangedBeforeBackwardError(
+                f"pose {graph.chunk.first_pose + pose}: the pose model ran again in backward and"
+                f" behaved differently than in forward. {how} {_QUESTIONS}"
+            )
+        if graph.is_compared and not self._agreed:
+            self._agreed = True
+            self._record.n_agreed += 1
 
 
 class RecomputedGraph:
@@ -305,24 +342,6 @@ class RecomputedGraph:
     def forget(self) -> None:
         """Free the saved tensors that backward has not used."""
         self._saved = {}
-
-    def check(self, predictions: Tensor, saved: Sequence[Tensor]) -> None:
-        """Raise an error if the second run differed from the first.
-
-        Parameters
-        ----------
-        predictions, saved : the result of the second run, and the tensors that it saves
-        """
-        first = self.first_run.fingerprint
-        if first is None:  # the pose model takes gradients in its own forward
-            return
-        differs = difference(first, predictions, saved)
-        if differs is not None:
-            pose, how = differs
-            raise ChangedBeforeBackwardError(
-                f"pose {self.chunk.first_pose + pose}: the pose model ran again in backward and"
-                f" behaved differently than in forward. {how} {_QUESTIONS}"
-            )
 
 
 _QUESTIONS = (
