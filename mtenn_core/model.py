@@ -16,6 +16,7 @@ from mtenn_core._engine.evaluation import check_finite, combine_compounds, input
 from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
+from mtenn_core._engine.shared_part import run_shared
 from mtenn_core.combination import Combination
 
 if TYPE_CHECKING:
@@ -71,6 +72,13 @@ class MultiPoseModel(torch.nn.Module):
         pose model get None instead of a gradient of zeros.
     check_finite : raise an error for a NaN or infinite prediction. The error names the pose. False
         passes such predictions to the combination; forward then does not wait for a GPU.
+    shared : a module for the part that all poses of a compound share, such as the embedding of
+        the receptor. It runs once for each compound, on an entry of ``shared_inputs``. The pose
+        model gets its output as a second argument: ``pose_model(pose, output)``. With ``collate``
+        or ``collated``, this argument is a list with one output per pose. The gradient of the
+        output is summed over the poses of the compound, and then goes through the shared part
+        once. The graph of the shared part stays in memory until backward. ``"stored"`` also stores
+        the gradient of the output for each pose.
 
     Raises
     ------
@@ -88,6 +96,7 @@ class MultiPoseModel(torch.nn.Module):
         chunk_size: int | None = None,
         skip_below: float | None = 0.0,
         check_finite: bool = True,
+        shared: torch.nn.Module | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(pose_model, torch.nn.Module):
@@ -99,6 +108,7 @@ class MultiPoseModel(torch.nn.Module):
         self.chunk_size = chunk_size
         self.skip_below = skip_below
         self.check_finite = check_finite
+        self.shared = shared
         options = self._options()
         MODES[options.gradients].check_options(options)
 
@@ -108,6 +118,7 @@ class MultiPoseModel(torch.nn.Module):
         sizes: Sequence[int] | None = None,
         pose_inputs: Mapping[str, Any] | None = None,
         *,
+        shared_inputs: Sequence[Any] | None = None,
         collated: bool = False,
         group: Group | None = None,
     ) -> MultiPoseOutput:
@@ -120,6 +131,7 @@ class MultiPoseModel(torch.nn.Module):
             first, then those of the second, and so on. Without ``sizes``, all poses belong to one
             compound.
         pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers
+        shared_inputs : the input of the ``shared`` part for each compound
         collated : True if ``poses`` is already one batch, for example from a ``DataLoader``. The
             pose model then gets the batch unchanged.
         group : the processes that share the poses of each compound. Each process passes its own
@@ -134,7 +146,7 @@ class MultiPoseModel(torch.nn.Module):
 
         Raises
         ------
-        PredictionError : there is no pose, or ``sizes`` or ``pose_inputs`` do not fit, or a
+        PredictionError : there is no pose, or another argument does not fit, or a
             prediction is not one finite number. The message names the pose and the compound.
         GradientError : the mode would lose a gradient of the pose model. The message names it.
         ChangedBeforeBackwardError : in backward of ``"recomputed"``, poses cannot run again under
@@ -145,13 +157,14 @@ class MultiPoseModel(torch.nn.Module):
             # torch.compile would trace the run in pieces, and each run of a pose would give other
             # pieces. If the pose model itself is compiled, it stays compiled.
             run = torch.compiler.disable(run)
-        return run(poses, sizes, pose_inputs, collated, group)
+        return run(poses, sizes, pose_inputs, shared_inputs, collated, group)
 
     def _predict(
         self,
         poses: Iterable[Any],
         sizes: Sequence[int] | None,
         pose_inputs: Mapping[str, Any] | None,
+        shared_inputs: Sequence[Any] | None,
         collated: bool,
         group: Group | None,
     ) -> MultiPoseOutput:
@@ -160,7 +173,9 @@ class MultiPoseModel(torch.nn.Module):
         mode = MODES[options.gradients]
         mode.check_options(options)
         chunk_size = mode.chunk_size(options)
-        arguments = partial(checked_call, options, chunk_size, poses, sizes, pose_inputs, collated)
+        arguments = partial(
+            checked_call, options, chunk_size, poses, sizes, pose_inputs, shared_inputs, collated
+        )
         if group is None:
             call = arguments()
             shares = [call.sizes]
@@ -171,6 +186,8 @@ class MultiPoseModel(torch.nn.Module):
             mode.check_group(options)
             call, shares = exchange_sizes(arguments, group)
         n_poses = total_sizes(options.combination, shares, sizes)
+        if options.shared is not None:
+            call = run_shared(options.shared, call)
         predictions, gradients = mode.predict(options, call)
         inputs = inputs_like(predictions, call.inputs)
         if group is not None:
@@ -194,6 +211,7 @@ class MultiPoseModel(torch.nn.Module):
         sizes: Sequence[int] | None = None,
         pose_inputs: Mapping[str, Any] | None = None,
         *,
+        shared_inputs: Sequence[Any] | None = None,
         collated: bool = False,
     ) -> Estimate:
         """Return the estimated cost of a training step on these poses in each mode.
@@ -203,9 +221,9 @@ class MultiPoseModel(torch.nn.Module):
 
         Parameters
         ----------
-        poses, sizes, pose_inputs, collated : as for ``forward``
+        poses, sizes, pose_inputs, shared_inputs, collated : as for ``forward``
         """
-        return estimate(self._options(), poses, sizes, pose_inputs, collated)
+        return estimate(self._options(), poses, sizes, pose_inputs, shared_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
         """Set training or evaluation mode. Evaluation mode frees the memory of ``"stored"``."""
@@ -235,6 +253,7 @@ class MultiPoseModel(torch.nn.Module):
             self.chunk_size,
             self.skip_below,
             self.check_finite,
+            self.shared,
         )
         _check_options(options)
         return options
@@ -259,6 +278,8 @@ def _check_options(options: Options) -> None:
     """Raise a ValueError or TypeError for an option that no mode accepts."""
     if options.gradients not in tuple(MODES):
         raise ValueError(f"gradients must be one of {tuple(MODES)}; found {options.gradients!r}")
+    if not (options.shared is None or isinstance(options.shared, torch.nn.Module)):
+        raise TypeError(f"shared must be a torch.nn.Module or None; found {options.shared!r}")
     skip_below, collate, chunk_size = options.skip_below, options.collate, options.chunk_size
     skip = 0 if skip_below is None else skip_below
     if not (isinstance(skip, int | float) and 0 <= skip < 1):

@@ -27,6 +27,8 @@ class Call(NamedTuple):
     inputs : the pose inputs by name, shape (n_poses,)
     collated : True if ``poses`` is one batch
     chunks : the poses, cut into groups that run together
+    shared_inputs, shared_outputs : the inputs of the shared part, and its outputs; one entry per
+        compound. None without a shared part, or if it has not run.
     """
 
     poses: list[Any]
@@ -34,6 +36,8 @@ class Call(NamedTuple):
     inputs: dict[str, Tensor]
     collated: bool
     chunks: list[Chunk]
+    shared_inputs: list[Any] | None = None
+    shared_outputs: list[Any] | None = None
 
 
 def checked_call(
@@ -42,6 +46,7 @@ def checked_call(
     poses: Iterable[Any],
     sizes: Sequence[int] | None,
     pose_inputs: Mapping[str, Any] | None,
+    shared_inputs: Sequence[Any] | None,
     collated: bool,
 ) -> Call:
     """Return the arguments of a call in one process. Raise an error if they do not fit together.
@@ -50,7 +55,8 @@ def checked_call(
     ----------
     options : the options of the model
     chunk_size : the number of poses that run together; None for all poses
-    poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.forward`
+    poses, sizes, pose_inputs, shared_inputs, collated : see
+        :meth:`mtenn_core.MultiPoseModel.forward`
 
     Raises
     ------
@@ -70,7 +76,8 @@ def checked_call(
         chunks = [Chunk(options.pose_model, poses[0], 0, n_poses, None)]
     else:
         chunks = _chunks(options, poses, chunk_size or n_poses)
-    return Call(poses, own_sizes, inputs, collated, chunks)
+    shared = _checked_shared(options, shared_inputs, len(own_sizes))
+    return Call(poses, own_sizes, inputs, collated, chunks, shared)
 
 
 def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
@@ -168,6 +175,28 @@ def _checked_inputs(
                 f" {(n_poses,)}; found shape {tuple(inputs[name].shape)}"
             )
     return inputs
+
+
+def _checked_shared(
+    options: Options, given: Sequence[Any] | None, n_compounds: int
+) -> list[Any] | None:
+    """Return the inputs of the shared part, one per compound. None if there is no such part."""
+    if options.shared is None:
+        if given is not None:
+            raise PredictionError(
+                "shared_inputs are the inputs of a part that all poses of a compound share. This model"
+                " has no such part. Make it with MultiPoseModel(..., shared=a module)."
+            )
+        return None
+    rule = "shared_inputs must be a list with one input of the shared part for each of the"
+    if isinstance(given, Tensor) or not isinstance(given, Sequence):
+        raise PredictionError(
+            f"{rule} {n_compounds} compounds; found {type(given).__name__}. Put the input of a"
+            " single compound into a list."
+        )
+    if len(given) != n_compounds:
+        raise PredictionError(f"{rule} {n_compounds} compounds; found {len(given)} inputs.")
+    return list(given)
 
 
 def _numbers(name: str, values: Any) -> Tensor:

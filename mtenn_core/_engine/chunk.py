@@ -21,6 +21,7 @@ class Chunk(NamedTuple):
     poses : one pose, or one batch; with ``collate``, a list of poses
     first_pose, n_poses : index of the first pose in the call, and number of poses
     collate : makes a batch from the list; None if ``poses`` is ready for the pose model
+    shared : the second argument of the pose model, if the model has a shared part
     """
 
     pose_model: torch.nn.Module
@@ -28,6 +29,7 @@ class Chunk(NamedTuple):
     first_pose: int
     n_poses: int
     collate: Collate | None
+    shared: tuple[Any, ...] = ()
 
     def run(self) -> Tensor:
         """Return the predictions, shape (n_poses,), in float32 at least.
@@ -38,7 +40,7 @@ class Chunk(NamedTuple):
         """
         try:
             poses = self.poses if self.collate is None else self.collate(self.poses)
-            predictions = self.pose_model(poses)
+            predictions = self.pose_model(poses, *self.shared)
         except Exception as error:
             error.add_note(f"raised by the pose model on {self._named()}")
             raise

@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -13,7 +14,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
-from mtenn_core._engine.call import checked_call, total_sizes
+from mtenn_core._engine.call import Call, checked_call, total_sizes
+from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import by_compound, inputs_like
@@ -22,6 +24,7 @@ from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, copied, lock_of
 from mtenn_core._engine.plain_attributes import attributes_kept
 from mtenn_core._engine.precision import at_least_float32
+from mtenn_core._engine.shared_part import detached, with_outputs
 from mtenn_core._engine.skipping import with_weight
 from mtenn_core._engine.stored import NOT_IN_A_BATCH
 
@@ -74,6 +77,7 @@ def estimate(
     poses: Iterable[Any],
     sizes: Sequence[int] | None,
     pose_inputs: Mapping[str, Any] | None,
+    shared_inputs: Sequence[Any] | None,
     collated: bool,
 ) -> Estimate:
     """Return the cost of a training step on some poses in each mode.
@@ -81,14 +85,15 @@ def estimate(
     Parameters
     ----------
     options : the options of the model
-    poses, sizes, pose_inputs, collated : see :meth:`mtenn_core.MultiPoseModel.estimate`
+    poses, sizes, pose_inputs, shared_inputs, collated : see
+        :meth:`mtenn_core.MultiPoseModel.estimate`
     """
     combination = options.combination
     chunk_size = MODES[options.gradients].chunk_size(options)
-    call = checked_call(options, chunk_size, poses, sizes, pose_inputs, collated)
+    call = checked_call(options, chunk_size, poses, sizes, pose_inputs, shared_inputs, collated)
     n_poses = total_sizes(combination, [call.sizes], sizes)
     modes = _possible_modes(options, collated)
-    predictions, graphs = _measure(options.pose_model, [chunk.run for chunk in call.chunks])
+    predictions, graphs, shared = _measure(options, call)
     weights = torch.cat(
         [
             combination.pose_weights(own_predictions, **own_inputs)
@@ -98,15 +103,17 @@ def estimate(
         ]
     )
     has_weight = with_weight(weights, options.skip_below).tolist()
-    params = [param for param in options.pose_model.parameters() if param.requires_grad]
+    modules = torch.nn.ModuleList(filter(None, (options.pose_model, options.shared)))
+    params = [param for param in modules.parameters() if param.requires_grad]
     gradient = sum(param.nbytes for param in params)
-    # Gradients in half precision are stored in float32.
-    stored = sum(param.numel() * at_least_float32(param.dtype).itemsize for param in params)
+    of_pose_model = [param for param in options.pose_model.parameters() if param.requires_grad]
+    stored = sum(map(_stored_bytes, of_pose_model)) + shared.largest_output
     costs = []
     for mode in modes:
         size = (None if collated else mode.chunk_size(options)) or len(graphs)
         # Count the gradient twice, because the next one needs memory until it is added.
-        costs.append(mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored)))
+        cost = mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored))
+        costs.append(cost._replace(memory=cost.memory + shared.saved))
     free = free_memory(weights.device)
     return Estimate(
         n_poses=len(graphs),
@@ -132,46 +139,74 @@ def _possible_modes(options: Options, collated: bool) -> list[Mode]:
     return modes
 
 
-def _measure(
-    pose_model: torch.nn.Module, runs: Sequence[Callable[[], Tensor]]
-) -> tuple[Tensor, list[PoseGraph]]:
+class _SharedGraphs(NamedTuple):
+    """The graphs of the shared part: their bytes, and the bytes of a stored output gradient."""
+
+    saved: int = 0
+    largest_output: int = 0
+
+
+def _measure(options: Options, call: Call) -> tuple[Tensor, list[PoseGraph], _SharedGraphs]:
     """Return the predictions of all poses, shape (n_poses,), and the graph of each.
 
-    The graphs do not keep their saved tensors. At the end, buffers, plain attributes
-    of modules and random states are restored.
-
-    Parameters
-    ----------
-    runs : each returns the predictions of one chunk. The bytes of its graph are divided equally
-        among its poses.
+    The graphs do not keep their saved tensors. At the end, buffers, plain attributes of modules and
+    random states are restored. The bytes of a chunk's graph are divided equally among its poses.
     """
-    modules = list(pose_model.modules())
+    modules = [*options.pose_model.modules(), *(options.shared.modules() if options.shared else ())]
     buffers = Places(modules, "buffers")
     copies = list(map(copied, buffers.now()))
     held = Places(modules, "parameters").tensors()
     held += [place.tensor for place in copies if place.tensor is not None]
-    devices = accelerators(held)
     own = set(map(_address, held))
     predictions: list[Tensor] = []
     graphs: list[PoseGraph] = []
     with (
-        lock_of(pose_model),
+        lock_of(options.pose_model),
         buffers.holding(copies),
         attributes_kept(map(vars, modules)),
-        torch.random.fork_rng(devices),
+        torch.random.fork_rng(accelerators(held)),
         torch.enable_grad(),
     ):
-        for run in runs:
-            prediction, saved = _run_and_measure(run, own)
+        chunks, shared = _measure_shared(options.shared, call, own)
+        for chunk in chunks:
+            prediction, saved = _run_and_measure(chunk.run, own)
             predictions.append(prediction.detach())
             classes, n_poses = operations(prediction), len(prediction)
             never_skipped = any(map(computes_anyway, classes))
             bare = len(classes) * NODE
             graphs += [PoseGraph(saved / n_poses, bare / n_poses, never_skipped)] * n_poses
-    return torch.cat(predictions), graphs
+    return torch.cat(predictions), graphs, shared
 
 
-def _run_and_measure(run: Callable[[], Tensor], without: Container[int]) -> tuple[Tensor, int]:
+def _measure_shared(
+    shared: torch.nn.Module | None, call: Call, own: set[int]
+) -> tuple[list[Chunk], _SharedGraphs]:
+    """Run the shared part. Return the chunks with its outputs, and the bytes of its graphs.
+
+    Parameters
+    ----------
+    own : addresses of tensors that are not counted. The outputs are added.
+    """
+    if shared is None or call.shared_inputs is None:
+        return call.chunks, _SharedGraphs()
+    saved, outputs = 0, []
+    for given in call.shared_inputs:
+        output, of_graph = _run_and_measure(partial(shared, given), own)
+        saved += of_graph
+        outputs.append(detached(output))
+    tensors = [list(output.leaves.values()) for output in outputs]
+    own |= {_address(tensor) for of_output in tensors for tensor in of_output}
+    largest = max(sum(map(_stored_bytes, of_output)) for of_output in tensors)
+    chunks = with_outputs(call.chunks, [output.output for output in outputs], call)
+    return chunks, _SharedGraphs(saved, largest)
+
+
+def _stored_bytes(tensor: Tensor) -> int:
+    """Return the bytes of a stored gradient. In half precision it is stored in float32."""
+    return tensor.numel() * at_least_float32(tensor.dtype).itemsize
+
+
+def _run_and_measure(run: Callable[[], Any], without: Container[int]) -> tuple[Any, int]:
     """Return the result of ``run``, and the number of bytes that its graph would save.
 
     Parameters

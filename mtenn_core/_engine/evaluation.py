@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,15 +19,17 @@ PoseInputs = Mapping[str, Tensor]
 NO_INPUTS: PoseInputs = MappingProxyType({})
 
 
-class PoseGradients(Protocol):
-    """The gradients of the pose predictions. Combinations that override ``forward`` need them."""
+class PoseGradients(NamedTuple):
+    """The gradients of a compound's poses. Combinations that override ``forward`` need them.
 
-    @property
-    def params(self) -> Mapping[str, Tensor]:
-        """Return the parameters by name."""
+    Attributes
+    ----------
+    params : the parameters by name
+    grad_dict : returns the gradients as the ``grad_dict`` of ``forward``
+    """
 
-    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return the gradients of some poses as the ``grad_dict`` of ``forward``."""
+    params: Mapping[str, Tensor]
+    grad_dict: Callable[[], dict[str, list[Tensor]]]
 
 
 def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
@@ -81,7 +83,7 @@ def combine_compounds(
     predictions: Tensor,
     inputs: PoseInputs,
     sizes: list[int],
-    gradients: PoseGradients | None,
+    gradients: Sequence[PoseGradients] | None,
     *,
     closed_form: bool,
 ) -> list[Tensor]:
@@ -91,7 +93,7 @@ def combine_compounds(
     ----------
     predictions, inputs : the numbers of all poses, shape (n_poses,)
     sizes : the number of poses of each compound
-    gradients : the gradients of all poses if the combination overrides ``forward``, else None
+    gradients : the gradients of each compound if the combination overrides ``forward``, else None
     closed_form : see :func:`combined_prediction`
     """
     compounds = by_compound(predictions, inputs, sizes)
@@ -100,16 +102,17 @@ def combine_compounds(
             combined_prediction(combination, own, own_inputs, closed_form=closed_form)
             for own, own_inputs in compounds
         ]
-    names, params = list(gradients.params), list(gradients.params.values())
-    combined, first = [], 0
-    for own, own_inputs in compounds:
-        grad_dict = gradients.grad_dict(slice(first, first + len(own)))
-        pred_list = list(own.detach())
-        combined.append(
-            full_depth_prediction(combination, pred_list, grad_dict, names, *params, **own_inputs)
+    return [
+        full_depth_prediction(
+            combination,
+            list(own.detach()),
+            of_compound.grad_dict(),
+            list(of_compound.params),
+            *of_compound.params.values(),
+            **own_inputs,
         )
-        first += len(own)
-    return combined
+        for (own, own_inputs), of_compound in zip(compounds, gradients, strict=True)
+    ]
 
 
 def combined_prediction(

@@ -63,10 +63,10 @@ def samples_of(saved: Iterable[Tensor]) -> list[Tensor]:
 
 def _is_sampled(tensor: Tensor) -> bool:
     """Return whether the numbers of a saved tensor must be the same in two runs."""
-    # Leave out parameters and their views, because torch counts their changes, and fully_shard frees
-    # their memory. Leave out subclasses, because not all have numbers in memory (DTensor). uint8 is
-    # the working memory of cuDNN and oneDNN, and fused attention on a GPU saves integers of shape
-    # () that it leaves uninitialized without dropout.
+    # Leave out parameters and their views: torch counts their changes, and fully_shard frees their
+    # memory. Leave out subclasses: not all have numbers in memory (DTensor). uint8 is the working
+    # memory of cuDNN and oneDNN. Without dropout, fused attention on a GPU saves integers of shape
+    # () that it does not initialize.
     return (
         type(tensor) is Tensor
         and tensor.layout is torch.strided

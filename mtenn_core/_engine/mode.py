@@ -29,6 +29,7 @@ class Options(NamedTuple):
     chunk_size: int | None
     skip_below: float | None
     check_finite: bool
+    shared: torch.nn.Module | None
 
 
 class Mode(ABC):
@@ -61,13 +62,14 @@ class Mode(ABC):
         """Return the number of poses that run together, or None for all poses of a call."""
 
     @abstractmethod
-    def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
+    def predict(self, options: Options, call: Call) -> tuple[Tensor, list[PoseGradients] | None]:
         """Return the pose predictions, and their gradients if the combination needs them.
 
         Returns
         -------
         predictions : shape (n_poses,), differentiable, in float32 at least
-        gradients : the gradients if the combination overrides ``forward``, else None
+        gradients : the gradients of each compound if the combination overrides ``forward``, else
+            None
         """
 
     @abstractmethod

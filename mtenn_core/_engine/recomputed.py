@@ -57,7 +57,7 @@ class Recomputed(Mode):
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
         if not torch.is_grad_enabled():
             return torch.cat([chunk.run() for chunk in call.chunks]), None
-        graphs = RecomputedGraphs(options.pose_model, call.poses)
+        graphs = RecomputedGraphs(options.pose_model, call.poses, call.shared_outputs or ())
         return graphs.predict(call.chunks, options.skip_below), None
 
     def cost(self, totals: StepTotals) -> ModeCost:
@@ -70,9 +70,9 @@ class Recomputed(Mode):
 # tensors that hooks saved.
 Saved = tuple[Tensor, int]
 
-# To compare the saved tensors takes up to a third of the time of a small pose. A pose model that does
-# not repeat itself usually shows this at once. So all poses are compared until the runs have agreed
-# in a few calls, and later one pose in ONE_IN. Predictions are always compared.
+# For a small pose, a comparison of saved tensors takes up to a third of the time. A pose model that
+# does not repeat itself usually shows this at once. So all poses are compared until the runs have
+# agreed in a few calls, and later one pose in ONE_IN. Predictions are always compared.
 FEW_CALLS = 3
 ONE_IN = 16
 
@@ -121,15 +121,17 @@ class RecomputedGraphs:
     Parameters
     ----------
     pose_model : the module that the chunks run
-    poses : the inputs of all chunks
+    poses, shared : the inputs of all chunks
 
     Attributes
     ----------
     lock : a lock that is held while a chunk runs again
     """
 
-    def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
-        self._replay = Replay(pose_model, poses)
+    def __init__(
+        self, pose_model: torch.nn.Module, poses: Sequence[Any], shared: Sequence[Any]
+    ) -> None:
+        self._replay = Replay(pose_model, poses, shared)
         self.lock = self._replay.lock
         # The graphs of chunks refer to this object. Only the graph of the predictions owns these
         # graphs. If this object also owned one of them, there would be a reference cycle, and

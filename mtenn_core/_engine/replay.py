@@ -60,14 +60,16 @@ class Replay:
     Parameters
     ----------
     pose_model : the module that runs, with its parameters, buffers and flags
-    poses : the inputs of the pose model
+    poses, shared : the inputs of the pose model: one entry per pose, and the shared part's outputs
 
     Attributes
     ----------
     lock : hold it while conditions are restored
     """
 
-    def __init__(self, pose_model: torch.nn.Module, poses: Sequence[Any]) -> None:
+    def __init__(
+        self, pose_model: torch.nn.Module, poses: Sequence[Any], shared: Sequence[Any] = ()
+    ) -> None:
         self.lock = lock_of(pose_model)
         self._pose_model = pose_model
         modules = list(pose_model.modules())
@@ -79,8 +81,9 @@ class Replay:
         self._buffers = NotedBuffers(buffers)
         self._buffer_dicts = buffers.dicts
         self._attributes = PlainAttributes([*modules, *self._held])
-        inputs = tensors_in(poses)
-        self._inputs = [(pose, tensor, _versions([tensor])) for pose, tensor in inputs]
+        inputs = tensors_in([*poses, *shared])
+        self._inputs = [(index, tensor, _versions([tensor])) for index, tensor in inputs]
+        self._n_poses = len(poses)
         self._versions = _versions(self._held)
         self._flags = [
             _Flags("training", modules),
@@ -215,10 +218,12 @@ class Replay:
 
     def _check_poses(self) -> None:
         """Raise an error if a tensor of a pose was changed in place."""
-        for pose, tensor, version in self._inputs:
+        for index, tensor, version in self._inputs:
             if _versions([tensor]) != version:
+                compound = index - self._n_poses
+                who = f"pose {index}" if compound < 0 else f"shared output of compound {compound}"
                 raise ChangedBeforeBackwardError(
-                    f"pose {pose}: one of its tensors, shape {tuple(tensor.shape)}, was changed in"
+                    f"{who}: one of its tensors, shape {tuple(tensor.shape)}, was changed in"
                     " place between forward and backward. gradients='recomputed' runs the poses"
                     " again and needs them unchanged. Pass a copy to the model, or use"
                     " gradients='stored'."

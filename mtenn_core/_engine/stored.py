@@ -7,7 +7,8 @@ gradient of a pose is taken.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from types import MappingProxyType
@@ -38,6 +39,7 @@ from mtenn_core._engine.known_gradients import attach
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.module_tensors import Leaves, lock_of, sharded_part
 from mtenn_core._engine.precision import no_autocast
+from mtenn_core._engine.shared_part import detached, with_outputs
 from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
 
@@ -85,16 +87,22 @@ class Stored(Mode):
     def chunk_size(self, options: Options) -> int:
         return 1
 
-    def predict(self, options: Options, call: Call) -> tuple[Tensor, PoseGradients | None]:
+    def predict(self, options: Options, call: Call) -> tuple[Tensor, list[PoseGradients] | None]:
         needs_gradients = _needs_gradients(options.combination)
-        runs = [chunk.run for chunk in call.chunks]
         if not torch.is_grad_enabled():
-            return torch.cat([run() for run in runs]), _NoGradients() if needs_gradients else None
+            nothing = [PoseGradients({}, dict)] * len(call.sizes)
+            predictions = torch.cat([chunk.run() for chunk in call.chunks])
+            return predictions, nothing if needs_gradients else None
         if call.collated:
             raise ValueError(NOT_IN_A_BATCH)
-        stored = StoredGradients(options.pose_model, runs)
+        if call.shared_outputs is None:
+            parts = [StoredGradients(options.pose_model, [chunk.run for chunk in call.chunks])]
+        else:
+            parts = list(_by_compound(options.pose_model, call))
         # A combination may keep the grad_dict that it gets, so its memory must not be used again.
-        return stored.attach(reuse=not needs_gradients), stored if needs_gradients else None
+        vectors = [part.attach(reuse=not needs_gradients) for part in parts]
+        predictions = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
+        return predictions, _of_compounds(parts, call.sizes) if needs_gradients else None
 
     def cost(self, totals: StepTotals) -> ModeCost:
         graph = totals.largest_chunk + totals.largest_bare
@@ -107,13 +115,26 @@ def _needs_gradients(combination: Combination) -> bool:
     return type(combination).forward is not Combination.forward
 
 
-class _NoGradients:
-    """An empty set of gradients, for calls under ``torch.no_grad``."""
+def _by_compound(pose_model: torch.nn.Module, call: Call) -> Iterator[StoredGradients]:
+    """Yield the gradients of each compound that has poses. Each has its own shared output."""
+    assert call.shared_outputs is not None
+    cut = [detached(output) for output in call.shared_outputs]
+    runs = iter(with_outputs(call.chunks, [of_compound.output for of_compound in cut], call))
+    for of_compound, size in zip(cut, call.sizes, strict=True):
+        if size:
+            own = [chunk.run for chunk in itertools.islice(runs, size)]
+            yield StoredGradients(pose_model, own, of_compound.tensors, of_compound.leaves)
 
-    params: Params = MappingProxyType({})
 
-    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        return {}
+def _of_compounds(parts: Sequence[StoredGradients], sizes: Sequence[int]) -> list[PoseGradients]:
+    """Return the gradients of each compound, from those of all compounds or of one each."""
+    first = [0, *itertools.accumulate(sizes)]
+    if len(parts) == 1:
+        return [
+            PoseGradients(parts[0].params, partial(parts[0].grad_dict, slice(*poses)))
+            for poses in itertools.pairwise(first)
+        ]
+    return [PoseGradients(part.params, partial(part.grad_dict, slice(None))) for part in parts]
 
 
 class StoredGradients:
@@ -123,6 +144,8 @@ class StoredGradients:
     ----------
     pose_model : the module that has the parameters θ
     runs : for each pose, a function that returns its prediction, shape (1,)
+    shared, shared_leaves : outputs of the shared part, which count as parameters, and the leaves
+        that the runs use in their place
 
     Attributes
     ----------
@@ -134,7 +157,13 @@ class StoredGradients:
     GradientError : the pose model is sharded, or a gradient would be lost
     """
 
-    def __init__(self, pose_model: torch.nn.Module, runs: Sequence[Run]) -> None:
+    def __init__(
+        self,
+        pose_model: torch.nn.Module,
+        runs: Sequence[Run],
+        shared: Params = MappingProxyType({}),
+        shared_leaves: Params = MappingProxyType({}),
+    ) -> None:
         if (sharded := sharded_part(pose_model)) is not None:
             # The hooks of a sharded module replace parameters in each run. The gradients of those
             # parameters would be lost.
@@ -146,12 +175,13 @@ class StoredGradients:
         own = Leaves(pose_model)
         lock = lock_of(pose_model)
         self._spare = spare_memory(pose_model)
-        self._buffers = allocate(own.params, len(runs), self._spare)
+        params = {**own.params, **shared}
+        self._buffers = allocate(params, len(runs), self._spare)
         with own.in_place():
-            self._inner = _InnerGradients(own.leaves, lock)
+            self._inner = _InnerGradients({**own.leaves, **shared_leaves}, lock)
             self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
         used = self._inner.used
-        self.params = {name: param for name, param in own.params.items() if name in used}
+        self.params = {name: param for name, param in params.items() if name in used}
 
     def attach(self, *, reuse: bool = True) -> Tensor:
         """Return the predictions as one differentiable vector, shape (n_poses,).
