@@ -184,8 +184,8 @@ def _checked_shared(
     if options.shared is None:
         if given is not None:
             raise PredictionError(
-                "shared_inputs are the inputs of a part that all poses of a compound share. This model"
-                " has no such part. Make it with MultiPoseModel(..., shared=a module)."
+                "shared_inputs are the inputs of a part that all poses of a compound share. This"
+                " model has no such part. Make it with MultiPoseModel(..., shared=a module)."
             )
         return None
     rule = "shared_inputs must be a list with one input of the shared part for each of the"
