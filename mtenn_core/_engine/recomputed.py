@@ -11,7 +11,7 @@ import itertools
 import sys
 import weakref
 from bisect import bisect_right
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
@@ -70,6 +70,7 @@ class Recomputed(Mode):
 # tensors that hooks saved.
 Saved = tuple[Tensor, int]
 
+
 # For a small pose, a comparison of saved tensors takes up to a third of the time. A pose model that
 # does not repeat itself usually shows this at once. So all poses are compared until the runs have
 # agreed in a few calls, and later one pose in ONE_IN. Predictions are always compared.
@@ -79,10 +80,15 @@ ONE_IN = 16
 
 @dataclass
 class Record:
-    """What is known of a pose model: the number of calls, and in how many its runs agreed."""
+    """The number of calls of a pose model, and the number of calls in which its runs agreed."""
 
     n_calls: int = 0
     n_agreed: int = 0
+
+    def compared(self, n_chunks: int) -> list[bool]:
+        """Return for each chunk of a call whether the saved tensors of its runs are compared."""
+        everything = self.n_agreed < FEW_CALLS
+        return [everything or (index + self.n_calls) % ONE_IN == 0 for index in range(n_chunks)]
 
 
 _RECORDS: WeakKeyDictionary[torch.nn.Module, Record] = WeakKeyDictionary()
@@ -106,13 +112,13 @@ class Numbering:
         self.count = itertools.count()
         self.tensors: list[Tensor] = []
         # partial and count are fast: they run no Python code.
-        self.hook: Callable[[Tensor], int] = (
-            self._keep if keeps_tensors else partial(next, self.count)
-        )
+        keep = partial(_keep_and_number, self.tensors, self.count)
+        self.hook: Callable[[Tensor], int] = keep if keeps_tensors else partial(next, self.count)
 
-    def _keep(self, tensor: Tensor) -> int:
-        self.tensors.append(tensor)
-        return next(self.count)
+
+def _keep_and_number(tensors: list[Tensor], count: Iterator[int], tensor: Tensor) -> int:
+    tensors.append(tensor)
+    return next(count)
 
 
 class RecomputedGraphs:
@@ -155,11 +161,8 @@ class RecomputedGraphs:
         -------
         shape (n_poses,)
         """
-        compared = self._compared(len(chunks))
-        graphs = [
-            RecomputedGraph(self, chunk, index, is_compared)
-            for index, (chunk, is_compared) in enumerate(zip(chunks, compared, strict=True))
-        ]
+        compared = self._record.compared(len(chunks))
+        graphs = list(map(partial(RecomputedGraph, self), chunks, itertools.count(), compared))
         predictions = []
         try:
             for graph in graphs:
@@ -187,13 +190,6 @@ class RecomputedGraphs:
                 " around the model or inside the pose model. Use gradients='graph'."
             ) from error
         return join_chunks(predictions, graphs, skip_below)
-
-    def _compared(self, n_chunks: int) -> list[bool]:
-        """Return for each chunk whether the saved tensors of its two runs are compared."""
-        n_calls, n_agreed = self._record.n_calls, self._record.n_agreed
-        return [
-            n_agreed < FEW_CALLS or (index + n_calls) % ONE_IN == 0 for index in range(n_chunks)
-        ]
 
     def is_kept(self, index: int) -> bool:
         """Return whether the pose model keeps a tensor that a chunk computed, with its graph.
