@@ -7,6 +7,7 @@ objects, and variables of closures.
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -23,6 +24,9 @@ Attributes = dict[str, Any]
 # torch's own attributes of a module. Its parameters, buffers and flags are restored elsewhere.
 _OF_TORCH = frozenset(vars(torch.nn.Module()))
 _CONTAINERS = (list, dict, set, deque, tuple)
+# Look only at the length of longer containers (a vocabulary, a data set), because there may be many
+# entries.
+_LONG = 1000
 
 
 class PlainAttributes:
@@ -35,7 +39,7 @@ class PlainAttributes:
 
     def __init__(self, owners: Iterable[Any]) -> None:
         self._owners = [owner.__dict__ for owner in owners]
-        self._noted = list(map(_Note, self._owners))
+        self._noted = [_Note(attributes) for attributes in self._owners]
         self._moving: list[Attributes] | None = None
 
     def move(self) -> bool:
@@ -56,7 +60,8 @@ class PlainAttributes:
         """Return the attributes, and entries of containers, that are tensors with a graph."""
         values = [v for attributes in self._owners for v in _without_torch(attributes).values()]
         for container in _containers(values):
-            values += container.values() if isinstance(container, dict) else container
+            if len(container) <= _LONG:
+                values += container.values() if isinstance(container, dict) else container
         return [v for v in values if isinstance(v, Tensor) and v.grad_fn is not None]
 
 
@@ -68,7 +73,7 @@ def attributes_kept(owners: Iterable[Attributes]) -> Iterator[None]:
     ----------
     owners : ``vars()`` of modules and parameters
     """
-    notes = list(map(_Note, owners))
+    notes = [_Note(attributes, with_long=True) for attributes in owners]
     tensors = [(tensor, tensor.detach().clone()) for note in notes for tensor in note.tensors]
     try:
         yield
@@ -83,17 +88,24 @@ def attributes_kept(owners: Iterable[Attributes]) -> Iterator[None]:
 class _Note:
     """The attributes of one owner at one time.
 
+    Parameters
+    ----------
+    attributes : the attributes of the owner
+    with_long : also note the entries of long containers
+
     Attributes
     ----------
-    attributes : the owner's attributes now
-    tensors : the tensors among them at the time of the note
+    tensors : the tensors among the attributes
     """
 
-    def __init__(self, attributes: Attributes) -> None:
+    def __init__(self, attributes: Attributes, *, with_long: bool = False) -> None:
         self.attributes = attributes
         self._values = _without_torch(attributes)
         values = self._values.values()
-        self._entries = [(found, _entries(found)) for found in _containers(values)]
+        self._entries = [
+            (found, len(found), _entries(found) if with_long or len(found) <= _LONG else None)
+            for found in _containers(values)
+        ]
         self.tensors = [value for value in values if isinstance(value, Tensor)]
         self._versions = self.tensors and versions_of(self.tensors)
 
@@ -103,15 +115,15 @@ class _Note:
             now.keys() == self._values.keys()
             and all(map(operator.is_, now.values(), self._values.values()))
             and (not self.tensors or versions_of(self.tensors) == self._versions)
-            and all(_same(_entries(container), entries) for container, entries in self._entries)
+            and not any(itertools.starmap(_differs, self._entries))
         )
 
     def restore(self) -> None:
         for name in _without_torch(self.attributes).keys() - self._values.keys():
             del self.attributes[name]
         self.attributes.update(self._values)
-        for container, entries in self._entries:
-            if not _same(_entries(container), entries):
+        for container, length, entries in self._entries:
+            if entries is not None and _differs(container, length, entries):
                 container.clear()
                 _refill(container, entries)
 
@@ -125,6 +137,8 @@ def _containers(values: Iterable[Any]) -> list[Any]:
     found = {id(value): value for value in values if isinstance(value, _CONTAINERS)}
     unseen = list(found.values())
     for container in unseen:  # the loop also visits the containers that it appends
+        if len(container) > _LONG:
+            continue
         for entry in container.values() if isinstance(container, dict) else container:
             if isinstance(entry, _CONTAINERS) and id(entry) not in found:
                 found[id(entry)] = entry
@@ -148,5 +162,8 @@ def _refill(container: Any, entries: list[Any]) -> None:
         container.extend(entries)
 
 
-def _same(one: list[Any], other: list[Any]) -> bool:
-    return len(one) == len(other) and all(map(operator.is_, one, other))
+def _differs(container: Any, length: int, entries: list[Any] | None) -> bool:
+    """Return whether a container has other entries; None if only the length is known."""
+    if entries is None or len(container) != length:
+        return len(container) != length
+    return not all(map(operator.is_, _entries(container), entries))

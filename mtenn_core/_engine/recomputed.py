@@ -226,7 +226,7 @@ class RecomputedGraphs:
             saved.append((detached, version_of(detached)))
             return detached
 
-        changed = self._replay.changed_parameters()
+        versions = self._replay.versions()
         # Backward runs with grad mode off. The second run needs grad mode to save tensors.
         with (
             self._replay.restored(graph.first_run),
@@ -234,7 +234,7 @@ class RecomputedGraphs:
             saved_tensors_hooks(keep, _unchanged),
         ):
             predictions = graph.run_again()
-        self._replay.check_parameters(changed, predictions)
+        self._replay.check_parameters(versions, predictions)
         self._check(graph, predictions.detach(), tensors)
         tensors.clear()  # they have graphs
         return saved

@@ -178,35 +178,34 @@ class Replay:
             contexts.append(self._buffers.holding(conditions.buffers))
         return contexts
 
-    def changed_parameters(self) -> list[Tensor]:
-        """Return the parameters that were changed in place since the last run.
+    def versions(self) -> list[int]:
+        """Return how often each parameter was changed in place."""
+        return _versions(self._held)
+
+    def check_parameters(self, before: Sequence[int], predictions: Tensor) -> None:
+        """Raise an error if a second run used a parameter that somebody has changed in place.
 
         torch checks versions only of tensors that a graph saves, but these graphs save no tensors.
-        """
-        now = _versions(self._held)
-        if now == self._versions:
-            return []
-        versions = zip(self._held, now, self._versions, strict=True)
-        return [param for param, version, then in versions if version != then]
-
-    def check_parameters(self, changed: Sequence[Tensor], predictions: Tensor) -> None:
-        """Raise an error if a second run used a parameter that was changed before the run.
 
         Parameters
         ----------
-        changed : the result of :meth:`changed_parameters` before the run
+        before : the result of :meth:`versions` before the run
         predictions : the result of the run, with its graph
         """
         # In the run, the pose model itself may have changed parameters, as in forward (max_norm).
-        # An optimizer may have changed others in this backward, after the last pose that uses them.
-        self._versions = _versions(self._held)
-        if not changed:
+        after = _versions(self._held)
+        if after != before:
+            changes = zip(self._versions, after, before, strict=True)
+            self._versions = [noted + now - then for noted, now, then in changes]
+        if after == self._versions:
             return
+        # An optimizer that steps in this backward may have changed a parameter after the last pose
+        # that uses it.
         nodes = [] if predictions.grad_fn is None else nodes_of(predictions.grad_fn)
         used = {id(node.variable) for node in nodes if is_leaf(node)}
-        for param in changed:
+        for param, now, noted in zip(self._held, after, self._versions, strict=True):
             # A graph does not show whether it uses a frozen parameter.
-            if param.requires_grad and id(param) not in used:
+            if now == noted or (param.requires_grad and id(param) not in used):
                 continue
             names = [name for name, own in self._pose_model.named_parameters() if own is param]
             raise ChangedBeforeBackwardError(

@@ -102,6 +102,19 @@ def test_an_optimizer_may_step_inside_of_backward(case, gradients, scale):
     case.check(gradients, scale)
 
 
+def test_a_step_between_two_backwards_is_an_error_for_each_pose_that_uses_the_parameter():
+    """The first pose that runs again does not use the changed parameter, and the next one does."""
+    pose_model, poses = Experts(), sides()
+    out = MultiPoseModel(pose_model, Minimum(1.0), gradients="recomputed")(poses)
+    expert = pose_model.experts[0].weight
+    with torch.no_grad():
+        expert.mul_(1.1)
+    out.pose_predictions[1].backward(retain_graph=True)  # it uses another expert
+    for _ in range(2):
+        with pytest.raises(MtennError, match="experts.0.weight' was changed in place"):
+            out.pose_predictions[0].backward(retain_graph=True)
+
+
 # --- losses that the pose model keeps -------------------------------------------------------------
 
 
