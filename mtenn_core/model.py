@@ -137,9 +137,9 @@ class MultiPoseModel(torch.nn.Module):
             pose model then gets the batch unchanged.
         group : the processes that share the poses of each compound. Each process passes its own
             part of ``poses``, ``sizes`` and ``pose_inputs``, and the ``shared_inputs`` of all
-            compounds. The processes exchange only predictions. All processes get the same output; the poses of a compound are in the order
-            of the ranks. Gradients must be averaged over the group, as ``DistributedDataParallel``
-            and ``fully_shard`` do.
+            compounds. The processes exchange only predictions. All processes get the same output;
+            the poses of a compound are in the order of the ranks. Gradients must be averaged over
+            the group, as ``DistributedDataParallel`` and ``fully_shard`` do.
 
         Returns
         -------
