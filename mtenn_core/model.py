@@ -52,11 +52,12 @@ class MultiPoseModel(torch.nn.Module):
         memory for the next step until :meth:`~torch.nn.Module.eval`.
         ``"recomputed"`` keeps only the predictions. In backward, it runs poses with nonzero weight
         again, one chunk at a time. It needs memory for the graph of one chunk, and about 1 kB for
-        each operation of each pose.
-        All modes give the same numbers, with two exceptions. First, poses of one batch may
-        influence each other (BatchNorm in training); ``"stored"`` never makes batches. Second, the
-        pose model may have nonlinear backward hooks (for example, clip); in ``"stored"`` they run
-        before the weighting.
+        each operation of each pose. If a second run differs from the first, it raises an error.
+        All modes give the same numbers, with three exceptions. First, poses of one batch may
+        influence each other (BatchNorm in training); ``"stored"`` never makes batches. Second, with
+        ``collate``, random numbers (dropout) depend on the sizes of the batches. Third, the pose
+        model may have nonlinear backward hooks (for example, clip); in ``"stored"`` they run before
+        the weighting.
         While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose
         model.
     collate : a function that makes a batch from a list of poses (``torch.stack``, PyG's
@@ -135,10 +136,10 @@ class MultiPoseModel(torch.nn.Module):
         collated : True if ``poses`` is already one batch, for example from a ``DataLoader``. The
             pose model then gets the batch unchanged.
         group : the processes that share the poses of each compound. Each process passes its own
-            part of ``poses``, ``sizes`` and ``pose_inputs``. The processes exchange only
-            predictions. All processes get the same output; the poses of a compound are in the order
-            of the ranks. Gradients must be averaged over the group, as ``DistributedDataParallel``
-            and ``fully_shard`` do.
+            part of ``poses``, ``sizes`` and ``pose_inputs``, and the ``shared_inputs`` of all
+            compounds. The processes exchange only predictions. All processes get the same output;
+            the poses of a compound are in the order of the ranks. Gradients must be averaged over
+            the group, as ``DistributedDataParallel`` and ``fully_shard`` do.
 
         Returns
         -------
