@@ -398,6 +398,23 @@ class Tables(nn.Module):
         return self.tables[pocket] * 2
 
 
+# The compiler itself hides this warning, but not from a filter that makes it an error.
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+@pytest.mark.parametrize("compiled", ["pose model", "shared part", "both"])
+@ALL_MODES
+def test_both_parts_may_be_compiled(gradients, compiled):
+    model = new_model(gradients)
+    poses, pockets = new_poses(), torch.randn(3, 5, 3, dtype=torch.float64).unbind()
+    expected = expected_gradients(model, poses, SIZES, pockets)
+    params = dict(model.named_parameters())
+    if compiled != "shared part":
+        model.pose_model = torch.compile(model.pose_model, backend="aot_eager")
+    if compiled != "pose model":
+        model.shared = torch.compile(model.shared, backend="aot_eager")
+    loss_of(model(poses, SIZES, shared_inputs=pockets)).backward()
+    assert_same({name: param.grad for name, param in params.items()}, expected)
+
+
 # The number of runs, and the state
 
 
