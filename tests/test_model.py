@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, registry
 from mtenn_core._engine import mode_table
+from mtenn_core._engine.autograd_nodes import graph_is_retained
 from mtenn_core._engine.gradient_buffers import _SPARE
 from mtenn_core.errors import (
     CombinationContractError,
@@ -967,6 +968,37 @@ def test_a_compiled_model_has_the_same_gradients(pose_model, poses, gradients, w
     for _ in range(2):
         pose_model.zero_grad()
         losses(compiled(poses, sizes=SIZES))["both"].backward()
+    assert_same_gradients(grads(pose_model), expected)
+
+
+class CompiledFunction(torch.autograd.Function):
+    """A stand-in for the Function of AOTAutograd: same name, and it refuses ``retain_graph``."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.save_for_backward(hidden)
+        return hidden.tanh()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        assert not graph_is_retained()
+        (hidden,) = ctx.saved_tensors
+        return gradient * (1 - hidden.tanh().square())
+
+
+def test_stored_does_not_retain_the_graph_of_a_compiled_module(pose_model, poses):
+    class Compiled(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = pose_model
+
+        def forward(self, pose):
+            return self.inner[2](CompiledFunction.apply(self.inner[0](pose)))
+
+    losses(MultiPoseModel(pose_model, ClosedForm())(poses))["both"].backward()
+    expected = copy.deepcopy(grads(pose_model))
+    pose_model.zero_grad()
+    losses(MultiPoseModel(Compiled(), ClosedForm(), gradients="stored")(poses))["both"].backward()
     assert_same_gradients(grads(pose_model), expected)
 
 

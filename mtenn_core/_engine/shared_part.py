@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -94,7 +95,11 @@ def _cut(part: Any, cut: Detached) -> Any:
         cut.tensors[name], cut.leaves[name] = part, leaf
         return leaf
     if isinstance(part, dict):
-        return {key: _cut(value, cut) for key, value in part.items()}
+        # Keep the class: the dicts of some libraries have their entries as attributes, too.
+        whole = copy.copy(part)
+        for key, value in part.items():
+            whole[key] = _cut(value, cut)
+        return whole
     if isinstance(part, list | tuple):
         values = [_cut(value, cut) for value in part]
         return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)

@@ -13,22 +13,26 @@ from typing import Any
 def delayed_interrupts() -> Iterator[None]:
     """Delay the first Ctrl-C until the end of the block. A second one interrupts at once.
 
-    Python runs signal handlers only in the main thread, so other threads need no delay.
+    Python runs signal handlers only in the main thread, so other threads need no delay. A handler
+    that Python did not install cannot be put back, so it stays.
     """
-    if threading.current_thread() is not threading.main_thread():
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if not in_main_thread or signal.getsignal(signal.SIGINT) is None:
         yield
         return
-    received: list[tuple[Any, ...]] = []
+    n_received = 0
 
-    def delay(*arguments: Any) -> None:
-        if received and callable(before):
-            before(*arguments)
-        received.append(arguments)
+    def delay(*_: Any) -> None:
+        nonlocal n_received
+        n_received += 1
+        if n_received == 2:
+            signal.signal(signal.SIGINT, before)
+            signal.raise_signal(signal.SIGINT)
 
     before = signal.signal(signal.SIGINT, delay)
     try:
         yield
     finally:
         signal.signal(signal.SIGINT, before)
-        if len(received) == 1 and callable(before):
-            before(*received[0])
+        if n_received == 1:
+            signal.raise_signal(signal.SIGINT)

@@ -513,6 +513,73 @@ def shared_poses_of_one_compound_need_no_sizes(mode):
         )
 
 
+class Receptor(torch.nn.Module):
+    """Embeds a pocket, shape (n, 4), in 4 numbers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(3)
+        self.layers = torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.Linear(8, 4)).double()
+        self.n_runs = 0
+
+    def forward(self, pocket: Tensor) -> Tensor:
+        self.n_runs += 1
+        return torch.tanh(self.layers(pocket)).mean(0)
+
+
+class Docking(torch.nn.Module):
+    """Scores a pose, or a batch of poses, in an embedded pocket."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = new_pose_model()
+
+    def forward(self, pose: Tensor, pocket: Tensor | list[Tensor]) -> Tensor:
+        return self.inner(pose * (torch.stack(pocket) if isinstance(pocket, list) else pocket))
+
+
+def check_shared_part(mode, combination, wrap, loss=loss_of, **options):
+    """Compare with one process. Each rank lacks the poses of one compound."""
+    rank, total = dist.get_rank(), [sum(parts) for parts in zip(*SHARES, strict=True)]
+    poses, _, (all_poses, _) = shared_data()
+    pockets = [pocket[:, 0] for pocket in new_poses([3, 4, 5], seed=7)]
+    model = MultiPoseModel(Docking(), combination, shared=Receptor(), gradients=mode, **options)
+    reference = MultiPoseModel(Docking(), copy.deepcopy(combination), shared=Receptor())
+    embedded = [reference.shared(pocket) for pocket in pockets]
+    of_poses = [out for out, size in zip(embedded, total, strict=True) for _ in range(size)]
+    runs = zip(all_poses, of_poses, strict=True)
+    predictions = torch.cat([reference.pose_model(*run).reshape(1) for run in runs])
+    combined = [reference.combination.combine(part) for part in predictions.split(total)]
+    expected = torch.stack(combined), predictions
+    loss(*expected).backward()
+    wrapped = wrap(model)
+    out = wrapped(poses[rank], SHARES[rank], shared_inputs=pockets, group=dist.group.WORLD)
+    assert model.shared.n_runs == sum(size > 0 for size in SHARES[rank])
+    check_same(out._asdict(), dict(zip(out._fields, expected, strict=True)))
+    loss(*out).backward()
+    check_same(gradients(wrapped), gradients(reference))
+
+
+@case(mode=MODES, combination=[Learnable, Minimum], loss=[loss_of, combined_loss])
+def a_shared_part_gets_what_one_process_gives(mode, combination, loss):
+    check_shared_part(mode, combination(), plain_ddp, loss)
+
+
+@case(mode=MODES, wrap=DDP)
+def a_shared_part_works_in_each_ddp(mode, wrap):
+    check_shared_part(mode, Learnable(), wrap)
+
+
+@case(mode=NOT_STORED)
+def a_shared_part_works_with_batches(mode):
+    check_shared_part(mode, Learnable(), plain_ddp, collate=torch.cat, chunk_size=2)
+
+
+@case(mode=MODES)
+def a_shared_part_may_be_sharded_with_the_model(mode):
+    check_shared_part(mode, Learnable(), root)
+
+
 @case()
 def full_depth_combinations_refuse_to_share_the_gradients_of_a_compound():
     model = MultiPoseModel(new_pose_model(), FullDepth(), gradients="stored")

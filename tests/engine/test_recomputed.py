@@ -18,6 +18,8 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine import replay
+from mtenn_core._engine.fingerprint import samples_of
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core.errors import ChangedBeforeBackwardError, DoubleBackwardError, GradientError
@@ -405,17 +407,108 @@ def test_a_cache_that_grows_is_an_error_that_names_the_pose(pose_model, poses):
     assert isinstance(caught.value.__cause__, RuntimeError)
 
 
-def test_running_out_of_memory_in_backward_stays_what_it_is(pose_model, poses):
+OUT_OF_MEMORY = {
+    "Python": MemoryError("no memory"),
+    # torch raises a plain RuntimeError on a CPU.
+    "CPU": RuntimeError(
+        "[enforce fail at alloc_cpu.cpp:127] err == 0. DefaultCPUAllocator: can't allocate memory:"
+        " you tried to allocate 8000000000000 bytes. Error code 12 (Cannot allocate memory)"
+    ),
+    "accelerator": torch.OutOfMemoryError("CUDA out of memory"),
+}
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY.values(), ids=OUT_OF_MEMORY)
+def test_running_out_of_memory_in_backward_stays_what_it_is(pose_model, poses, error):
     class Full(torch.nn.Module):
         def forward(self, pose):
             if out is not None:
-                raise MemoryError
+                raise error
             return pose_model(pose)
 
     out = None
     out = recomputed(Full())(poses)
-    with pytest.raises(MemoryError):
+    with pytest.raises(type(error), match=r"no memory|can't allocate|out of memory") as caught:
         out.prediction.backward()
+    assert caught.value is error
+
+
+class Turning(torch.nn.Module):
+    """Predicts the same in each run. From a given run on, its gradient is another."""
+
+    def __init__(self, pose_model: torch.nn.Module) -> None:
+        super().__init__()
+        self.inner = pose_model
+        self._run = SimpleNamespace(turned=False)  # the engine restores numbers
+
+    def turn(self, turned: bool) -> None:
+        self._run.turned = turned
+
+    def forward(self, pose):
+        hidden = self.inner(pose)
+        factor = 5.0 if self._run.turned else 3.0
+        return hidden + factor * (hidden.sin() - hidden.sin().detach()) * (hidden * factor)
+
+
+@pytest.fixture
+def n_compared(monkeypatch):
+    """Return a list of the number of poses whose saved tensors a forward samples."""
+    found = []
+    monkeypatch.setattr(replay, "samples_of", lambda saved: found.append(1) or samples_of(saved))
+    return lambda: (len(found), found.clear())[0]
+
+
+def test_all_poses_are_compared_until_three_calls_agree_and_then_one_in_sixteen(
+    pose_model, n_compared
+):
+    model, poses = recomputed(pose_model), torch.randn(32, 4).double()
+    compared = []
+    for _ in range(5):
+        prediction = model(poses).prediction
+        compared.append(n_compared())
+        prediction.backward()
+    assert compared == [32, 32, 32, 2, 2]
+
+
+def test_in_many_calls_each_pose_is_compared_once(pose_model, monkeypatch):
+    model, poses = recomputed(pose_model), torch.randn(5, 4).double()
+    for _ in range(3):
+        model(poses).prediction.backward()
+    compared = []
+    after_run = replay.Replay.after_run
+
+    def note(self, run, predictions, n_saved, saved):
+        compared.append(saved is not None)
+        after_run(self, run, predictions, n_saved, saved)
+
+    monkeypatch.setattr(replay.Replay, "after_run", note)
+    for _ in range(16):
+        model(poses).prediction.backward()
+    assert torch.tensor(compared).view(16, 5).sum(0).tolist() == [1] * 5
+
+
+def test_a_call_without_backward_proves_nothing(pose_model, poses, n_compared):
+    model = recomputed(pose_model)
+    for _ in range(5):
+        model(poses)
+        assert n_compared() == len(poses)
+
+
+def test_after_a_disagreement_all_poses_are_compared_again(pose_model, n_compared):
+    turning, poses = Turning(pose_model), torch.randn(32, 4).double()
+    model = recomputed(turning)
+    for _ in range(3):
+        model(poses).prediction.backward()
+    prediction = model(poses).prediction
+    turning.turn(True)
+    with pytest.raises(ChangedBeforeBackwardError, match="its gradient would be another"):
+        prediction.backward()
+    turning.turn(False)
+    n_compared()
+    for expected in (32, 32, 32, 2):
+        prediction = model(poses).prediction
+        assert n_compared() == expected
+        prediction.backward()
 
 
 def test_a_pose_model_that_reads_something_else_in_backward_is_an_error(pose_model, poses):
