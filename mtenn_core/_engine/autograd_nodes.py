@@ -51,6 +51,14 @@ base_of = operator.attrgetter("_base")
 # 2.13, where profilers use it. Without it: skip no pose if the pose model keeps any tensor.
 sequence_number = operator.methodcaller("_sequence_nr")
 
+# Returns an object for the innermost transform of torch.func that runs this code, or None. Seen in
+# torch 2.13. Without it: errors inside of transforms are torch's own, and name no mode that works.
+current_transform = torch._C._functorch.peek_interpreter_stack
+
+# Returns the level of torch.autograd.forward_ad, or -1 outside of it. Seen in torch 2.13. Without
+# it: "stored" would lose tangents.
+forward_ad_level = functools.partial(getattr, torch.autograd.forward_ad, "_current_level")
+
 
 def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor represents many tensors, under ``vmap`` or ``is_grads_batched``.
@@ -61,6 +69,12 @@ def is_batched(tensor: Tensor) -> bool:
     # try tolist() and catch the RuntimeError.
     functorch = torch._C._functorch
     return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
+
+
+def inside_vmap() -> bool:
+    """Return whether ``torch.func.vmap`` is the innermost transform that runs this code."""
+    interpreter = current_transform()
+    return interpreter is not None and interpreter.key().name == "Vmap"
 
 
 def engine_asks() -> bool:

@@ -50,8 +50,12 @@ def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> N
     named |= {f"pose_inputs[{name!r}]": values for name, values in inputs.items()}
     for what, values in named.items():
         finite = torch.isfinite(values.detach())
-        if finite.all():
-            continue
+        try:
+            if finite.all():
+                continue
+        except RuntimeError as error:  # torch.func.vmap
+            error.add_note("inside torch.func.vmap, pass check_finite=False to MultiPoseModel")
+            raise
         pose = int((~finite).nonzero()[0])
         within, compound = pose, 0
         while within >= sizes[compound]:

@@ -24,7 +24,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from mtenn_core._engine.autograd_nodes import (
     current_backward,
+    current_transform,
     engine_asks,
+    inside_vmap,
     is_leaf,
     nodes_of,
     sequence_number,
@@ -57,6 +59,12 @@ class Recomputed(Mode):
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
         if not torch.is_grad_enabled():
             return torch.cat([chunk.run() for chunk in call.chunks]), None
+        if current_transform() is not None and inside_vmap():
+            raise GradientError(
+                "gradients='recomputed' does not work inside torch.func.vmap, because backward runs"
+                " outside of it. Use gradients='graph'. For predictions without gradients, use"
+                " torch.no_grad."
+            )
         graphs = RecomputedGraphs(options.pose_model, call.poses, call.shared_outputs or ())
         return graphs.predict(call.chunks, options.skip_below), None
 

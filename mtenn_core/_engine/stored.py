@@ -20,6 +20,8 @@ from torch import Tensor
 from mtenn_core._engine.autograd_nodes import (
     AccumulateGrad,
     computes_in,
+    current_transform,
+    forward_ad_level,
     hooks_of,
     is_compiled,
     muted_hooks,
@@ -164,6 +166,12 @@ class StoredGradients:
         shared: Params = MappingProxyType({}),
         shared_leaves: Params = MappingProxyType({}),
     ) -> None:
+        if current_transform() is not None or forward_ad_level() >= 0:
+            raise GradientError(
+                "gradients='stored' does not work inside transforms of torch.func (grad, vjp, jvp,"
+                " vmap) and forward-mode differentiation. Use gradients='graph'. For predictions"
+                " without gradients, use torch.no_grad."
+            )
         if (sharded := sharded_part(pose_model)) is not None:
             # The hooks of a sharded module replace parameters in each run. The gradients of those
             # parameters would be lost.

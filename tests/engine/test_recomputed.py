@@ -812,8 +812,67 @@ def test_the_transforms_of_torch_func_are_right_in_graph_and_refused_elsewhere(p
     assert_same({f"pose_model.{n}": g for n, g in found.items()}, expected)
     hessian = torch.func.hessian(lambda b: predict(params | {"2.bias": b}, "graph"))
     assert hessian(params["2.bias"]).abs().max() < 1e-12  # a shift of all poses shifts the value
-    with pytest.raises(GradientError, match=r"grad, vjp and jacrev .* Use gradients='graph'"):
-        torch.func.grad(predict)(params, "recomputed")
+    for gradients in ("stored", "recomputed"):
+        with pytest.raises(GradientError, match=r"grad, vjp.* Use gradients='graph'"):
+            torch.func.grad(predict)(params, gradients)
+
+
+def ensemble(pose_model, gradients, **options):
+    """Return a function of stacked parameters: the predictions of several models at once."""
+    model = MultiPoseModel(pose_model, SmoothMinimum(), gradients=gradients, **options)
+    params = dict(model.named_parameters())
+    stacked = {name: torch.stack([param, 1.1 * param]).detach() for name, param in params.items()}
+
+    def predict(params, poses):
+        return torch.func.functional_call(model, params, (poses,)).prediction
+
+    return torch.func.vmap(predict, in_dims=(0, None)), stacked
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_an_ensemble_predicts_by_vmap_without_gradients(pose_model, poses, gradients):
+    predict, stacked = ensemble(pose_model, gradients, check_finite=False)
+    with torch.no_grad():
+        found = predict(stacked, poses)
+        first, second = MultiPoseModel(pose_model, SmoothMinimum()), copy.deepcopy(pose_model)
+        for param in second.parameters():
+            param.mul_(1.1)
+        expected = [first(poses).prediction]
+        expected.append(MultiPoseModel(second, SmoothMinimum())(poses).prediction)
+    torch.testing.assert_close(found, torch.stack(expected), **EXACT)
+
+
+def test_an_ensemble_trains_by_vmap_in_graph(pose_model, poses):
+    predict, stacked = ensemble(pose_model, "graph", check_finite=False)
+    params = {name: param.requires_grad_() for name, param in stacked.items()}
+    found = torch.autograd.grad(predict(params, poses).sum(), params.values())
+    expected = gradients_of(
+        MultiPoseModel(pose_model, SmoothMinimum()), poses, loss=lambda out: out.prediction
+    )
+    assert_same(dict(zip(params, [g[0] for g in found], strict=True)), expected)
+
+
+@pytest.mark.parametrize("gradients", ["stored", "recomputed"])
+def test_training_by_vmap_names_the_mode_that_works(pose_model, poses, gradients):
+    predict, stacked = ensemble(pose_model, gradients, check_finite=False)
+    params = {name: param.requires_grad_() for name, param in stacked.items()}
+    with pytest.raises(GradientError, match=r"vmap.* Use gradients='graph'.* use torch\.no_grad"):
+        predict(params, poses)
+
+
+def test_vmap_names_the_option_that_works(pose_model, poses):
+    predict, stacked = ensemble(pose_model, "graph")
+    with pytest.raises(RuntimeError, match="data-dependent") as caught:
+        predict(stacked, poses)
+    assert "inside torch.func.vmap, pass check_finite=False to MultiPoseModel" in (
+        caught.value.__notes__
+    )
+
+
+def test_stored_loses_no_tangent(pose_model, poses):
+    forward_ad = torch.autograd.forward_ad
+    with forward_ad.dual_level(), pytest.raises(GradientError, match="forward-mode"):
+        MultiPoseModel(pose_model, SmoothMinimum(), gradients="stored")(poses)
 
 
 class EditsWhatItSaved(torch.nn.Module):
