@@ -45,6 +45,7 @@ from engine_cases import (
     MODES,
     ONE_BATCH,
     PLAIN,
+    POCKET_ATOMS,
     Case,
     Setup,
 )
@@ -59,6 +60,12 @@ SHOWN = "trade-off"
 TIMED = (*BASELINES, *MODES, BARE, FORWARD)
 MOLECULES = Case(320, n_compounds=64, pose_model="molecules")
 MOLECULE_WAYS = (PLAIN, ONE_BATCH, GRAPH, CHUNKED)
+# Each compound has a pocket, which plain autograd and the modes embed once for all poses.
+DOCKING = [
+    Case(64, 40, 300_000, weights, n_compounds=2, pose_model="docking")
+    for weights in ("sharp", "dense")
+]
+DOCKING_WAYS = (PLAIN, *MODES)
 OVERHEAD_OF = (*MODES, CHECKPOINT)
 OVERHEAD_WAYS = (*OVERHEAD_OF, BARE, BUILT, COPY)
 console = Console(highlight=False, width=int(os.environ.get("COLUMNS", 130)))
@@ -194,6 +201,7 @@ def quick_jobs() -> Iterator[Job]:
     yield Job("estimated", dense, MODES)
     yield from jobs_of(Case(128, SMALL, 3_000_000, "sharp"))
     yield Job("times", MOLECULES, MOLECULE_WAYS)
+    yield from docking_jobs()
     for case in overheads(((4, 1000), (40, 10_000), (40, 1_000_000))):
         yield Job("times", case, OVERHEAD_WAYS)
     for mode in MODES:
@@ -213,6 +221,7 @@ def trade_off_jobs() -> Iterator[Job]:
 def full_jobs() -> Iterator[Job]:
     """Yield the other cases, and then the whole matrix."""
     yield Job("times", MOLECULES, MOLECULE_WAYS)
+    yield from docking_jobs()
     for case in overheads(((4, 1000), (10, 3000), (40, 10_000), (100, 30_000), (40, 1_000_000))):
         yield Job("times", case, OVERHEAD_WAYS)
     for mode in MODES:
@@ -226,6 +235,15 @@ def full_jobs() -> Iterator[Job]:
         yield from jobs_of(case)
     for case in sorted(matrix(), key=lambda case: case.n_poses * case.n_atoms):
         yield from jobs_of(case)
+
+
+def docking_jobs() -> Iterator[Job]:
+    """Yield the jobs of the cases with a shared pocket."""
+    for case in DOCKING:
+        yield Job("times", case, DOCKING_WAYS)
+        for way in DOCKING_WAYS:
+            yield Job("peak", case, (way,))
+        yield Job("estimated", case, MODES)
 
 
 def matrix() -> Iterator[Case]:
@@ -298,7 +316,7 @@ def fitting(job: Job, gigabytes: float) -> Job:
 
 def needed(case: Case, way: str) -> float:
     """Return about how many bytes a way will take."""
-    per_graph = graph_bytes(case) if case.pose_model == "pairs" else 0
+    per_graph = graph_bytes(case) if case.pose_model in ("pairs", "docking") else 0
     graphs = case.n_poses if way in (PLAIN, GRAPH) else 1
     # The guide's way holds all gradients of the biggest parameter three times: stored, weighted,
     # stacked.
@@ -339,6 +357,8 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
             results, cases
         ),
         f"Small molecules[/] with PyG's SchNet: {MOLECULES}": molecules_table(results),
+        f"Docking[/] in a pocket of {POCKET_ATOMS} atoms, the shared part: time and peak memory, as"
+        " multiples of plain autograd's": docking_table(results, gigabytes),
         "Beyond forwards with their graphs, and backwards[/]: µs per pose": overhead_table(
             results, list(of(jobs, (COPY,)))
         ),
@@ -357,7 +377,7 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
 def of(jobs: list[Job], ways: Iterable[str]) -> Iterator[Case]:
     """Yield the cases in which any of these ways was timed."""
     for job in jobs:
-        timed = job.what == "times" and job.case.pose_model != "molecules"
+        timed = job.what == "times" and job.case.pose_model not in ("molecules", "docking")
         if timed and set(ways) & set(job.ways):
             yield job.case
 
@@ -470,6 +490,21 @@ def molecules_table(results: Results) -> Table:
         )
         cells = ("–" if ratio is None else str(ratio) for ratio in ratios)
         table.add_row(name, f"{1e3 * seconds:.0f}", *cells)
+    return table
+
+
+def docking_table(results: Results, gigabytes: float) -> Table:
+    table = new_table("", "weights ≠ 0", "plain, s", *MODES, "plain, MB", *MODES)
+    for case in DOCKING:
+        n_weights, seconds = results.get("times", case, "n_weights"), results.seconds(case, PLAIN)
+        if seconds is None:
+            continue
+        times = [time_cell(results, case, mode, gigabytes) for mode in MODES]
+        plain = results.get("peak", case, PLAIN)
+        sizes = [results.get("peak", case, mode) for mode in MODES]
+        memory = [f"{size / plain:.3f}" if size and plain else "–" for size in sizes]
+        in_all = f"{plain / 1e6:.0f}" if plain else "–"
+        table.add_row(str(case), f"{n_weights}", f"{seconds:.3f}", *times, in_all, *memory)
     return table
 
 

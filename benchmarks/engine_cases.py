@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -28,6 +29,7 @@ BASELINES = (PLAIN, CHECKPOINT, GUIDE)
 SPREAD = 5.0  # of the predictions, standard deviation; in kT, about 3 kcal/mol
 SHARPNESS = 1000.0
 SEED = 0
+POCKET_ATOMS = 150
 
 Step = Callable[[], object]
 # The pose model, the poses, and what makes a batch of them, if the model wants one.
@@ -44,7 +46,7 @@ class Case:
     n_parameters : of the pose model, about
     weights : ``"dense"`` (the mean) or ``"sharp"`` (the minimum, t = 1000)
     pose_model : a key of :data:`POSE_MODELS`; ``"molecules"`` has its own numbers of atoms and
-        parameters
+        parameters, and ``"docking"`` also has a pocket for each compound
     n_tensors : number of tensors that hold the parameters of ``"vector"``
     """
 
@@ -58,10 +60,11 @@ class Case:
 
     def __str__(self) -> str:
         compounds = f"{self.n_compounds} × " if self.n_compounds > 1 else ""
-        poses = f"{compounds}{self.n_poses // self.n_compounds} poses"
+        docked = "docked " if self.pose_model == "docking" else ""
+        poses = f"{compounds}{self.n_poses // self.n_compounds} {docked}poses"
         if self.pose_model == "molecules":
             return f"{poses} × 10 to 15 atoms, {self.weights}"
-        of_atoms = f" × {self.n_atoms} atoms" if self.pose_model == "pairs" else ""
+        of_atoms = "" if self.pose_model == "vector" else f" × {self.n_atoms} atoms"
         return f"{poses}{of_atoms}, {self.millions}, {self.weights}"
 
     @property
@@ -80,26 +83,21 @@ class Case:
         return [self.n_poses // self.n_compounds] * self.n_compounds
 
 
-class PairNetwork(torch.nn.Module):
-    """A small SchNet over all pairs of atoms, and a readout whose width sets the parameters.
-
-    The pairs take most of the graph. The readout, on one vector per pose, has most parameters.
-    """
+class PairEmbedding(torch.nn.Module):
+    """A small SchNet over all pairs of atoms. The pairs take most of the graph."""
 
     width, n_gaussians, n_interactions = 64, 50, 3
 
-    def __init__(self, n_parameters: int) -> None:
+    def __init__(self) -> None:
         super().__init__()
         self.embedding = torch.nn.Embedding(20, self.width)
         self.interactions = torch.nn.ModuleList(
             Interaction(self.width, self.n_gaussians) for _ in range(self.n_interactions)
         )
         self.register_buffer("centres", torch.linspace(0.0, 12.0, self.n_gaussians))
-        left = n_parameters - sum(p.numel() for p in self.parameters())
-        self.readout = readout(self.width, left)
 
     def forward(self, pose: tuple[Tensor, Tensor]) -> Tensor:
-        """Return the prediction of one pose, shape (1,)."""
+        """Return the mean over atoms, shape (width,)."""
         types, positions = pose
         source, target = torch.ones(len(types), len(types)).fill_diagonal_(0).nonzero().t()
         distances = (positions[source] - positions[target]).norm(dim=-1)
@@ -111,7 +109,24 @@ class PairNetwork(torch.nn.Module):
         atoms = self.embedding(types)
         for interaction in self.interactions:
             atoms = atoms + interaction(atoms, source, target, gaussians, cutoff)
-        return self.readout(atoms.mean(dim=0))
+        return atoms.mean(dim=0)
+
+
+class PairNetwork(PairEmbedding):
+    """The embedding, and a readout whose width sets the parameters. The readout has most of them.
+
+    In a pocket, the embedding is multiplied with that of the pocket.
+    """
+
+    def __init__(self, n_parameters: int) -> None:
+        super().__init__()
+        left = n_parameters - sum(p.numel() for p in self.parameters())
+        self.readout = readout(self.width, left)
+
+    def forward(self, pose: tuple[Tensor, Tensor], pocket: Tensor | None = None) -> Tensor:
+        """Return the prediction of one pose, shape (1,)."""
+        embedded = super().forward(pose)
+        return self.readout(embedded if pocket is None else embedded * pocket)
 
 
 class Interaction(torch.nn.Module):
@@ -151,13 +166,15 @@ def readout(width: int, n_parameters: int) -> torch.nn.Sequential:
 
 
 def pairs(case: Case) -> Model:
-    """Return a network over pairs and random poses at about the density of a molecule."""
-    edge = 2.5 * case.n_atoms ** (1 / 3)
-    poses = [
-        (torch.randint(20, (case.n_atoms,)), edge * torch.rand(case.n_atoms, 3))
-        for _ in range(case.n_poses)
-    ]
+    """Return a network over pairs, and random poses."""
+    poses = [random_atoms(case.n_atoms) for _ in range(case.n_poses)]
     return PairNetwork(case.n_parameters), poses, None
+
+
+def random_atoms(n_atoms: int) -> tuple[Tensor, Tensor]:
+    """Return types and positions of atoms at about the density of a molecule."""
+    edge = 2.5 * n_atoms ** (1 / 3)
+    return torch.randint(20, (n_atoms,)), edge * torch.rand(n_atoms, 3)
 
 
 def vector(case: Case) -> Model:
@@ -220,7 +237,7 @@ class GivenPairs(torch.nn.Module):
         return self.edges, (pos[first] - pos[second]).norm(dim=-1)
 
 
-POSE_MODELS = {"pairs": pairs, "vector": vector, "molecules": molecules}
+POSE_MODELS = {"pairs": pairs, "vector": vector, "molecules": molecules, "docking": pairs}
 
 
 class Setup:
@@ -229,22 +246,28 @@ class Setup:
     Attributes
     ----------
     n_weights : number of nonzero weights
+    shared, pockets : the embedding of pockets, and a pocket for each compound; None and an empty
+        list without pockets
     """
 
     def __init__(self, case: Case) -> None:
         torch.manual_seed(SEED)
         self.case = case
         self.pose_model, self.poses, self.collate = POSE_MODELS[case.pose_model](case)
+        docks = case.pose_model == "docking"
+        self.shared = PairEmbedding() if docks else None
+        self.pockets = [random_atoms(POCKET_ATOMS) for _ in case.sizes if docks]
         self.rule = rule(case.weights)
         predictions = self._widen()
         weights = [self.rule.pose_weights(part) for part in predictions.split(case.sizes)]
         self.n_weights = int((torch.cat(weights) != 0).sum())
-        self.params = [p for p in self.pose_model.parameters() if p.requires_grad]
+        modules = torch.nn.ModuleList(filter(None, (self.pose_model, self.shared)))
+        self.params = [p for p in modules.parameters() if p.requires_grad]
 
     @torch.no_grad()
     def _widen(self) -> Tensor:
         """Scale the last layer, because the predictions of a new network are nearly equal."""
-        predictions = torch.cat([self._predict(pose) for pose in self.poses])
+        predictions = self._all(self.poses, self.case.sizes, self.pockets, self._predict)
         if len(predictions) == 1:
             return predictions
         *_, last = (m for m in self.pose_model.modules() if isinstance(m, torch.nn.Linear))
@@ -255,29 +278,37 @@ class Setup:
 
     def clear(self) -> None:
         """Drop the gradients of the last step."""
-        self.pose_model.zero_grad(set_to_none=True)
+        for param in self.params:
+            param.grad = None
 
     def steps(self, poses: Sequence[Any] | None = None) -> dict[str, Step]:
         """Return a step for every way; all but the last ones give the same gradients.
+
+        With pockets, there are only plain autograd and the modes.
 
         Parameters
         ----------
         poses : poses of one compound, used instead of those of the case
         """
         sizes = self.case.sizes if poses is None else [len(poses)]
+        # A small step must have a small pocket, too, and any pose will do.
+        pockets = self.pockets if poses is None else list(poses)[: len(self.pockets) and 1]
         poses = self.poses if poses is None else list(poses)
         steps: dict[str, Step] = {
-            PLAIN: lambda: self._plain(poses, sizes, self._predict),
+            PLAIN: lambda: self._plain(poses, sizes, pockets, self._predict),
             ONE_BATCH: lambda: self._one_batch(poses, sizes),
-            CHECKPOINT: lambda: self._plain(poses, sizes, self._checkpointed),
+            CHECKPOINT: lambda: self._plain(poses, sizes, pockets, self._checkpointed),
             GUIDE: lambda: self._guide(poses, sizes),
         }
         ways = {mode: {"gradients": mode, "collate": self.collate} for mode in MODES}
         if self.collate:
             ways[CHUNKED] = {**ways["graph"], "chunk_size": CHUNK_SIZE}
+        given = {"shared_inputs": pockets} if self.shared else {}
         for way, options in ways.items():
-            model = MultiPoseModel(self.pose_model, self.rule, **options)
-            steps[way] = lambda model=model: model(poses, sizes).prediction.sum().backward()
+            model = self.model(**options)
+            steps[way] = partial(self._step, model, poses, sizes, **given)
+        if self.shared:
+            return {way: steps[way] for way in (PLAIN, *MODES)}
         return steps | {
             BARE: lambda: self._bare(poses),
             FORWARD: lambda: self._forward(poses),
@@ -285,15 +316,45 @@ class Setup:
             COPY: self._copy,
         }
 
-    def _predict(self, pose: Any) -> Tensor:
+    def model(self, **options: Any) -> MultiPoseModel:
+        """Return a multi-pose model of the case."""
+        # Earlier versions of mtenn_core have no shared part.
+        if self.shared:
+            options["shared"] = self.shared
+        return MultiPoseModel(self.pose_model, self.rule, **options)
+
+    def _step(self, model: MultiPoseModel, *arguments: Any, **given: Any) -> None:
+        model(*arguments, **given).prediction.sum().backward()
+
+    def _predict(self, pose: Any, *pocket: Tensor) -> Tensor:
         """Return the prediction of one pose, shape (1,)."""
-        return self.pose_model(self.collate([pose]) if self.collate else pose).reshape(1)
+        return self.pose_model(self.collate([pose]) if self.collate else pose, *pocket).reshape(1)
 
     def _checkpointed(self, pose: Any) -> Tensor:
         return checkpoint(self._predict, pose, use_reentrant=False)
 
-    def _plain(self, poses: list[Any], sizes: list[int], predict: Callable[[Any], Tensor]) -> None:
-        self._combine(torch.cat([predict(pose) for pose in poses]), sizes)
+    def _all(
+        self,
+        poses: list[Any],
+        sizes: list[int],
+        pockets: list[Any],
+        predict: Callable[..., Tensor],
+    ) -> Tensor:
+        """Return all predictions, shape (n_poses,). Each pocket is embedded once."""
+        if not self.shared:
+            return torch.cat([predict(pose) for pose in poses])
+        embedded = [self.shared(pocket) for pocket in pockets]
+        of_poses = [pocket for pocket, n in zip(embedded, sizes, strict=True) for _ in range(n)]
+        return torch.cat(list(map(predict, poses, of_poses)))
+
+    def _plain(
+        self,
+        poses: list[Any],
+        sizes: list[int],
+        pockets: list[Any],
+        predict: Callable[..., Tensor],
+    ) -> None:
+        self._combine(self._all(poses, sizes, pockets, predict), sizes)
 
     def _one_batch(self, poses: list[Any], sizes: list[int]) -> None:
         self._combine(self.pose_model(self.collate(poses)).reshape(-1), sizes)

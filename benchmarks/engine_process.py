@@ -190,10 +190,8 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
 
 def estimated(setup: Setup, ways: Sequence[str]) -> dict[str, int]:
     """Return the bytes that ``MultiPoseModel.estimate`` expects for each mode."""
-    from mtenn_core import MultiPoseModel
-
-    model = MultiPoseModel(setup.pose_model, setup.rule)
-    found = model.estimate(setup.poses, setup.case.sizes)
+    given = {"shared_inputs": setup.pockets} if setup.shared else {}
+    found = setup.model().estimate(setup.poses, setup.case.sizes, **given)
     return {cost.gradients: cost.memory for cost in found.modes if cost.gradients in ways}
 
 

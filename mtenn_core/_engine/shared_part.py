@@ -91,6 +91,8 @@ def _cut(part: Any, cut: Detached) -> Any:
         if not part.requires_grad:
             return part
         leaf = part.detach().requires_grad_()
+        # The gradients of poses do not accumulate in .grad. Only the backward of a loss does.
+        leaf.register_post_accumulate_grad_hook(_refuse)
         name = f"shared output {len(cut.tensors)}"
         cut.tensors[name], cut.leaves[name] = part, leaf
         return leaf
@@ -104,3 +106,11 @@ def _cut(part: Any, cut: Detached) -> Any:
         values = [_cut(value, cut) for value in part]
         return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
     return part
+
+
+def _refuse(_: Tensor) -> None:
+    raise GradientError(
+        "the loss uses a tensor that the pose model computed from the output of the shared part and"
+        " kept, such as a penalty. gradients='stored' would lose the gradient of the shared part."
+        " Use gradients='recomputed' or 'graph', or compute the tensor in the shared part."
+    )

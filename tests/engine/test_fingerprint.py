@@ -117,6 +117,7 @@ def test_rounding_is_accepted(dtype, rounding, seen):
 def test_numbers_that_are_not_finite_equal_themselves(value):
     tensor = torch.tensor([1.0, value, 3.0])
     assert changed([tensor], [tensor * 1.0000001]) is None
+    assert changed([tensor], [torch.tensor([1.0, value, 4.0])]) == ANOTHER_GRADIENT
     assert changed([tensor], [torch.tensor([1.0, 2.0, 3.0])]) == ANOTHER_GRADIENT
     assert changed([torch.tensor([1.0, 2.0, 3.0])], [tensor]) == ANOTHER_GRADIENT
 

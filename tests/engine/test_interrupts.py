@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -189,6 +190,13 @@ def test_a_backward_after_an_interrupt_is_right(poses):
         assert torch.equal(one, other)  # the same operations
 
 
+def call_in_backward(module: nn.Module, call: Callable[[], None]):
+    """Call a function when backward comes to the output of a module."""
+    return module.register_forward_hook(
+        lambda module, given, out: out.register_hook(lambda gradient: call()) and None
+    )
+
+
 @pytest.mark.parametrize("hooked", [False, True], ids=["no hooks", "hooks"])
 def test_an_interrupt_in_the_inner_backward_of_stored_leaves_hooks_as_they_were(poses, hooked):
     pose_model, calls = Changing().eval(), []
@@ -196,10 +204,10 @@ def test_an_interrupt_in_the_inner_backward_of_stored_leaves_hooks_as_they_were(
         for param in pose_model.parameters():
             if param.requires_grad:
                 param.register_hook(calls.append)
-    hidden = pose_model.layers[0]
-    stopping = hidden.register_forward_hook(
-        lambda module, given, out: out.register_hook(lambda gradient: interrupt()) and None
-    )
+    reached = []
+    first, last = pose_model.layers[0], pose_model.layers[2]
+    stopping = call_in_backward(last, interrupt)
+    going_on = call_in_backward(first, lambda: reached.append(1))
     model = MultiPoseModel(pose_model, Mean(), gradients="stored")
     before = state_of(pose_model)
     with pytest.raises(KeyboardInterrupt):
@@ -209,7 +217,9 @@ def test_an_interrupt_in_the_inner_backward_of_stored_leaves_hooks_as_they_were(
         del before[changes], after[changes]
     assert after == before
     assert calls == []
+    assert len(reached) == hooked  # the backward of the pose ends only if hooks are muted
     stopping.remove()
+    going_on.remove()
     expected = copy.deepcopy(pose_model)
     model(poses).prediction.backward()
     MultiPoseModel(expected, Mean())(poses).prediction.backward()

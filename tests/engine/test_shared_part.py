@@ -400,19 +400,126 @@ class Tables(nn.Module):
 
 # The compiler itself hides this warning, but not from a filter that makes it an error.
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
-@pytest.mark.parametrize("compiled", ["pose model", "shared part", "both"])
 @ALL_MODES
-def test_both_parts_may_be_compiled(gradients, compiled):
+def test_both_parts_may_be_compiled(gradients):
     model = new_model(gradients)
     poses, pockets = new_poses(), torch.randn(3, 5, 3, dtype=torch.float64).unbind()
     expected = expected_gradients(model, poses, SIZES, pockets)
     params = dict(model.named_parameters())
-    if compiled != "shared part":
-        model.pose_model = torch.compile(model.pose_model, backend="aot_eager")
-    if compiled != "pose model":
-        model.shared = torch.compile(model.shared, backend="aot_eager")
+    model.pose_model = torch.compile(model.pose_model, backend="aot_eager")
+    model.shared = torch.compile(model.shared, backend="aot_eager")
     loss_of(model(poses, SIZES, shared_inputs=pockets)).backward()
     assert_same({name: param.grad for name, param in params.items()}, expected)
+
+
+class KeepingReceptor(Receptor):
+    """Keeps a part of its graph, for a penalty."""
+
+    def forward(self, pocket):
+        self.kept = super().forward(pocket)
+        return self.kept
+
+
+class KeepingDocking(Docking):
+    """Keeps a tensor that it computes from the output of the shared part, for a penalty."""
+
+    def forward(self, ligand, pocket):
+        self.kept = pocket.square()
+        return super().forward(ligand, pocket)
+
+
+def outcome_with_penalty(model, part: str):
+    """Return the gradients of a loss with a penalty, and those of plain autograd."""
+    poses, pockets = new_poses(), new_pockets()
+    reference = copy.deepcopy(model)
+    loss = loss_of(plain(reference, poses, SIZES, pockets))
+    (loss + reference.get_submodule(part).kept.square().sum()).backward()
+    loss = loss_of(model(poses, SIZES, shared_inputs=pockets))
+    (loss + model.get_submodule(part).kept.square().sum()).backward()
+    return gradients_of(model), gradients_of(reference)
+
+
+@ALL_MODES
+def test_a_penalty_on_the_output_of_the_shared_part_is_right(gradients):
+    model = new_model(gradients, shared=KeepingReceptor())
+    assert_same(*outcome_with_penalty(model, "shared"))
+
+
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_a_penalty_of_the_pose_model_on_the_output_is_right(gradients):
+    model = new_model(gradients, pose_model=KeepingDocking())
+    assert_same(*outcome_with_penalty(model, "pose_model"))
+
+
+def test_a_penalty_of_the_pose_model_on_the_output_is_refused_in_stored():
+    model = new_model("stored", pose_model=KeepingDocking())
+    with pytest.raises(GradientError, match="would lose the gradient of the shared part"):
+        outcome_with_penalty(model, "pose_model")
+
+
+@ALL_MODES
+def test_hooks_on_parameters_run_once_and_see_the_sum_over_poses(gradients):
+    model, poses, pockets = new_model(gradients), new_poses(), new_pockets()
+    expected, seen = expected_gradients(model, poses, SIZES, pockets), {}
+    for name, param in model.named_parameters():
+        param.register_hook(lambda gradient, name=name: seen.setdefault(name, []).append(gradient))
+    loss_of(model(poses, SIZES, shared_inputs=pockets)).backward()
+    assert {len(found) for found in seen.values()} == {1}
+    assert_same({name: found[0] for name, found in seen.items()}, expected)
+
+
+@ALL_MODES
+def test_parameters_may_be_those_of_a_functional_call(gradients):
+    model, poses, pockets = new_model(gradients), new_poses(), new_pockets()
+    halves = {n: (p.detach() / 2).requires_grad_() for n, p in model.named_parameters()}
+    given = {name: 2 * half for name, half in halves.items()}
+    out = torch.func.functional_call(model, given, (poses, SIZES), {"shared_inputs": pockets})
+    loss_of(out).backward()
+    expected = expected_gradients(model, poses, SIZES, pockets)
+    assert_same({name: half.grad / 2 for name, half in halves.items()}, expected)
+
+
+@ALL_MODES
+def test_a_retained_graph_survives_further_steps(gradients):
+    """In stored, those steps look for memory to use again."""
+    model, poses, pockets = new_model(gradients), new_poses(), new_pockets()
+    expected = expected_gradients(model, poses, SIZES, pockets)
+    loss = loss_of(model(poses, SIZES, shared_inputs=pockets))
+    loss.backward(retain_graph=True)
+    for _ in range(2):
+        loss_of(model(2 * poses, SIZES, shared_inputs=pockets)).backward()
+    model.zero_grad()
+    loss.backward()
+    assert_same(gradients_of(model), expected)
+
+
+class Sine(torch.autograd.Function):
+    """A Function in Python. It computes something in backward even without a gradient."""
+
+    @staticmethod
+    def forward(ctx, hidden):
+        ctx.save_for_backward(hidden)
+        return hidden.sin()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * ctx.saved_tensors[0].cos()
+
+
+def test_a_function_in_the_shared_part_does_not_make_poses_without_weight_run_again():
+    class Custom(Receptor):
+        def forward(self, pocket):
+            return Sine.apply(super().forward(pocket))
+
+    model, runs = new_model("recomputed", Minimum(1e5), shared=Custom()), []
+    hook = model.pose_model.register_forward_hook(lambda *_: runs.append(1))
+    prediction = model(new_poses(), SIZES, shared_inputs=new_pockets()).prediction
+    assert len(runs) == sum(SIZES)
+    prediction.sum().backward()
+    assert len(runs) == sum(SIZES) + len(SIZES)  # the pose with weight of each compound
+    hook.remove()
+    model.zero_grad()
+    assert_like_plain(model)
 
 
 # The number of runs, and the state
