@@ -11,7 +11,7 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -136,8 +136,13 @@ def muted_hooks(tensors: Iterable[Tensor], lock: AbstractContextManager[object])
                 hooks.update(kept | added)
 
 
-def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
-    """Return the nodes of a graph. Leave out known nodes, and nodes reached only through these."""
+def nodes_of(root: Any, known: Iterable[Any] = (), ends: Container[Any] = ()) -> list[Any]:
+    """Return the nodes of a graph. Leave out known nodes, and nodes reached only through these.
+
+    Parameters
+    ----------
+    ends : nodes that are returned, but whose own inputs are left out
+    """
     # In next_functions, None represents an input that needs no gradient.
     seen = {*known, None}
     if root in seen:
@@ -145,6 +150,8 @@ def nodes_of(root: Any, known: Iterable[Any] = ()) -> list[Any]:
     seen.add(root)
     found = [root]
     for node in found:  # the loop also visits the nodes that it appends
+        if node in ends:
+            continue
         for parent, _ in node.next_functions:
             if parent not in seen:
                 seen.add(parent)

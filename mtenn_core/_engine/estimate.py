@@ -24,7 +24,7 @@ from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, copied, lock_of
 from mtenn_core._engine.plain_attributes import attributes_kept
 from mtenn_core._engine.precision import at_least_float32
-from mtenn_core._engine.shared_part import detached, with_outputs
+from mtenn_core._engine.shared_part import replaced, with_outputs
 from mtenn_core._engine.skipping import with_weight
 from mtenn_core._engine.stored import NOT_IN_A_BATCH
 
@@ -193,12 +193,17 @@ def _measure_shared(
     for given in call.shared_inputs:
         output, of_graph = _run_and_measure(partial(shared, given), own)
         saved += of_graph
-        outputs.append(detached(output))
-    tensors = [list(output.leaves.values()) for output in outputs]
+        outputs.append(replaced(output, _leaf))
+    tensors = [list(output.replacements.values()) for output in outputs]
     own |= {_address(tensor) for of_output in tensors for tensor in of_output}
     largest = max(sum(map(_stored_bytes, of_output)) for of_output in tensors)
     chunks = with_outputs(call.chunks, [output.output for output in outputs], call)
     return chunks, _SharedGraphs(saved, largest)
+
+
+def _leaf(tensor: Tensor) -> Tensor:
+    """Return the tensor without its graph, which does not belong to the graphs of poses."""
+    return tensor.detach().requires_grad_()
 
 
 def _stored_bytes(tensor: Tensor) -> int:

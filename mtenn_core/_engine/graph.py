@@ -8,6 +8,7 @@ from mtenn_core._engine.call import Call
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.mode import Mode, Options
+from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
 
 
@@ -34,7 +35,8 @@ class Graph(Mode):
 
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
         predictions = [chunk.run() for chunk in call.chunks]
-        return join_chunks(predictions, skip_below=options.skip_below), None
+        shared = nodes_of_outputs(call)
+        return join_chunks(predictions, skip_below=options.skip_below, shared=shared), None
 
     def cost(self, totals: StepTotals) -> ModeCost:
         memory = totals.gradient + totals.saved + totals.bare

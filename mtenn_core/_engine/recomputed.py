@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from operator import attrgetter
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
@@ -38,6 +37,7 @@ from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.fingerprint import difference
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.replay import Replay, Run
+from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
@@ -65,7 +65,7 @@ class Recomputed(Mode):
                 " outside of it. Use gradients='graph'. For predictions without gradients, use"
                 " torch.no_grad."
             )
-        graphs = RecomputedGraphs(options.pose_model, call.poses, call.shared_outputs or ())
+        graphs = RecomputedGraphs(options.pose_model, call)
         return graphs.predict(call.chunks, options.skip_below), None
 
     def cost(self, totals: StepTotals) -> ModeCost:
@@ -135,17 +135,16 @@ class RecomputedGraphs:
     Parameters
     ----------
     pose_model : the module that the chunks run
-    poses, shared : the inputs of all chunks
+    call : the inputs of all chunks
 
     Attributes
     ----------
     lock : a lock that is held while a chunk runs again
     """
 
-    def __init__(
-        self, pose_model: torch.nn.Module, poses: Sequence[Any], shared: Sequence[Any]
-    ) -> None:
-        self._replay = Replay(pose_model, poses, shared)
+    def __init__(self, pose_model: torch.nn.Module, call: Call) -> None:
+        self._replay = Replay(pose_model, call.poses, call.shared_outputs or ())
+        self._shared = () if call.shared_outputs is None else nodes_of_outputs(call)
         self.lock = self._replay.lock
         # The graphs of chunks refer to this object. Only the graph of the predictions owns these
         # graphs. If this object also owned one of them, there would be a reference cycle, and
@@ -197,7 +196,7 @@ class RecomputedGraphs:
                 "gradients='recomputed' does not work with grad, vjp and jacrev of torch.func,"
                 " around the model or inside the pose model. Use gradients='graph'."
             ) from error
-        return join_chunks(predictions, graphs, skip_below)
+        return join_chunks(predictions, graphs, skip_below, self._shared)
 
     def is_kept(self, index: int) -> bool:
         """Return whether the pose model keeps a tensor that a chunk computed, with its graph.
@@ -212,7 +211,8 @@ class RecomputedGraphs:
             nodes = {node for root in roots for node in nodes_of(root) if not is_leaf(node)}
             self._kept = sorted(map(sequence_number, nodes))
         # A forward hook may compute a penalty after the prediction, so look beyond the last node.
-        begin = self._ends[index - 1] if index else -1
+        before = max(map(sequence_number, self._shared), default=-1)
+        begin = self._ends[index - 1] if index else before
         end = self._ends[index + 1] if index + 1 < len(self._ends) else sys.maxsize
         return bisect_right(self._kept, begin) < bisect_right(self._kept, end)
 

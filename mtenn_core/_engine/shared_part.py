@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
@@ -51,30 +52,41 @@ def with_outputs(chunks: Sequence[Chunk], outputs: Sequence[Any], call: Call) ->
     return extended
 
 
-class Detached(NamedTuple):
-    """An output of the shared part, cut off from its graph.
+def nodes_of_outputs(call: Call) -> frozenset[Any]:
+    """Return the nodes of the graphs in which the tensors of the shared part's outputs end."""
+    if call.shared_outputs is None:
+        return frozenset()
+    tensors = [tensor for _, tensor in tensors_in(call.shared_outputs)]
+    return frozenset(get_gradient_edge(t).node for t in tensors if t.requires_grad)
+
+
+class Replaced(NamedTuple):
+    """An output of the shared part with other tensors in the place of those with a graph.
 
     Attributes
     ----------
-    output : the output with leaves instead of tensors with a graph
-    tensors, leaves : the tensors with a graph by name, and the leaf in the place of each
+    output : the output with the other tensors
+    tensors, replacements : the tensors with a graph by name, and the tensor in the place of each
     """
 
     output: Any
     tensors: dict[str, Tensor]
-    leaves: dict[str, Tensor]
+    replacements: dict[str, Tensor]
 
 
-def detached(output: Any) -> Detached:
-    """Return an output of the shared part without its graph.
+NOTHING = Replaced(None, {}, {})
+
+
+def replaced(output: Any, replacement: Callable[[Tensor], Tensor]) -> Replaced:
+    """Return an output of the shared part with a replacement for each tensor that has a graph.
 
     Raises
     ------
     GradientError : a tensor with a graph is not in a tuple, list or dict
     """
-    cut = Detached(output, {}, {})
-    cut = cut._replace(output=_cut(output, cut))
-    known = set(map(id, cut.tensors.values()))
+    found = Replaced(output, {}, {})
+    found = found._replace(output=_replace(output, replacement, found))
+    known = set(map(id, found.tensors.values()))
     for _, tensor in tensors_in([output]):
         if tensor.requires_grad and id(tensor) not in known:
             raise GradientError(
@@ -82,35 +94,58 @@ def detached(output: Any) -> Detached:
                 f" lists and dicts; found {type(output).__name__}. Return one of these, or use"
                 " gradients='recomputed' or 'graph'."
             )
-    return cut
+    return found
 
 
-def _cut(part: Any, cut: Detached) -> Any:
-    """Return a part of an output without its graph. Add its tensors and leaves to ``cut``."""
+def _replace(part: Any, replacement: Callable[[Tensor], Tensor], found: Replaced) -> Any:
+    """Return a part of an output with replacements. Add its tensors to ``found``."""
     if isinstance(part, Tensor):
         if not part.requires_grad:
             return part
-        leaf = part.detach().requires_grad_()
-        # The gradients of poses do not accumulate in .grad. Only the backward of a loss does.
-        leaf.register_post_accumulate_grad_hook(_refuse)
-        name = f"shared output {len(cut.tensors)}"
-        cut.tensors[name], cut.leaves[name] = part, leaf
-        return leaf
+        name = f"shared output {len(found.tensors)}"
+        found.tensors[name], found.replacements[name] = part, replacement(part)
+        return found.replacements[name]
     if isinstance(part, dict):
         # Keep the class: the dicts of some libraries have their entries as attributes, too.
         whole = copy.copy(part)
         for key, value in part.items():
-            whole[key] = _cut(value, cut)
+            whole[key] = _replace(value, replacement, found)
         return whole
     if isinstance(part, list | tuple):
-        values = [_cut(value, cut) for value in part]
+        values = [_replace(value, replacement, found) for value in part]
         return type(part)(*values) if hasattr(part, "_fields") else type(part)(values)
     return part
 
 
-def _refuse(_: Tensor) -> None:
-    raise GradientError(
-        "the loss uses a tensor that the pose model computed from the output of the shared part and"
-        " kept, such as a penalty. gradients='stored' would lose the gradient of the shared part."
-        " Use gradients='recomputed' or 'graph', or compute the tensor in the shared part."
-    )
+class Gate:
+    """Lets tensors through unchanged. While it is closed, their gradients end at the gate.
+
+    ``"stored"`` closes it to take the gradient of a pose with respect to the tensors. If a loss
+    uses another tensor of the pose model (a penalty), its gradient goes on to the shared part.
+
+    Attributes
+    ----------
+    closed : True while gradients end here
+    """
+
+    def __init__(self) -> None:
+        self.closed = False
+
+    def through(self, tensor: Tensor) -> Tensor:
+        """Return the tensor with the gate in its graph."""
+        passed: Tensor = _Through.apply(tensor, self)
+        return passed
+
+
+NO_GATE = Gate()
+
+
+class _Through(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, tensor: Tensor, gate: Gate) -> Tensor:
+        ctx.gate = gate
+        return tensor.view_as(tensor)
+
+    @staticmethod
+    def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, None]:
+        return None if ctx.gate.closed else grad_output, None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -30,6 +30,7 @@ def join_chunks(
     predictions: Sequence[Tensor],
     chunks: Sequence[Skippable] = (),
     skip_below: float | None = 0.0,
+    shared: Container[Any] = (),
 ) -> Tensor:
     """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
 
@@ -41,11 +42,12 @@ def join_chunks(
     predictions : one tensor per chunk
     chunks : objects whose ``skipped_in`` is set in backward; empty if it is not needed
     skip_below : also skip weights up to this fraction of the largest weight; None skips nothing
+    shared : the nodes of tensors that the poses of a compound share
     """
     no_graph = not any(chunk.requires_grad for chunk in predictions)
     if len(predictions) == 1 or no_graph or skip_below is None:
         return torch.cat(list(predictions))
-    joined: Tensor = _Join.apply(chunks, skip_below, *predictions)
+    joined: Tensor = _Join.apply(chunks, skip_below, shared, *predictions)
     return joined
 
 
@@ -72,13 +74,18 @@ class _Join(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(chunks: Sequence[Skippable], skip_below: float, *predictions: Tensor) -> Tensor:
+    def forward(
+        chunks: Sequence[Skippable],
+        skip_below: float,
+        shared: Container[Any],
+        *predictions: Tensor,
+    ) -> Tensor:
         return torch.cat(predictions)
 
     # vmap and jvp require a setup_context that is separate from forward.
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.chunks, ctx.skip_below, *predictions = inputs
+        ctx.chunks, ctx.skip_below, ctx.shared, *predictions = inputs
         ctx.sizes = [len(chunk) for chunk in predictions]
 
     @staticmethod
@@ -91,15 +98,20 @@ class _Join(torch.autograd.Function):
         else:
             counts = with_weight(weights, ctx.skip_below).tolist()
             has_weight = [any(of_chunk) for of_chunk in _split(counts, ctx.sizes)]
-            runs = _graphs_to_run([node for node, _ in ctx.next_functions], has_weight)
+            runs = _graphs_to_run([node for node, _ in ctx.next_functions], has_weight, ctx.shared)
             for index, chunk in enumerate(ctx.chunks):
                 runs[index] = runs[index] or chunk.is_kept()
         for chunk, run in zip(ctx.chunks, runs, strict=False):
             chunk.skipped_in = None if run else current_backward()
-        return None, None, *(part if run else None for part, run in zip(parts, runs, strict=True))
+        return (
+            None,
+            None,
+            None,
+            *(part if run else None for part, run in zip(parts, runs, strict=True)),
+        )
 
     @staticmethod
-    def jvp(ctx: Any, _chunks: None, _skip_below: None, *tangents: Tensor) -> Tensor:
+    def jvp(ctx: Any, _chunks: None, _skip_below: None, _shared: None, *tangents: Tensor) -> Tensor:
         return torch.cat(tangents)
 
 
@@ -110,7 +122,9 @@ def _split(values: list[bool], sizes: Sequence[int]) -> Iterator[list[bool]]:
         start += size
 
 
-def _graphs_to_run(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[bool]:
+def _graphs_to_run(
+    roots: Sequence[Any], has_weight: Sequence[bool], shared: Container[Any] = ()
+) -> list[bool]:
     """Return for each graph whether backward must run it.
 
     A graph without weight must run in two cases. First, one of its leaves is in no other graph that
@@ -119,17 +133,24 @@ def _graphs_to_run(roots: Sequence[Any], has_weight: Sequence[bool]) -> list[boo
     """
     if all(has_weight):
         return list(has_weight)
+
+    def found_in(root: Any) -> list[Any]:
+        # A node of the shared part stands for all leaves behind it, so that each graph need not be
+        # searched again.
+        nodes = nodes_of(root, known, shared)
+        return [node for node in nodes if node in shared or _must_run(node)]
+
     # The set holds only leaves and nodes that must run. With the nodes of all poses, it would hold
     # many objects, and Python's garbage collector would visit each of them.
     known: set[Any] = set()
     for root, weight in zip(roots, has_weight, strict=True):
         if weight:
-            known.update(filter(_must_run, nodes_of(root, known)))
+            known.update(found_in(root))
     runs = list(has_weight)
     for index, root in enumerate(roots):
         if not runs[index]:
             # Known nodes already run with another graph.
-            found = list(filter(_must_run, nodes_of(root, known)))
+            found = found_in(root)
             runs[index] = bool(found)
             known.update(found)
     return runs

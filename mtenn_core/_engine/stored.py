@@ -11,11 +11,11 @@ import itertools
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
 from mtenn_core._engine.autograd_nodes import (
     AccumulateGrad,
@@ -41,7 +41,7 @@ from mtenn_core._engine.known_gradients import attach
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.module_tensors import Leaves, lock_of, sharded_part
 from mtenn_core._engine.precision import no_autocast
-from mtenn_core._engine.shared_part import detached, with_outputs
+from mtenn_core._engine.shared_part import NO_GATE, NOTHING, Gate, Replaced, replaced, with_outputs
 from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
 
@@ -120,12 +120,13 @@ def _needs_gradients(combination: Combination) -> bool:
 def _by_compound(pose_model: torch.nn.Module, call: Call) -> Iterator[StoredGradients]:
     """Yield the gradients of each compound that has poses. Each has its own shared output."""
     assert call.shared_outputs is not None
-    cut = [detached(output) for output in call.shared_outputs]
-    runs = iter(with_outputs(call.chunks, [of_compound.output for of_compound in cut], call))
-    for of_compound, size in zip(cut, call.sizes, strict=True):
+    gate = Gate()
+    outputs = [replaced(output, gate.through) for output in call.shared_outputs]
+    runs = iter(with_outputs(call.chunks, [shared.output for shared in outputs], call))
+    for shared, size in zip(outputs, call.sizes, strict=True):
         if size:
             own = [chunk.run for chunk in itertools.islice(runs, size)]
-            yield StoredGradients(pose_model, own, of_compound.tensors, of_compound.leaves)
+            yield StoredGradients(pose_model, own, shared, gate)
 
 
 def _of_compounds(parts: Sequence[StoredGradients], sizes: Sequence[int]) -> list[PoseGradients]:
@@ -146,8 +147,8 @@ class StoredGradients:
     ----------
     pose_model : the module that has the parameters θ
     runs : for each pose, a function that returns its prediction, shape (1,)
-    shared, shared_leaves : outputs of the shared part, which count as parameters, and the leaves
-        that the runs use in their place
+    shared, gate : the output of the shared part, whose tensors count as parameters, and the gate
+        through which the runs get these tensors
 
     Attributes
     ----------
@@ -163,8 +164,8 @@ class StoredGradients:
         self,
         pose_model: torch.nn.Module,
         runs: Sequence[Run],
-        shared: Params = MappingProxyType({}),
-        shared_leaves: Params = MappingProxyType({}),
+        shared: Replaced = NOTHING,
+        gate: Gate = NO_GATE,
     ) -> None:
         if current_transform() is not None or forward_ad_level() >= 0:
             raise GradientError(
@@ -183,10 +184,10 @@ class StoredGradients:
         own = Leaves(pose_model)
         lock = lock_of(pose_model)
         self._spare = spare_memory(pose_model)
-        params = {**own.params, **shared}
+        params = own.params | shared.tensors
         self._buffers = allocate(params, len(runs), self._spare)
         with own.in_place():
-            self._inner = _InnerGradients({**own.leaves, **shared_leaves}, lock)
+            self._inner = _InnerGradients(own.leaves, shared.replacements, gate, lock)
             self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
         used = self._inner.used
         self.params = {name: param for name, param in params.items() if name in used}
@@ -224,7 +225,7 @@ class StoredGradients:
         prediction = run()
         gradients, scale = self._inner.of(prediction, pose)
         for layout, matrix in self._buffers:
-            row = [_flat(name, gradients.get(name), self._inner.leaves[name]) for name in layout]
+            row = [_flat(name, gradients.get(name), self._inner.inputs[name]) for name in layout]
             torch.cat(row, out=matrix[pose])  # it converts half precision to float32
             if scale != 1:
                 matrix[pose] /= scale
@@ -238,16 +239,24 @@ class _InnerGradients:
     Parameters
     ----------
     leaves : the parameters by name; all are leaves of autograd's graphs
+    shared : the tensors from the shared part by name, behind the gate
+    gate : is closed while a gradient is taken
     lock : hold it while hooks are muted
 
     Attributes
     ----------
+    inputs : the parameters and the tensors from the shared part
     used : the names of the parameters that affect any prediction
     """
 
-    def __init__(self, leaves: Params, lock: AbstractContextManager[object]) -> None:
-        self.leaves = leaves
+    def __init__(
+        self, leaves: Params, shared: Params, gate: Gate, lock: AbstractContextManager[object]
+    ) -> None:
+        self.inputs = {**leaves, **shared}
         self.used: set[str] = set()
+        self._leaves = list(leaves.values())
+        self._ends = {get_gradient_edge(tensor).node for tensor in shared.values()}
+        self._gate = gate
         self._lock = lock
         self._own = {id(leaf) for leaf in leaves.values()}
         # Nodes of leaves in the graphs of earlier poses, and the version of each leaf. This dict
@@ -265,13 +274,16 @@ class _InnerGradients:
         # If anything else keeps a part of the graph (a penalty, a receptor that all poses share),
         # it must stay whole. A compiled module refuses to keep its graph.
         retain_graph = not any(map(is_compiled, node_classes))
+        self._gate.closed = True
         try:
             gradients, scale = self._scaled(prediction, retain_graph)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
             raise GradientError(f"pose {pose}: {_FREED}", pose=pose) from error
-        named = zip(self.leaves, gradients, strict=False)
+        finally:
+            self._gate.closed = False
+        named = zip(self.inputs, gradients, strict=False)
         found = {name: gradient for name, gradient in named if gradient is not None}
         self.used.update(found)
         return found, scale
@@ -279,12 +291,12 @@ class _InnerGradients:
     def _check_nodes(self, prediction: Tensor, pose: int) -> set[type]:
         """Return the classes of a graph's nodes. Raise an error if a gradient would be lost."""
         # nodes_of() is not used: this code runs for every pose and looks only for leaves.
-        root = torch.autograd.graph.get_gradient_edge(prediction).node
+        root = get_gradient_edge(prediction).node
         if type(root) is AccumulateGrad:
             self._check_leaf(root, pose)
             return set()
-        seen = {root}
-        nodes = [root]
+        seen = {root, *self._ends}
+        nodes = [] if root in self._ends else [root]
         for node in nodes:  # the loop also visits the nodes that it appends
             for parent, _ in node.next_functions:
                 # None represents an input that needs no gradient.
@@ -320,10 +332,10 @@ class _InnerGradients:
             pose=pose,
         )
 
-    def _muted(self, params: Sequence[Tensor]) -> AbstractContextManager[object]:
+    def _muted(self) -> AbstractContextManager[object]:
         """Return a context in which the parameters' hooks do not run."""
         # The dict of hooks is not None if another thread has muted the hooks.
-        hooked = [param for param in params if hooks_of(param) is not None]
+        hooked = [leaf for leaf in self._leaves if hooks_of(leaf) is not None]
         return muted_hooks(hooked, self._lock) if hooked else nullcontext()
 
     def _scaled(
@@ -336,13 +348,13 @@ class _InnerGradients:
             # Users call the backward of a loss after the autocast block, so do the same here.
             if torch.is_autocast_enabled(device_type):
                 self._outside_autocast = no_autocast(device_type)
-        params = list(self.leaves.values())
+        inputs = list(self.inputs.values())
         scale = self._scale
-        while params:
-            with self._outside_autocast, self._muted(params):
+        while inputs:
+            with self._outside_autocast, self._muted():
                 gradients = torch.autograd.grad(
                     prediction * scale if scale > 1 else prediction,
-                    params,
+                    inputs,
                     allow_unused=True,
                     retain_graph=retain_graph,
                 )
