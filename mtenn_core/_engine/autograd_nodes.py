@@ -40,7 +40,11 @@ version_of = operator.attrgetter("_version")
 
 def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
     """Return how often each tensor was changed in place; -1 for None and for inference tensors."""
-    return [-1 if t is None or t.is_inference() else version_of(t) for t in tensors]
+    tensors = list(tensors)
+    try:
+        return list(map(version_of, tensors))
+    except (AttributeError, RuntimeError):
+        return [-1 if t is None or t.is_inference() else version_of(t) for t in tensors]
 
 
 # Returns the tensor of which a tensor is a view, or None. Seen in torch 2.13; every release has it,

@@ -42,7 +42,7 @@ class Chunk(NamedTuple):
             poses = self.poses if self.collate is None else self.collate(self.poses)
             predictions = self.pose_model(poses, *self.shared)
         except Exception as error:
-            error.add_note(f"raised by the pose model on {self._named()}")
+            error.add_note(f"raised by the pose model on {self.named()}")
             raise
         self._check(predictions)
         predictions = predictions.to(at_least_float32(predictions.dtype))
@@ -56,7 +56,7 @@ class Chunk(NamedTuple):
         rule = "one number" if n_poses == 1 else f"{n_poses} numbers, one per pose,"
         if not isinstance(predictions, Tensor):
             raise PredictionError(
-                f"{self._named()}: the pose model must return {rule} in a tensor;"
+                f"{self.named()}: the pose model must return {rule} in a tensor;"
                 f" found {type(predictions).__name__}",
                 pose=self.first_pose,
             )
@@ -64,11 +64,12 @@ class Chunk(NamedTuple):
         fits = predictions.numel() == 1 if n_poses == 1 else predictions.shape in shapes
         if not (fits and predictions.is_floating_point()):
             raise PredictionError(
-                f"{self._named()}: the pose model must return {rule} in floating point;"
+                f"{self.named()}: the pose model must return {rule} in floating point;"
                 f" found shape {tuple(predictions.shape)}, {predictions.dtype}",
                 pose=self.first_pose,
             )
 
-    def _named(self) -> str:
+    def named(self) -> str:
+        """Return the poses in words, for messages."""
         first, last = self.first_pose, self.first_pose + self.n_poses - 1
         return f"pose {first}" if first == last else f"poses {first} to {last}"

@@ -1,4 +1,4 @@
-"""Compare two runs of the same poses by samples of the tensors that they save for backward.
+"""Compare two runs of the same poses by checksums of the tensors that they save for backward.
 
 In ``"recomputed"``, a graph of the first run gets its saved tensors from the second run. The
 gradient is right only if both runs save the same tensors in the same order. Equal predictions do
@@ -8,23 +8,25 @@ for any input.
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import base_of
-from mtenn_core._engine.precision import at_least_float32
+from mtenn_core._engine.precision import at_least_float32, no_autocast
 
-# An accelerator may add up in another order in each run. In half precision, this changes the
-# rounding of a few numbers. Another input changes more of them.
-FEW = 0.1
+# A checksum multiplies a tensor's numbers by fixed factors of both signs. The factors repeat after
+# this many numbers, so that they need little memory; another factor belongs to each repetition.
+_REPEAT = 1024
+# Stand for NaN, infinity and minus infinity, which would hide all other numbers.
+_NOT_FINITE = 0.1, 0.2, 0.3
 
-
-# Numbers per tensor. Few are enough: if an input differs, most numbers of the next layers differ.
-N_SAMPLES = 8
+# The checksum of a tensor, or the place of a parameter or of its view.
+Mark = Tensor | tuple[object, ...] | None
 
 
 class Fingerprint(NamedTuple):
@@ -34,90 +36,110 @@ class Fingerprint(NamedTuple):
     ----------
     predictions : the result, shape (n_poses,), detached
     n_saved : the number of tensors that the run saves for backward
-    samples : numbers from these tensors, one after the other; None if they are not compared
+    marks : for each of these tensors, a value that depends on its numbers and their order; None if
+        the tensors are not compared
     """
 
     predictions: Tensor
     n_saved: int
-    samples: Tensor | None
+    marks: Sequence[Mark] | None
 
 
-def samples_of(saved: Iterable[Tensor]) -> list[Tensor]:
-    """Return views of some numbers of each tensor, shape (n,)."""
-    samples = []
-    with torch.no_grad():
-        for tensor in filter(_is_sampled, saved):
-            size, stride = tensor.numel(), 1
-            if tensor.dim() > 2:
-                # Only the first numbers of the last dimension: fused attention on a GPU pads it.
-                stride = tensor.shape[-1]
-                size //= stride or 1
-            if not tensor.is_contiguous():
-                size, stride = max(zip(tensor.shape, tensor.stride(), strict=True))
-            if size > N_SAMPLES:
-                stride *= (size - 1) // (N_SAMPLES - 1)
-                size = N_SAMPLES
-            samples.append(tensor.as_strided((size,), (stride,)))
-    return samples
+def marks_of(saved: Iterable[Tensor], parameters: Mapping[int, int]) -> list[Mark]:
+    """Return a mark for each tensor that a run saves for backward.
+
+    Parameters
+    ----------
+    parameters : the index of each parameter of the pose model, by its id
+    """
+    saved = list(saved)
+    # In autocast, a checksum would be in half precision.
+    with torch.no_grad(), ExitStack() as stack:
+        for device_type in {tensor.device.type for tensor in saved}:
+            stack.enter_context(no_autocast(device_type))
+        return [_mark(tensor, parameters) for tensor in saved]
 
 
-def _is_sampled(tensor: Tensor) -> bool:
-    """Return whether the numbers of a saved tensor must be the same in two runs."""
-    # Leave out parameters and their views: torch counts their changes, and fully_shard frees their
-    # memory. Leave out subclasses: not all have numbers in memory (DTensor). uint8 is the working
-    # memory of cuDNN and oneDNN. Without dropout, fused attention on a GPU saves integers of shape
-    # () that it does not initialize.
-    return (
-        type(tensor) is Tensor
-        and tensor.layout is torch.strided
-        and tensor.dtype is not torch.uint8
-        and (tensor.is_cpu or tensor.dim() > 0)
-        and not isinstance(base_of(tensor), torch.nn.Parameter)
-    )
+def _mark(tensor: Tensor, parameters: Mapping[int, int]) -> Mark:
+    """Return the checksum of a tensor; for a parameter or its view, the place; else None."""
+    base = tensor if isinstance(tensor, torch.nn.Parameter) else base_of(tensor)
+    if isinstance(base, torch.nn.Parameter):
+        # torch counts changes of parameters, and fully_shard frees their memory after a run.
+        place = tensor.shape, tensor.stride(), tensor.storage_offset()
+        return (parameters[id(base)], *place) if id(base) in parameters else None
+    # Not all subclasses have numbers in memory (DTensor). uint8 is the working memory of cuDNN and
+    # oneDNN. Without dropout, fused attention on a GPU saves integers of shape () that it does not
+    # initialize.
+    if (
+        type(tensor) is not Tensor
+        or tensor.layout is not torch.strided
+        or tensor.dtype is torch.uint8
+        or not (tensor.is_cpu or tensor.dim() > 0)
+    ):
+        return None
+    return _checksum(tensor)
 
 
-def joined(samples: Sequence[Tensor]) -> Tensor:
-    """Return the samples of all tensors, one after the other. Other dtypes become the widest."""
-    if not samples:
-        return torch.empty(0)
-    try:
-        return torch.cat(list(samples))
-    except RuntimeError:  # on several devices
-        return torch.cat([sample.cpu() for sample in samples])
+def _checksum(tensor: Tensor) -> Tensor:
+    """Return a sum of the numbers of a tensor, times factors that depend on the place; shape ()."""
+    if tensor.is_complex():
+        tensor = torch.view_as_real(tensor.resolve_conj())
+    # An expanded dimension has no numbers of its own, and a copy of it could be huge.
+    own = [(n, step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step]
+    tensor = tensor.as_strided([n for n, _ in own], [step for _, step in own])
+    if tensor.dim() > 2 and not tensor.is_cpu:
+        tensor = tensor[..., 0]  # fused attention on a GPU pads the last dimension
+    flat = tensor.reshape(-1)
+    if flat.is_floating_point():
+        flat = flat.to(at_least_float32(flat.dtype)).nan_to_num(*_NOT_FINITE)
+    else:
+        flat = flat.to(torch.float64)
+    n_rows = len(flat) // _REPEAT
+    whole, rest = flat[: n_rows * _REPEAT].view(n_rows, _REPEAT), flat[n_rows * _REPEAT :]
+    factors, of_rows = _factors(max(_REPEAT, n_rows), flat.dtype, flat.device)
+    return (whole @ factors[:_REPEAT]) @ of_rows[:n_rows] + rest @ factors[: len(rest)]
+
+
+@lru_cache(maxsize=8)
+def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Return two lists of ``n`` factors between -1 and 1."""
+    angles = torch.arange(1, n + 1, dtype=torch.float64)
+    # The golden angle, and another number that is no fraction of it, so that no factors repeat.
+    return tuple((step * angles).cos().to(device, dtype) for step in (2.399963, 1.0))  # type: ignore[return-value]
 
 
 def difference(
-    first: Fingerprint, predictions: Tensor, saved: Sequence[Tensor]
-) -> tuple[int, str] | None:
-    """Return how a second run differs: the index of a pose, and a sentence. None if it does not.
+    first: Fingerprint,
+    predictions: Tensor,
+    saved: Sequence[Tensor],
+    parameters: Mapping[int, int],
+) -> tuple[int | None, str] | None:
+    """Return how a second run differs: the index of a pose, if known, and a sentence; or None.
 
     Parameters
     ----------
     first : the fingerprint of the first run
     predictions, saved : the result of the second run, and the tensors that it saves
+    parameters : see :func:`marks_of`
     """
-    samples = samples_of(saved) if first.samples is not None else []
-    if (
-        len(saved) == first.n_saved
-        and torch.equal(predictions, first.predictions)
-        and (first.samples is None or torch.equal(joined(samples), first.samples))
-    ):
-        return None
-    coarsest = _coarsest(predictions, saved)
-    room = _room(coarsest)
-    same = torch.isclose(predictions, first.predictions, room, room, equal_nan=True)
-    if not same.all():
-        pose = int((~same).int().argmax())
-        one, other = predictions[pose].item(), first.predictions[pose].item()
-        return pose, f"It predicted {one!r} instead of {other!r}."
+    eps = _precision(predictions, saved)
+    if not torch.equal(predictions, first.predictions):
+        room = _room(eps, predictions)
+        same = torch.isclose(predictions, first.predictions, room, room, equal_nan=True)
+        if not same.all():
+            pose = int((~same).int().argmax())
+            one, other = predictions[pose].item(), first.predictions[pose].item()
+            return pose, f"It predicted {one!r} instead of {other!r}."
     if len(saved) != first.n_saved:
-        return 0, f"It saved {len(saved)} tensors instead of {first.n_saved}."
-    if first.samples is not None and not _agree(first.samples, samples, coarsest):
-        return 0, "It predicted the same, but its gradient would be another."
+        return None, f"It saved {len(saved)} tensors instead of {first.n_saved}."
+    if first.marks is not None:
+        marks = zip(first.marks, marks_of(saved, parameters), saved, strict=True)
+        if not all(_agree(one, other, tensor, eps) for one, other, tensor in marks):
+            return None, "It predicted the same, but its gradient would be another."
     return None
 
 
-def _coarsest(predictions: Tensor, saved: Iterable[Tensor]) -> float:
+def _precision(predictions: Tensor, saved: Iterable[Tensor]) -> float:
     """Return the precision to which a run repeats itself."""
     dtypes = {predictions.dtype}
     # A CPU adds up in the same order in each run, so that numbers in half precision are the same.
@@ -126,43 +148,34 @@ def _coarsest(predictions: Tensor, saved: Iterable[Tensor]) -> float:
     return max(torch.finfo(dtype).eps for dtype in dtypes)
 
 
-def _agree(first: Tensor, second: Sequence[Tensor], coarsest: float) -> bool:
-    """Return whether the samples of two runs are equal, except for rounding.
+def _room(eps: float, predictions: Tensor) -> float:
+    """Return the allowed difference of two runs, relative to the size of the numbers."""
+    # On a CPU, few operations round in another way, such as LAPACK at another address. An
+    # accelerator may add up in another order in each run, and the exponent leaves room for many
+    # such operations.
+    return 200 * eps if predictions.is_cpu else eps ** (2 / 3)
+
+
+def _agree(first: Mark, second: Mark, tensor: Tensor, eps: float) -> bool:
+    """Return whether the marks of two runs are equal, except for rounding.
 
     Parameters
     ----------
-    first : the samples of the first run, one after the other
-    second : the samples of the second run, for each tensor
-    coarsest : the result of :func:`_coarsest`
+    tensor : the tensor of the second run
+    eps : the result of :func:`_precision`
     """
-    lengths = list(map(len, second))
-    if sum(lengths) != len(first):
+    if not (isinstance(first, Tensor) and isinstance(second, Tensor)):
+        return type(first) is type(second) and first == second
+    if first.dtype != second.dtype:
         return False
-    pairs = zip(first.split(lengths), second, strict=True)
-    changed = sum(_n_changed(one, other.to(first.device), coarsest) for one, other in pairs)
-    # Only in half precision does another order of addition change a number by so much.
-    in_half = coarsest > torch.finfo(torch.float32).eps
-    return changed <= (FEW * len(first) if in_half else 0)
-
-
-def _n_changed(first: Tensor, second: Tensor, coarsest: float) -> float:
-    """Return how many samples of a tensor differ; infinity if any differs too much."""
-    exact = not (second.is_floating_point() or second.is_complex())
-    wide = at_least_float32(second.dtype)
-    second = second.to(first.dtype)
     if torch.equal(first, second):
-        return 0
-    if exact:
-        return math.inf
-    # Rounding is relative to the largest sample, because a sum of large numbers may be small.
-    size = first.abs().nan_to_num(posinf=0.0).amax()
-    same = (first == second) | (first.isnan() & second.isnan())
-    differences = torch.where(same, 0.0, (first - second).abs())
-    if not (differences <= _room(coarsest) * size).all():
-        return math.inf
-    return int((differences > _room(torch.finfo(wide).eps) * size).sum())
-
-
-def _room(eps: float) -> float:
-    """Return the allowed relative difference. It has room for the rounding of many operations."""
-    return eps ** (2 / 3)
+        return True
+    if not (tensor.is_floating_point() or tensor.is_complex()):
+        return False
+    # In half precision, another order of addition changes the rounding of a few numbers. Another
+    # input changes most of them.
+    in_half = eps > torch.finfo(torch.float32).eps
+    room = eps / 8 if in_half else _room(eps, tensor)
+    numbers = tensor.detach().to(torch.promote_types(tensor.dtype, first.dtype))
+    size = torch.linalg.vector_norm(numbers.nan_to_num(*_NOT_FINITE))
+    return bool((first - second).abs() <= room * size)

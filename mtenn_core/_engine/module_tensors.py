@@ -72,7 +72,8 @@ class Places:
 
     def _put(self, places: Sequence[Place]) -> None:
         # Only if a forward has added or removed places: a ScriptModule refuses to clear its dict.
-        if [place.name for place in self.now()] != [place.name for place in places]:
+        now = [(id(place.held), place.name) for place in self.now()]
+        if now != [(id(place.held), place.name) for place in places]:
             for held in self.dicts:
                 held.clear()
         for held, name, tensor in places:

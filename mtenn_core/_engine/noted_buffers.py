@@ -17,11 +17,13 @@ class Buffers(NamedTuple):
 
     Attributes
     ----------
-    places : the places and the buffers themselves
-    states : for each buffer, a value that changes when the buffer or its place changes
+    key : changes when a buffer is new, gone or another tensor, or has another value
+    places : the places and the buffers themselves. They are kept alive, so an id identifies one.
+    states : for each buffer, a value that changes when this buffer changes
     copies : the places with copies of the buffers
     """
 
+    key: object = ()
     places: Sequence[Place] = ()
     states: Sequence[Hashable] = ()
     copies: Sequence[Place] = ()
@@ -41,42 +43,40 @@ class NotedBuffers:
 
     def now(self) -> Buffers:
         """Return the buffers. Use copies from the previous run again if they are still right."""
-        places = self._places.now()
-        states = _states(places)
-        if states != self._noted.states:
+        key = self._key()
+        if key != self._noted.key:
+            places = self._places.now()
+            states = list(map(_state, places))
             known = dict(zip(self._noted.states, self._noted.copies, strict=True))
             copies = [
                 known[state] if state in known else copied(place)
                 for place, state in zip(places, states, strict=True)
             ]
-            self._noted = Buffers(places, states, copies)
+            self._noted = Buffers(key, places, states, copies)
         return self._noted
 
     def differ_from(self, buffers: Buffers) -> bool:
         """Return whether a buffer is new, gone or another tensor, or has another value."""
-        return _states(self._places.now()) != buffers.states
+        return self._key() != buffers.key
 
     def holding(self, buffers: Buffers) -> AbstractContextManager[None]:
         """Return a context in which the module has copies of these buffers, and no others."""
         # Copy the copies, because a run may change its buffers, and may have to be repeated.
         return self._places.holding(list(map(copied, buffers.copies)))
 
+    def _key(self) -> object:
+        # Each chunk calls this three times, so it makes no Place for each buffer.
+        dicts = [held for held in self._places.dicts if held]
+        tensors = [tensor for held in dicts for tensor in held.values()]
+        names = [(id(held), *held) for held in dicts]
+        return names, list(map(id, tensors)), versions_of(tensors)
 
-def _states(places: Sequence[Place]) -> list[Hashable]:
-    """Return a value for each buffer that changes when the buffer changes.
 
-    torch's batch norm (2.13) does not count its changes of these statistics as changes of a tensor.
-    Only another buffer of the module, a counter, shows them.
-    """
-    versions = versions_of(place.tensor for place in places)
-    # An id identifies a tensor, because Buffers keeps the tensors alive.
-    states = [
-        (id(place.held), place.name, id(place.tensor), version)
-        for place, version in zip(places, versions, strict=True)
-    ]
-    return [
-        (place.name, *(of for of in states if of[0] == state[0]))
-        if place.name in _UNCOUNTED
-        else state
-        for place, state in zip(places, states, strict=True)
-    ]
+def _state(place: Place) -> Hashable:
+    state = id(place.held), place.name, id(place.tensor), *versions_of([place.tensor])
+    if place.name not in _UNCOUNTED:
+        return state
+    # torch's batch norm (2.13) does not count its changes of running statistics as changes of a
+    # tensor. Only the counter of the module shows them.
+    counter = place.held.get("num_batches_tracked")
+    return *state, id(counter), *versions_of([counter])

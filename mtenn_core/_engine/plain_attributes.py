@@ -8,10 +8,10 @@ objects, and variables of closures.
 from __future__ import annotations
 
 import itertools
-import operator
+import weakref
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -28,6 +28,8 @@ _CONTAINERS = (list, dict, set, deque, tuple)
 # entries.
 _LONG = 1000
 
+_SIMPLE = {int, float, bool, str, type(None)}
+
 
 class PlainAttributes:
     """The plain attributes of modules and parameters, noted before the first run.
@@ -38,51 +40,77 @@ class PlainAttributes:
     """
 
     def __init__(self, owners: Iterable[Any]) -> None:
-        self._owners = [owner.__dict__ for owner in owners]
-        self._noted = [_Note(attributes) for attributes in self._owners]
-        self._moving: list[Attributes] | None = None
+        self._owned = [owner.__dict__ for owner in owners]
+        self._noted = _notes(self._owned)
+        self._moving: dict[int, Attributes] = {}
+        self._edited: list[Tensor] = []
+
+    @contextmanager
+    def kept(self, *, all_of_them: bool = False) -> Iterator[None]:
+        """Undo, at the end of a block, what it has changed in attributes.
+
+        Parameters
+        ----------
+        all_of_them : keep the attributes of all owners, and note which ones the block changes.
+            Otherwise keep only attributes that forward or such a block has changed.
+        """
+        self._compare_with_noted()
+        owned = self._owned if all_of_them else list(self._moving.values())
+        notes = _notes(owned, with_all=True)
+        copies = [(tensor, tensor.detach().clone()) for tensor in self._edited]
+        try:
+            yield
+        finally:
+            for note in notes:
+                if note.has_changed():
+                    self._moving[id(note.attributes)] = note.attributes
+                    note.restore()
+            for tensor, copy in copies:
+                # With .data, torch does not count a change. A graph may have saved the tensor.
+                tensor.data.copy_(copy)
 
     def move(self) -> bool:
-        """Return whether the first run has changed any attribute. Most pose models change none."""
-        if self._moving is None:
-            self._moving = [note.attributes for note in self._noted if note.has_changed()]
-            self._noted = []
+        """Return whether forward or a block has changed any attribute. Most pose models do not."""
+        self._compare_with_noted()
         return bool(self._moving)
-
-    def kept(self) -> AbstractContextManager[None]:
-        """Return a context that, at the end, undoes changes of attributes.
-
-        It knows only attributes that the first run has changed, too.
-        """
-        return attributes_kept(self._moving or ())
 
     def tensors_with_graph(self) -> list[Tensor]:
         """Return the attributes, and entries of containers, that are tensors with a graph."""
-        values = [v for attributes in self._owners for v in _without_torch(attributes).values()]
-        for container in _containers(values):
-            if len(container) <= _LONG:
-                values += container.values() if isinstance(container, dict) else container
-        return [v for v in values if isinstance(v, Tensor) and v.grad_fn is not None]
+        values = [v for attributes in self._owned for v in _without_torch(attributes).values()]
+        return [tensor for tensor in _tensors(values) if tensor.grad_fn is not None]
+
+    def _compare_with_noted(self) -> None:
+        """Find the owners whose attributes forward has changed, and tensors changed in place."""
+        for note in self._noted:
+            if note.has_changed():
+                self._moving[id(note.attributes)] = note.attributes
+                self._edited += note.edited()
+        self._noted = []
 
 
 @contextmanager
-def attributes_kept(owners: Iterable[Attributes]) -> Iterator[None]:
+def attributes_kept(owned: Iterable[Attributes]) -> Iterator[None]:
     """Undo, at the end of a block, what it has changed in attributes.
 
     Parameters
     ----------
-    owners : ``vars()`` of modules and parameters
+    owned : ``vars()`` of modules and parameters
     """
-    notes = [_Note(attributes, with_long=True) for attributes in owners]
-    tensors = [(tensor, tensor.detach().clone()) for note in notes for tensor in note.tensors]
+    notes = _notes(owned, with_all=True)
+    copies = [(tensor, tensor.detach().clone()) for note in notes for tensor in note.tensors()]
     try:
         yield
     finally:
+        edited = {id(tensor) for note in notes for tensor in note.edited()}
         for note in notes:
             note.restore()
-        for tensor, copy in tensors:
-            # With .data, torch does not count a change. A graph may have saved the tensor.
-            tensor.data.copy_(copy)
+        for tensor, copy in copies:
+            if id(tensor) in edited:
+                tensor.data.copy_(copy)
+
+
+def _notes(owned: Iterable[Attributes], *, with_all: bool = False) -> list[_Note]:
+    return [_Note(attributes, with_all=with_all) for attributes in owned]
 
 
 class _Note:
@@ -91,32 +119,50 @@ class _Note:
     Parameters
     ----------
     attributes : the attributes of the owner
-    with_long : also note the entries of long containers
-
-    Attributes
-    ----------
-    tensors : the tensors among the attributes
+    with_all : also note the entries of long containers, and keep tensors with a graph alive
     """
 
-    def __init__(self, attributes: Attributes, *, with_long: bool = False) -> None:
+    def __init__(self, attributes: Attributes, *, with_all: bool = False) -> None:
         self.attributes = attributes
-        self._values = _without_torch(attributes)
-        values = self._values.values()
+        self._values = values = _without_torch(attributes)
+        self._entries: list[tuple[Any, int, list[Any] | None]] = []
+        self._versions: dict[int, int] = {}
+        if _SIMPLE.issuperset(map(type, values.values())):  # most modules have only numbers
+            return
+        containers = _containers(values.values())
         self._entries = [
-            (found, len(found), _entries(found) if with_long or len(found) <= _LONG else None)
-            for found in _containers(values)
+            (found, len(found), _entries(found) if with_all or len(found) <= _LONG else None)
+            for found in containers
         ]
-        self.tensors = [value for value in values if isinstance(value, Tensor)]
-        self._versions = self.tensors and versions_of(self.tensors)
+        tensors = _tensors(values.values())
+        self._versions = dict(zip(map(id, tensors), versions_of(tensors), strict=True))
+        if not with_all:
+            # A note lives as long as the graphs of the call. It must not keep earlier graphs alive.
+            values = {name: _weak(value) for name, value in values.items()}
+            self._entries = [
+                (found, length, entries and list(map(_weak, entries)))
+                for found, length, entries in self._entries
+            ]
+        self._values = values
 
     def has_changed(self) -> bool:
         now = _without_torch(self.attributes)
         return not (
             now.keys() == self._values.keys()
-            and all(map(operator.is_, now.values(), self._values.values()))
-            and (not self.tensors or versions_of(self.tensors) == self._versions)
+            and all(map(_is, now.values(), self._values.values()))
             and not any(itertools.starmap(_differs, self._entries))
+            and not self.edited()
         )
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors that are attributes now, or entries of containers."""
+        return _tensors(_without_torch(self.attributes).values())
+
+    def edited(self) -> list[Tensor]:
+        """Return the tensors that are new, or that were changed in place since the note."""
+        tensors = self.tensors()
+        versions = zip(tensors, versions_of(tensors), strict=True)
+        return [tensor for tensor, now in versions if self._versions.get(id(tensor)) != now]
 
     def restore(self) -> None:
         for name in _without_torch(self.attributes).keys() - self._values.keys():
@@ -124,7 +170,6 @@ class _Note:
         self.attributes.update(self._values)
         for container, length, entries in self._entries:
             if entries is not None and _differs(container, length, entries):
-                container.clear()
                 _refill(container, entries)
 
 
@@ -137,13 +182,26 @@ def _containers(values: Iterable[Any]) -> list[Any]:
     found = {id(value): value for value in values if isinstance(value, _CONTAINERS)}
     unseen = list(found.values())
     for container in unseen:  # the loop also visits the containers that it appends
-        if len(container) > _LONG:
-            continue
-        for entry in container.values() if isinstance(container, dict) else container:
+        for entry in _short(container):
             if isinstance(entry, _CONTAINERS) and id(entry) not in found:
                 found[id(entry)] = entry
                 unseen.append(entry)
     return unseen
+
+
+def _tensors(values: Iterable[Any]) -> list[Tensor]:
+    """Return the tensors among some values, and those in containers."""
+    values = list(values)
+    inside = itertools.chain.from_iterable(map(_short, _containers(values)))
+    return [value for value in (*values, *inside) if isinstance(value, Tensor)]
+
+
+def _short(container: Any) -> Iterable[Any]:
+    """Return the values in a container, or nothing for a long one."""
+    if len(container) > _LONG:
+        return ()
+    values: Iterable[Any] = container.values() if isinstance(container, dict) else container
+    return values
 
 
 def _entries(container: Any) -> list[Any]:
@@ -152,10 +210,13 @@ def _entries(container: Any) -> list[Any]:
 
 
 def _refill(container: Any, entries: list[Any]) -> None:
-    """Put the result of :func:`_entries` back into an empty container."""
+    """Put the result of :func:`_entries` back into a container."""
+    container.clear()
     if isinstance(container, dict):
         half = len(entries) // 2
-        container.update(zip(entries[:half], entries[half:], strict=True))
+        # One by one, because Counter.update counts.
+        for key, value in zip(entries[:half], entries[half:], strict=True):
+            container[key] = value
     elif isinstance(container, set):
         container.update(entries)
     else:
@@ -163,7 +224,18 @@ def _refill(container: Any, entries: list[Any]) -> None:
 
 
 def _differs(container: Any, length: int, entries: list[Any] | None) -> bool:
-    """Return whether a container has other entries; None if only the length is known."""
+    """Return whether the entries of a container have changed; if they are None, its length."""
     if entries is None or len(container) != length:
         return len(container) != length
-    return not all(map(operator.is_, _entries(container), entries))
+    return not all(map(_is, _entries(container), entries))
+
+
+def _weak(value: Any) -> Any:
+    """Return a weak reference to a tensor that may have a graph, and any other value itself."""
+    # Not grad_fn: torch raises an error for the views of FullyShardedDataParallel.
+    may_have_graph = isinstance(value, Tensor) and value.requires_grad
+    return weakref.ref(value) if may_have_graph else value
+
+
+def _is(value: Any, noted: Any) -> bool:
+    return value is noted or (isinstance(noted, weakref.ref) and value is noted())

@@ -34,8 +34,7 @@ from mtenn_core._engine.autograd_nodes import (
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
-from mtenn_core._engine.fingerprint import difference
-from mtenn_core._engine.mode import Mode, Options
+from mtenn_core._engine.mode import Collate, Mode, Options
 from mtenn_core._engine.replay import Replay, Run
 from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
@@ -65,7 +64,7 @@ class Recomputed(Mode):
                 " outside of it. Use gradients='graph'. For predictions without gradients, use"
                 " torch.no_grad."
             )
-        graphs = RecomputedGraphs(options.pose_model, call)
+        graphs = RecomputedGraphs(options.pose_model, call, options.collate)
         return graphs.predict(call.chunks, options.skip_below), None
 
     def cost(self, totals: StepTotals) -> ModeCost:
@@ -79,22 +78,26 @@ class Recomputed(Mode):
 Saved = tuple[Tensor, int]
 
 
-# For a small pose, a comparison of saved tensors takes up to a third of the time. A pose model that
-# does not repeat itself usually shows this at once. So all poses are compared until the runs have
-# agreed in a few calls, and later one pose in ONE_IN. Predictions are always compared.
+# For a small pose, a comparison of saved tensors takes half as long as the pose. A pose model that
+# does not repeat itself usually shows this at once. So all chunks are compared until the runs have
+# agreed in a few calls under the same conditions, and later one chunk in ONE_IN. Predictions are
+# always compared.
 FEW_CALLS = 3
-ONE_IN = 16
+ONE_IN = 50
 
 
 @dataclass
 class Record:
-    """The number of calls of a pose model, and the number of calls in which its runs agreed."""
+    """The number of calls of a pose model, and in how many its runs agreed, under conditions."""
 
     n_calls: int = 0
     n_agreed: int = 0
+    conditions: object = None
 
     def compared(self, n_chunks: int) -> list[bool]:
         """Return for each chunk of a call whether the saved tensors of its runs are compared."""
+        if current_transform() is not None:  # numbers cannot be read
+            return [False] * n_chunks
         everything = self.n_agreed < FEW_CALLS
         return [everything or (index + self.n_calls) % ONE_IN == 0 for index in range(n_chunks)]
 
@@ -136,14 +139,16 @@ class RecomputedGraphs:
     ----------
     pose_model : the module that the chunks run
     call : the inputs of all chunks
+    collate : see :class:`Options`
 
     Attributes
     ----------
     lock : a lock that is held while a chunk runs again
     """
 
-    def __init__(self, pose_model: torch.nn.Module, call: Call) -> None:
+    def __init__(self, pose_model: torch.nn.Module, call: Call, collate: Collate | None) -> None:
         self._replay = Replay(pose_model, call.poses, call.shared_outputs or ())
+        conditions = self._replay.conditions(), collate
         self._shared = () if call.shared_outputs is None else nodes_of_outputs(call)
         self.lock = self._replay.lock
         # The graphs of chunks refer to this object. Only the graph of the predictions owns these
@@ -152,6 +157,9 @@ class RecomputedGraphs:
         self._last: Callable[[], RecomputedGraph | None] = lambda: None
         self._record = _RECORDS.setdefault(pose_model, Record())
         self._record.n_calls += 1
+        if conditions != self._record.conditions:
+            self._record.conditions = conditions
+            self._record.n_agreed = 0
         self._agreed = False  # True after the first comparison
         self._ends: list[int] = []  # for each chunk, the number of the last node of its graph
         self._kept: list[int] = []  # the numbers of nodes that the pose model keeps
@@ -176,15 +184,17 @@ class RecomputedGraphs:
                 # Set this before the run. If a pose model takes gradients in its own forward, the
                 # second run starts before the first run ends.
                 graph.first_run = self._replay.before_run()
-                with saved_tensors_hooks(graph.numbering.hook, graph.saved_again):
-                    prediction = graph.chunk.run()
-                self._replay.after_run(
-                    graph.first_run,
-                    prediction,
-                    next(graph.numbering.count),
-                    graph.numbering.tensors if graph.is_compared else None,
-                )
-                graph.numbering.tensors.clear()
+                try:
+                    with saved_tensors_hooks(graph.numbering.hook, graph.saved_again):
+                        prediction = graph.chunk.run()
+                    self._replay.after_run(
+                        graph.first_run,
+                        prediction,
+                        next(graph.numbering.count),
+                        graph.numbering.tensors if graph.is_compared else None,
+                    )
+                finally:  # the tensors have graphs, which refer to this object
+                    graph.numbering.tensors.clear()
                 predictions.append(prediction)
                 root = prediction.grad_fn
                 self._ends.append(sequence_number(root) if root else (self._ends or [-1])[-1])
@@ -234,17 +244,19 @@ class RecomputedGraphs:
             saved.append((detached, version_of(detached)))
             return detached
 
-        versions = self._replay.versions()
+        before = self._replay.parameters_now()
         # Backward runs with grad mode off. The second run needs grad mode to save tensors.
-        with (
-            self._replay.restored(graph.first_run),
-            torch.enable_grad(),
-            saved_tensors_hooks(keep, _unchanged),
-        ):
-            predictions = graph.run_again()
-        self._replay.check_parameters(versions, predictions)
-        self._check(graph, predictions.detach(), tensors)
-        tensors.clear()  # they have graphs
+        try:
+            with (
+                self._replay.restored(graph.first_run),
+                torch.enable_grad(),
+                saved_tensors_hooks(keep, _unchanged),
+            ):
+                predictions = graph.run_again()
+            self._replay.check_parameters(before, predictions)
+            self._check(graph, predictions.detach(), tensors)
+        finally:
+            tensors.clear()  # they have graphs
         return saved
 
     def _check(self, graph: RecomputedGraph, predictions: Tensor, saved: Sequence[Tensor]) -> None:
@@ -254,16 +266,14 @@ class RecomputedGraphs:
         ----------
         predictions, saved : the result of the second run, and the tensors that it saves
         """
-        first = graph.first_run.fingerprint
-        if first is None:  # the pose model takes gradients in its own forward
-            return
-        differs = difference(first, predictions, saved)
+        differs = self._replay.difference(graph.first_run, predictions, saved)
         if differs is not None:
             self._record.n_agreed = 0
             pose, how = differs
+            who = graph.chunk.named() if pose is None else f"pose {graph.chunk.first_pose + pose}"
             raise ChangedBeforeBackwardError(
-                f"pose {graph.chunk.first_pose + pose}: the pose model ran again in backward and"
-                f" behaved differently than in forward. {how} {_QUESTIONS}"
+                f"{who}: the pose model ran again in backward and behaved differently than in"
+                f" forward. {how} {_QUESTIONS}"
             )
         if graph.is_compared and not self._agreed:
             self._agreed = True
@@ -337,7 +347,7 @@ class RecomputedGraph:
             if "can't allocate memory" in str(error):  # torch has no class of its own for the CPU
                 raise
             raise ChangedBeforeBackwardError(
-                f"pose {self.chunk.first_pose}: the pose model ran again in backward and raised"
+                f"{self.chunk.named()}: the pose model ran again in backward and raised"
                 f" {type(error).__name__}: {error}. {_QUESTIONS}"
             ) from error
 
@@ -351,10 +361,10 @@ class RecomputedGraph:
 
 
 _QUESTIONS = (
-    "Has it read a value that changed in between? Does it write to its pose? Does it draw random"
-    " numbers outside of torch, use a set whose order changes, count its runs, or keep something"
-    " for the next pose, such as a cache that grows or a part of its graph? If all poses of a"
-    " compound share that part, give it to MultiPoseModel as shared=…. Otherwise use"
+    "gradients='recomputed' needs the same computation twice. Usual causes: random numbers that are"
+    " not torch's, a set or threads whose order changes, values written to the pose, a counter that"
+    " decides something, or a part of the graph that is kept for the next pose. If all poses of a"
+    " compound share this part, pass it as MultiPoseModel(..., shared=…). Otherwise use"
     " gradients='stored' or 'graph', which run each pose once."
 )
 

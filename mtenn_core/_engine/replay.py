@@ -13,18 +13,26 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import current_backward, is_leaf, nodes_of, version_of
-from mtenn_core._engine.fingerprint import Fingerprint, joined, samples_of
+from mtenn_core._engine.autograd_nodes import (
+    current_backward,
+    is_leaf,
+    nodes_of,
+    version_of,
+    versions_of,
+)
+from mtenn_core._engine.fingerprint import Fingerprint, difference, marks_of
 from mtenn_core._engine.module_tensors import (
     Places,
     accelerators,
     is_sharded,
     lock_of,
     same_places,
+    sharded_part,
 )
 from mtenn_core._engine.noted_buffers import Buffers, NotedBuffers
 from mtenn_core._engine.plain_attributes import PlainAttributes
@@ -52,6 +60,8 @@ class Run:
 
 
 _NO_BUFFERS = Buffers()
+Context = AbstractContextManager[object]
+_EDITS: WeakKeyDictionary[torch.nn.Module, dict[int, int]] = WeakKeyDictionary()
 
 
 class Replay:
@@ -83,8 +93,13 @@ class Replay:
         self._attributes = PlainAttributes([*modules, *self._held])
         inputs = tensors_in([*poses, *shared])
         self._inputs = [(index, tensor, _versions([tensor])) for index, tensor in inputs]
-        self._n_poses = len(poses)
-        self._versions = _versions(self._held)
+        self._poses = poses
+        self._indices = {id(param): index for index, param in enumerate(self._held)}
+        # How often the pose model itself has changed each parameter, by id, in all calls.
+        self._edits = _EDITS.setdefault(pose_model, {})
+        self._edited: list[Tensor] = []  # the parameters that forward has changed
+        self._before = _places_of(self._held)
+        self._versions: list[int] = []  # of the parameters, without these changes
         self._flags = [
             _Flags("training", modules),
             # torch refuses to set requires_grad of a tensor that is not a leaf.
@@ -92,9 +107,9 @@ class Replay:
         ]
         self._autocast = _autocast_state(self._devices)
         self._random_states = _random_states(self._devices)
-        # The backward that has been compared with the conditions of forward, and the differences.
+        # The backward whose first run has been compared, and the contexts that its runs need.
         self._compared_in: int | None = None
-        self._of_caller: list[Callable[[], AbstractContextManager[object]]] = []
+        self._of_caller: list[Callable[[], Context]] = []
 
     def before_run(self) -> Run:
         """Return the conditions of the next run."""
@@ -113,21 +128,57 @@ class Replay:
         """
         self._random_states = _random_states(self._devices)
         run.buffers_change = any(self._buffer_dicts) and self._buffers.differ_from(run.buffers)
-        samples = None if saved is None else joined(samples_of(saved))
-        run.fingerprint = Fingerprint(predictions.detach().clone(), n_saved, samples)
+        marks = None if saved is None else marks_of(saved, self._indices)
+        run.fingerprint = Fingerprint(predictions.detach().clone(), n_saved, marks)
 
     def after_forward(self, runs: Sequence[Run]) -> None:
-        """Free the random states if no run has changed them."""
-        # In forward, the pose model itself may have changed parameters (max_norm).
-        self._versions = _versions(self._held)
+        """Note which parameters forward has changed. Free unchanged random states."""
+        self._edited = self._note_edits(self._before)
+        self._versions = self._foreign_versions()
         # Compare only once, because it takes long.
         if all(map(torch.equal, runs[0].random_states, self._random_states)):
             for run in runs:
                 run.random_states = ()
 
+    def _note_edits(self, before: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Count the changes of parameters since ``before`` as the pose model's own (max_norm)."""
+        now = _places_of(self._held)
+        if now == before:
+            return []
+        edited = []
+        for param, place, then in zip(self._held, now, before, strict=True):
+            if place != then:
+                edited.append(param)
+                self._edits[id(param)] = self._edits.get(id(param), 0) + place[0] - then[0]
+        # FullyShardedDataParallel moves parameters in each run.
+        return edited if sharded_part(self._pose_model) is None else []
+
+    def _foreign_versions(self) -> list[int]:
+        """Return how often anybody but the pose model has changed each parameter in place."""
+        versions = _versions(self._held)
+        if not self._edits:
+            return versions
+        return [
+            version - self._edits.get(id(param), 0)
+            for param, version in zip(self._held, versions, strict=True)
+        ]
+
+    def difference(self, run: Run, predictions: Tensor, saved: Sequence[Tensor]) -> Any:
+        """Return how a second run differs from the first; see :func:`difference`."""
+        if run.fingerprint is None:  # the pose model takes gradients in its own forward
+            return None
+        return difference(run.fingerprint, predictions, saved, self._indices)
+
     def kept_tensors(self) -> list[Tensor]:
-        """Return the tensors with a graph that the pose model holds in plain attributes."""
-        return self._attributes.tensors_with_graph()
+        """Return the tensors with a graph in attributes and buffers of the model, and in poses."""
+        tensors = [t for held in self._buffer_dicts for t in held.values() if t is not None]
+        tensors += [tensor for _, tensor in tensors_in(self._poses)]
+        tensors = [tensor for tensor in tensors if tensor.grad_fn is not None]
+        return tensors + self._attributes.tensors_with_graph()
+
+    def conditions(self) -> object:
+        """Return the conditions that forward shares with other calls: flags and autocast."""
+        return [flags.noted() for flags in self._flags], self._autocast
 
     @contextmanager
     def restored(self, conditions: Run) -> Iterator[None]:
@@ -138,31 +189,44 @@ class Replay:
         ChangedBeforeBackwardError : a pose was changed in place
         """
         backward = current_backward()
-        # Compare only once in each backward, because there may be many poses. -1 means that no
-        # backward runs, for example if code reads grad_fn.saved_tensors.
-        if backward != self._compared_in or backward == -1:
-            self._compare_with_caller()
-            self._compared_in = backward
+        # -1 means that no backward runs, for example if code reads grad_fn.saved_tensors.
+        is_first = backward != self._compared_in or backward == -1
+        if is_first:
+            self._check_poses()
+            self._of_caller = self._contexts_of_caller(is_first=True)
         contexts = self._contexts(conditions)
-        if not contexts:
+        if contexts:
+            # Otherwise a Ctrl-C could leave a part of the conditions behind.
+            with delayed_interrupts(), ExitStack() as stack:
+                for context in contexts:
+                    stack.enter_context(context)
+                yield
+        else:
             yield
-            return
-        # Otherwise a Ctrl-C could leave a part of the conditions behind.
-        with delayed_interrupts(), ExitStack() as stack:
-            for context in contexts:
-                stack.enter_context(context)
-            yield
+        if is_first:
+            self._compared_in = backward
+            self._of_caller = self._contexts_of_caller(is_first=False)
 
-    def _compare_with_caller(self) -> None:
-        """Note which conditions of the caller differ from those of forward. Check the poses."""
-        self._check_poses()
-        self._of_caller = [flags.restored for flags in self._flags if flags.have_changed()]
-        if self._attributes.move():
-            self._of_caller.insert(0, self._attributes.kept)
+    def _contexts_of_caller(self, *, is_first: bool) -> list[Callable[[], Context]]:
+        """Return the contexts that all second runs of a backward need.
+
+        Parameters
+        ----------
+        is_first : True for the first of these runs. A run may change flags and attributes that the
+            next run changes back. So the first run keeps all of them, and shows which change.
+        """
+        contexts: list[Callable[[], Context]] = [
+            flags.restored for flags in self._flags if is_first or flags.move()
+        ]
+        if is_first or self._attributes.move():
+            contexts.append(partial(self._attributes.kept, all_of_them=is_first))
+        if self._edited:
+            contexts.append(partial(_data_kept, self._edited))
         if self._parameters_differ():
-            self._of_caller.append(partial(self._parameters.holding, self._places))
+            contexts.append(partial(self._parameters.holding, self._places))
+        return contexts
 
-    def _contexts(self, conditions: Run) -> list[AbstractContextManager[object]]:
+    def _contexts(self, conditions: Run) -> list[Context]:
         """Return one context for each condition that has changed since the run."""
         contexts = [context() for context in self._of_caller]
         for device, enabled, dtype in self._autocast:
@@ -178,34 +242,31 @@ class Replay:
             contexts.append(self._buffers.holding(conditions.buffers))
         return contexts
 
-    def versions(self) -> list[int]:
-        """Return how often each parameter was changed in place."""
-        return _versions(self._held)
+    def parameters_now(self) -> list[tuple[int, int]]:
+        """Return the version and the address of each parameter."""
+        return _places_of(self._held)
 
-    def check_parameters(self, before: Sequence[int], predictions: Tensor) -> None:
+    def check_parameters(self, before: Sequence[tuple[int, int]], predictions: Tensor) -> None:
         """Raise an error if a second run used a parameter that somebody has changed in place.
 
         torch checks versions only of tensors that a graph saves, but these graphs save no tensors.
 
         Parameters
         ----------
-        before : the result of :meth:`versions` before the run
+        before : the result of :meth:`parameters_now` before the run
         predictions : the result of the run, with its graph
         """
-        # In the run, the pose model itself may have changed parameters, as in forward (max_norm).
-        after = _versions(self._held)
-        if after != before:
-            changes = zip(self._versions, after, before, strict=True)
-            self._versions = [noted + now - then for noted, now, then in changes]
-        if after == self._versions:
+        self._note_edits(before)
+        now = self._foreign_versions()
+        if now == self._versions or not self._versions:
             return
         # An optimizer that steps in this backward may have changed a parameter after the last pose
         # that uses it.
         nodes = [] if predictions.grad_fn is None else nodes_of(predictions.grad_fn)
         used = {id(node.variable) for node in nodes if is_leaf(node)}
-        for param, now, noted in zip(self._held, after, self._versions, strict=True):
+        for param, version, noted in zip(self._held, now, self._versions, strict=True):
             # A graph does not show whether it uses a frozen parameter.
-            if now == noted or (param.requires_grad and id(param) not in used):
+            if version == noted or (param.requires_grad and id(param) not in used):
                 continue
             names = [name for name, own in self._pose_model.named_parameters() if own is param]
             raise ChangedBeforeBackwardError(
@@ -219,7 +280,7 @@ class Replay:
         """Raise an error if a tensor of a pose was changed in place."""
         for index, tensor, version in self._inputs:
             if _versions([tensor]) != version:
-                compound = index - self._n_poses
+                compound = index - len(self._poses)
                 who = f"pose {index}" if compound < 0 else f"shared output of compound {compound}"
                 raise ChangedBeforeBackwardError(
                     f"{who}: one of its tensors, shape {tuple(tensor.shape)}, was changed in"
@@ -238,11 +299,31 @@ class Replay:
 
 
 def _versions(tensors: Sequence[Tensor]) -> list[int]:
-    """Return how often each tensor was changed in place; -1 for tensors of ``inference_mode``."""
     try:
         return list(map(version_of, tensors))
-    except RuntimeError:
-        return [-1 if tensor.is_inference() else version_of(tensor) for tensor in tensors]
+    except RuntimeError:  # a tensor of inference_mode
+        return versions_of(tensors)
+
+
+def _places_of(tensors: Sequence[Tensor]) -> list[tuple[int, int]]:
+    """Return the version and the address of each tensor. ``.data = …`` changes only the address."""
+    try:
+        addresses = list(map(Tensor.data_ptr, tensors))
+    except RuntimeError:  # inside a transform of torch.func
+        addresses = [0] * len(tensors)
+    return list(zip(_versions(tensors), addresses, strict=True))
+
+
+@contextmanager
+def _data_kept(params: Sequence[Tensor]) -> Iterator[None]:
+    """At the end of a block, put the numbers of parameters back."""
+    # With .data, torch does not count a change.
+    before = [(param, param.data, param.data.clone()) for param in params]
+    try:
+        yield
+    finally:
+        for param, data, copy in before:
+            param.data = data.copy_(copy)
 
 
 def _autocast_state(devices: Sequence[torch.device]) -> list[tuple[str, bool, torch.dtype]]:
@@ -275,17 +356,22 @@ def _random(states: Sequence[Tensor], devices: Sequence[torch.device]) -> Iterat
 
 
 class _Flags:
-    """Saved values of one attribute of several modules or parameters."""
+    """Noted values of one attribute of several modules or parameters."""
 
     def __init__(self, name: str, owners: Sequence[Any]) -> None:
         self._name = name
         self._owners = owners
         self._get = operator.attrgetter(name)
         self._noted = self._now()
+        self._moved = False
 
-    def have_changed(self) -> bool:
-        """Return whether the value of any owner differs from the noted value."""
-        return self._now() != self._noted
+    def noted(self) -> list[bool]:
+        """Return the noted values."""
+        return self._noted
+
+    def move(self) -> bool:
+        """Return whether the values now differ from the noted ones, or a run has changed them."""
+        return self._moved or self._now() != self._noted
 
     @contextmanager
     def restored(self) -> Iterator[None]:
@@ -295,11 +381,13 @@ class _Flags:
             self._set(self._noted)
             yield
         finally:
+            self._moved |= self._now() != self._noted
             self._set(now)
 
     def _now(self) -> list[bool]:
         return list(map(self._get, self._owners))
 
     def _set(self, flags: list[bool]) -> None:
-        for owner, flag in zip(self._owners, flags, strict=True):
-            setattr(owner, self._name, flag)
+        if flags != self._now():
+            for owner, flag in zip(self._owners, flags, strict=True):
+                setattr(owner, self._name, flag)

@@ -386,9 +386,9 @@ _FREED = (
 )
 _OLD = (
     "the pose model uses a tensor that it computed before a parameter changed (for example, in an"
-    " optimizer's step). Its gradient would belong to the old value, in gradients='graph', too."
-    " Compute the tensor again in each call. If all poses of a compound use it, give its module to"
-    " MultiPoseModel as shared=…."
+    " optimizer's step). Its gradient would belong to the old value. Compute the tensor again in"
+    " each call. If all poses of a compound use it, give its module to MultiPoseModel as shared=…."
+    " If the value has not changed, use gradients='graph'."
 )
 _OVERFLOW = (
     "a gradient of the compiled pose model overflows in float16, and a compiled module cannot"
