@@ -11,7 +11,7 @@ import functools
 import operator
 import re
 import sys
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -140,7 +140,7 @@ def muted_hooks(tensors: Iterable[Tensor], lock: AbstractContextManager[object])
                 hooks.update(kept | added)
 
 
-def nodes_of(root: Any, known: Iterable[Any] = (), ends: Container[Any] = ()) -> list[Any]:
+def nodes_of(root: Any, known: Iterable[Any] = (), ends: Collection[Any] = ()) -> list[Any]:
     """Return the nodes of a graph. Leave out known nodes, and nodes reached only through these.
 
     Parameters
@@ -154,7 +154,7 @@ def nodes_of(root: Any, known: Iterable[Any] = (), ends: Container[Any] = ()) ->
     seen.add(root)
     found = [root]
     for node in found:  # the loop also visits the nodes that it appends
-        if node in ends:
+        if ends and node in ends:
             continue
         for parent, _ in node.next_functions:
             if parent not in seen:

@@ -127,7 +127,8 @@ class _Note:
         self._values = values = _without_torch(attributes)
         self._entries: list[tuple[Any, int, list[Any] | None]] = []
         self._versions: dict[int, int] = {}
-        if _SIMPLE.issuperset(map(type, values.values())):  # most modules have only numbers
+        self._is_simple = _SIMPLE.issuperset(map(type, values.values()))
+        if self._is_simple:  # as in most modules
             return
         containers = _containers(values.values())
         self._entries = [
@@ -147,12 +148,13 @@ class _Note:
 
     def has_changed(self) -> bool:
         now = _without_torch(self.attributes)
-        return not (
-            now.keys() == self._values.keys()
-            and all(map(_is, now.values(), self._values.values()))
-            and not any(itertools.starmap(_differs, self._entries))
-            and not self.edited()
-        )
+        if now.keys() != self._values.keys() or not all(
+            map(_is, now.values(), self._values.values())
+        ):
+            return True
+        if self._is_simple:
+            return False
+        return any(itertools.starmap(_differs, self._entries)) or bool(self.edited())
 
     def tensors(self) -> list[Tensor]:
         """Return the tensors that are attributes now, or entries of containers."""

@@ -8,9 +8,8 @@ them, the chunk runs a second time, and this run provides all of them.
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
-from bisect import bisect_right
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -162,8 +161,6 @@ class RecomputedGraphs:
             self._record.n_agreed = 0
         self._agreed = False  # True after the first comparison
         self._ends: list[int] = []  # for each chunk, the number of the last node of its graph
-        self._kept: list[int] = []  # the numbers of nodes that the pose model keeps
-        self._kept_in: int | None = None  # the backward for which they were found
 
     def predict(self, chunks: Sequence[Chunk], skip_below: float | None) -> Tensor:
         """Run all chunks and return their predictions. The graphs save no tensors.
@@ -177,7 +174,7 @@ class RecomputedGraphs:
         shape (n_poses,)
         """
         compared = self._record.compared(len(chunks))
-        graphs = list(map(partial(RecomputedGraph, self), chunks, itertools.count(), compared))
+        graphs = list(map(partial(RecomputedGraph, self), chunks, compared))
         predictions = []
         try:
             for graph in graphs:
@@ -208,23 +205,18 @@ class RecomputedGraphs:
             ) from error
         return join_chunks(predictions, graphs, skip_below, self._shared)
 
-    def is_kept(self, index: int) -> bool:
-        """Return whether the pose model keeps a tensor that a chunk computed, with its graph.
-
-        Parameters
-        ----------
-        index : the number of the chunk
-        """
-        if self._kept_in != current_backward():
-            self._kept_in = current_backward()
-            roots = [tensor.grad_fn for tensor in self._replay.kept_tensors()]
-            nodes = {node for root in roots for node in nodes_of(root) if not is_leaf(node)}
-            self._kept = sorted(map(sequence_number, nodes))
-        # A forward hook may compute a penalty after the prediction, so look beyond the last node.
+    def kept(self) -> list[int]:
+        """Return the indices of chunks that computed a tensor that the pose model keeps."""
+        roots = [tensor.grad_fn for tensor in self._replay.kept_tensors()]
+        nodes = {node for root in roots for node in nodes_of(root) if not is_leaf(node)}
         before = max(map(sequence_number, self._shared), default=-1)
-        begin = self._ends[index - 1] if index else before
-        end = self._ends[index + 1] if index + 1 < len(self._ends) else sys.maxsize
-        return bisect_right(self._kept, begin) < bisect_right(self._kept, end)
+        chunks = set()
+        for number in map(sequence_number, nodes):
+            if number > before:
+                index = bisect_left(self._ends, number)
+                # A forward hook may compute a penalty after the prediction of the chunk before.
+                chunks |= {index - 1, index} & set(range(len(self._ends)))
+        return sorted(chunks)
 
     def run_again(self, graph: RecomputedGraph) -> list[Saved]:
         """Return all tensors that a graph would have saved."""
@@ -295,14 +287,11 @@ class RecomputedGraph:
     first_run: Run
     skipped_in: int | None = None
 
-    def __init__(
-        self, graphs: RecomputedGraphs, chunk: Chunk, index: int, is_compared: bool
-    ) -> None:
+    def __init__(self, graphs: RecomputedGraphs, chunk: Chunk, is_compared: bool) -> None:
         self.chunk = chunk
         self.is_compared = is_compared
         self.numbering = Numbering(is_compared)
         self._graphs = graphs
-        self._index = index
         self._saved: dict[int, Saved] = {}
 
     def saved_again(self, index: int) -> Tensor:
@@ -351,9 +340,9 @@ class RecomputedGraph:
                 f" {type(error).__name__}: {error}. {_QUESTIONS}"
             ) from error
 
-    def is_kept(self) -> bool:
-        """Return whether a loss may need the graph for another tensor than its prediction."""
-        return self._graphs.is_kept(self._index)
+    def kept(self) -> list[int]:
+        """Return the indices of chunks whose graphs a loss may need besides their predictions."""
+        return self._graphs.kept()
 
     def forget(self) -> None:
         """Free the saved tensors that backward has not used."""

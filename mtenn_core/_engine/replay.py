@@ -170,11 +170,10 @@ class Replay:
         return difference(run.fingerprint, predictions, saved, self._indices)
 
     def kept_tensors(self) -> list[Tensor]:
-        """Return the tensors with a graph in attributes and buffers of the model, and in poses."""
-        tensors = [t for held in self._buffer_dicts for t in held.values() if t is not None]
-        tensors += [tensor for _, tensor in tensors_in(self._poses)]
-        tensors = [tensor for tensor in tensors if tensor.grad_fn is not None]
-        return tensors + self._attributes.tensors_with_graph()
+        """Return the tensors with a graph in attributes and buffers of the pose model."""
+        buffers = [t for held in self._buffer_dicts for t in held.values() if t is not None]
+        of_graphs = [buffer for buffer in buffers if buffer.grad_fn is not None]
+        return of_graphs + self._attributes.tensors_with_graph()
 
     def conditions(self) -> object:
         """Return the conditions that forward shares with other calls: flags and autocast."""
@@ -243,8 +242,8 @@ class Replay:
         return contexts
 
     def parameters_now(self) -> list[tuple[int, int]]:
-        """Return the version and the address of each parameter."""
-        return _places_of(self._held)
+        """Return the version and the address of each parameter, if forward changes parameters."""
+        return _places_of(self._held) if self._edited else []
 
     def check_parameters(self, before: Sequence[tuple[int, int]], predictions: Tensor) -> None:
         """Raise an error if a second run used a parameter that somebody has changed in place.
@@ -256,7 +255,8 @@ class Replay:
         before : the result of :meth:`parameters_now` before the run
         predictions : the result of the run, with its graph
         """
-        self._note_edits(before)
+        if before:
+            self._note_edits(before)
         now = self._foreign_versions()
         if now == self._versions or not self._versions:
             return

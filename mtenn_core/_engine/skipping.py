@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -22,15 +22,15 @@ class Skippable(Protocol):
 
     skipped_in: int | None
 
-    def is_kept(self) -> bool:
-        """Return whether a loss may need the graph for another tensor than its prediction."""
+    def kept(self) -> Iterable[int]:
+        """Return the indices of chunks whose graphs a loss may need besides their predictions."""
 
 
 def join_chunks(
     predictions: Sequence[Tensor],
     chunks: Sequence[Skippable] = (),
     skip_below: float | None = 0.0,
-    shared: Container[Any] = (),
+    shared: Collection[Any] = (),
 ) -> Tensor:
     """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
 
@@ -77,7 +77,7 @@ class _Join(torch.autograd.Function):
     def forward(
         chunks: Sequence[Skippable],
         skip_below: float,
-        shared: Container[Any],
+        shared: Collection[Any],
         *predictions: Tensor,
     ) -> Tensor:
         return torch.cat(predictions)
@@ -99,8 +99,9 @@ class _Join(torch.autograd.Function):
             counts = with_weight(weights, ctx.skip_below).tolist()
             has_weight = [any(of_chunk) for of_chunk in _split(counts, ctx.sizes)]
             runs = _graphs_to_run([node for node, _ in ctx.next_functions], has_weight, ctx.shared)
-            for index, chunk in enumerate(ctx.chunks):
-                runs[index] = runs[index] or chunk.is_kept()
+            if ctx.chunks and not all(runs):
+                for index in ctx.chunks[0].kept():
+                    runs[index] = True
         for chunk, run in zip(ctx.chunks, runs, strict=False):
             chunk.skipped_in = None if run else current_backward()
         return (
@@ -123,7 +124,7 @@ def _split(values: list[bool], sizes: Sequence[int]) -> Iterator[list[bool]]:
 
 
 def _graphs_to_run(
-    roots: Sequence[Any], has_weight: Sequence[bool], shared: Container[Any] = ()
+    roots: Sequence[Any], has_weight: Sequence[bool], shared: Collection[Any] = ()
 ) -> list[bool]:
     """Return for each graph whether backward must run it.
 
@@ -137,6 +138,8 @@ def _graphs_to_run(
     def found_in(root: Any) -> list[Any]:
         # A node of the shared part stands for all leaves behind it, so that each graph need not be
         # searched again.
+        if not shared:
+            return list(filter(_must_run, nodes_of(root, known)))
         nodes = nodes_of(root, known, shared)
         return [node for node in nodes if node in shared or _must_run(node)]
 
