@@ -30,9 +30,6 @@ ALL_CHECKS = [check.id for check in CHECKS]  # of every level
 
 # What nobody can tell from the plugin itself: why, and which.
 EQUIVALENT = {
-    "softmax shifts by the extreme itself: another shift before it is rounded otherwise at most": [
-        "BoltzmannCombination._populations: wide.amin() -> wide.amax()",
-    ],
     "at the ends of the range of the arithmetic, the value has reached its limit": [
         "MaxCombination._signed_scale: 1 -> 2",
         "BoltzmannCombination._kT_within_range: 1 -> 2",
@@ -83,8 +80,8 @@ BEYOND_THE_SUITE = {
         "test_half_precision_is_that_of_float32_rounded_once": [
             "MaxCombination.combine: (extreme + log / scale).to(predictions.dtype)"
             " -> extreme + log / scale",
-            "MaxCombination.pose_weights: torch.softmax(exponents, dim=0).to(predictions.dtype)"
-            " -> torch.softmax(exponents, dim=0)",
+            "MaxCombination.pose_weights: (factors / factors.sum()).to(predictions.dtype)"
+            " -> factors / factors.sum()",
             "MaxCombination._exponents:"
             " predictions.to(torch.promote_types(predictions.dtype, torch.float32))"
             " -> predictions",
@@ -145,8 +142,8 @@ BEYOND_THE_SUITE = {
             "BoltzmannCombination._kT_within_range: 1 -> 0",
         ],
         "test_an_infinite_temperature_gives_the_mean": [
-            "BoltzmannCombination._kT_within_range: torch.finfo(dtype).max / FAR"
-            " -> torch.finfo(dtype).max * FAR",
+            "BoltzmannCombination._kT_within_range: torch.finfo(dtype).max / WIDE"
+            " -> torch.finfo(dtype).max * WIDE",
         ],
         "test_a_float32_temperature_is_computed_in_the_dtype_of_the_predictions": [
             "BoltzmannCombination._kT_within_range: self.log_kT.to(dtype) -> self.log_kT",

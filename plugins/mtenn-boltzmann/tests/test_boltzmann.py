@@ -246,7 +246,16 @@ def test_an_infinite_temperature_gives_the_mean(made, dtype):
     value, weights, by_autograd, log_kT_gradient = results(made(), y)
     assert value == -5
     assert weights.tolist() == by_autograd.tolist() == [0.25] * 4
-    assert log_kT_gradient == pytest.approx(0, abs=1e-30)  # Var/kT, with kT of 3e35 at least
+    assert log_kT_gradient == pytest.approx(0, abs=1e-30)  # Var/kT, with kT of 1.7e35 at least
+
+
+@pytest.mark.parametrize("log_kT", [82.0, 89.0, 1000.0])
+def test_a_hot_learned_temperature_takes_the_largest_numbers(log_kT):
+    """The exponential of the largest ln kT is rounded up in float32."""
+    for y, value in (([3e38, -3e38], -3e38), ([math.inf, -math.inf, 0.0], -math.inf)):
+        found = results(at_log_kT(log_kT), torch.tensor(y))
+        assert found[0] == torch.tensor(value)
+        assert all(torch.tensor(part).isfinite().all() for part in found[1:])
 
 
 @LEARNABLE
