@@ -255,7 +255,7 @@ def test_a_hot_learned_temperature_takes_the_largest_numbers(log_kT):
     for y, value in (([3e38, -3e38], -3e38), ([math.inf, -math.inf, 0.0], -math.inf)):
         found = results(at_log_kT(log_kT), torch.tensor(y))
         assert found[0] == torch.tensor(value)
-        assert all(torch.tensor(part).isfinite().all() for part in found[1:])
+        assert all(torch.as_tensor(part).isfinite().all() for part in found[1:])
 
 
 @LEARNABLE
