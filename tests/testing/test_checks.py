@@ -3,6 +3,7 @@
 import random
 
 import numpy
+import pytest
 import torch
 
 from mtenn_core import Combination
@@ -61,3 +62,27 @@ def test_the_suite_restores_the_random_states_that_a_combination_uses():
     states = random.getstate(), numpy.random.get_state()[1].tolist()
     check_combination(Noisy, level="gate")
     assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states
+
+
+class NoCombination(torch.nn.Module):
+    """A combination of mtenn, say."""
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        return torch.stack(pred_list).mean()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (NoCombination(), "an instance of NoCombination"),
+        (NoCombination, "<class '.*NoCombination'>"),
+        (lambda: NoCombination(), "an instance of NoCombination"),
+        (lambda: 3, "an instance of int"),
+        ("mean", "'mean'"),
+        (None, "an instance of NoneType"),
+    ],
+    ids=["instance", "class", "function", "number", "name", "nothing"],
+)
+def test_only_a_combination_is_checked(source, found):
+    with pytest.raises(TypeError, match=rf"takes an instance of .*Combination.* found {found}\. "):
+        check_combination(source)
