@@ -154,19 +154,27 @@ class Combination(torch.nn.Module):
 
 
 def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
-    """Return a module that mtenn's ``GroupedModel`` takes as a combination (mtenn 0.5 and later).
+    """Return a module that mtenn's ``GroupedModel`` takes as a combination (mtenn 0.6 and later).
 
     The module's ``forward(pred_list, grad_dict, param_names, *model_params)`` returns two tensors:
     the combined prediction, shape (), and the pose predictions, shape (n_poses,). Both are
-    differentiable.
+    differentiable. Each prediction in ``pred_list`` may have any shape with one number. If
+    ``grad_dict`` is empty, as at inference, the two tensors have no gradient. Frozen parameters of
+    the combination are moved and saved with the module, but are not among its ``parameters()``.
 
     Raises
     ------
+    TypeError : ``combination`` is no instance of :class:`Combination`
     ValueError : the combination needs pose inputs, or it has trainable parameters. ``GroupedModel``
         does not pass on pose inputs. It expects a gradient per pose for every trainable parameter.
     """
     from mtenn_core._engine.mtenn_adapter import MtennCombination  # needs Combination
 
+    if not isinstance(combination, Combination):
+        raise TypeError(
+            f"expected an instance of mtenn_core.Combination; found {combination!r}. For a name,"
+            " write registry.create(name)."
+        )
     trainable = [name for name, param in combination.named_parameters() if param.requires_grad]
     if trainable or combination.pose_inputs:
         what = f"trainable parameters {trainable}"

@@ -131,7 +131,8 @@ class MultiPoseModel(torch.nn.Module):
         sizes : the number of poses of each compound. ``poses`` has the poses of the first compound
             first, then those of the second, and so on. Without ``sizes``, all poses belong to one
             compound.
-        pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers
+        pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers: a tensor,
+            a list, an array or a column of a table. Their order counts, not their labels.
         shared_inputs : the input of the ``shared`` part for each compound
         collated : True if ``poses`` is already one batch, for example from a ``DataLoader``. The
             pose model then gets the batch unchanged.

@@ -244,8 +244,19 @@ def test_copies_and_pickles_keep_their_parameters():
         assert twin.combine(torch.tensor([3.0])).item() == 9.0
 
 
+class OfShape(torch.nn.Module):
+    """A pose model whose prediction has a given shape. That of mtenn's SchNet has shape (1, 1)."""
+
+    def __init__(self, pose_model: torch.nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.pose_model, self.shape = pose_model, shape
+
+    def forward(self, pose):
+        return self.pose_model(pose).reshape(self.shape)
+
+
 class GroupedModel(torch.nn.Module):
-    """Does with a combination only what mtenn's model of this name does."""
+    """Does with a combination only what mtenn's model of this name does, in mtenn's main branch."""
 
     def __init__(self, pose_model: torch.nn.Module, combination: torch.nn.Module) -> None:
         super().__init__()
@@ -257,27 +268,97 @@ class GroupedModel(torch.nn.Module):
             prediction = self.pose_model(pose)
             pred_list.append(prediction.detach())
             self.zero_grad()
-            prediction.backward()
-            for name, param in self.named_parameters():
-                grad_dict.setdefault(name, []).append(param.grad.detach())
+            if prediction.requires_grad:  # releases up to 0.7 always run backward
+                prediction.backward()
+                for name, param in self.named_parameters():
+                    grad_dict.setdefault(name, []).append(param.grad.detach())
         self.zero_grad()
         names, params = zip(*self.named_parameters(), strict=True)
         return self.combination(pred_list, grad_dict, names, *params)
 
 
-@DEPTHS
-def test_a_combination_trains_in_the_model_of_mtenn(depth, pose_model, poses):
+def frozen_power() -> Combination:
+    return Picklable(2.0).requires_grad_(False)
+
+
+SHAPES = pytest.mark.parametrize("shape", [(), (1,), (1, 1)], ids=str)
+CONVERTED = pytest.mark.parametrize(
+    ("make", "value"),
+    [
+        (SumOfSquares, lambda y: y.square().sum()),
+        (ClosedForm, lambda y: y.square().sum()),
+        (FullDepth, lambda y: y.square().sum()),
+        (frozen_power, lambda y: y.square().mean()),
+    ],
+    ids=["depth 1", "depth 2", "depth 3", "a frozen parameter of its own"],
+)
+LOSSES = {
+    "combined": lambda combined, poses: combined.sin(),
+    "pose": lambda combined, poses: poses.cos().sum(),
+    "both": lambda combined, poses: combined.sin() + poses.cos().sum(),
+}
+
+
+@SHAPES
+@CONVERTED
+@pytest.mark.parametrize("loss", LOSSES)
+def test_a_combination_trains_in_the_model_of_mtenn(make, value, loss, shape, pose_model, poses):
     plain = torch.cat([pose_model(pose) for pose in poses])
-    (plain.square().sum().sin() + plain.cos().sum()).backward()
-    expected = [param.grad.clone() for param in pose_model.parameters()]
-    model = GroupedModel(pose_model, as_mtenn_combination(depth()))
+    params = list(pose_model.parameters())
+    expected = torch.autograd.grad(LOSSES[loss](value(plain), plain), params)
+    model = GroupedModel(OfShape(pose_model, shape), as_mtenn_combination(make().double()))
     combined, predictions = model(poses)
     assert combined.shape == ()
     assert predictions.shape == (len(poses),)
-    (combined.sin() + predictions.cos().sum()).backward()
-    for param, gradient in zip(pose_model.parameters(), expected, strict=True):
+    LOSSES[loss](combined, predictions).backward()
+    for param, gradient in zip(params, expected, strict=True):
         # Sums of seven float64 products, in another order.
         torch.testing.assert_close(param.grad, gradient, rtol=1e-12, atol=1e-13)
+
+
+@SHAPES
+@CONVERTED
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode, "all frozen"])
+def test_a_combination_predicts_in_the_model_of_mtenn(
+    make, value, context, shape, pose_model, poses
+):
+    """At inference, the model passes all parameters and no gradients: ``grad_dict`` is empty."""
+    with torch.no_grad():
+        plain = torch.cat([pose_model(pose) for pose in poses])
+    model = GroupedModel(OfShape(pose_model, shape), as_mtenn_combination(make().double()))
+    if context == "all frozen":
+        model.requires_grad_(False)
+        combined, predictions = model(poses)
+    else:
+        with context():
+            combined, predictions = model(poses)
+    assert not combined.requires_grad
+    assert not predictions.requires_grad
+    assert torch.equal(predictions, plain)
+    torch.testing.assert_close(combined, value(plain))
+
+
+def test_a_frozen_parameter_of_a_converted_combination_is_moved_and_saved():
+    """``GroupedModel`` needs a gradient for each of its parameters, so it must not see this one."""
+    combination = frozen_power()
+    converted = as_mtenn_combination(combination)
+    model = torch.nn.Sequential(torch.nn.Linear(2, 1), converted).double()
+    assert [name for name, _ in model.named_parameters()] == ["0.weight", "0.bias"]
+    assert combination.power.dtype == torch.float64
+    assert set(model.state_dict()) == {"0.weight", "0.bias", "1.combination.power"}
+    model.requires_grad_(True)
+    assert not combination.power.requires_grad
+
+
+def test_a_prediction_of_several_numbers_is_refused_by_a_converted_combination():
+    converted = as_mtenn_combination(SumOfSquares())
+    with pytest.raises(PredictionError, match=r"pose 1: .* one number.*found shape \(1, 2\)"):
+        converted([torch.ones(1, 1), torch.ones(1, 2)], {}, ())
+
+
+def test_only_a_combination_is_converted():
+    with pytest.raises(TypeError, match=r"expected an instance of mtenn_core.Combination; found"):
+        as_mtenn_combination("mean")
 
 
 class NeedsScores(SumOfSquares):

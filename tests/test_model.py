@@ -668,9 +668,15 @@ def test_collate_must_be_a_function(pose_model):
         MultiPoseModel(pose_model, LogSumExp(), collate="stack")
 
 
-def test_full_depth_needs_stored_gradients(pose_model):
-    with pytest.raises(ValueError, match=r"FullDepth defines only forward.*gradients='stored'"):
-        MultiPoseModel(pose_model, FullDepth())
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_full_depth_needs_stored_gradients(gradients, pose_model, poses):
+    message = rf"FullDepth defines only forward.*gradients='stored' instead of '{gradients}'"
+    with pytest.raises(ValueError, match=message):
+        MultiPoseModel(pose_model, FullDepth(), gradients=gradients)
+    model = MultiPoseModel(pose_model, FullDepth(), gradients="stored")
+    model.gradients = gradients
+    with torch.no_grad(), pytest.raises(ValueError, match=message):
+        model(poses)
 
 
 def test_a_combination_comes_by_name(pose_model):

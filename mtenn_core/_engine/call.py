@@ -107,14 +107,22 @@ def total_sizes(
 
 def _as_list(poses: Iterable[Any]) -> list[Any]:
     # An object with keys is one dict, or one Data or Batch of PyG. Iteration over it would give
-    # names or tensors instead of poses.
-    if not (isinstance(poses, str) or hasattr(poses, "keys")):
+    # names or tensors instead of poses. Only a column of a table has keys, its labels, and gives
+    # its values.
+    is_column = hasattr(poses, "__array__") and getattr(poses, "ndim", None) == 1
+    one_pose = isinstance(poses, str) or (hasattr(poses, "keys") and not is_column)
+    if not one_pose and _has_order(poses):
         with contextlib.suppress(TypeError):
             return list(poses)
     raise PredictionError(
         f"poses must be a sequence with one entry per pose; found {type(poses).__name__}. Put a"
         " single pose into a list. Pass one batch of poses with collated=True."
     )
+
+
+def _has_order(values: Iterable[Any]) -> bool:
+    """Return False if iteration gives keys, names of columns or an arbitrary order."""
+    return not (isinstance(values, Mapping | set | frozenset) or hasattr(values, "columns"))
 
 
 def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) -> list[int]:
@@ -129,6 +137,8 @@ def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool
             )
         return [len(poses)]
     try:
+        if not _has_order(sizes):
+            raise TypeError
         sizes = [operator.index(size) for size in sizes]
     except TypeError:
         raise PredictionError(
@@ -201,13 +211,47 @@ def _checked_shared(
 
 def _numbers(name: str, values: Any) -> Tensor:
     try:
-        if isinstance(values, list | tuple) and any(isinstance(v, Tensor) for v in values):
-            # Stack the numbers, because torch.as_tensor would lose their graphs.
-            values = torch.stack([torch.as_tensor(value).reshape(()) for value in values])
         if not isinstance(values, Tensor):
-            values = torch.as_tensor(values, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+            values = _as_tensor(values)
+    except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
     if values.is_complex():
         raise PredictionError(f"pose_inputs[{name!r}] must be real numbers; found {values.dtype}")
     return values
+
+
+def _as_tensor(values: Any) -> Tensor:
+    """Return numbers as a tensor, in the order of their positions.
+
+    torch would ask for ``values[0]``, ``values[1]`` and so on. In a column of a table, these are
+    labels.
+    """
+    # torch reads tensors on a GPU from other libraries by itself.
+    if not hasattr(values, "__cuda_array_interface__"):
+        values = _by_position(values)
+    if isinstance(values, list) and any(isinstance(value, Tensor) for value in values):
+        # Stack the numbers, because torch.as_tensor would lose their graphs.
+        return torch.stack([torch.as_tensor(value).reshape(()) for value in values])
+    return torch.as_tensor(values, dtype=torch.float64)
+
+
+def _by_position(values: Any) -> Any:
+    """Return numbers as a list, or as an array that torch takes and that nobody else changes."""
+    if hasattr(values, "filled"):  # a masked array, whose own array has numbers behind the mask
+        return values.tolist()
+    if hasattr(values, "__array__"):
+        array = values.__array__()
+        if array.dtype.kind == "O":
+            return _by_position(array.tolist())
+        if array.dtype.kind not in "biuf":
+            raise TypeError(f"expected real numbers; found {array.dtype}")
+        return array.astype("float64")
+    if isinstance(values, str | bytes) or not (isinstance(values, Iterable) and _has_order(values)):
+        return values  # torch takes a number, and refuses everything else
+    return [_unwrapped(value) for value in values]
+
+
+def _unwrapped(value: Any) -> Any:
+    """Return an array with one number and no dimension as a number."""
+    is_array = hasattr(value, "__array__") and not isinstance(value, Tensor)
+    return value.item() if is_array and value.ndim == 0 else value

@@ -6,8 +6,7 @@ from torch import Tensor
 
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.cost import ModeCost, StepTotals
-from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.mode import Mode, Options
+from mtenn_core._engine.mode import Mode, Options, check_has_combine
 from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
 
@@ -20,12 +19,7 @@ class Graph(Mode):
     uses_closed_form = False
 
     def check_options(self, options: Options) -> None:
-        combination = type(options.combination)
-        if not overrides(combination, "combine"):
-            raise ValueError(
-                f"{combination.__name__} defines only forward, which works on stored gradients."
-                " Use gradients='stored', or define combine(predictions), too."
-            )
+        check_has_combine(options)
 
     def check_group(self, options: Options) -> None:
         """Accept all groups, because each process takes the gradients of its own poses."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core.combination import Combination
 
@@ -30,6 +31,17 @@ class Options(NamedTuple):
     skip_below: float | None
     check_finite: bool
     shared: torch.nn.Module | None
+
+
+def check_has_combine(options: Options) -> None:
+    """Raise a ValueError if the combination defines only ``forward``."""
+    combination = type(options.combination)
+    if not overrides(combination, "combine"):
+        raise ValueError(
+            f"{combination.__name__} defines only forward, which works on stored gradients. Use"
+            f" gradients='stored' instead of {options.gradients!r}, or define"
+            " combine(predictions), too."
+        )
 
 
 class Mode(ABC):

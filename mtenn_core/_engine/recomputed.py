@@ -33,7 +33,7 @@ from mtenn_core._engine.autograd_nodes import (
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
-from mtenn_core._engine.mode import Collate, Mode, Options
+from mtenn_core._engine.mode import Collate, Mode, Options, check_has_combine
 from mtenn_core._engine.replay import Replay, Run
 from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
@@ -46,7 +46,7 @@ class Recomputed(Mode):
     name = "recomputed"
 
     def check_options(self, options: Options) -> None:
-        """Accept all options."""
+        check_has_combine(options)
 
     def check_group(self, options: Options) -> None:
         """Accept all groups, because each process takes the gradients of its own poses."""

@@ -61,6 +61,7 @@ def check_combination(
     Raises
     ------
     ValueError : the level or an id is unknown, or an expected failure has no reason
+    TypeError : ``combination`` is no combination, and makes none
     CombinationContractError : a declared fact of the combination is invalid
 
     Returns
@@ -74,10 +75,9 @@ def check_combination(
         raise ValueError(
             f"expected_failures must give a reason for each id; found {expected_failures}"
         )
+    instance = _instance(combination)
     again = _shell_line(target or target_of(combination), seed)
-    if not isinstance(combination, Combination):
-        examples: Sequence[dict[str, Any]] = getattr(combination, "examples", ())
-        combination = combination(**next(iter(examples), {}))
+    combination = instance
     check_facts(combination)
     report = Report(
         name=name or type(combination).__name__,
@@ -97,6 +97,24 @@ def check_combination(
             with _restored_process_state(seed):
                 report.curves.update(curves(partial(_subject, combination, level, seed)))
     return report
+
+
+def _instance(source: object) -> Combination:
+    """Return a combination, or the one that a class or function makes."""
+    found = source
+    is_maker = not isinstance(source, type) or issubclass(source, Combination)
+    if callable(source) and is_maker and not isinstance(source, torch.nn.Module):
+        examples: Sequence[dict[str, Any]] = getattr(source, "examples", ())
+        found = source(**next(iter(examples), {}))
+    if not isinstance(found, Combination):
+        is_short = isinstance(found, str | type)
+        what = repr(found) if is_short else f"an instance of {type(found).__name__}"
+        raise TypeError(
+            "check_combination takes an instance of mtenn_core.Combination, or a class or function"
+            f" that makes one; found {what}. Derive the class from mtenn_core.Combination. For a"
+            " name, write registry.create(name)."
+        )
+    return found
 
 
 def _subject(combination: Combination, level: Level, seed: int) -> Subject:

@@ -3,6 +3,7 @@
 import random
 
 import numpy
+import pytest
 import torch
 
 from mtenn_core import Combination
@@ -61,3 +62,87 @@ def test_the_suite_restores_the_random_states_that_a_combination_uses():
     states = random.getstate(), numpy.random.get_state()[1].tolist()
     check_combination(Noisy, level="gate")
     assert (random.getstate(), numpy.random.get_state()[1].tolist()) == states
+
+
+class NoCombination(torch.nn.Module):
+    """A combination of mtenn, say."""
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        return torch.stack(pred_list).mean()
+
+
+@pytest.mark.parametrize(
+    ("source", "found"),
+    [
+        (NoCombination(), "an instance of NoCombination"),
+        (NoCombination, "<class '.*NoCombination'>"),
+        (lambda: NoCombination(), "an instance of NoCombination"),
+        (lambda: 3, "an instance of int"),
+        ("mean", "'mean'"),
+        (None, "an instance of NoneType"),
+    ],
+    ids=["instance", "class", "function", "number", "name", "nothing"],
+)
+def test_only_a_combination_is_checked(source, found):
+    with pytest.raises(TypeError, match=rf"takes an instance of .*Combination.* found {found}\. "):
+        check_combination(source)
+
+
+class HiddenScale(Combination):
+    """The number 0.6 has no name, so the suite must find the factor in the weights."""
+
+    def combine(self, predictions):
+        return -0.6 * torch.logsumexp(-predictions / 0.6, dim=0)
+
+    def pose_weights(self, predictions):
+        return torch.softmax(-predictions, dim=0)
+
+
+class WithoutProductRule(Combination):
+    def combine(self, predictions):
+        return (torch.softmax(-predictions, dim=0) * predictions).sum()
+
+    def pose_weights(self, predictions):
+        return torch.softmax(-predictions, dim=0)
+
+
+class CastToFloat32(Combination):
+    def combine(self, predictions):
+        return -torch.logsumexp(-predictions, dim=0)
+
+    def pose_weights(self, predictions):
+        return torch.softmax(-predictions.float(), dim=0).to(predictions.dtype)
+
+
+class ChangesGradOutput(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred_list, grad_dict, param_names, *model_params):
+        ctx.sums = [sum(grad_dict[name]) for name in param_names]
+        ctx.n_poses = len(pred_list)
+        return torch.stack(pred_list).mean()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        grad_output /= ctx.n_poses
+        return None, None, None, *(grad_output * total for total in ctx.sums)
+
+
+class InPlace(Combination):
+    def forward(self, *args):
+        return ChangesGradOutput.apply(*args)
+
+
+@pytest.mark.parametrize(
+    ("combination", "check", "cause"),
+    [
+        (HiddenScale, "C1", "value: the factor 1.667 in the exponent is missing"),
+        (WithoutProductRule, "C1", "of the populations is missing (product rule)"),
+        (CastToFloat32, "C1", "the predictions are cast to torch.float32"),
+        (InPlace, "A5", "grad_output is changed in place"),
+    ],
+)
+def test_the_likely_cause_is_the_mistake(combination, check, cause):
+    record = only(check, combination)
+    assert record.status == "fail"
+    assert cause in record.cause
+    assert "shift by the extreme" not in record.cause

@@ -20,6 +20,7 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 N_THREADS = 8
+_GO = -3.7  # a gradient of the loss
 
 
 @check("A5", "the same call gives the same numbers")
@@ -36,12 +37,19 @@ def repeatable(subject: Subject) -> Metrics:
             if subject.combination.stochastic
             else "random numbers (declare stochastic = True), or state that the first call left",
         )
-    go = torch.tensor(-3.7, dtype=first.dtype)  # 1 would hide a multiplication in place
+    go = torch.tensor(_GO, dtype=first.dtype)  # 1 would hide a multiplication in place
     for value in (first, second):
         # Do not pass this tensor as grad_outputs: torch would import sympy to compare the shapes,
         # which takes a second.
         value.register_hook(lambda _: go)
     once = gradients_of(first, step.params, retain_graph=True)
+    if go != _GO:
+        raise Fail(
+            "backward must leave grad_output unchanged, because other parts of a graph may use it;"
+            f" found {go.item():g} instead of {_GO:g} after backward",
+            cause="grad_output is changed in place (mul_, /=): compute a new tensor,"
+            " grad_output * number",
+        )
     twice = gradients_of(first, step.params, retain_graph=True)
     again = gradients_of(second, step.params)
     for name, gradient in once.items():

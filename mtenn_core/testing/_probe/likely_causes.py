@@ -84,12 +84,14 @@ def cause_in_weights(
         or _constant_factor(wrong, scales)
         or _elsewhere(informative, weights_at, scales)
         or _of_inputs(informative, weights_at)
+        or _narrow(informative, weights_at)
         or _first_fit(informative, _distorted())
         or _structure(informative)
         or _of_another_point(wrong, points)
     )
     # Correct weights of a single pose, or of a tie, prove nothing.
-    where = _where([p for p in points if p.wrong or (p.has_several_poses and _spread(p))])
+    telling = [p for p in points if p.wrong or (p.has_several_poses and _spread(p))]
+    where = _where(telling, "" if what else _BEYOND)
     return "; ".join(filter(None, [what, where])) or _sum(informative)
 
 
@@ -195,6 +197,27 @@ def _of_inputs(points: Sequence[Point], weights_at: Callable[[Poses], Tensor]) -
     return ""
 
 
+def _narrow(points: Sequence[Point], weights_at: Callable[[Poses], Tensor]) -> str:
+    """Return the likely cause if the weights lose digits of the predictions, or ""."""
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        if all(_sees_only(dtype, point, weights_at) for point in points):
+            return f"the predictions are cast to {dtype}: compute in their own dtype"
+    return ""
+
+
+def _sees_only(dtype: torch.dtype, point: Point, weights_at: Callable[[Poses], Tensor]) -> bool:
+    """Return True if rounding to ``dtype`` changes no bit of the weights, but larger steps do."""
+    y = point.predictions
+    rounded = y.to(dtype).to(y.dtype)
+    steps = 4 * torch.arange(1, len(y) + 1)  # of different sizes: a common shift changes little
+    further = rounded + steps * torch.finfo(dtype).eps * y.abs()
+    try:
+        same, other = (weights_at(point.poses.at(moved)) for moved in (rounded, further))
+    except Exception:  # the predictions may be invalid
+        return False
+    return torch.equal(same, point.found) and not torch.equal(other, point.found)
+
+
 _IN_AN_INPUT: dict[str, Callable[[Tensor], Tensor]] = {
     "in reverse order": lambda numbers: numbers.flip(0),
     "shifted by one pose": lambda numbers: numbers.roll(1),
@@ -225,11 +248,17 @@ def _distorted() -> dict[str, Callable[[Point], Tensor]]:
 
 def _structure(points: Sequence[Point]) -> str:
     """Return the likely mistake from the pattern of the errors at all points, or ""."""
-    several = [point for point in points if len(point.found) > 2]
+    several = [point for point in points if _shows_a_softmax(point)]
     if all((p.expected.abs() <= p.tolerance).all() for p in points):
         return "the value does not depend on the predictions here (clamped, saturated, detached)"
     if several and all(_is_softmax(p, p.found) and _is_softmax(p, p.expected) for p in several):
-        return "the temperature of the weights differs from that of the value"
+        ratios = torch.tensor([_slope(p, p.expected) / _slope(p, p.found) for p in several])
+        scale = (
+            f": the factor {ratios[0]:.4g} in the exponent is missing"
+            if (ratios - ratios[0]).abs().amax() <= 1e-3 * ratios[0].abs()
+            else ""
+        )
+        return f"the temperature of the weights differs from that of the value{scale}"
     if several and all(_is_softmax(p, p.found) for p in several):
         return (
             "the weights are only the softmax of the predictions: the derivative of the populations"
@@ -274,21 +303,48 @@ def _projected(point: Point) -> Tensor:
     return point.expected * (point.found @ point.expected) / norm if norm else point.expected
 
 
+# Smaller weights are not compared with a softmax: finite differences have no digits left for them.
+_LARGE = 1e-3
+
+
+def _shows_a_softmax(point: Point) -> bool:
+    """Return True if enough weights are large to tell a softmax from other weights."""
+    return all(int((w.abs() > _LARGE).sum()) > 2 for w in (point.found, point.expected))
+
+
 def _is_softmax(point: Point, weights: Tensor) -> bool:
     """Return True if the weights sum to 1 and their logarithms are linear in the predictions."""
-    if (weights <= 0).any() or abs(weights.sum() - 1) > 1e-6:
+    if (weights < -point.tolerance).any() or abs(weights.sum() - 1) > 1e-6:
         return False
-    x = point.predictions - point.predictions.mean()
-    y = weights.log() - weights.log().mean()
-    variance = x @ x
-    if not variance:
-        return False
-    slope = (x @ y) / variance
-    return bool((y - slope * x).abs().amax() <= 1e-4 * (1 + y.abs().amax()) and slope.abs() > 1e-3)
+    x, y = _logarithms(point, weights)
+    slope = _slope(point, weights)
+    return bool((y - slope * x).abs().amax() <= 1e-4 * (1 + y.abs().amax()) and abs(slope) > 1e-3)
 
 
-def _where(points: Sequence[Point]) -> str:
-    """Return a property that all wrong points have and no right point has, or ""."""
+def _slope(point: Point, weights: Tensor) -> float:
+    """Return the slope of the logarithms of large weights over the predictions, or 0."""
+    x, y = _logarithms(point, weights)
+    variance = float(x @ x)
+    return float(x @ y) / variance if variance else 0.0
+
+
+def _logarithms(point: Point, weights: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the predictions and the logarithms of large weights, both with a mean of zero."""
+    large = weights > _LARGE
+    x, y = point.predictions[large], weights[large].log()
+    return x - x.mean(), y - y.mean()
+
+
+_BEYOND = ": is there a cast to float32, or an exponential without a shift by the extreme?"
+
+
+def _where(points: Sequence[Point], beyond: str) -> str:
+    """Return a property that all wrong points have and no right point has, or "".
+
+    Parameters
+    ----------
+    beyond : is added if only large predictions are wrong
+    """
     right, wrong = [p for p in points if not p.wrong], [p for p in points if p.wrong]
     if not right:
         return ""
@@ -301,7 +357,7 @@ def _where(points: Sequence[Point]) -> str:
     ):
         ours, theirs = [value(p) for p in wrong], [value(p) for p in right]
         if min(ours) > max(theirs):
-            hint = ": shift by the extreme first" if "|" in words and min(ours) > 1e3 else ""
+            hint = beyond if "|" in words and min(ours) > 1e3 else ""
             return f"wrong only where {words} is above {max(theirs):.3g}{hint}"
         if max(ours) < min(theirs):
             return f"wrong only where {words} is below {min(theirs):.3g}"
