@@ -775,6 +775,37 @@ class ShiftsInPlace(Plain):
         return extreme + super().combine(predictions)
 
 
+@wrong("predictions doubled in place by combine", "A4", "in place")
+class Doubles(Plain):
+    def combine(self, predictions):
+        return super().combine(predictions.mul_(2))
+
+
+@wrong("predictions in float32 centred in place for a log", "A4", "in place")
+class CentresFloat32(Plain):
+    """``float()`` returns predictions in float32 themselves, and a copy of others."""
+
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        centred = predictions.detach().float()
+        centred -= centred.mean()
+        return value
+
+
+@wrong("predictions sorted in place where no gradient is needed", "A4", "no_grad")
+class SortsToSaveMemory(Plain):
+    def combine(self, predictions):
+        if not predictions.requires_grad:
+            predictions.copy_(predictions.sort().values)
+        return super().combine(predictions)
+
+
+@wrong("pose weights written over the predictions", "A4", "in place")
+class WeightsInPlace(ClosedForm):
+    def pose_weights(self, predictions):
+        return predictions.copy_(super().pose_weights(predictions))
+
+
 @wrong("stored gradients scaled in place by backward", "A4", "in place")
 class ScalesStored(FullDepth):
     def weighted_sum(self, go, weights, gradients):
