@@ -1115,6 +1115,20 @@ class CopyStartsAnew(ClosedForm):
         return type(self)()
 
 
+@wrong("deepcopy returns the combination itself", "A9", "copies nothing")
+class CopiesNothing(Plain):
+    def __deepcopy__(self, memo):
+        return self
+
+
+@wrong("deepcopy shares the parameters", "A9", "copies nothing")
+class CopiesOutside(LearnableFullDepth):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t)
+        new.log_t = self.log_t
+        return new
+
+
 @wrong("pickling fails: a lambda is kept", "A9", "pickle")
 class KeepsLambda(Plain):
     def __init__(self, t=1.0):

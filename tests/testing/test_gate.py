@@ -1,5 +1,6 @@
 """The gate is tested by combinations that are wrong on purpose."""
 
+import copy
 import json
 import subprocess
 import sys
@@ -455,6 +456,74 @@ def test_the_checks_do_not_change_the_combination():
     assert combination.centre == 0
     assert combination.centre.dtype == torch.float32
     assert torch.equal(torch.get_rng_state(), before)
+
+
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_t = torch.nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("shift", torch.tensor(0.25))
+
+
+class OneForAll(Combination):
+    """A combination with parameters, of which ``copy.deepcopy`` returns the same object."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+        self.log_t = torch.nn.Parameter(torch.tensor(0.5))
+
+    def combine(self, predictions):
+        t = (self.log_t + self.scale.log_t).exp()
+        return torch.logsumexp(t * predictions, dim=0) / t + self.scale.shift
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Shallow(OneForAll):
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
+
+
+class SharesModule(OneForAll):
+    """Its inner module is the same in all copies."""
+
+    def __deepcopy__(self, memo):
+        memo[id(self.scale)] = self.scale
+        new = type(self)()
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
+
+
+class SharesMemory(OneForAll):
+    def __deepcopy__(self, memo):
+        new = type(self)().double()
+        for ours, theirs in zip(new.parameters(), self.parameters(), strict=True):
+            ours.data = theirs.data
+        return new
+
+
+@pytest.mark.parametrize("base", [OneForAll, Shallow, SharesModule, SharesMemory])
+def test_a_check_does_not_touch_an_instance_that_cannot_be_copied(base):
+    combination = base().double() if base is SharesMemory else base()
+    before = {name: (t, t.clone()) for name, t in combination.state_dict(keep_vars=True).items()}
+    assert gate(combination).passed
+    # C3 gives the parameters other values, and A13 moves its copy to the meta device.
+    (record,) = check_combination(combination, only=["C3", "A9", "A13"]).failures
+    assert record.id == "A9"
+    assert "found one that it shares with the original" in record.reason
+    for name, tensor in combination.state_dict(keep_vars=True).items():
+        same, value = before[name]
+        assert tensor is same
+        assert tensor.dtype == value.dtype
+        assert torch.equal(tensor, value)
+
+
+def test_the_registry_returns_an_instance_in_its_own_dtype():
+    registry = Registry()
+    with registry.temporary({"one": OneForAll}):
+        assert registry.create("one").log_t.dtype == torch.float32
 
 
 def test_a_report_shows_both_numbers_and_goes_to_json():

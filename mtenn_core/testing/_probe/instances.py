@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from typing import Any, cast
 
+import torch
 from torch import Tensor
 
 from mtenn_core._engine.tensor_search import tensors_in
@@ -46,6 +48,47 @@ def with_numbers(combination: Combination) -> Combination:
             " without them"
         )
     return again
+
+
+def independent_copy(combination: Combination) -> Combination:
+    """Return a copy that shares no parameter, buffer or module with the original.
+
+    This is ``copy.deepcopy``, unless a ``__deepcopy__`` of the combination, or of a module inside of
+    it, returns an object that the original uses, too. A check moves its copy to another dtype and
+    device.
+    """
+    made: Combination = copy.deepcopy(combination)
+    if not shares_with(made, combination):
+        return made
+    # deepcopy looks into this dict first, so it asks no parameter, buffer or module for a copy.
+    memo: dict[int, Any] = {}
+    for tensor in (*combination.parameters(), *combination.buffers()):
+        memo[id(tensor)] = _copied_tensor(tensor)
+    copies = {module: object.__new__(type(module)) for module in combination.modules()}
+    memo |= {id(module): new for module, new in copies.items()}
+    for module, new in copies.items():
+        # torch's __setattr__ needs the attributes that are set here.
+        new.__dict__.update(copy.deepcopy(vars(module), memo))
+    return cast(Combination, copies[combination])
+
+
+def shares_with(one: Combination, other: Combination) -> bool:
+    """Return True if two combinations have a module, parameter or buffer in common, or memory."""
+    return not _parts(one).isdisjoint(_parts(other))
+
+
+def _parts(combination: Combination) -> set[tuple[str, int]]:
+    tensors = [*combination.parameters(), *combination.buffers()]
+    parts = {("object", id(part)) for part in (*combination.modules(), *tensors)}
+    memory = {("memory", tensor.untyped_storage().data_ptr()) for tensor in tensors}
+    return parts | memory - {("memory", 0)}  # tensors without elements
+
+
+def _copied_tensor(tensor: Tensor) -> Tensor:
+    numbers = tensor.detach().clone()
+    if isinstance(tensor, torch.nn.Parameter):
+        return torch.nn.Parameter(numbers, tensor.requires_grad)
+    return numbers
 
 
 def _without_numbers(combination: Combination) -> list[str]:
