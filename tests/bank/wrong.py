@@ -666,6 +666,38 @@ class ExtraKeyIgnored(FullDepth):
         super().inspect(pred_list, known, param_names, model_params)
 
 
+@wrong("mean of the six best with weights for all poses", "C1", make=default)
+class TopSix(Combination):
+    """Up to six poses, the mean of the best six is the mean of all."""
+
+    smooth = False
+
+    def combine(self, predictions):
+        return predictions.topk(min(6, len(predictions))).values.mean()
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 / min(6, len(predictions)))
+
+
+@wrong("weights 1 % too large in float32 alone", "D4")
+class WeightsInFloat32(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return 1.01 * weights if predictions.dtype == torch.float32 else weights
+
+
+@wrong("the hard maximum in float32 alone", "D4")
+class MaximumInFloat32(ClosedForm):
+    """In float64 it is right, so finite differences are, too."""
+
+    def combine(self, predictions):
+        return (
+            predictions.amax()
+            if predictions.dtype == torch.float32
+            else super().combine(predictions)
+        )
+
+
 # What a call leaves behind. A4.
 
 

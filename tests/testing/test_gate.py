@@ -543,7 +543,7 @@ def test_the_registry_refuses_what_the_gate_refuses():
         for mistake in wrong if base is FullDepth else MISTAKES:
             with (
                 registry.temporary({"wrong": make(base, wrong[mistake])}),
-                pytest.raises(GradientValidationError, match=r"failed \d of 7 checks"),
+                pytest.raises(GradientValidationError, match=r"failed \d of 8 checks"),
             ):
                 registry.get("wrong")
 
@@ -631,6 +631,38 @@ class WrongForTwo(Mean):
 @pytest.mark.parametrize("wrong", [ClampedTail, NoNegativeWeights, WrongForTwo])
 def test_mistakes_at_some_predictions_only_are_caught(wrong, seed):
     assert failed(wrong, seed=seed) == ["C1"]
+
+
+class TopSix(Combination):
+    """Its weights are right up to six poses."""
+
+    smooth = False
+
+    def combine(self, predictions):
+        return predictions.topk(min(6, len(predictions))).values.mean()
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 / min(6, len(predictions)))
+
+
+class WeightsInFloat32(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return 1.01 * weights if predictions.dtype == torch.float32 else weights
+
+
+class ValueInFloat32(ClosedForm):
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        return 1.01 * value if predictions.dtype == torch.float32 else value
+
+
+@SEEDS
+@pytest.mark.parametrize(
+    ("wrong", "check"), [(TopSix, "C1"), (WeightsInFloat32, "D4"), (ValueInFloat32, "D4")]
+)
+def test_mistakes_above_six_poses_or_in_float32_alone_are_caught(wrong, check, seed):
+    assert failed(wrong, seed=seed) == [check]
 
 
 class Skewness(Combination):

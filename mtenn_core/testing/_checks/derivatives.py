@@ -44,6 +44,7 @@ PROBES = (
     (6, 0.0, 1.0),
     (6, 0.0, 1e-3),
     (6, 0.0, 30.0),
+    (33, 0.0, 0.3),  # some mistakes show only above a certain number of poses
 )
 
 # These rows cover ΔG in kT and in kcal/mol, pIC50, predictions of one sign, and up to 20 poses.

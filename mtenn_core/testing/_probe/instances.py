@@ -53,8 +53,8 @@ def with_numbers(combination: Combination) -> Combination:
 def independent_copy(combination: Combination) -> Combination:
     """Return a copy that shares no parameter, buffer or module with the original.
 
-    This is ``copy.deepcopy``, unless a ``__deepcopy__`` of the combination, or of a module inside of
-    it, returns an object that the original uses, too. A check moves its copy to another dtype and
+    This is ``copy.deepcopy``, unless a ``__deepcopy__`` of the combination, or of a module in it,
+    returns an object that the original uses, too. A check moves its copy to another dtype and
     device.
     """
     made: Combination = copy.deepcopy(combination)
