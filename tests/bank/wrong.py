@@ -121,6 +121,7 @@ AT_DEPTH_2 = [
     ("without the first pose", "", lambda w, y, t: torch.cat([0 * w[:1], w[1:]])),
     ("of the predictions in half precision", "", lambda w, y, t: soft_weights(y.half(), t).to(y)),
     ("times the predictions", "", lambda w, y, t: w * y),
+    ("infinite for one pose", "not finite", lambda w, y, t: only_if(len(w) == 1, w / 0, w)),
     ("a thousandth nearer to uniform", "", lambda w, y, t: torch.lerp(w, w.mean(), 1e-3)),
 ]
 AT_DEPTH_3 = [
@@ -157,6 +158,11 @@ AT_DEPTH_3 = [
     ("less their mean", "", lambda w, y, t: w - w.mean()),
     ("of the distances from the mean", "", lambda w, y, t: soft_weights((y - y.mean()).abs(), t)),
     ("not a number", "", lambda w, y, t: w * math.nan),
+    (
+        "infinite for the last of six poses",
+        "not finite",
+        lambda w, y, t: only_if(len(w) == 6, torch.cat([w[:-1], w[-1:] / 0]), w),
+    ),
 ]
 
 
@@ -1517,6 +1523,12 @@ class ReversedScale(LearnableFullDepth):
         return -super().own_gradient(go, y)
 
 
+@wrong("gradient of the own parameter infinite", "C3", "finite")
+class InfiniteOwn(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go, y) / 0
+
+
 @wrong("gradient of the own parameter is None", "C3", "None")
 class NoOwnGradient(LearnableFullDepth):
     def own_gradient(self, go, y):
@@ -1808,6 +1820,16 @@ class OneOfTheRules(ClosedForm):
         if self.how == "mean":
             return torch.full_like(predictions, 1 / len(predictions))
         return soft_weights(-predictions if self.how == "boltzmann" else predictions, self.t)
+
+
+@wrong("a boolean argument that makes the value constant and keeps the weights", "D5", "depend")
+class SwitchedOff(ClosedForm):
+    def __init__(self, t=1.0, on=True):
+        super().__init__(t)
+        self.on = on
+
+    def combine(self, predictions):
+        return super().combine(predictions) if self.on else 0 * predictions.sum()
 
 
 @wrong("a boolean argument whose other value has weights 1 % off", "D5", "")

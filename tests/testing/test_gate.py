@@ -5,6 +5,7 @@ import json
 import subprocess
 import sys
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -426,6 +427,91 @@ def test_a_value_that_ignores_the_predictions_is_inconclusive():
 
     (record,) = gate(Constant).failures
     assert (record.id, record.status) == ("C1", "inconclusive")
+
+
+def test_a_constant_value_with_weights_of_its_own_is_wrong():
+    """A constant such as 0.5 is a number of every dtype, so it shows no low precision."""
+
+    class Constant(ClosedForm):
+        def combine(self, predictions):
+            return 0 * predictions.sum() + 0.5
+
+    (record,) = gate(Constant).failures
+    assert (record.id, record.status) == ("C1", "fail")
+    assert "the value does not depend on the predictions" in record.cause
+
+
+class SwitchedOff(ClosedForm):
+    def __init__(self, on=True):
+        super().__init__()
+        self.on = on
+
+    def combine(self, predictions):
+        return super().combine(predictions) if self.on else 0 * predictions.sum()
+
+
+def test_an_argument_that_makes_the_value_constant_needs_weights_of_zero():
+    (record,) = check_combination(SwitchedOff, only=["D5"]).failures
+    assert "SwitchedOff(on=False)" in record.cause
+    assert "the value does not depend on the predictions" in record.cause
+    right = type("Right", (SwitchedOff,), {"pose_weights": Combination.pose_weights})
+    assert check_combination(right, only=["D5"]).passed
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(numbers, factor):
+        return numbers.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output * ctx.factor.to(grad_output.dtype), None
+
+
+class InfiniteOwn(Combination):
+    """The gradient of an own parameter is infinite, in some of its entries."""
+
+    factor: ClassVar = torch.tensor(torch.inf)
+
+    def __init__(self):
+        super().__init__()
+        self.scales = torch.nn.Parameter(torch.linspace(0.5, 1.5, self.factor.numel()))
+
+    def combine(self, predictions):
+        t = InfiniteGradient.apply(self.scales, self.factor.reshape(-1)).mean()
+        return torch.logsumexp(t * predictions, dim=0) / t
+
+
+FACTORS = {
+    "infinite": torch.tensor(torch.inf),
+    "minus infinity": torch.tensor(-torch.inf),
+    "one entry of three": torch.tensor([1.0, torch.inf, 1.0]),
+    "one entry of nine": torch.ones(9).index_fill(0, torch.tensor(4), torch.inf),
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_an_infinite_gradient_of_an_own_parameter_is_wrong(factor):
+    (record,) = gate(type("Infinite", (InfiniteOwn,), {"factor": factor})).failures
+    assert (record.id, record.status) == ("C3", "fail")
+    assert "your backward      " in record.reason
+    assert "the gradient of 'scales' is not a finite number" in record.cause
+
+
+@pytest.mark.parametrize("n_poses", [1, 2, 3, 6, 33])
+@pytest.mark.parametrize("base", [FullDepth, ClosedForm])
+def test_an_infinite_weight_is_wrong_at_any_number_of_poses(base, n_poses):
+    def infinite(go, weights):
+        last = torch.arange(1, len(weights) + 1) == n_poses
+        return go, torch.where(last & (len(weights) == n_poses), torch.inf, weights)
+
+    (record,) = [r for r in gate(make(base, infinite)).failures if r.id == "C1"]
+    assert record.status == "fail"
+    assert "a weight is not finite" in record.cause
 
 
 def test_an_error_of_a_combination_is_reported_with_its_file_and_line():
