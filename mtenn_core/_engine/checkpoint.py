@@ -16,6 +16,7 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core._engine.module_tensors import is_sharded
+from mtenn_core._process.torch_modes import has_numbers, without_modes
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CheckpointError, PluginWarning
 
@@ -42,6 +43,7 @@ def identity(combination: Combination) -> dict[str, Any]:
     }
 
 
+@without_modes(process_wide=False)
 def identity_tensor(combination: Combination) -> Tensor:
     """Return the identity of a combination as JSON in a tensor of bytes.
 
@@ -55,8 +57,11 @@ def identity_tensor(combination: Combination) -> Tensor:
     return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.uint8)
 
 
+@without_modes(process_wide=False)
 def check(state: object, combination: Combination) -> None:
     """Compare the checkpoint's combination with the model's combination.
+
+    A checkpoint without numbers (on the meta device) says nothing of its combination.
 
     Raises
     ------
@@ -66,6 +71,8 @@ def check(state: object, combination: Combination) -> None:
     -----
     PluginWarning : only the version differs
     """
+    if isinstance(state, Tensor) and not has_numbers(state):
+        return
     then, now = _read(state), _read(identity_tensor(combination))
     same = ("name", "distribution") if then["name"] and now["name"] else ("class",)
     if any(then[key] != now[key] for key in same):

@@ -17,6 +17,7 @@ import torch
 class _Setting(NamedTuple):
     get: Callable[[], Any]
     set: Callable[[Any], object]
+    default: Any = None  # torch's own default of a process-wide setting
 
 
 def _set_default_device(device: torch.device) -> None:
@@ -35,6 +36,11 @@ def _set_numpy_state(state: Any) -> None:
         sys.modules["numpy"].random.set_state(pickle.loads(state))
 
 
+def _anomaly_mode() -> tuple[bool, bool]:
+    enabled = torch.is_anomaly_enabled()
+    return enabled, torch.is_anomaly_check_nan_enabled() if enabled else True
+
+
 # These are not in the settings, because a stochastic combination may advance a random state.
 RANDOM_STATES = {
     "torch's random state": _Setting(torch.get_rng_state, torch.set_rng_state),
@@ -47,18 +53,27 @@ THREAD_SETTINGS = {
     "torch's number of threads": _Setting(torch.get_num_threads, torch.set_num_threads),
 }
 PROCESS_SETTINGS = {
-    "torch's default dtype": _Setting(torch.get_default_dtype, torch.set_default_dtype),
+    "torch's default dtype": _Setting(
+        torch.get_default_dtype, torch.set_default_dtype, torch.float32
+    ),
     "torch's float32 precision": _Setting(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision
+        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
     ),
     "torch's deterministic mode": _Setting(
-        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode
+        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0
     ),
     "autograd's anomaly mode": _Setting(
-        torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly
+        _anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode), (False, True)
     ),
 }
 SETTINGS = THREAD_SETTINGS | PROCESS_SETTINGS
+# Hooks that run for every module of the process; FlopCounterMode has some. These private dicts were
+# seen in torch 2.13. Without them: such hooks would also run in the gate.
+_MODULE_HOOKS: list[dict[Any, Any]] = [
+    hooks
+    for name, hooks in vars(torch.nn.modules.module).items()
+    if name.startswith("_global_") and isinstance(hooks, dict)
+]
 # A plugin may replace functions in these namespaces while it is imported.
 NAMESPACES = {
     "torch": torch,
@@ -71,8 +86,12 @@ NAMESPACES = {
     "torch.special": torch.special,
 }
 
-# State of the overlapping `restoring_process_state` blocks.
 _lock = threading.Lock()
+# State of the overlapping `default_settings` blocks: the caller's values of settings that differ.
+_n_with_defaults = 0
+_replaced: dict[str, Any] = {}
+_removed_hooks: list[dict[Any, Any]] = []
+# State of the overlapping `restoring_process_state` blocks.
 _n_running = 0
 _n_started = 0
 _before: dict[str, Any] = {}
@@ -112,6 +131,51 @@ def preserved_process_state() -> Iterator[None]:
         _restore(SETTINGS | RANDOM_STATES, before)
 
 
+def differs_from_defaults() -> bool:
+    """Return True if :func:`default_settings` would change a setting or remove a hook."""
+    return any(_MODULE_HOOKS) or any(
+        setting.get() != setting.default for setting in PROCESS_SETTINGS.values()
+    )
+
+
+@contextmanager
+def default_settings() -> Iterator[None]:
+    """Use torch's own defaults of the process-wide settings until the block ends.
+
+    Hooks of all modules are removed until then. Blocks may overlap, in several threads. The first
+    block that starts saves the settings, and the last block that ends restores them.
+    """
+    global _n_with_defaults, _replaced, _removed_hooks
+    with _lock:
+        if _n_with_defaults == 0:
+            _removed_hooks = [dict(hooks) for hooks in _MODULE_HOOKS]
+            for hooks in _MODULE_HOOKS:
+                hooks.clear()
+            _replaced = {
+                name: setting.get()
+                for name, setting in PROCESS_SETTINGS.items()
+                if setting.get() != setting.default
+            }
+            _restore(PROCESS_SETTINGS, _values(PROCESS_SETTINGS) | _defaults_in_use())
+        _n_with_defaults += 1
+    try:
+        yield
+    finally:
+        with _lock:
+            _n_with_defaults -= 1
+            if _n_with_defaults == 0:
+                for name, value in _replaced.items():
+                    PROCESS_SETTINGS[name].set(value)
+                _replaced = {}
+                for hooks, removed in zip(_MODULE_HOOKS, _removed_hooks, strict=True):
+                    hooks.update(removed)
+
+
+def _defaults_in_use() -> dict[str, Any]:
+    """Return the settings that `default_settings` has replaced, with torch's own defaults."""
+    return {name: PROCESS_SETTINGS[name].default for name in _replaced}
+
+
 @contextmanager
 def restoring_process_state() -> Iterator[Changes]:
     """Restore settings when the block ends, and record the changed ones.
@@ -132,7 +196,7 @@ def restoring_process_state() -> Iterator[Changes]:
     with _lock:
         changes.ran_alone = _n_running == 0
         if changes.ran_alone:
-            _before = _values(PROCESS_SETTINGS | RANDOM_STATES)
+            _before = _values(PROCESS_SETTINGS | RANDOM_STATES) | _replaced
         _n_running += 1
         _n_started += 1
         n_started = _n_started
@@ -144,7 +208,8 @@ def restoring_process_state() -> Iterator[Changes]:
             changes.ran_alone &= n_started == _n_started
             _n_running -= 1
             if _n_running == 0:
-                changes.settings += _restore(PROCESS_SETTINGS, _before)
+                expected = _before | _defaults_in_use()
+                changes.settings += _restore(PROCESS_SETTINGS, expected)
                 _restore(_random_states_to_restore(seed), _before)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mtenn_core._process.locks import hold
@@ -53,8 +54,13 @@ class Gate:
         ------
         GradientValidationError : a check failed
         """
+        from mtenn_core._process.torch_modes import uses_modes
+        from mtenn_core.testing._probe.instances import made_again
+
         key = _key(record, type(combination), args, kwargs)
-        self._validate(key, record, lambda: combination)
+        # The caller's modes and settings have made this instance, so check another one.
+        make = partial(made_again, combination) if uses_modes() else lambda: combination
+        self._validate(key, record, make)
 
     def forget(self, classes: Collection[type[Combination]]) -> None:
         """Forget that these classes were validated."""
@@ -64,14 +70,27 @@ class Gate:
     def _validate(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
         """Run the checks, unless they have already passed for ``key``.
 
-        With a key of None, the checks always run.
+        With a key of None, the checks always run. They judge the combination, so they run without
+        the caller's modes and settings of torch.
         """
+        from mtenn_core._process.torch_modes import without_modes
+
+        if key not in self._passed:
+            with without_modes():
+                self._run_checks(key, record, make)
+
+    def _run_checks(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
         from mtenn_core.testing import check_combination
+        from mtenn_core.testing._probe.instances import with_numbers
         from mtenn_core.testing._target import target_of
 
-        if key in self._passed:
-            return
         combination = make()
+        try:
+            combination = with_numbers(combination)
+        except ValueError as error:
+            raise GradientValidationError(
+                f"{record}: {error}, or use validate=False to get it unchecked", record=record
+            ) from error
         # `mtenn check` runs in another process, which does not know combinations registered here.
         path = record.qualified_name if record.distribution else None
         target = target_of(combination, path)

@@ -45,10 +45,12 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
         restoring_process_state,
         torch_functions,
     )
+    from mtenn_core._process.torch_modes import without_modes
 
     policy.check(record)
     functions, filters = torch_functions(), list(warnings.filters)
-    with restoring_process_state() as changes:
+    # A tensor that the import makes, such as a constant, outlives the caller's modes.
+    with without_modes(process_wide=False), restoring_process_state() as changes:
         plugin = _import(record) if record.plugin is None else record.plugin
         combination = _call_hook(plugin, record)
     replaced = replaced_functions(functions)

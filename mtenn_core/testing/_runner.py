@@ -17,11 +17,13 @@ import torch
 import mtenn_core
 from mtenn_core._engine.declarations import check_facts
 from mtenn_core._process.settings import preserved_process_state
+from mtenn_core._process.torch_modes import without_modes
 from mtenn_core.combination import Combination
 from mtenn_core.testing._catalogue import chosen_checks, known_ids
 from mtenn_core.testing._checks.check import Check, Level
 from mtenn_core.testing._html.curves import curves
 from mtenn_core.testing._outcomes import Outcome
+from mtenn_core.testing._probe.instances import with_numbers
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._target import Target, target_of
@@ -42,8 +44,9 @@ def check_combination(
 ) -> Report:
     """Check that a combination keeps the contract and that its gradient is correct.
 
-    The checks use copies of ``combination``, in float64 and with a separate random state. They do
-    not change ``combination``.
+    The checks use copies of ``combination``, in float64, on the CPU and with a separate random
+    state. They do not change ``combination``. They run without the caller's modes and settings of
+    torch, such as ``torch.device``, autocast or another default dtype.
 
     Parameters
     ----------
@@ -60,7 +63,8 @@ def check_combination(
 
     Raises
     ------
-    ValueError : the level or an id is unknown, or an expected failure has no reason
+    ValueError : the level or an id is unknown, an expected failure has no reason, or the instance
+        has no numbers (it is on the meta device)
     TypeError : ``combination`` is no combination, and makes none
     CombinationContractError : a declared fact of the combination is invalid
 
@@ -75,28 +79,45 @@ def check_combination(
         raise ValueError(
             f"expected_failures must give a reason for each id; found {expected_failures}"
         )
-    instance = _instance(combination)
-    again = _shell_line(target or target_of(combination), seed)
-    combination = instance
+    combination, report, again = _prepared(combination, level, len(checks), name, target, seed)
+    make = partial(_subject, combination, level, seed)
+    for check in checks:
+        record = _expected(
+            _run(check, make, seed, again(check.id)), (expected_failures or {}).get(check.id)
+        )
+        report.records.append(record)
+        on_record(record)
+    if level != "gate" and not only:
+        with without_modes(), _restored_process_state(seed):
+            report.curves.update(curves(make))
+    return report
+
+
+@without_modes()
+def _prepared(
+    source: Combination | Callable[[], Combination],
+    level: Level,
+    n_expected: int,
+    name: str | None,
+    target: Target | None,
+    seed: int,
+) -> tuple[Combination, Report, Callable[[str], str]]:
+    """Return the combination to check, an empty report, and the command that runs a check again."""
+    # devices=[]: the copies are on the CPU, and a query of the GPUs' states would start CUDA.
+    with torch.random.fork_rng(devices=[]):
+        combination = _instance(source)
+        if combination is source:
+            combination = with_numbers(combination)
+    again = _shell_line(target or target_of(source), seed)
     check_facts(combination)
     report = Report(
         name=name or type(combination).__name__,
         combination=shown(combination),
         facts={fact: _plain(getattr(combination, fact)) for fact in FACTS},
         level=level,
-        n_expected=len(checks),
+        n_expected=n_expected,
     )
-    # devices=[]: the copies are on the CPU, and a query of the GPUs' states would start CUDA.
-    with torch.random.fork_rng(devices=[]), torch.inference_mode(False), torch.enable_grad():
-        for check in checks:
-            record = _run(check, partial(_subject, combination, level, seed), seed, again(check.id))
-            record = _expected(record, (expected_failures or {}).get(check.id))
-            report.records.append(record)
-            on_record(record)
-        if level != "gate" and not only:
-            with _restored_process_state(seed):
-                report.curves.update(curves(partial(_subject, combination, level, seed)))
-    return report
+    return combination, report, again
 
 
 def _instance(source: object) -> Combination:
@@ -131,6 +152,7 @@ def _restored_process_state(seed: int) -> Iterator[None]:
         yield
 
 
+@without_modes()
 def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Record:
     start = time.perf_counter()
     status: Status = "pass"

@@ -121,6 +121,7 @@ AT_DEPTH_2 = [
     ("without the first pose", "", lambda w, y, t: torch.cat([0 * w[:1], w[1:]])),
     ("of the predictions in half precision", "", lambda w, y, t: soft_weights(y.half(), t).to(y)),
     ("times the predictions", "", lambda w, y, t: w * y),
+    ("infinite for one pose", "not finite", lambda w, y, t: only_if(len(w) == 1, w / 0, w)),
     ("a thousandth nearer to uniform", "", lambda w, y, t: torch.lerp(w, w.mean(), 1e-3)),
 ]
 AT_DEPTH_3 = [
@@ -157,6 +158,11 @@ AT_DEPTH_3 = [
     ("less their mean", "", lambda w, y, t: w - w.mean()),
     ("of the distances from the mean", "", lambda w, y, t: soft_weights((y - y.mean()).abs(), t)),
     ("not a number", "", lambda w, y, t: w * math.nan),
+    (
+        "infinite for the last of six poses",
+        "not finite",
+        lambda w, y, t: only_if(len(w) == 6, torch.cat([w[:-1], w[-1:] / 0]), w),
+    ),
 ]
 
 
@@ -666,6 +672,38 @@ class ExtraKeyIgnored(FullDepth):
         super().inspect(pred_list, known, param_names, model_params)
 
 
+@wrong("mean of the six best with weights for all poses", "C1", make=default)
+class TopSix(Combination):
+    """Up to six poses, the mean of the best six is the mean of all."""
+
+    smooth = False
+
+    def combine(self, predictions):
+        return predictions.topk(min(6, len(predictions))).values.mean()
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 / min(6, len(predictions)))
+
+
+@wrong("weights 1 % too large in float32 alone", "D4")
+class WeightsInFloat32(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return 1.01 * weights if predictions.dtype == torch.float32 else weights
+
+
+@wrong("the hard maximum in float32 alone", "D4")
+class MaximumInFloat32(ClosedForm):
+    """In float64 it is right, so finite differences are, too."""
+
+    def combine(self, predictions):
+        return (
+            predictions.amax()
+            if predictions.dtype == torch.float32
+            else super().combine(predictions)
+        )
+
+
 # What a call leaves behind. A4.
 
 
@@ -773,6 +811,37 @@ class ShiftsInPlace(Plain):
         extreme = predictions.detach().amax().clone()
         predictions.data.sub_(extreme)
         return extreme + super().combine(predictions)
+
+
+@wrong("predictions doubled in place by combine", "A4", "in place")
+class Doubles(Plain):
+    def combine(self, predictions):
+        return super().combine(predictions.mul_(2))
+
+
+@wrong("predictions in float32 centred in place for a log", "A4", "in place")
+class CentresFloat32(Plain):
+    """``float()`` returns predictions in float32 themselves, and a copy of others."""
+
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        centred = predictions.detach().float()
+        centred -= centred.mean()
+        return value
+
+
+@wrong("predictions sorted in place where no gradient is needed", "A4", "no_grad")
+class SortsToSaveMemory(Plain):
+    def combine(self, predictions):
+        if not predictions.requires_grad:
+            predictions.copy_(predictions.sort().values)
+        return super().combine(predictions)
+
+
+@wrong("pose weights written over the predictions", "A4", "in place")
+class WeightsInPlace(ClosedForm):
+    def pose_weights(self, predictions):
+        return predictions.copy_(super().pose_weights(predictions))
 
 
 @wrong("stored gradients scaled in place by backward", "A4", "in place")
@@ -1082,6 +1151,20 @@ class PickleLoses(ClosedForm):
 class CopyStartsAnew(ClosedForm):
     def __deepcopy__(self, memo):
         return type(self)()
+
+
+@wrong("deepcopy returns the combination itself", "A9", "copies nothing")
+class CopiesNothing(Plain):
+    def __deepcopy__(self, memo):
+        return self
+
+
+@wrong("deepcopy shares the parameters", "A9", "copies nothing")
+class CopiesOutside(LearnableFullDepth):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t)
+        new.log_t = self.log_t
+        return new
 
 
 @wrong("pickling fails: a lambda is kept", "A9", "pickle")
@@ -1440,6 +1523,12 @@ class ReversedScale(LearnableFullDepth):
         return -super().own_gradient(go, y)
 
 
+@wrong("gradient of the own parameter infinite", "C3", "finite")
+class InfiniteOwn(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go, y) / 0
+
+
 @wrong("gradient of the own parameter is None", "C3", "None")
 class NoOwnGradient(LearnableFullDepth):
     def own_gradient(self, go, y):
@@ -1731,6 +1820,16 @@ class OneOfTheRules(ClosedForm):
         if self.how == "mean":
             return torch.full_like(predictions, 1 / len(predictions))
         return soft_weights(-predictions if self.how == "boltzmann" else predictions, self.t)
+
+
+@wrong("a boolean argument that makes the value constant and keeps the weights", "D5", "depend")
+class SwitchedOff(ClosedForm):
+    def __init__(self, t=1.0, on=True):
+        super().__init__(t)
+        self.on = on
+
+    def combine(self, predictions):
+        return super().combine(predictions) if self.on else 0 * predictions.sum()
 
 
 @wrong("a boolean argument whose other value has weights 1 % off", "D5", "")

@@ -1,9 +1,11 @@
 """The gate is tested by combinations that are wrong on purpose."""
 
+import copy
 import json
 import subprocess
 import sys
 from functools import partial
+from typing import ClassVar
 
 import pytest
 import torch
@@ -292,13 +294,26 @@ class InPlace(Combination):
 
 
 def test_a_change_of_the_predictions_in_place_is_named_by_the_check_for_it():
-    assert failed(InPlace) == []
-    (record,) = check_combination(InPlace, only=["A4"]).failures
+    (record,) = gate(InPlace).failures
+    assert record.id == "A4"
     assert "combine changed the predictions" in record.reason
     assert "an operation in place" in record.cause
     others = [check.id for check in CHECKS if check.id != "A4" and check.level != "quality"]
     report = check_combination(InPlace, only=others)
     assert not [record for record in report.records if "leaf Variable" in record.reason]
+
+
+def test_the_registry_does_not_return_a_combination_that_changes_the_users_predictions():
+    class Doubles(Combination):
+        def combine(self, predictions):
+            return predictions.mul_(2).mean()
+
+    registry = Registry()
+    with (
+        registry.temporary({"doubles": Doubles}),
+        pytest.raises(GradientValidationError, match="combine changed the predictions"),
+    ):
+        registry.create("doubles")
 
 
 class ContainsItself(Mean):
@@ -414,6 +429,91 @@ def test_a_value_that_ignores_the_predictions_is_inconclusive():
     assert (record.id, record.status) == ("C1", "inconclusive")
 
 
+def test_a_constant_value_with_weights_of_its_own_is_wrong():
+    """A constant such as 0.5 is a number of every dtype, so it shows no low precision."""
+
+    class Constant(ClosedForm):
+        def combine(self, predictions):
+            return 0 * predictions.sum() + 0.5
+
+    (record,) = gate(Constant).failures
+    assert (record.id, record.status) == ("C1", "fail")
+    assert "the value does not depend on the predictions" in record.cause
+
+
+class SwitchedOff(ClosedForm):
+    def __init__(self, on=True):
+        super().__init__()
+        self.on = on
+
+    def combine(self, predictions):
+        return super().combine(predictions) if self.on else 0 * predictions.sum()
+
+
+def test_an_argument_that_makes_the_value_constant_needs_weights_of_zero():
+    (record,) = check_combination(SwitchedOff, only=["D5"]).failures
+    assert "SwitchedOff(on=False)" in record.cause
+    assert "the value does not depend on the predictions" in record.cause
+    right = type("Right", (SwitchedOff,), {"pose_weights": Combination.pose_weights})
+    assert check_combination(right, only=["D5"]).passed
+
+
+class InfiniteGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(numbers, factor):
+        return numbers.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.factor = inputs[1]
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output * ctx.factor.to(grad_output.dtype), None
+
+
+class InfiniteOwn(Combination):
+    """The gradient of an own parameter is infinite, in some of its entries."""
+
+    factor: ClassVar = torch.tensor(torch.inf)
+
+    def __init__(self):
+        super().__init__()
+        self.scales = torch.nn.Parameter(torch.linspace(0.5, 1.5, self.factor.numel()))
+
+    def combine(self, predictions):
+        t = InfiniteGradient.apply(self.scales, self.factor.reshape(-1)).mean()
+        return torch.logsumexp(t * predictions, dim=0) / t
+
+
+FACTORS = {
+    "infinite": torch.tensor(torch.inf),
+    "minus infinity": torch.tensor(-torch.inf),
+    "one entry of three": torch.tensor([1.0, torch.inf, 1.0]),
+    "one entry of nine": torch.ones(9).index_fill(0, torch.tensor(4), torch.inf),
+}
+
+
+@pytest.mark.parametrize("factor", FACTORS.values(), ids=FACTORS)
+def test_an_infinite_gradient_of_an_own_parameter_is_wrong(factor):
+    (record,) = gate(type("Infinite", (InfiniteOwn,), {"factor": factor})).failures
+    assert (record.id, record.status) == ("C3", "fail")
+    assert "your backward      " in record.reason
+    assert "the gradient of 'scales' is not a finite number" in record.cause
+
+
+@pytest.mark.parametrize("n_poses", [1, 2, 3, 6, 33])
+@pytest.mark.parametrize("base", [FullDepth, ClosedForm])
+def test_an_infinite_weight_is_wrong_at_any_number_of_poses(base, n_poses):
+    def infinite(go, weights):
+        last = torch.arange(1, len(weights) + 1) == n_poses
+        return go, torch.where(last & (len(weights) == n_poses), torch.inf, weights)
+
+    (record,) = [r for r in gate(make(base, infinite)).failures if r.id == "C1"]
+    assert record.status == "fail"
+    assert "a weight is not finite" in record.cause
+
+
 def test_an_error_of_a_combination_is_reported_with_its_file_and_line():
     class Raises(Combination):
         def combine(self, predictions):
@@ -444,6 +544,74 @@ def test_the_checks_do_not_change_the_combination():
     assert torch.equal(torch.get_rng_state(), before)
 
 
+class Scale(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.log_t = torch.nn.Parameter(torch.tensor(0.5))
+        self.register_buffer("shift", torch.tensor(0.25))
+
+
+class OneForAll(Combination):
+    """A combination with parameters, of which ``copy.deepcopy`` returns the same object."""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = Scale()
+        self.log_t = torch.nn.Parameter(torch.tensor(0.5))
+
+    def combine(self, predictions):
+        t = (self.log_t + self.scale.log_t).exp()
+        return torch.logsumexp(t * predictions, dim=0) / t + self.scale.shift
+
+    def __deepcopy__(self, memo):
+        return self
+
+
+class Shallow(OneForAll):
+    def __deepcopy__(self, memo):
+        return copy.copy(self)
+
+
+class SharesModule(OneForAll):
+    """Its inner module is the same in all copies."""
+
+    def __deepcopy__(self, memo):
+        memo[id(self.scale)] = self.scale
+        new = type(self)()
+        new.__dict__.update(copy.deepcopy(vars(self), memo))
+        return new
+
+
+class SharesMemory(OneForAll):
+    def __deepcopy__(self, memo):
+        new = type(self)().double()
+        for ours, theirs in zip(new.parameters(), self.parameters(), strict=True):
+            ours.data = theirs.data
+        return new
+
+
+@pytest.mark.parametrize("base", [OneForAll, Shallow, SharesModule, SharesMemory])
+def test_a_check_does_not_touch_an_instance_that_cannot_be_copied(base):
+    combination = base().double() if base is SharesMemory else base()
+    before = {name: (t, t.clone()) for name, t in combination.state_dict(keep_vars=True).items()}
+    assert gate(combination).passed
+    # C3 gives the parameters other values, and A13 moves its copy to the meta device.
+    (record,) = check_combination(combination, only=["C3", "A9", "A13"]).failures
+    assert record.id == "A9"
+    assert "found one that it shares with the original" in record.reason
+    for name, tensor in combination.state_dict(keep_vars=True).items():
+        same, value = before[name]
+        assert tensor is same
+        assert tensor.dtype == value.dtype
+        assert torch.equal(tensor, value)
+
+
+def test_the_registry_returns_an_instance_in_its_own_dtype():
+    registry = Registry()
+    with registry.temporary({"one": OneForAll}):
+        assert registry.create("one").log_t.dtype == torch.float32
+
+
 def test_a_report_shows_both_numbers_and_goes_to_json():
     report = gate(make(FullDepth, MISTAKES["0.1 % off"]))
     assert not report.passed
@@ -461,7 +629,7 @@ def test_the_registry_refuses_what_the_gate_refuses():
         for mistake in wrong if base is FullDepth else MISTAKES:
             with (
                 registry.temporary({"wrong": make(base, wrong[mistake])}),
-                pytest.raises(GradientValidationError, match=r"failed \d of 6 checks"),
+                pytest.raises(GradientValidationError, match=r"failed \d of 8 checks"),
             ):
                 registry.get("wrong")
 
@@ -549,6 +717,38 @@ class WrongForTwo(Mean):
 @pytest.mark.parametrize("wrong", [ClampedTail, NoNegativeWeights, WrongForTwo])
 def test_mistakes_at_some_predictions_only_are_caught(wrong, seed):
     assert failed(wrong, seed=seed) == ["C1"]
+
+
+class TopSix(Combination):
+    """Its weights are right up to six poses."""
+
+    smooth = False
+
+    def combine(self, predictions):
+        return predictions.topk(min(6, len(predictions))).values.mean()
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 / min(6, len(predictions)))
+
+
+class WeightsInFloat32(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return 1.01 * weights if predictions.dtype == torch.float32 else weights
+
+
+class ValueInFloat32(ClosedForm):
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        return 1.01 * value if predictions.dtype == torch.float32 else value
+
+
+@SEEDS
+@pytest.mark.parametrize(
+    ("wrong", "check"), [(TopSix, "C1"), (WeightsInFloat32, "D4"), (ValueInFloat32, "D4")]
+)
+def test_mistakes_above_six_poses_or_in_float32_alone_are_caught(wrong, check, seed):
+    assert failed(wrong, seed=seed) == [check]
 
 
 class Skewness(Combination):

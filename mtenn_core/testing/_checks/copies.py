@@ -17,6 +17,7 @@ from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.side_effects import call_keeping_state
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import equal_with_nan
+from mtenn_core.testing._probe.instances import shares_with
 from mtenn_core.testing._probe.subject import Subject
 
 
@@ -28,6 +29,12 @@ def copies(subject: Subject) -> Metrics:
     for _ in range(2):  # a copy must also keep state that changes with each call
         call_keeping_state(original, step)
     made = {"deepcopy": copy.deepcopy(original)}
+    if shares_with(made["deepcopy"], original):
+        raise Fail(
+            "after deepcopy: the copy must have its own parameters, buffers and modules; found one"
+            " that it shares with the original",
+            cause="__deepcopy__ copies nothing, or only the outer object: remove it",
+        )
     if _importable(type(original)):
         made["pickle"] = pickle.loads(pickle.dumps(original))
     anew = _new_instance(subject)

@@ -23,6 +23,7 @@ from mtenn_core.testing._probe.finite_differences import (
     climb,
     directional_derivatives,
     extrapolate,
+    resolution,
 )
 from mtenn_core.testing._probe.likely_causes import NOT_FINITE, Point, cause_in_weights
 from mtenn_core.testing._probe.poses import Poses
@@ -44,6 +45,7 @@ PROBES = (
     (6, 0.0, 1.0),
     (6, 0.0, 1e-3),
     (6, 0.0, 30.0),
+    (33, 0.0, 0.3),  # some mistakes show only above a certain number of poses
 )
 
 # These rows cover ΔG in kT and in kcal/mol, pIC50, predictions of one sign, and up to 20 poses.
@@ -303,7 +305,8 @@ def own_parameters(subject: Subject) -> Metrics:
             judge(more, f"{where}; {cause}".rstrip("; "))
     wrong = {c.unit.split(",")[0] for c in comparisons if c.wrong}
     zero = all(c.analytic == 0 for c in comparisons if c.wrong)
-    which = "detached, or not used" if zero else "wrong"
+    finite = all(math.isfinite(c.analytic) for c in comparisons if c.wrong)
+    which = "detached, or not used" if zero else "wrong" if finite else "not a finite number"
     cause = f"the gradient of {', '.join(sorted(wrong))} is {which}" if wrong else ""
     # A pair of zeros does not count, because the value need not depend on every parameter.
     return judge([c for c in comparisons if c.analytic or c.derivative], cause)
@@ -311,6 +314,8 @@ def own_parameters(subject: Subject) -> Metrics:
 
 def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
     comparisons = []
+    # A parameter may have no effect at a probe.
+    eps = resolution(subject.values(torch.stack([subject.probes.poses(3).row() for _ in range(4)])))
     for spread in (1.0, 0.1, 1e-3):
         poses = subject.probes.poses(3, 0.0, spread)
         for name in names:
@@ -321,6 +326,7 @@ def _of_own_parameters(subject: Subject, names: list[str]) -> list[Comparison]:
                 param.detach().reshape(1, -1).repeat(len(directions), 1),
                 directions,
                 torch.full((len(directions),), LARGEST_STEP),
+                eps,
             )
             gradient_at = partial(subject.gradient_of_parameter, name)
             comparisons += _compare(gradient_at, fd, directions, poses, f"{name!r}, entry")

@@ -23,10 +23,45 @@ from mtenn_core.testing._probe.torch_internals import n_hooks
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
-@check("A4", "it does not modify its inputs or global state")
+@check("A4", "it does not modify its inputs or global state", "gate")
 def purity(subject: Subject) -> Metrics:
-    """Check inputs, parameters, ``.grad``, random states and settings after a call."""
-    step = subject.probes.step(n_poses=5)  # fewer poses may be sorted by chance
+    """Check inputs, parameters, ``.grad``, random states and settings after a call.
+
+    The gate does not check ``.grad`` and shared memory.
+    """
+    # An operation in place on ``predictions.float()`` changes only predictions in float32.
+    for dtype in (torch.float64, torch.float32):
+        # Two copies, because a call may change buffers.
+        _check_poses_unchanged(subject, subject.copy(dtype), dtype)
+        _check_call(subject, subject.copy(dtype), dtype)
+    if subject.thorough and subject.combination.stochastic:
+        _check_not_reseeded(subject, subject.probes.step())
+    return {}
+
+
+def _check_poses_unchanged(subject: Subject, combination: Combination, dtype: torch.dtype) -> None:
+    """Check that ``combine`` and ``pose_weights`` do not change predictions and pose inputs."""
+    for method in ("combine", "pose_weights"):
+        if not overrides(type(combination), method):
+            continue
+        for training in (True, False):
+            poses = subject.probes.poses(5).map(lambda numbers: numbers.to(dtype))
+            given = poses.map(torch.clone)
+            with subject.restored_state(), torch.set_grad_enabled(training):
+                if training and method == "combine":  # as gradients="graph" calls it
+                    given = given.at(given.predictions.requires_grad_().clone())
+                getattr(combination, method)(given.predictions, **given.inputs)
+            for name, numbers in given.named().items():
+                if not equal_with_nan(poses.named()[name], numbers):
+                    mode = "" if training else "under no_grad, "
+                    raise Fail(
+                        f"{mode}{method} changed the {name} ({dtype})", cause=_change_cause(name)
+                    )
+
+
+def _check_call(subject: Subject, combination: Combination, dtype: torch.dtype) -> None:
+    """Check what a call of ``forward``, and backward, change."""
+    step = subject.probes.step(n_poses=5).to(dtype)  # fewer poses may be sorted by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
     given: dict[str, Any] = {
@@ -38,48 +73,43 @@ def purity(subject: Subject) -> Metrics:
     for name in ("w1", "scalar", "rows"):  # the other parameters have no .grad
         step.params[name].grad = torch.ones_like(step.params[name])
     torch.rand(())  # so that a call of manual_seed would change the random state
-    before, state = _contents(subject, step, **given), process_state()
-    value = subject.call(step, **given)
-    after = _contents(subject, step, **given)
+    before, state = _contents(combination, step, **given), process_state()
+    value = subject.call(step, combination=combination, **given)
+    after = _contents(combination, step, **given)
     _check_unchanged("forward", before, after, subject, state)
-    _check_no_alias("the value", value, before["tensors"])
     gradients = gradients_of(value, step.params)
-    for name, gradient in gradients.items():
-        _check_no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
-    after = _contents(subject, step, **given)
+    after = _contents(combination, step, **given)
     _check_unchanged("backward", before, after, subject, state)
-    subject.call(step).backward()
-    for name in gradients:
-        param = step.params[name]
-        grad = before["grads"][f".grad of parameter {name!r}"]
-        expected = gradients[name] + (0 if grad is None else grad)
-        if param.grad is None or not torch.allclose(param.grad, expected):
+    if subject.thorough:
+        _check_no_alias("the value", value, before["tensors"])
+        for name, gradient in gradients.items():
+            _check_no_alias(f"the gradient of {name!r}", gradient, before["tensors"])
+        _check_grad(subject, subject.copy(dtype), step, before["grads"], gradients)
+
+
+def _check_grad(
+    subject: Subject,
+    combination: Combination,
+    step: Step,
+    grads: Mapping[str, Tensor | None],
+    gradients: Mapping[str, Tensor],
+) -> None:
+    """Check that backward adds each gradient to ``.grad`` once."""
+    subject.call(step, combination=combination).backward()
+    for name, gradient in gradients.items():
+        grad = grads[f".grad of parameter {name!r}"]
+        expected = gradient + (0 if grad is None else grad)
+        found = step.params[name].grad
+        if found is None or not torch.allclose(found, expected):
             raise Fail(
                 f"parameter {name!r}: backward must add its gradient to .grad once",
                 cause="the combination writes or zeroes .grad: return gradients instead, and"
                 " autograd accumulates them",
             )
-    _check_poses_unchanged(subject)
-    if subject.combination.stochastic:
-        _check_not_reseeded(subject, step)
-    return {}
-
-
-def _check_poses_unchanged(subject: Subject) -> None:
-    """Check that ``combine`` and ``pose_weights`` do not change predictions and pose inputs."""
-    for method in ("combine", "pose_weights"):
-        if overrides(type(subject.combination), method):
-            poses = subject.probes.poses(3)
-            before = poses.map(torch.clone)
-            with subject.restored_state():
-                getattr(subject.combination, method)(poses.predictions, **poses.inputs)
-            for name, numbers in poses.named().items():
-                if not equal_with_nan(before.named()[name], numbers):
-                    raise Fail(f"{method} changed the {name}", cause=_change_cause(name))
 
 
 def _contents(
-    subject: Subject,
+    combination: Combination,
     step: Step,
     pred_list: list[Tensor],
     grad_dict: Mapping[str, list[Tensor]],
@@ -91,7 +121,7 @@ def _contents(
     for name, gradients in grad_dict.items():
         tensors |= {f"gradient {i} of {name!r}": gradient for i, gradient in enumerate(gradients)}
     tensors |= {f"parameter {name!r}": param for name, param in step.params.items()}
-    own = dict(subject.combination.named_parameters())
+    own = dict(combination.named_parameters())
     tensors |= {f"own parameter {name!r}": param for name, param in own.items()}
     grads = {f".grad of {what}": tensor.grad for what, tensor in tensors.items() if tensor.is_leaf}
     return {

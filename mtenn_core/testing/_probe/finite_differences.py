@@ -23,6 +23,7 @@ N_STEPS = 28
 ORDER = 6
 # Roundoff of a value, in units in the last place of its inputs.
 ULPS = 32
+FLOAT64 = torch.finfo(torch.float64).eps
 
 
 class Estimate(NamedTuple):
@@ -36,7 +37,11 @@ class Estimate(NamedTuple):
 
 
 def directional_derivatives(
-    function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, first_steps: Tensor
+    function: Callable[[Tensor], Tensor],
+    points: Tensor,
+    directions: Tensor,
+    first_steps: Tensor,
+    if_constant: float = FLOAT64,
 ) -> Estimate:
     """Differentiate a scalar function at several points, in one direction at each point.
 
@@ -47,12 +52,13 @@ def directional_derivatives(
     directions : shape (n, n_moved). The first ``n_moved`` inputs move, and the others do not.
         Numbers with few binary digits make ``point ± h · direction`` exact
     first_steps : shape (n,), powers of two. These are the largest steps
+    if_constant : unit roundoff of the function if its values do not show it, see :func:`resolution`
 
     Returns
     -------
     Estimate, in the unit of the function divided by the unit of its inputs
     """
-    return extrapolate([climb(function, points, directions, first_steps)])
+    return extrapolate([climb(function, points, directions, first_steps, if_constant)])
 
 
 class Ladder(NamedTuple):
@@ -63,13 +69,17 @@ class Ladder(NamedTuple):
 
 
 def climb(
-    function: Callable[[Tensor], Tensor], points: Tensor, directions: Tensor, first_steps: Tensor
+    function: Callable[[Tensor], Tensor],
+    points: Tensor,
+    directions: Tensor,
+    first_steps: Tensor,
+    if_constant: float = FLOAT64,
 ) -> Ladder:
     """Return the central differences that :func:`directional_derivatives` extrapolates.
 
     Parameters
     ----------
-    function, points, directions, first_steps : see :func:`directional_derivatives`
+    function, points, directions, first_steps, if_constant : see :func:`directional_derivatives`
     """
     steps, values = _ladder(function, points, directions, first_steps)
     magnitude = torch.maximum(
@@ -79,7 +89,7 @@ def climb(
     # At the smallest steps the value is linear, so its change is half of the change at the step
     # before. The rest is roundoff. This includes the roundoff of large intermediate results.
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
-    noise = torch.maximum(ULPS * resolution(values) * magnitude, 4 * scatter)
+    noise = torch.maximum(ULPS * resolution(values, if_constant) * magnitude, 4 * scatter)
     noise = torch.maximum(noise, 4 * _quantum(changes))
     return Ladder(changes / (2 * steps), noise[:, None] / steps)
 
@@ -132,13 +142,20 @@ def _ladder(
     return steps, function(ladder.flatten(0, 2)).view(ladder.shape[:-1])
 
 
-def resolution(values: Tensor) -> float:
+def resolution(values: Tensor, if_constant: float = FLOAT64) -> float:
     """Return the unit roundoff of the arithmetic that computed the values.
 
     If a function computes in a smaller dtype than float64, all its values are numbers of this
     dtype. Hundreds of float64 values are not numbers of a smaller dtype by chance.
+
+    Parameters
+    ----------
+    if_constant : the result if there are fewer than two different values, which do not show it. For
+        example, zero is a number of every dtype
     """
     finite = values[values.isfinite()]
+    if not (finite != finite[:1]).any():
+        return if_constant
     for dtype in (torch.bfloat16, torch.float16, torch.float32):
         if torch.equal(finite.to(dtype).to(values.dtype), finite):
             return torch.finfo(dtype).eps

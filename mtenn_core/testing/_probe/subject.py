@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +20,7 @@ from mtenn_core._engine.evaluation import (
 )
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.forward_only import ForwardOnly
+from mtenn_core.testing._probe.instances import independent_copy
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import Probes
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -62,7 +62,7 @@ class Subject:
 
     def copy(self, dtype: torch.dtype | None = None) -> Combination:
         """Return another copy on the CPU. ``dtype`` is that of its parameters and buffers."""
-        return copy.deepcopy(self.original).to("cpu", dtype)
+        return independent_copy(self.original).to("cpu", dtype)
 
     def takes(self, poses: Poses) -> bool:
         """Return True if the combination accepts poses that were made for another combination."""
@@ -108,7 +108,7 @@ class Subject:
         try:
             # Use a copy, because a tensor that forward keeps on self belongs to vmap and cannot
             # be used later.
-            combination = copy.deepcopy(self.combination)
+            combination = independent_copy(self.combination)
             with torch.no_grad(), ForwardOnly():
                 batch = torch.func.vmap(partial(function, combination))(inputs.clone())
         except Exception:  # for example, because control flow depends on numbers
