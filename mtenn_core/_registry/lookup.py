@@ -126,11 +126,11 @@ class Registry:
         This does not import a plugin. If this registry has not loaded the class, it compares the
         module and the name of the class with all entry points.
         """
+        if loaded := self._classes.records(combination):
+            return loaded[0]
         target = f"{combination.__module__}:{combination.__qualname__}"
-        loaded = self._classes.records(combination)
         records = self._current(strict=False).available_records()
-        same_name = [r for r in records if r.target == target and r.plugin is None]
-        return next(iter(loaded + same_name), None)
+        return next((r for r in records if r.target == target and r.plugin is None), None)
 
     def problems(self) -> list[Problem]:
         """Return the problems with plugins and settings, without importing a plugin.
