@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mtenn_core._registry import Registry
-from mtenn_core._registry.lookup import current_scan
+from mtenn_core._registry.lookup import current_snapshot
 from mtenn_core.errors import PluginWarning
 
 VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -29,7 +29,7 @@ def torch_importable(registry: Registry) -> Iterator[None]:
     registry : its scan tells which distributions would stop torch
     """
     before = os.environ.get(VARIABLE)
-    stops_torch = () if before == "0" else current_scan(registry).stops_torch
+    stops_torch = () if before == "0" else current_snapshot(registry).scan.stops_torch
     if not stops_torch:
         yield
         return

@@ -358,9 +358,9 @@ class Registry:
         self._gate.forget(self._classes.forget(record))
 
 
-def current_scan(registry: Registry) -> Scan:
-    """Return the scan that a registry's queries use. Scan the path if there is none."""
-    return registry._current(strict=False).scan
+def current_snapshot(registry: Registry) -> Snapshot:
+    """Return the snapshot that a registry's queries use, also if a strict policy refuses it."""
+    return registry._current(strict=False)
 
 
 def _record_to_register(name: str, combination: type[Combination]) -> PluginRecord:

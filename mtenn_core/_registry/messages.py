@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mtenn_core._process.printable import printable
 from mtenn_core._registry.record import canonical
 
 MAX_LENGTH = 500
@@ -12,7 +13,7 @@ MAX_LENGTH = 500
 def describe_error(error: BaseException) -> str:
     """Return the type and the message of an error, also if ``str(error)`` raises."""
     try:
-        text = str(error)
+        text = printable(str(error))
     except Exception:
         text = "(it cannot be printed)"
     return f"{type(error).__name__}: {_truncate(text)}"
@@ -21,7 +22,7 @@ def describe_error(error: BaseException) -> str:
 def describe_value(value: object) -> str:
     """Return the truncated ``repr`` of a value, or its type if ``repr`` raises."""
     try:
-        return _truncate(repr(value))
+        return _truncate(printable(repr(value)))
     except Exception:
         return f"a {type(value).__name__} that cannot be printed"
 
