@@ -109,11 +109,11 @@ def _check_and_show(
             for arguments, report in checks.run(target, on_record):
                 outcomes.append(Outcome(target.path, report, arguments))
                 records.clear()
-    except Exception as error:
-        outcomes.append(_error_outcome(target, checks, error))
     except KeyboardInterrupt:
         outcomes.append(Outcome(target.path, _partial_report(target, checks, records)))
         raise
+    except BaseException as error:  # also SystemExit, so that the other targets are checked
+        outcomes.append(_error_outcome(target, checks, error))
     finally:
         for outcome in outcomes[n_before:]:
             show_one(outcome)
@@ -144,7 +144,7 @@ def _progress(
         yield on_record
 
 
-def _error_outcome(target: Target, checks: Checks, error: Exception) -> Outcome:
+def _error_outcome(target: Target, checks: Checks, error: BaseException) -> Outcome:
     message = error_text(error)
     if not isinstance(error, MtennError):
         message = f"{target.path}: {described(error)}"

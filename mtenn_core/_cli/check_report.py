@@ -32,7 +32,7 @@ class Outcome:
     target: str
     report: Report
     arguments: str = ""
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def verdict(self) -> Text:

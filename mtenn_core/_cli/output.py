@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
-from mtenn_core._process.printable import printable
+from mtenn_core._process.printable import error_message, printable
 from mtenn_core.errors import MtennError
 
 if TYPE_CHECKING:
@@ -40,14 +40,14 @@ def errors_to_exit_code(command: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-def error_to_json(error: Exception) -> dict[str, str]:
+def error_to_json(error: BaseException) -> dict[str, str]:
     """Return the type and the message of an error as JSON data."""
     return {"type": type(error).__name__, "message": error_text(error)}
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """Return the message of an error, followed by its notes."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return "\n".join([error_message(error), *getattr(error, "__notes__", ())])
 
 
 def echo(message: str, *, file: TextIO | None = None, err: bool = False) -> None:

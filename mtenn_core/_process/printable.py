@@ -14,6 +14,31 @@ def printable(text: str) -> str:
     return "".join(c if _is_visible(c) else c.encode("unicode_escape").decode() for c in text)
 
 
+def value_text(value: object) -> str:
+    """Return the ``repr`` of a value, or its type if ``repr`` raises."""
+    try:
+        return repr(value)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
+        return f"a {type(value).__name__} that cannot be printed"
+
+
+def error_text(error: BaseException) -> str:
+    """Return the type and the message of an error, also if ``str(error)`` raises."""
+    return f"{type(error).__name__}: {error_message(error)}"
+
+
+def error_message(error: BaseException) -> str:
+    """Return the message of an error, also if ``str(error)`` raises."""
+    try:
+        return str(error)
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # a plugin may raise SystemExit, and an extension in Rust a panic
+        return "(it cannot be printed)"
+
+
 def _is_visible(character: str) -> bool:
     # Besides the blank, str.isprintable() refuses all spaces (Zs), which are harmless.
     return character in "\n\t" or character.isprintable() or unicodedata.category(character) == "Zs"

@@ -124,7 +124,9 @@ def make_example(
     try:
         with torch.random.fork_rng(devices=[]):
             return combination(**arguments)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginSpecError(
             f"{record}{record.where}: `examples` of {combination.__name__} must be valid arguments;"
             f" found {describe_value(arguments)}, with which the constructor raises"

@@ -316,5 +316,7 @@ def _arguments_text(combination: Combination) -> str:
     """Return the constructor's arguments on one line, or "" if the class cannot show them."""
     try:
         return " ".join(combination.extra_repr().split())
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return ""

@@ -167,6 +167,64 @@ def test_a_strict_job_may_write_its_own_pins(places, monkeypatch, tmp_path):
     assert "error: MTENN_PLUGINS=demo-pin nowhere contains 'nowhere'" in result.stderr
 
 
+ENDS_THE_PROCESS = """
+    from mtenn_core import Combination
+
+    class Panic(BaseException):
+        def __str__(self):
+            raise SystemExit(0)
+
+    class Base(Combination):
+        def combine(self, predictions):
+            return predictions.mean()
+
+    class InRepr(Base):
+        def __repr__(self):
+            raise SystemExit(0)
+
+        def combine(self, predictions):
+            return predictions.mean().detach()
+
+    class InCombine(Base):
+        def combine(self, predictions):
+            raise Panic
+
+    class InInit(Base):
+        def __init__(self):
+            raise Panic
+
+    class Argument:
+        def __repr__(self):
+            raise Panic
+
+    class InArgument(Base):
+        examples = ({"argument": Argument()},)
+
+        def __init__(self, argument):
+            super().__init__()
+
+    class InFacts(Base):
+        @property
+        def domain(self):
+            raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("isolated", [(), *slow(("--isolated",), reason=INTERPRETERS)])
+def test_what_ends_a_process_is_a_result_and_the_others_are_checked(install_plugin, isolated):
+    names = ("InArgument", "InCombine", "InFacts", "InInit", "InRepr", "ok")
+    targets = {name.lower(): f"demo_rules:{name}" for name in names}
+    install_plugin("demo-rules", targets | {"ok": "demo_rules:Base"}, ENDS_THE_PROCESS)
+    registry.refresh()
+    qualified = [f"demo-rules:{name.lower()}" for name in names]
+    result = CliRunner().invoke(main, ["check", *qualified, "--json", "--only", "A2", *isolated])
+    assert result.exit_code == 1, result.output
+    passed = [report["passed"] for report in json.loads(result.stdout)]
+    assert passed == [True, False, False, False, False, True]
+    for text in ("SystemExit", "Panic: (it cannot be printed)", "its repr raises SystemExit: 0"):
+        assert text in result.stdout
+
+
 HOSTILE = """
     import warnings
     from mtenn_core import Combination, hookimpl
