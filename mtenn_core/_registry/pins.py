@@ -35,8 +35,8 @@ def pin(record: PluginRecord) -> str:
 
     Raises
     ------
-    PluginPinError : the distribution has no RECORD or no version, it is an editable install, or
-        its files differ from its RECORD
+    PluginPinError : the distribution has no RECORD or no version, it is an editable install or in
+        an archive, or its files differ from its RECORD
     """
     if record.version is None:
         raise PluginPinError(
@@ -154,6 +154,13 @@ def _rows(record: PluginRecord) -> Rows:
     except (OSError, UnicodeDecodeError, csv.Error):
         rows = []
     kept = sorted((r[0], r[1]) for r in rows if len(r) > 1 and r[1] and not _varies(r[0]))
+    if not kept and (archive := _archive_of(Path(record.metadata or ""))):
+        raise PluginPinError(
+            f"{record} cannot be pinned: it is imported from inside of {archive}, whose files are"
+            f" not compared. Remove the archive from sys.path, and install it: pip install"
+            f" {archive}",
+            record=record,
+        )
     if not kept:
         raise PluginPinError(
             f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of the files."
@@ -189,6 +196,11 @@ def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
             " files may change. Install it from a wheel",
             record=record,
         )
+
+
+def _archive_of(path: Path) -> Path | None:
+    """Return the zip file or wheel that contains a path, or None."""
+    return next(filter(Path.is_file, path.parents), None)
 
 
 def _varies(path: str) -> bool:
