@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mtenn_core._process.locks import Lock
+
 
 class _Setting(NamedTuple):
     get: Callable[[], Any]
@@ -72,7 +74,7 @@ NAMESPACES = {
 }
 
 # State of the overlapping `restoring_process_state` blocks.
-_lock = threading.Lock()
+_lock = Lock()
 _n_running = 0
 _n_started = 0
 _before: dict[str, Any] = {}

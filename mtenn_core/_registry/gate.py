@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from mtenn_core._process.locks import hold
+from mtenn_core._process.locks import Lock, hold
 from mtenn_core._registry.messages import describe_error, describe_value
 from mtenn_core._registry.record import PluginRecord
 from mtenn_core.errors import CombinationContractError, GradientValidationError, PluginSpecError
@@ -15,7 +14,7 @@ if TYPE_CHECKING:
     from mtenn_core.combination import Combination
 
 # All registries share this lock, because validation changes random states of the whole process.
-_lock = threading.RLock()
+_lock = Lock()
 
 
 class Gate:
@@ -23,7 +22,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._passed: set[Any] = set()
-        self._passed_lock = threading.Lock()
+        self._passed_lock = Lock()
 
     def validate_class(self, record: PluginRecord, combination: type[Combination]) -> None:
         """Validate a class with each of its ``examples``.

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mtenn_core._process.locks import Lock
 from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.gate import Gate
 from mtenn_core._registry.installed import Scan, path_key, scan
@@ -54,7 +54,7 @@ class Registry:
         self.group = group
         self.policy = policy or Policy()
         # This lock guards the attributes below. It is never held while code of a plugin runs.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._scan: Scan | None = None
         self._snapshot: Snapshot | None = None  # None after a change, until the next query
         self._fully_loaded: Snapshot | None = None  # the last one that a strict policy has loaded
