@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core._engine.descriptions import Describer, shortened
+from mtenn_core._engine.module_tensors import unsharded_class
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CheckpointError, PluginWarning
 
@@ -36,7 +37,7 @@ def identity(combination: Combination) -> dict[str, Any]:
     This raises no error, because a training run must be able to save its result. ``start_values``
     is True if an argument is itself a parameter or buffer of the combination.
     """
-    record = _record(combination)
+    record, cls = _record(combination), unsharded_class(type(combination))
     describer = Describer(combination)
     arguments = {
         name: shortened(describer.describe(value))
@@ -48,7 +49,7 @@ def identity(combination: Combination) -> dict[str, Any]:
         "name": record and record.name,
         "distribution": record and record.distribution,
         "version": record and record.version,
-        "class": f"{type(combination).__module__}:{type(combination).__qualname__}",
+        "class": f"{cls.__module__}:{cls.__qualname__}",
         "arguments": arguments,
         "start_values": start_values,
         "attributes": {
@@ -111,7 +112,7 @@ def _record(combination: Combination) -> PluginRecord | None:
     from mtenn_core._registry import registry
 
     try:
-        return registry.record_of(type(combination))
+        return registry.record_of(unsharded_class(type(combination)))
     except Exception:  # for example, a malformed setting or damaged metadata
         return None
 

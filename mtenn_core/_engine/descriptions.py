@@ -21,9 +21,15 @@ from mtenn_core._engine.module_tensors import is_sharded
 # Arrays with more values, and data with a longer text, are represented by a hash.
 MAX_VALUES = 16
 MAX_LENGTH = 400
-# Attributes of every module. The tables are described by their contents.
+# Attributes of every module. The tables and the hooks are described by their contents.
 _TABLES = frozenset({"_parameters", "_buffers", "_modules"})
-_TORCH_ATTRIBUTES = frozenset(vars(torch.nn.Module())) - _TABLES
+_HOOKS = frozenset(
+    {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+)
+_IGNORED = frozenset(vars(torch.nn.Module())) | {"_arguments"}
+# The start of attributes that Module.compile() and fully_shard add (seen in torch 2.13). They do
+# not change what is computed. Without this: a start value may not differ in a sharded combination.
+_IGNORED_PREFIXES = ("_compiled_call_impl", "_is_fsdp_", "_fsdp_", "__composable_api_state_key")
 
 
 class Describer:
@@ -69,10 +75,12 @@ class Describer:
         for name, value in vars(module).items():
             if name in _TABLES:
                 own |= value
-            elif name not in _TORCH_ATTRIBUTES and name != "_arguments":
+            elif name in _HOOKS:
+                # The keys are arbitrary numbers. The hooks of fully_shard compute nothing.
+                hooks = [hook for hook in value.values() if not _is_distributed(hook)]
+                own |= {name: hooks} if hooks else {}
+            elif name not in _IGNORED and not name.startswith(_IGNORED_PREFIXES):
                 own[name] = value
-            elif isinstance(value, Mapping) and value:  # hooks; their keys are arbitrary numbers
-                own[name] = list(value.values())
         return {name: self.describe(own[name]) for name in sorted(own)}
 
     def _describe(self, value: Any) -> Any:
@@ -209,6 +217,10 @@ def _json(data: Any) -> str:
 
 def _hash(data: bytes) -> str:
     return f"SHA-256 {hashlib.sha256(data).hexdigest()[:32]}"
+
+
+def _is_distributed(hook: Any) -> bool:
+    return str(getattr(hook, "__module__", "")).startswith("torch.distributed.")
 
 
 def _array_kind(dtype: str, shape: tuple[int, ...]) -> str:

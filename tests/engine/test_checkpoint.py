@@ -416,6 +416,7 @@ def test_the_start_value_of_a_learned_parameter_may_differ(tmp_path, start):
         model.combination.start.fill_(3.0)
     other = [1.0, 1.0] if isinstance(start, list) else 2 * start
     again = model_of(Learned(other)).double()
+    again.combination._compiled_call_impl = print  # as Module.compile() does
     again.load_state_dict(through_a_file(model, tmp_path))
     assert (again.combination.start == 3.0).all()
 
