@@ -238,7 +238,7 @@ class MultiPoseModel(torch.nn.Module):
         return f"gradients={self.gradients!r}, chunk_size={self.chunk_size}"
 
     def get_extra_state(self) -> Tensor:
-        """Return the combination's identity for a checkpoint: JSON in a tensor of bytes."""
+        """Return the combination's identity for a checkpoint: JSON, a byte in each entry."""
         return checkpoint.identity_tensor(self.combination)
 
     def set_extra_state(self, state: Any) -> None:

@@ -16,6 +16,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from mtenn_core._cli.check_report import Outcome, show, show_summary
 from mtenn_core._cli.output import console, error_text, print_json, separate_stdout
+from mtenn_core._process.printable import printable
 from mtenn_core._registry.isolated_checks import TITLES, check_target
 from mtenn_core.errors import MtennError
 from mtenn_core.testing import CHECKS, Record, Report
@@ -108,11 +109,11 @@ def _check_and_show(
             for arguments, report in checks.run(target, on_record):
                 outcomes.append(Outcome(target.path, report, arguments))
                 records.clear()
-    except Exception as error:
-        outcomes.append(_error_outcome(target, checks, error))
     except KeyboardInterrupt:
         outcomes.append(Outcome(target.path, _partial_report(target, checks, records)))
         raise
+    except BaseException as error:  # also SystemExit, so that the other targets are checked
+        outcomes.append(_error_outcome(target, checks, error))
     finally:
         for outcome in outcomes[n_before:]:
             show_one(outcome)
@@ -123,14 +124,16 @@ def _progress(
     target: Target, checks: Checks, records: list[Record]
 ) -> Iterator[Callable[[Record], None]]:
     """Show a progress bar on a terminal; yield a function that adds a record to ``records``."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn()
+    description = TextColumn("{task.description}", markup=False)
+    columns = description, BarColumn(), MofNCompleteColumn()
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
     bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_terminal)
     task = bar.add_task("", total=len(checks.ids))
 
     def update() -> None:
         running = (*checks.ids, "")[min(len(records), len(checks.ids))]
-        bar.update(task, completed=len(records), description=f"{target.path} {running}")
+        description = printable(f"{target.path} {running}")
+        bar.update(task, completed=len(records), description=description)
 
     def on_record(record: Record) -> None:
         records.append(record)
@@ -141,7 +144,7 @@ def _progress(
         yield on_record
 
 
-def _error_outcome(target: Target, checks: Checks, error: Exception) -> Outcome:
+def _error_outcome(target: Target, checks: Checks, error: BaseException) -> Outcome:
     message = error_text(error)
     if not isinstance(error, MtennError):
         message = f"{target.path}: {described(error)}"

@@ -6,12 +6,11 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import click
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from mtenn_core._cli.output import error_to_json
+from mtenn_core._cli.output import cell, echo, error_to_json
 from mtenn_core.combination import Combination
 from mtenn_core.testing import Report
 
@@ -33,13 +32,13 @@ class Outcome:
     target: str
     report: Report
     arguments: str = ""
-    error: Exception | None = None
+    error: BaseException | None = None
 
     @property
     def verdict(self) -> Text:
         """The result in a few words, in color."""
         text = self.report.verdict if self.error is None else f"error: {type(self.error).__name__}"
-        return Text(text, "green" if self.report.passed else "bold red")
+        return cell(text, "green" if self.report.passed else "bold red")
 
     def to_json(self) -> dict[str, Any]:
         """Return the report or the error as JSON data."""
@@ -52,17 +51,17 @@ def show(console: Console, outcome: Outcome) -> None:
     """Print the results of all checks, or the error."""
     report = outcome.report
     if outcome.error is not None:
-        click.echo(f"error: {report.records[0].reason}", err=True)
+        echo(f"error: {report.records[0].reason}", err=True)
         return
     name = ", ".join(filter(None, [report.name, report.combination]))
-    console.print(Text(f"{name}: ") + outcome.verdict)
+    console.print(cell(f"{name}: ") + outcome.verdict)
     if declared := list(_declared_facts(report.facts)):
-        console.print(Text(f" declares: {', '.join(declared)}"))
+        console.print(cell(f" declares: {', '.join(declared)}"))
     if report.records:
         console.print(_table(report))
     for record in report.failures:  # below the table, because a column would break their lines
         console.print()
-        console.print(Text(str(record)), soft_wrap=True)
+        console.print(cell(record), soft_wrap=True)
     console.print()
 
 
@@ -72,11 +71,11 @@ def _table(report: Report) -> Table:
         table.add_column(title, overflow="fold")
     table.add_column("ms", justify="right")
     for record in report.records:
-        status = Text(record.status, STYLES.get(record.status, "dim"))
+        status = cell(record.status, STYLES.get(record.status, "dim"))
         title = record.title
         if record.reason and not record.failed:
             title += f"\n{record.reason}"
-        table.add_row(record.id, status, Text(title), f"{1e3 * record.duration:.0f}")
+        table.add_row(record.id, status, cell(title), f"{1e3 * record.duration:.0f}")
     return table
 
 
@@ -86,7 +85,7 @@ def show_summary(console: Console, outcomes: Sequence[Outcome]) -> None:
     for title in ("name", "arguments", "verdict"):
         table.add_column(title, overflow="fold")
     for outcome in outcomes:
-        table.add_row(outcome.target, Text(outcome.arguments), outcome.verdict)
+        table.add_row(cell(outcome.target), cell(outcome.arguments), outcome.verdict)
     console.print(table)
 
 

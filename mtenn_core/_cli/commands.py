@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from mtenn_core import __version__
-from mtenn_core._cli.output import discard
+from mtenn_core._cli.output import discard, echo, encode_all_text
 from mtenn_core.errors import PluginWarning
 
 COMMANDS = ("check", "doctor", "info", "list", "new")
@@ -39,6 +39,7 @@ class Commands(click.Group):
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:
         """Parse the arguments. This also prints the text of ``--help``."""
+        encode_all_text()
         with _exit_codes():
             return super().make_context(*args, **kwargs)
 
@@ -68,7 +69,7 @@ def _exit_codes() -> Iterator[None]:
     except OSError as error:
         discard(1)
         with suppress(OSError):
-            click.echo(f"error: {error}", err=True)
+            echo(f"error: {error}", err=True)
         sys.exit(1)
 
 
@@ -77,13 +78,14 @@ def _plain_warnings() -> Iterator[None]:
     """Print warnings about plugins in one line, without the source line that Python adds."""
     with warnings.catch_warnings():
         warnings.simplefilter("always", PluginWarning)
-        show = warnings.showwarning
 
-        def show_plainly(message: Any, category: Any, *where: Any, **options: Any) -> None:
+        def show_plainly(
+            message: Any, category: Any, filename: str, lineno: int, *args: Any, **kwargs: Any
+        ) -> None:
             if issubclass(category, PluginWarning):
-                click.echo(f"warning: {message}", err=True)
+                echo(f"warning: {message}", err=True)
             else:
-                show(message, category, *where, **options)
+                echo(warnings.formatwarning(message, category, filename, lineno).rstrip(), err=True)
 
         warnings.showwarning = show_plainly
         yield

@@ -14,7 +14,9 @@ from rich.progress import track
 from rich.table import Table
 
 from mtenn_core._cli.output import (
+    cell,
     console,
+    echo,
     errors_to_exit_code,
     json_option,
     print_json,
@@ -64,7 +66,7 @@ def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
             print_json({"combinations": len(records), "problems": documents}, stdout)
         else:
             _print_table(console(stdout), problems)
-            click.echo(_summary(len(records), len(problems), imports=imports), file=stdout)
+            echo(_summary(len(records), len(problems), imports=imports), file=stdout)
     return not problems
 
 
@@ -72,7 +74,7 @@ def _import_problems(
     records: list[PluginRecord], policy: Policy, time_limit: float
 ) -> Iterator[Problem]:
     if os.name != "posix":
-        click.echo(
+        echo(
             f"no plugin was imported: an isolated import needs POSIX; found {sys.platform}",
             err=True,
         )
@@ -107,7 +109,7 @@ def _print_table(console: Console, problems: list[Problem]) -> None:
     table.add_column(style="bold red", no_wrap=True)
     table.add_column(overflow="fold")
     for problem in problems:
-        table.add_row(problem.kind, problem.message)
+        table.add_row(problem.kind, cell(problem.message))
     if problems:
         console.print(table)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import click
 
-from mtenn_core._cli.output import errors_to_exit_code, json_option, print_json
+from mtenn_core._cli.output import echo, errors_to_exit_code, json_option, print_json
 from mtenn_core._registry import registry
 from mtenn_core._registry.pins import pin
 from mtenn_core.errors import PluginPinError
@@ -34,4 +34,4 @@ def command(name: str, as_json: bool) -> None:
         if value:
             # A list is on one line, so that it can be copied.
             text = "; ".join(value) if isinstance(value, list) else value
-            click.echo(f"{key:<13} {text}")
+            echo(f"{key:<13} {text}")

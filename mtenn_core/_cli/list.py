@@ -7,8 +7,16 @@ from collections.abc import Sequence
 
 import click
 
-from mtenn_core._cli.output import console, errors_to_exit_code, json_option, print_json
+from mtenn_core._cli.output import (
+    cell,
+    console,
+    echo,
+    errors_to_exit_code,
+    json_option,
+    print_json,
+)
 from mtenn_core._registry import PluginRecord, registry
+from mtenn_core._registry.lookup import current_snapshot
 from mtenn_core.errors import PluginPinError
 
 
@@ -29,10 +37,10 @@ def command(everything: bool, pins: bool, as_json: bool) -> None:
     elif records:
         _print_table(records, with_status=everything)
     else:
-        click.echo(_no_records())
+        echo(_no_records())
     if problems := registry.problems():
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
-        click.echo(f"{count}: see `mtenn doctor`", err=True)
+        echo(f"{count}: see `mtenn doctor`", err=True)
 
 
 def nothing_installed() -> str:
@@ -56,22 +64,30 @@ def _print_table(records: Sequence[PluginRecord], *, with_status: bool) -> None:
         cells = [record.name, record.distribution, record.version, record.target]
         if with_status:
             cells.append(": ".join(filter(None, [record.status, record.reason])))
-        table.add_row(*cells)
+        table.add_row(*map(cell, cells))
     console().print(table)
 
 
 def _print_pins() -> bool:
-    """Print a line for each distribution; return True if all of them can be pinned."""
+    """Print a line for each distribution; return True if all of them can be pinned.
+
+    A strict policy also requires that there are no other problems. The present pins do not matter:
+    in ``mtenn list --pins > pins.txt``, the shell has already emptied the file of ``MTENN_PINS``.
+    """
     from mtenn_core._registry.pins import pin
 
-    is_complete = True
-    for record in {record.owner: record for record in registry.records()}.values():
+    snapshot = current_snapshot(registry)
+    problems = snapshot.without_pins().problems() if snapshot.policy.strict else ()
+    errors = [problem.message for problem in problems]
+    records = snapshot.available_records()
+    for record in {record.owner: record for record in records}.values():
         try:
-            click.echo(pin(record))
+            echo(pin(record))
         except PluginPinError as error:
-            is_complete = False
-            click.echo(f"error: {error}", err=True)
-    return is_complete
+            errors.append(str(error))
+    for message in errors:
+        echo(f"error: {message}", err=True)
+    return not errors
 
 
 def _no_records() -> str:

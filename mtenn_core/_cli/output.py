@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import sys
@@ -12,10 +13,12 @@ from typing import TYPE_CHECKING, Any, TextIO
 
 import click
 
+from mtenn_core._process.printable import error_message, printable
 from mtenn_core.errors import MtennError
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.text import Text
 
 json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON for scripts.")
 
@@ -31,20 +34,40 @@ def errors_to_exit_code(command: Callable[..., None]) -> Callable[..., None]:
             if as_json:
                 print_json({"error": error_to_json(error)})
             else:
-                click.echo(f"error: {error_text(error)}", err=True)
+                echo(f"error: {error_text(error)}", err=True)
             sys.exit(1)
 
     return wrapped
 
 
-def error_to_json(error: Exception) -> dict[str, str]:
+def error_to_json(error: BaseException) -> dict[str, str]:
     """Return the type and the message of an error as JSON data."""
     return {"type": type(error).__name__, "message": error_text(error)}
 
 
-def error_text(error: Exception) -> str:
+def error_text(error: BaseException) -> str:
     """Return the message of an error, followed by its notes."""
-    return "\n".join([str(error), *getattr(error, "__notes__", ())])
+    return "\n".join([error_message(error), *getattr(error, "__notes__", ())])
+
+
+def echo(message: str, *, file: TextIO | None = None, err: bool = False) -> None:
+    """Print text that may come from a plugin. Control characters become escape sequences."""
+    # Name the file, because click by itself would write UTF-8 to a terminal that only knows ASCII.
+    click.echo(printable(message), file=file or (sys.stderr if err else sys.stdout))
+
+
+def cell(value: object, style: str = "") -> Text:
+    """Return text for a console, in which control characters are escape sequences."""
+    from rich.text import Text  # lazy, because most commands print no table
+
+    return Text(printable("" if value is None else str(value)), style)
+
+
+def encode_all_text() -> None:
+    """Write characters that the encoding of a terminal lacks as escape sequences."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 def print_json(value: Any, file: TextIO | None = None) -> None:

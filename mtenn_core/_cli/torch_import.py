@@ -1,9 +1,9 @@
 """Import torch although a malformed ``entry_points.txt`` is installed.
 
 ``import torch`` reads the entry points of all distributions to find device backends
-(``torch._import_device_backends``, torch 2.5 and later). If an ``entry_points.txt`` is malformed,
-torch raises an error. In this case, the command ``mtenn`` imports torch without device backends.
-Other programs get torch's error.
+(``torch._import_device_backends``, torch 2.5 and later). At a malformed ``entry_points.txt``, torch
+raises an error, and at a pipe it waits forever. In these cases, the command ``mtenn`` imports torch
+without device backends. Other programs get torch's error.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from mtenn_core._registry import Registry
-from mtenn_core._registry.lookup import current_scan
+from mtenn_core._registry.lookup import current_snapshot
 from mtenn_core.errors import PluginWarning
 
 VARIABLE = "TORCH_DEVICE_BACKEND_AUTOLOAD"
@@ -29,13 +29,13 @@ def torch_importable(registry: Registry) -> Iterator[None]:
     registry : its scan tells which distributions would stop torch
     """
     before = os.environ.get(VARIABLE)
-    stops_torch = () if before == "0" else current_scan(registry).stops_torch
+    stops_torch = () if before == "0" else current_snapshot(registry).scan.stops_torch
     if not stops_torch:
         yield
         return
     warnings.warn(
-        f"{stops_torch[0]}: each line of entry_points.txt must be 'name = value' in UTF-8; found"
-        " another line, at which import torch fails. mtenn imports torch without the device"
+        f"{stops_torch[0]}: each line of entry_points.txt must be 'name = value' in UTF-8, in a"
+        " regular file; import torch fails at this one. mtenn imports torch without the device"
         f" backends of other packages ({VARIABLE}=0). Repair or uninstall that distribution",
         PluginWarning,
         stacklevel=3,

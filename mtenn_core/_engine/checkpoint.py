@@ -2,59 +2,80 @@
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import json
 import math
-import re
 import warnings
-from collections.abc import Container, Mapping
-from typing import Any
+import zlib
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import constructor_arguments
-from mtenn_core._engine.module_tensors import is_sharded
+from mtenn_core._engine.descriptions import Describer, shortened
+from mtenn_core._engine.module_tensors import unsharded_class
 from mtenn_core._process.torch_modes import has_numbers, without_modes
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CheckpointError, PluginWarning
+
+if TYPE_CHECKING:
+    from mtenn_core._registry import PluginRecord
 
 _REMEDY = (
     ". Make the model with the checkpoint's combination. To load the checkpoint anyway, delete the"
     " key that ends in '_extra_state' from the state dict, and load it with strict=False."
 )
-# A length in bytes. Each text is filled up to a multiple of it.
+_FIELDS = ("name", "distribution", "version", "class", "arguments", "start_values", "attributes")
+# A number of bytes. Each text is filled up to a multiple of it.
 _BLOCK = 1024
+# Descriptions of attributes are only compared. Those of arguments are also shown in messages.
+_MAX_ATTRIBUTE_LENGTH = 64
 
 
 def identity(combination: Combination) -> dict[str, Any]:
-    """Return the name, distribution, version, class and arguments of a combination."""
-    # The registry knows the distribution. It is in a higher layer, so import it only here.
-    from mtenn_core._registry import registry
+    """Return the name, distribution, version, class, arguments and attributes of a combination.
 
-    record = registry.record_of(type(combination))
+    This raises no error, because a training run must be able to save its result. ``start_values``
+    is True if an argument is itself a parameter or buffer of the combination.
+    """
+    record, cls = _record(combination), unsharded_class(type(combination))
+    describer = Describer(combination)
+    arguments = {
+        name: shortened(describer.describe(value))
+        for name, value in constructor_arguments(combination, defaults=True).items()
+    }
+    start_values = describer.found_state
+    attributes = describer.attributes(combination)
     return {
         "name": record and record.name,
         "distribution": record and record.distribution,
         "version": record and record.version,
-        "class": f"{type(combination).__module__}:{type(combination).__qualname__}",
-        "arguments": _plain(constructor_arguments(combination, defaults=True), _held(combination)),
+        "class": f"{cls.__module__}:{cls.__qualname__}",
+        "arguments": arguments,
+        "start_values": start_values,
+        "attributes": {
+            name: shortened(data, _MAX_ATTRIBUTE_LENGTH) for name, data in attributes.items()
+        },
     }
 
 
 @without_modes(process_wide=False)
 def identity_tensor(combination: Combination) -> Tensor:
-    """Return the identity of a combination as JSON in a tensor of bytes.
+    """Return the identity of a combination as JSON in a tensor: one byte in each entry.
 
     It is a tensor because some formats of checkpoints (safetensors, distributed checkpoints) hold
-    only tensors. Blanks fill it up to a round length, because torch.distributed.checkpoint reads
-    the checkpoint's tensor into the model's tensor. Without blanks, the two tensors could have
+    only tensors. The dtype is int32, so that the sum of several checkpoints does not overflow and
+    their average is again the identity. A checksum notices an average of different identities.
+
+    Blanks fill the text up to a round length, because torch.distributed.checkpoint reads the
+    checkpoint's tensor into the model's tensor. Without blanks, the two tensors could have
     different lengths.
     """
-    text = json.dumps(identity(combination), ensure_ascii=False).encode()
+    text = json.dumps(identity(combination)).encode()
+    text += b"\n" + _checksum(text)
     n_bytes = _BLOCK * math.ceil(len(text) / _BLOCK)
-    return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.uint8)
+    # The device is given, because the default device may have no memory ("meta").
+    return torch.tensor(list(text.ljust(n_bytes)), dtype=torch.int32, device="cpu")
 
 
 @without_modes(process_wide=False)
@@ -62,6 +83,9 @@ def check(state: object, combination: Combination) -> None:
     """Compare the checkpoint's combination with the model's combination.
 
     A checkpoint without numbers (on the meta device) says nothing of its combination.
+
+    Different arguments are accepted if the attributes are equal, besides parameters and buffers.
+    Then the arguments are only start values, and the checkpoint has the values that were learned.
 
     Raises
     ------
@@ -73,19 +97,14 @@ def check(state: object, combination: Combination) -> None:
     """
     if isinstance(state, Tensor) and not has_numbers(state):
         return
-    then, now = _read(state), _read(identity_tensor(combination))
-    same = ("name", "distribution") if then["name"] and now["name"] else ("class",)
-    if any(then[key] != now[key] for key in same):
+    then, now = _read(state), json.loads(json.dumps(identity(combination)))
+    if not _same_combination(then, now):
         raise CheckpointError(
             f"the checkpoint is of {_description(then)}, and this model has {_description(now)}"
             f"{_REMEDY}"
         )
-    if then["arguments"] != now["arguments"]:
-        raise CheckpointError(
-            f"the checkpoint is of {_description(then)}, and this model has other arguments:"
-            f" {_description(now)}{_REMEDY}"
-        )
-    if then["version"] != now["version"]:
+    _check_arguments(then, now)
+    if None not in (then["version"], now["version"]) and then["version"] != now["version"]:
         warnings.warn(
             f"the checkpoint is of {_description(then)}, and version {now['version']} is installed."
             " The predictions may differ.",
@@ -94,47 +113,69 @@ def check(state: object, combination: Combination) -> None:
         )
 
 
-def _held(combination: Combination) -> set[int]:
-    """Return the addresses of parameters and buffers. A checkpoint already has their values."""
-    tensors = (*combination.parameters(), *combination.buffers())
-    return {t.untyped_storage().data_ptr() for t in tensors if not is_sharded(t)}
+def _record(combination: Combination) -> PluginRecord | None:
+    """Return the plugin that a combination belongs to, or None if the registry cannot tell."""
+    # The registry knows the distribution. It is in a higher layer, so import it only here.
+    from mtenn_core._registry import registry
+
+    try:
+        return registry.record_of(unsharded_class(type(combination)))
+    except Exception:  # for example, a malformed setting or damaged metadata
+        return None
 
 
-def _plain(argument: Any, held: Container[int]) -> Any:
-    """Convert an argument to types of JSON. Equal arguments give equal results in all processes."""
-    if argument is None or isinstance(argument, str | int | float):
-        return argument if argument == argument else "nan"  # a NaN is not equal to itself
-    if isinstance(argument, Mapping):
-        return {str(key): _plain(value, held) for key, value in argument.items()}
-    if isinstance(argument, list | tuple):
-        return [_plain(value, held) for value in argument]
-    if isinstance(argument, set | frozenset):
-        return sorted(str(_plain(value, held)) for value in argument)
-    if isinstance(argument, Tensor):
-        return _tensor_as_text(argument, held)
-    if hasattr(argument, "__qualname__"):
-        return f"{argument.__module__}:{argument.__qualname__}"
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(argument))
+def _same_combination(then: dict[str, Any], now: dict[str, Any]) -> bool:
+    """Return whether two identities have the same class, apart from its arguments."""
+    distributions = {then["distribution"], now["distribution"]} - {None}
+    if then["class"] == now["class"]:
+        return len(distributions) < 2
+    # Another version of a plugin may have its class in another module.
+    return (
+        then["name"] == now["name"]
+        and then["distribution"] == now["distribution"] is not None
+        and then["version"] != now["version"]
+    )
 
 
-def _tensor_as_text(tensor: Tensor, held: Container[int]) -> str:
-    kind = f"{tensor.dtype}, shape {tuple(tensor.shape)}"
-    if tensor.layout is not torch.strided or tensor.untyped_storage().data_ptr() in held:
-        return kind
-    values = tensor.detach().cpu().contiguous()
-    if values.numel() <= 16:
-        return f"{kind}, {values.tolist()}"
-    data = ctypes.string_at(values.data_ptr(), values.nbytes)  # Tensor.numpy() needs numpy
-    return f"{kind}, SHA-256 {hashlib.sha256(data).hexdigest()}"
+def _check_arguments(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise a CheckpointError if the arguments differ in more than start values."""
+    equal = then["arguments"] == now["arguments"]
+    if equal and not (then["start_values"] or now["start_values"]):
+        return
+    ours, theirs = then["attributes"], now["attributes"]
+    differing = [
+        name
+        for name in sorted(ours.keys() | theirs.keys())
+        if (name in ours, ours.get(name)) != (name in theirs, theirs.get(name))
+    ]
+    if not differing:
+        return
+    found = f"this model has other arguments: {_description(now)}"
+    if equal:
+        found = f"this model has another value of the attribute {', '.join(map(repr, differing))}"
+    raise CheckpointError(f"the checkpoint is of {_description(then)}, and {found}{_REMEDY}")
+
+
+def _checksum(text: bytes) -> bytes:
+    return f"{zlib.crc32(text):08x}".encode()
 
 
 def _read(state: object) -> dict[str, Any]:
+    """Return the identity in a checkpoint. Its entries may have been rounded or averaged."""
     try:
-        then = json.loads(bytes(state.tolist()))  # type: ignore[attr-defined]
-        {key: then[key] for key in ("name", "distribution", "version", "class", "arguments")}
+        numbers = state.cpu().tolist()  # type: ignore[attr-defined]
+        text, _, checksum = bytes(map(round, numbers)).rstrip().rpartition(b"\n")
+        if checksum != _checksum(text):
+            raise ValueError("its checksum is wrong")
+        then: dict[str, Any] = json.loads(text)
+        missing = [field for field in _FIELDS if field not in then]
+        if missing:
+            raise ValueError(f"it has no {', '.join(missing)}")
     except Exception as error:
         raise CheckpointError(
-            f"the checkpoint's record of its combination cannot be read ({error}){_REMEDY}"
+            f"the checkpoint's record of its combination cannot be read ({error}). If you have"
+            " calculated with state dicts, for example averaged them, take this entry from one of"
+            f" them{_REMEDY}"
         ) from error
     return then
 
@@ -145,4 +186,6 @@ def _description(identity: dict[str, Any]) -> str:
     name = repr(identity["name"] or identity["class"])
     if identity["distribution"]:
         name += f" ({identity['distribution']} {identity['version']})"
+    elif identity["name"]:
+        name += f" (class {identity['class']})"
     return f"{name} with {arguments or 'no arguments'}"

@@ -166,6 +166,11 @@ def _is_sharding(module_class: type[torch.nn.Module]) -> bool:
     )
 
 
+def unsharded_class(module_class: type) -> type:
+    """Return the class that a module had before ``fully_shard`` replaced it by a subclass."""
+    return next(parent for parent in module_class.__mro__ if not _is_sharding(parent))
+
+
 def accelerators(tensors: Sequence[Tensor]) -> list[torch.device]:
     """Return the devices, without the CPU, on which a run may draw random numbers."""
     devices = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}

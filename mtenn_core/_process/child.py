@@ -23,6 +23,9 @@ MAX_MESSAGE_BYTES = 2**22
 MAX_SHOWN_LINES = 8
 POLL_INTERVAL = 0.05  # seconds
 TRACEBACK_TIMEOUT = 5.0  # seconds in which a process that hangs may print its traceback
+START_TIMEOUT = 60.0  # seconds in which the interpreter must start, without the import of torch
+
+_NO_INTERPRETER = "sys.executable must be a Python interpreter with mtenn-core; found {!r}"
 
 Send = Callable[[str, Any], None]
 
@@ -57,14 +60,21 @@ class Child:
     Attributes
     ----------
     seconds : time from the message ``"ready"`` to the end of the context
+    is_ready : True after the message ``"ready"``. If the child dies before, no plugin is the cause
+
+    Raises
+    ------
+    ChildDiedError : ``sys.executable`` cannot be started
     """
 
     def __init__(self, module: str, job: Any, *, time_limit: float, step_time_limit: float) -> None:
+        _check_interpreter()
         self.seconds = 0.0
         self._time_limit = time_limit
         self._step_time_limit = step_time_limit
         self._ready_time: float | None = None
-        self._last_message_time = time.monotonic()
+        self._has_started = False
+        self._start_time = self._last_message_time = time.monotonic()
         self._token = secrets.token_hex(8)
         self._messages, messages_end = os.pipe()
         self._output, output_end = os.pipe()
@@ -93,6 +103,10 @@ class Child:
         os.close(messages_end)
         os.close(output_end)
 
+    @property
+    def is_ready(self) -> bool:
+        return self._ready_time is not None
+
     def __enter__(self) -> Self:
         return self
 
@@ -119,6 +133,9 @@ class Child:
             has_output = self._read(0 if is_dead else POLL_INTERVAL)
             for kind, content in self._complete_messages():
                 self._last_message_time = time.monotonic()
+                if kind == "started":
+                    self._has_started = True
+                    continue
                 if kind == "ready":
                     self._ready_time = self._last_message_time
                 yield kind, content
@@ -153,9 +170,11 @@ class Child:
                 yield kind, content
 
     def _check_time(self) -> None:
-        if self._ready_time is None:  # the start of Python and torch has no time limit
-            return
         now = time.monotonic()
+        if not self._has_started and now - self._start_time > START_TIMEOUT:
+            raise self._death(f"it was silent for {START_TIMEOUT:g} s")
+        if self._ready_time is None:  # the import of torch has no time limit
+            return
         step, total = now - self._last_message_time, now - self._ready_time
         if step > self._step_time_limit:
             cause = f"did not end within {self._step_time_limit:g} s"
@@ -174,6 +193,8 @@ class Child:
 
     def _death(self, cause: str) -> ChildDiedError:
         seconds = time.monotonic() - self._last_message_time
+        if not self._has_started:
+            cause = f"{_NO_INTERPRETER.format(sys.executable)}; {cause}"
         self._kill()
         for _ in range(2**8):  # not forever, because a process outside the group may still print
             if not self._read(0):
@@ -202,9 +223,21 @@ def main() -> None:
         messages.write(f"\n{token}{json.dumps([kind, content], default=repr)}\n")
         messages.flush()
 
+    send("started", None)  # it shows that sys.executable is a Python interpreter
     importlib.import_module(module).main(job, send)
     send("done", None)
     os._exit(0)
+
+
+def _check_interpreter() -> None:
+    """Raise a ChildDiedError if ``sys.executable`` is certainly no Python interpreter."""
+    # A frozen application would start itself again.
+    if (
+        getattr(sys, "frozen", False)
+        or not sys.executable
+        or not os.access(sys.executable, os.X_OK)
+    ):
+        raise ChildDiedError(_NO_INTERPRETER.format(sys.executable), 0.0)
 
 
 def limit_memory(mebibytes: int) -> bool:

@@ -13,6 +13,8 @@ from typing import Any, NamedTuple
 
 import torch
 
+from mtenn_core._process.locks import Lock
+
 
 class _Setting(NamedTuple):
     get: Callable[[], Any]
@@ -86,7 +88,7 @@ NAMESPACES = {
     "torch.special": torch.special,
 }
 
-_lock = threading.Lock()
+_lock = Lock()
 # State of the overlapping `default_settings` blocks: the caller's values of settings that differ.
 _n_with_defaults = 0
 _replaced: dict[str, Any] = {}

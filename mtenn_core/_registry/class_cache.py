@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 import warnings
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
-from mtenn_core._process.locks import hold
+from mtenn_core._process.locks import Lock, hold
 from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord
 from mtenn_core.errors import PluginWarning
@@ -23,8 +22,8 @@ class ClassCache:
     """
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # never held while code of a plugin runs
-        self._loading: dict[PluginRecord, threading.RLock] = {}
+        self._lock = Lock()  # never held while code of a plugin runs
+        self._loading: dict[PluginRecord, Lock] = {}
         # The key contains the pins, because a class must be checked again after the pins changed.
         self._classes: dict[tuple[PluginRecord, Any], type[Combination]] = {}
 
@@ -33,7 +32,7 @@ class ClassCache:
         from mtenn_core._registry.load import load  # lazy, because a query does not need pluggy
 
         with self._lock:
-            loading = self._loading.setdefault(record, threading.RLock())
+            loading = self._loading.setdefault(record, Lock())
         with hold(loading):
             combination = self._classes.get((record, policy.pins))
             if combination is None:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Collection, Mapping, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from mtenn_core._process.locks import hold
+from mtenn_core._process.locks import Lock, hold
 from mtenn_core._registry.messages import describe_error, describe_value
 from mtenn_core._registry.record import PluginRecord
 from mtenn_core.errors import CombinationContractError, GradientValidationError, PluginSpecError
@@ -16,7 +15,7 @@ if TYPE_CHECKING:
     from mtenn_core.combination import Combination
 
 # All registries share this lock, because validation changes random states of the whole process.
-_lock = threading.RLock()
+_lock = Lock()
 
 
 class Gate:
@@ -24,7 +23,7 @@ class Gate:
 
     def __init__(self) -> None:
         self._passed: set[Any] = set()
-        self._passed_lock = threading.Lock()
+        self._passed_lock = Lock()
 
     def validate_class(self, record: PluginRecord, combination: type[Combination]) -> None:
         """Validate a class with each of its ``examples``.
@@ -143,7 +142,9 @@ def make_example(
     try:
         with torch.random.fork_rng(devices=[]):
             return combination(**arguments)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise PluginSpecError(
             f"{record}{record.where}: `examples` of {combination.__name__} must be valid arguments;"
             f" found {describe_value(arguments)}, with which the constructor raises"

@@ -27,7 +27,7 @@ class Scan:
     key : a value that changes when a distribution is installed or removed
     records : all plugins, including those of shadowed copies
     problems : problems with metadata, and with names that cannot be reached
-    stops_torch : metadata folders whose ``entry_points.txt`` makes ``import torch`` raise an error
+    stops_torch : metadata folders whose ``entry_points.txt`` makes ``import torch`` raise or hang
     """
 
     key: tuple[Any, ...]
@@ -155,13 +155,18 @@ def _torch_problems(stops_torch: list[Metadata], known: list[Problem]) -> list[P
     return [
         Problem(
             "malformed",
-            f"{copy}: each line of entry_points.txt must be 'name = value' in UTF-8; found another"
-            " line. import torch fails at it unless TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set. Repair"
-            f" or uninstall {copy.name}",
+            f"{copy}: {_rule(copy)}. import torch fails at it unless"
+            f" TORCH_DEVICE_BACKEND_AUTOLOAD=0 is set. Repair or uninstall {copy.name}",
         )
         for copy in stops_torch
         if not any(copy.path in message for message in malformed)
     ]
+
+
+def _rule(copy: Metadata) -> str:
+    if copy.is_endless:
+        return "entry_points.txt must be a regular file; found a pipe or a device"
+    return "each line of entry_points.txt must be 'name = value' in UTF-8; found another line"
 
 
 def _place_of(error: Exception) -> str:

@@ -93,7 +93,7 @@ def check_isolated(
 
     Raises
     ------
-    MtennError : the platform is not POSIX; or see
+    MtennError : the platform is not POSIX, or the child process does not start; or see
         :func:`~mtenn_core._registry.targets.make_combinations`
     ValueError : the level or the id of a check is unknown
     """
@@ -104,15 +104,32 @@ def check_isolated(
     results = _Results(target, level, seed, only, memory_limit, on_record)
     limits = {"time_limit": time_limit, "step_time_limit": time_limit / 2}
     while limits["time_limit"] > 0 and not results.are_complete:
-        with Child(__name__, results.job(), **limits) as child:
+        with _started(results.job(), limits) as child:
             try:
                 for kind, content in child.messages():
                     results.add_message(kind, content)
                     yield from results.pop_finished()
             except ChildDiedError as death:
+                if not child.is_ready:
+                    raise _start_error(death) from death
                 results.add_death(death)
         limits["time_limit"] -= child.seconds
     yield from results.pop_all()
+
+
+def _started(job: dict[str, Any], limits: dict[str, float]) -> Child:
+    try:
+        return Child(__name__, job, **limits)
+    except ChildDiedError as error:
+        raise _start_error(error) from error
+
+
+def _start_error(death: ChildDiedError) -> errors.MtennError:
+    """Return the error for a child that died before it imported a plugin."""
+    return errors.MtennError(
+        f"no check ran, because the child process does not start: {death}\nCheck without isolation,"
+        " or in another program"
+    )
 
 
 @dataclass
@@ -316,5 +333,7 @@ def _arguments_text(combination: Combination) -> str:
     """Return the constructor's arguments on one line, or "" if the class cannot show them."""
     try:
         return " ".join(combination.extra_repr().split())
-    except Exception:
+    except KeyboardInterrupt:
+        raise
+    except BaseException:
         return ""

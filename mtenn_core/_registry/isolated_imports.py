@@ -51,16 +51,14 @@ def _import_distribution(
     while remaining and n_deaths < MAX_DEATHS:
         job = [_to_json(record) for record in remaining]
         limits = {"time_limit": float("inf"), "step_time_limit": time_limit}
-        is_ready = False
         with Child(__name__, job, **limits) as child:
             try:
                 for kind, content in child.messages():
-                    is_ready |= kind == "ready"
                     if kind == "problems":
                         record = remaining.pop(0)
                         yield record, [Problem(kind, text, record) for kind, text in content]
             except ChildDiedError as death:
-                if not is_ready:
+                if not child.is_ready:
                     raise
                 n_deaths += 1
                 if remaining:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import importlib
 import re
-import threading
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
+from mtenn_core._process.locks import Lock
 from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.gate import Gate
 from mtenn_core._registry.installed import Scan, path_key, scan
@@ -54,7 +54,7 @@ class Registry:
         self.group = group
         self.policy = policy or Policy()
         # This lock guards the attributes below. It is never held while code of a plugin runs.
-        self._lock = threading.RLock()
+        self._lock = Lock()
         self._scan: Scan | None = None
         self._snapshot: Snapshot | None = None  # None after a change, until the next query
         self._fully_loaded: Snapshot | None = None  # the last one that a strict policy has loaded
@@ -126,11 +126,11 @@ class Registry:
         This does not import a plugin. If this registry has not loaded the class, it compares the
         module and the name of the class with all entry points.
         """
+        if loaded := self._classes.records(combination):
+            return loaded[0]
         target = f"{combination.__module__}:{combination.__qualname__}"
-        loaded = self._classes.records(combination)
         records = self._current(strict=False).available_records()
-        same_name = [r for r in records if r.target == target and r.plugin is None]
-        return next(iter(loaded + same_name), None)
+        return next((r for r in records if r.target == target and r.plugin is None), None)
 
     def problems(self) -> list[Problem]:
         """Return the problems with plugins and settings, without importing a plugin.
@@ -358,9 +358,9 @@ class Registry:
         self._gate.forget(self._classes.forget(record))
 
 
-def current_scan(registry: Registry) -> Scan:
-    """Return the scan that a registry's queries use. Scan the path if there is none."""
-    return registry._current(strict=False).scan
+def current_snapshot(registry: Registry) -> Snapshot:
+    """Return the snapshot that a registry's queries use, also if a strict policy refuses it."""
+    return registry._current(strict=False)
 
 
 def _record_to_register(name: str, combination: type[Combination]) -> PluginRecord:

@@ -4,26 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
+from mtenn_core._process.printable import error_text, printable, value_text
 from mtenn_core._registry.record import canonical
 
 MAX_LENGTH = 500
 
 
 def describe_error(error: BaseException) -> str:
-    """Return the type and the message of an error, also if ``str(error)`` raises."""
-    try:
-        text = str(error)
-    except Exception:
-        text = "(it cannot be printed)"
-    return f"{type(error).__name__}: {_truncate(text)}"
+    """Return the type and the truncated message of an error, also if ``str(error)`` raises."""
+    return _truncate(printable(error_text(error)))
 
 
 def describe_value(value: object) -> str:
     """Return the truncated ``repr`` of a value, or its type if ``repr`` raises."""
-    try:
-        return _truncate(repr(value))
-    except Exception:
-        return f"a {type(value).__name__} that cannot be printed"
+    return _truncate(printable(value_text(value)))
 
 
 def suggestion(name: str, candidates: Iterable[str]) -> str:

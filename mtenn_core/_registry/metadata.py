@@ -13,6 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from mtenn_core._registry.files import is_special, open_regular
 from mtenn_core._registry.record import PluginRecord, Problem, canonical
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class Metadata:
     name : canonical name of the distribution (PEP 503)
     is_egg : True for ``.egg-info`` and other formats that are not ``.dist-info``
     is_leftover : True if an interrupted pip left it behind
+    is_endless : True if ``entry_points.txt`` is a pipe or a device
     mentions_group : True if ``entry_points.txt`` contains the name of the group
     """
 
@@ -53,14 +55,19 @@ class Metadata:
         self.name = canonical(stem.partition("-")[0] if path else str(distribution.name))
         self._version = stem.partition("-")[2]
         self._entry_points = self._read("entry_points.txt")
+        self.is_endless = not self._entry_points and is_special(
+            os.path.join(self.path, "entry_points.txt")
+        )
         self.mentions_group = group in self._entry_points
         self.is_leftover = stem.startswith("~")  # pip gives a folder this name before it deletes it
 
     @property
     def stops_torch(self) -> bool:
-        """True if ``import torch`` raises when it reads the entry points of this distribution."""
-        return _NO_TEXT in self._entry_points or any(
-            "=" not in line for _, _, line in self._entry_point_lines()
+        """True if ``import torch`` raises or hangs when it reads these entry points."""
+        return (
+            self.is_endless
+            or _NO_TEXT in self._entry_points
+            or any("=" not in line for _, _, line in self._entry_point_lines())
         )
 
     @property
@@ -122,6 +129,10 @@ class Metadata:
         return self._read("METADATA") or self._read("PKG-INFO")
 
     def _egg_requirements(self) -> list[str]:
+        # These are the files that importlib_metadata reads.
+        files = ("METADATA", "PKG-INFO", "requires.txt", "")
+        if any(is_special(os.path.join(self.path, file)) for file in files):
+            return []
         try:
             return list(self._distribution.requires or ())
         except Exception:  # the parser raises several types of errors
@@ -160,8 +171,8 @@ class Metadata:
             return self._distribution.read_text(name) or ""
         path = os.path.join(self.path, name)
         try:
-            with open(path, encoding="utf-8-sig", errors="replace") as file:
-                return file.read()
+            with open_regular(path) as file:
+                return file.read().decode("utf-8-sig", errors="replace")
         except OSError:
             return ""
 

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 
+from mtenn_core._registry.files import open_regular
 from mtenn_core._registry.record import PluginRecord, canonical
 from mtenn_core.errors import PluginPinError
 
@@ -35,8 +36,8 @@ def pin(record: PluginRecord) -> str:
 
     Raises
     ------
-    PluginPinError : the distribution has no RECORD or no version, it is an editable install, or
-        its files differ from its RECORD
+    PluginPinError : the distribution has no RECORD or no version, it is an editable install or in
+        an archive, or its files differ from its RECORD
     """
     if record.version is None:
         raise PluginPinError(
@@ -150,10 +151,17 @@ def _rows(record: PluginRecord) -> Rows:
     _refuse_editable(record, Path(record.metadata or ""))
     file = Path(record.metadata or "", "RECORD")
     try:
-        rows = list(csv.reader(file.read_text(encoding="utf-8").splitlines()))
+        rows = list(csv.reader(_text(file).splitlines()))
     except (OSError, UnicodeDecodeError, csv.Error):
         rows = []
     kept = sorted((r[0], r[1]) for r in rows if len(r) > 1 and r[1] and not _varies(r[0]))
+    if not kept and (archive := _archive_of(Path(record.metadata or ""))):
+        raise PluginPinError(
+            f"{record} cannot be pinned: it is imported from inside of {archive}, whose files are"
+            f" not compared. Remove the archive from sys.path, and install it: pip install"
+            f" {archive}",
+            record=record,
+        )
     if not kept:
         raise PluginPinError(
             f"{record} cannot be pinned: {record.metadata} has no RECORD with hashes of the files."
@@ -179,7 +187,7 @@ def _digest(record: PluginRecord, rows: Rows) -> str:
 
 def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
     try:
-        origin = json.loads((metadata / "direct_url.json").read_text(encoding="utf-8"))
+        origin = json.loads(_text(metadata / "direct_url.json"))
         editable = origin["dir_info"]["editable"]
     except (OSError, ValueError, KeyError, TypeError):
         return
@@ -189,6 +197,16 @@ def _refuse_editable(record: PluginRecord, metadata: Path) -> None:
             " files may change. Install it from a wheel",
             record=record,
         )
+
+
+def _text(file: Path) -> str:
+    with open_regular(file) as opened:
+        return opened.read().decode()
+
+
+def _archive_of(path: Path) -> Path | None:
+    """Return the zip file or wheel that contains a path, or None."""
+    return next(filter(Path.is_file, path.parents), None)
 
 
 def _varies(path: str) -> bool:
@@ -206,7 +224,7 @@ def _hash_of(file: Path, algorithm: str) -> str | None:
     if algorithm not in ("sha256", "sha384", "sha512"):  # the specification requires one of them
         return None
     try:
-        with file.open("rb") as opened:
+        with open_regular(file) as opened:
             digest = hashlib.file_digest(opened, algorithm).digest()
     except (OSError, ValueError):
         return None

@@ -65,6 +65,10 @@ class Snapshot:
         """Return the plugins that can be looked up, sorted by name."""
         return list(itertools.chain(*self.available.values()))
 
+    def without_pins(self) -> Snapshot:
+        """Return the same plugins with a policy that has no pins."""
+        return replace(self, policy=replace(self.policy, pins=None))
+
     def names(self) -> list[str]:
         """Return the sorted names of the plugins that can be looked up."""
         return [records[0].name for records in self.available.values()]

@@ -13,6 +13,7 @@ from typing import Any
 
 from mtenn_core._registry import Registry
 from mtenn_core._registry.gate import class_examples, make_example
+from mtenn_core._registry.messages import describe_error, describe_value
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationContractError, CombinationNotFoundError, TargetError
 from mtenn_core.testing._examples import declared_examples
@@ -71,15 +72,17 @@ def _make_imported(target: Target) -> Iterator[tuple[str, Target, Combination]]:
 def _make(path: str, source: Callable[..., Any], arguments: Mapping[str, Any]) -> Combination:
     try:
         combination = source(**arguments)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise TargetError(
-            f"{path!r} cannot be called with {dict(arguments)}: {type(error).__name__}: {error}."
-            " Give arguments with --arg name=value"
+            f"{path!r} cannot be called with {describe_value(dict(arguments))}:"
+            f" {describe_error(error)}. Give arguments with --arg name=value"
         ) from error
     if not isinstance(combination, Combination):
         raise TargetError(
             f"{path!r} must be a subclass of mtenn_core.Combination, or a function that returns an"
-            f" instance; it returned {combination!r}"
+            f" instance; it returned {describe_value(combination)}"
         )
     return combination
 
@@ -91,10 +94,12 @@ def _import(path: str) -> Any:
     try:
         module = _import_file(Path(where)) if where.endswith(".py") else _import_module(where)
         return reduce(getattr, attribute.split("."), module)
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
         raise TargetError(
-            f"cannot load {path!r}: {type(error).__name__}: {error}. Expected a name that `mtenn"
-            " list` shows, package.module:Class, or folder/file.py:Class"
+            f"cannot load {path!r}: {describe_error(error)}. Expected a name that `mtenn list`"
+            " shows, package.module:Class, or folder/file.py:Class"
         ) from error
 
 

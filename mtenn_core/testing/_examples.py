@@ -11,6 +11,7 @@ from functools import partial
 from typing import Any
 
 from mtenn_core._engine.declarations import constructor_arguments
+from mtenn_core._process.printable import value_text
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationContractError
 
@@ -101,5 +102,5 @@ def _short_repr(value: Any) -> str:
 
     The text is one short line, and it is the same in every process.
     """
-    text = repr(value)
+    text = value_text(value)
     return text if re.fullmatch(r"(?!.* at 0x).{0,40}", text) else type(value).__name__

@@ -87,7 +87,9 @@ class BoundCheck:
                     seed=self.seed,
                     only=[id],
                 )
-        except Exception as error:  # an error outside of the checks; others are in the report
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # an error outside of the checks; others are in the report
             what, where = described(error).rsplit("\n", 1)
             if not isinstance(error, MtennError):
                 what += (

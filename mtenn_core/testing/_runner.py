@@ -16,6 +16,7 @@ import torch
 
 import mtenn_core
 from mtenn_core._engine.declarations import check_facts
+from mtenn_core._process.printable import error_text
 from mtenn_core._process.settings import preserved_process_state
 from mtenn_core._process.torch_modes import without_modes
 from mtenn_core.combination import Combination
@@ -163,7 +164,9 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
     except Outcome as outcome:
         status, reason = outcome.status, str(outcome)
         cause, metrics = outcome.cause, outcome.metrics
-    except (Exception, SystemExit) as error:
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # SystemExit, or a panic of an extension in Rust
         status, reason = "error", described(error)
     return Record(
         id=check.id,
@@ -188,7 +191,7 @@ def described(error: BaseException) -> str:
     libraries = tuple(os.path.join(module.__path__[0], "") for module in (torch, mtenn_core))
     theirs = [frame for frame in frames if not frame.filename.startswith(libraries)]
     where = (theirs or frames)[-1]
-    return f"{type(error).__name__}: {error}\nraised in {where.filename}:{where.lineno}"
+    return f"{error_text(error)}\nraised in {where.filename}:{where.lineno}"
 
 
 def _expected(record: Record, why: str | None) -> Record:
@@ -211,8 +214,10 @@ def shown(combination: Combination) -> str:
     """Return the ``repr`` of a combination, or a text with the error that ``repr`` raises."""
     try:
         return repr(combination)
-    except Exception as error:
-        return f"{type(combination).__name__}(its repr raises {type(error).__name__}: {error})"
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:
+        return f"{type(combination).__name__}(its repr raises {error_text(error)})"
 
 
 def _plain(fact: Any) -> Any:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from mtenn_core._engine.declarations import constructor_arguments
+from mtenn_core._process.printable import value_text
 from mtenn_core.combination import Combination
 
 
@@ -95,14 +96,16 @@ def root_and_module(file: Path) -> tuple[str, str]:
 def _value_text(value: Any) -> str:
     if isinstance(value, str) and parse_argument(f"x={value}")[1] == value:
         return value
-    return repr(value)
+    return value_text(value)
 
 
 def _has_text(value: Any) -> bool:
     """Return True if the command line can express ``value``."""
     try:
         return bool(parse_argument(f"x={_value_text(value)}")[1] == value)
-    except Exception:  # its repr or its comparison may raise
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # its repr or its comparison may raise
         return False
 
 

@@ -145,6 +145,179 @@ def test_list_prints_pins_that_the_registry_takes(places, monkeypatch, tmp_path)
     assert CliRunner().invoke(main, ["list", "--pins", "--json"]).exit_code == 2
 
 
+def test_a_strict_job_may_write_its_own_pins(places, monkeypatch, tmp_path):
+    pins = tmp_path / "pins.txt"
+    pins.touch()  # as the shell does in `mtenn list --pins > pins.txt`
+    monkeypatch.setenv("MTENN_PLUGINS", "demo-pin")
+    monkeypatch.setenv("MTENN_PINS", str(pins))
+    monkeypatch.setenv("MTENN_STRICT", "1")
+    write_distribution(places.site, "demo-pin", {"a": "demo_pin:Good"}, record=True)
+    registry.refresh()
+    result = CliRunner().invoke(main, ["list", "--pins"])
+    assert (result.exit_code, result.stderr) == (0, "")
+    pins.write_text(result.stdout)
+    assert CliRunner().invoke(main, ["list"]).exit_code == 0
+    assert registry.get("a").__name__ == "Good"
+
+    monkeypatch.setenv("MTENN_PLUGINS", "demo-pin nowhere")
+    pins.write_text("")
+    result = CliRunner().invoke(main, ["list", "--pins"])
+    assert result.exit_code == 1
+    assert result.stdout.startswith("demo-pin==1.0 RECORD=sha256:")
+    assert "error: MTENN_PLUGINS=demo-pin nowhere contains 'nowhere'" in result.stderr
+
+
+ENDS_THE_PROCESS = """
+    from mtenn_core import Combination
+
+    class Panic(BaseException):
+        def __str__(self):
+            raise SystemExit(0)
+
+    class Base(Combination):
+        def combine(self, predictions):
+            return predictions.mean()
+
+    class InRepr(Base):
+        def __repr__(self):
+            raise SystemExit(0)
+
+        def combine(self, predictions):
+            return predictions.mean().detach()
+
+    class InCombine(Base):
+        def combine(self, predictions):
+            raise Panic
+
+    class InInit(Base):
+        def __init__(self):
+            raise Panic
+
+    class Argument:
+        def __repr__(self):
+            raise Panic
+
+    class InArgument(Base):
+        examples = ({"argument": Argument()},)
+
+        def __init__(self, argument):
+            super().__init__()
+
+    class InFacts(Base):
+        @property
+        def domain(self):
+            raise SystemExit(0)
+"""
+
+
+@pytest.mark.parametrize("isolated", [(), *slow(("--isolated",), reason=INTERPRETERS)])
+def test_what_ends_a_process_is_a_result_and_the_others_are_checked(install_plugin, isolated):
+    names = ("InArgument", "InCombine", "InFacts", "InInit", "InRepr", "ok")
+    targets = {name.lower(): f"demo_rules:{name}" for name in names}
+    install_plugin("demo-rules", targets | {"ok": "demo_rules:Base"}, ENDS_THE_PROCESS)
+    registry.refresh()
+    qualified = [f"demo-rules:{name.lower()}" for name in names]
+    result = CliRunner().invoke(main, ["check", *qualified, "--json", "--only", "A2", *isolated])
+    assert result.exit_code == 1, result.output
+    passed = [report["passed"] for report in json.loads(result.stdout)]
+    assert passed == [True, False, False, False, False, True]
+    for text in ("SystemExit", "Panic: (it cannot be printed)", "its repr raises SystemExit: 0"):
+        assert text in result.stdout
+
+
+HOSTILE = """
+    import warnings
+    from mtenn_core import Combination, hookimpl
+
+    TEXT = "\\x1b]0;title\\x07 \\u202e \\x1b[2J"
+
+    class Loud(Combination):
+        def __init__(self, text=TEXT):
+            super().__init__()
+
+        def __repr__(self):
+            return f"Loud({TEXT})"
+
+        def combine(self, predictions):
+            raise ValueError(TEXT)
+
+    class Warns(Loud):
+        def __init__(self):
+            super().__init__()
+            warnings.warn(TEXT)
+
+        def combine(self, predictions):
+            return predictions.mean()
+
+    class Hook(Loud):
+        @classmethod
+        @hookimpl
+        def mtenn_combination(cls):
+            raise ValueError(TEXT)
+"""
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        "list --all",
+        "info other",
+        "doctor --no-import",
+        "check loud --only A1",
+        "check warns --only A1",
+        "check hook",
+        "check --all --only A1",
+        "check loud --only A1 --isolated",
+    ],
+)
+def test_nothing_from_a_plugin_controls_the_terminal(
+    install_plugin, monkeypatch, tmp_path, command
+):
+    names = {"loud": "demo_rules:Loud", "warns": "demo_rules:Warns", "hook": "demo_rules:Hook"}
+    install_plugin("demo-rules", names, HOSTILE)
+    monkeypatch.setenv("MTENN_PLUGINS", "demo-rules,bad\x1b[2J\u202e")
+    write_distribution(
+        tmp_path,
+        "demo-title",
+        {"title\x1b[2J\u202e": "demo_title:Good\x1b[2J", "other": "demo title\u202e"},
+        version="1.0\x1b[2J\u202e",
+        requires="mtenn-core>\x1b[2J\u202e",
+    )
+    registry.refresh()
+    result = CliRunner().invoke(main, command.split())
+    output = result.stdout + result.stderr
+    assert isinstance(result.exception, SystemExit | None)
+    assert "\x1b" not in output
+    assert "\u202e" not in output
+    assert "\\x1b[2J" in output
+
+
+@pytest.mark.parametrize("charset", ["ascii", "cp1252"])
+@pytest.mark.parametrize("command", ["info healthy", "check healthy --only A1", "list --all"])
+def test_a_terminal_without_unicode_gets_escape_sequences(
+    places, monkeypatch, tmp_path, charset, command
+):
+    module = """
+        from mtenn_core import Combination
+
+        class Good(Combination):
+            def __repr__(self):
+                return "Good(1 ± 2, Δ)"
+
+            def combine(self, predictions):
+                return predictions.mean()
+    """
+    write_distribution(
+        places.front, "demo-healthy", {"healthy": "demo_healthy:Good"}, module, version="1.0Δ"
+    )
+    registry.refresh()
+    result = CliRunner(charset=charset).invoke(main, command.split())
+    assert result.exit_code == 0, result.exception
+    assert "\\u0394" in result.stdout
+    if "check" in command:
+        assert ("\\xb1" in result.stdout) == (charset == "ascii")
+
+
 def test_list_shows_what_is_disabled_or_shadowed_if_asked(places, monkeypatch):
     write_distribution(places.front, "demo-healthy", {"other": "demo_healthy:Good"}, version="0.9")
     registry.refresh()

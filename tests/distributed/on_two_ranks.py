@@ -64,13 +64,15 @@ def case(**options: Collection[object]):
 class Learnable(Combination):
     """A soft minimum with a temperature that trains, and its derivative in closed form."""
 
-    def __init__(self, kT: float = 0.7) -> None:
+    def __init__(self, kT: float = 0.7, shift: float = 0.0) -> None:
         super().__init__()
+        self.shift = shift
         # fully_shard takes no parameter of shape ().
         self.kT = torch.nn.Parameter(torch.tensor([kT], dtype=torch.float64))
 
     def combine(self, predictions: Tensor) -> Tensor:
-        return -(self.kT * torch.logsumexp(-predictions / self.kT, dim=0)).squeeze()
+        minimum = -(self.kT * torch.logsumexp(-predictions / self.kT, dim=0)).squeeze()
+        return minimum + self.shift
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         return torch.softmax(-predictions / self.kT, dim=0)
@@ -263,6 +265,11 @@ def nested(model):
     for layer in model.pose_model:
         if any(True for _ in layer.parameters()):
             fully_shard(layer)
+    return fully_shard(model)
+
+
+def combination_and_root(model):
+    fully_shard(model.combination)
     return fully_shard(model)
 
 
@@ -649,8 +656,8 @@ def minimum():
     return Minimum()
 
 
-def other_temperature():
-    return Learnable(0.875)
+def shifted():
+    return Learnable(0.7, shift=1.0)
 
 
 def save(model) -> str:
@@ -666,11 +673,12 @@ def load(model, folder: str) -> None:
     set_model_state_dict(model, state)
 
 
-@case(wrap=[plain_ddp, root, nested])
+@case(wrap=[plain_ddp, root, nested, combination_and_root])
 def a_distributed_checkpoint_knows_its_combination(wrap):
+    """The start value of the learned temperature may differ."""
     model = wrap(MultiPoseModel(new_pose_model(), Learnable(0.7)))
-    assert get_model_state_dict(model)["_extra_state"].dtype == torch.uint8
-    other = MultiPoseModel(new_pose_model(), Learnable(0.7))
+    assert get_model_state_dict(model)["_extra_state"].dtype == torch.int32
+    other = MultiPoseModel(new_pose_model(), Learnable(0.875))
     for param in other.parameters():
         torch.nn.init.zeros_(param)
     other = wrap(other)
@@ -678,7 +686,7 @@ def a_distributed_checkpoint_knows_its_combination(wrap):
     check_same(parameters(other), parameters(model))
 
 
-@case(wrap=[plain_ddp, root, nested], other=[minimum, other_temperature])
+@case(wrap=[plain_ddp, root, nested], other=[minimum, shifted])
 def a_distributed_checkpoint_of_another_combination_is_refused(wrap, other):
     """Its name and arguments take other numbers of bytes."""
     folder = save(wrap(MultiPoseModel(new_pose_model(), Learnable(0.7))))
@@ -691,9 +699,9 @@ def a_whole_checkpoint_is_read_by_rank_0_alone(shard):
     model = shard(MultiPoseModel(new_pose_model(), Learnable(0.7)))
     whole_state = StateDictOptions(full_state_dict=True, cpu_offload=True)
     from_rank_0 = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True)
-    for kT, match in ((0.7, None), (0.875, "the checkpoint is of")):
+    for shift, match in ((0.0, None), (1.0, "the checkpoint is of")):
         state = get_model_state_dict(model, options=whole_state)
-        other = shard(MultiPoseModel(new_pose_model(), Learnable(kT)))
+        other = shard(MultiPoseModel(new_pose_model(), Learnable(0.875, shift)))
         read = partial(set_model_state_dict, other, state, options=from_rank_0)
         if match is None:
             read()

@@ -24,12 +24,14 @@ from tiers import slow
 from mtenn_core import Policy, Registry, registry
 from mtenn_core._process.settings import changed, process_state
 from mtenn_core._registry.isolated_imports import import_isolated
+from mtenn_core._registry.pins import pin
 from mtenn_core.errors import (
     CombinationConflictError,
     CombinationNotFoundError,
     GradientValidationError,
     PluginIncompatibleError,
     PluginLoadError,
+    PluginPinError,
     PluginSpecError,
     PluginWarning,
     RegistryError,
@@ -896,3 +898,52 @@ def test_a_plugin_that_was_repaired_loads(places):
         registry.get("bad")
     (places.site / "demo_bad.py").write_text(dedent(GOOD))
     assert registry.get("bad").__name__ == "Good"
+
+
+def pipe(path):
+    os.mkfifo(path)
+
+
+def endless_device(path):
+    path.symlink_to("/dev/zero")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("make", [pipe, endless_device])
+@pytest.mark.parametrize("name", ["entry_points.txt", "METADATA", "RECORD", "direct_url.json"])
+def test_a_pipe_or_a_device_in_the_place_of_a_file_does_not_hang_a_query(places, make, name):
+    entry_points = {"pinned": "demo_pin:Good"}
+    info = write_distribution(places.site, "demo-pin", entry_points, record=True)
+    (info / name).unlink(missing_ok=True)
+    make(info / name)
+    registry = Registry()
+    assert "healthy" in registry.names()
+    messages = [problem.message for problem in registry.problems()]
+    if name == "entry_points.txt":
+        assert any(
+            f"{info}: entry_points.txt must be a regular file; found a pipe" in message
+            for message in messages
+        )
+        assert "pinned" not in registry
+    if name == "METADATA":
+        assert any("contain no name or no version" in message for message in messages)
+    if name == "RECORD":
+        with pytest.raises(PluginPinError, match="has no RECORD with hashes"):
+            pin(registry.info("pinned"))
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+@pytest.mark.parametrize("file", ["/dev/zero", "demo_pipe"])
+def test_an_endless_file_in_a_record_has_changed(places, file):
+    info = write_distribution(places.site, "demo-pin", {"pinned": "demo_pin:Good"}, record=True)
+    os.mkfifo(places.site / "demo_pipe")
+    with (info / "RECORD").open("a") as record:
+        record.write(f"{file},sha256=abc,1\n")
+    with pytest.raises(PluginPinError, match=f"{file} has changed since it was installed"):
+        pin(Registry().info("pinned"))
+
+
+def test_an_egg_with_a_pipe_for_its_requirements_does_not_hang_a_query(places):
+    info = write_distribution(places.site, "demo-egg", {"egg": "demo_egg:Good"}, egg=True)
+    os.mkfifo(info / "requires.txt")
+    assert Registry().info("egg").requires == ()

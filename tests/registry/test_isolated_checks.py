@@ -8,6 +8,7 @@ import pytest
 from mtenn_core._process.child import Child, ChildDiedError
 from mtenn_core._registry import isolated_checks, registry
 from mtenn_core._registry.isolated_checks import check_isolated
+from mtenn_core._registry.isolated_imports import import_isolated
 from mtenn_core._registry.targets import make_combinations
 from mtenn_core.errors import CombinationNotFoundError, MtennError, TargetError
 from mtenn_core.testing import check_combination
@@ -63,6 +64,40 @@ def check(target, **options):
     """Return the one report of a target."""
     ((_, report),) = check_isolated(target, **{"memory_limit": MEMORY_LIMIT} | options)
     return report
+
+
+INTERPRETERS = {
+    "nothing": (None, "found None"),
+    "empty": ("", "found ''"),
+    "missing": ("/no/such/python", "found '/no/such/python'"),
+    "ends": ("exit 0", r"must be a Python interpreter .*; exited with 0 before it was done"),
+    "talks": ("echo usage: app; exit 2", r"; exited with 2 before it was done\n  usage: app"),
+    "waits": ("exec sleep 60", r"must be a Python interpreter .*; it was silent for 0.2 s"),
+}
+
+
+@pytest.mark.parametrize(("program", "message"), INTERPRETERS.values(), ids=INTERPRETERS)
+def test_a_program_that_is_no_python_is_not_blamed_on_the_plugin(
+    write, places, monkeypatch, tmp_path, program, message
+):
+    if program and not program.startswith("/"):
+        script = tmp_path / "app"
+        script.write_text(f"#!/bin/sh\n{program}\n")
+        script.chmod(0o755)
+        program = str(script)
+    monkeypatch.setattr("sys.executable", program)
+    monkeypatch.setattr("mtenn_core._process.child.START_TIMEOUT", 0.2)
+    with pytest.raises(MtennError, match=f"(?s)no check ran, .* does not start: .*{message}"):
+        check(write())
+    with pytest.raises(ChildDiedError, match=f"(?s){message}"):
+        list(import_isolated([registry.info("healthy")], 30.0))
+
+
+def test_a_frozen_application_does_not_start_itself_again(write, monkeypatch):
+    monkeypatch.setattr("sys.frozen", True, raising=False)
+    monkeypatch.setattr("subprocess.Popen", None)
+    with pytest.raises(MtennError, match=r"does not start: sys\.executable must be a Python"):
+        check(write())
 
 
 def is_running(pid: int) -> bool:

@@ -6,6 +6,7 @@ import json
 import sys
 import types
 import warnings
+import zipfile
 from pathlib import Path
 from textwrap import dedent
 
@@ -533,6 +534,20 @@ def test_an_editable_install_cannot_be_pinned(record, marked, pins):
     with pytest.raises(PluginPinError, match="cannot be pinned: it is an editable install from"):
         Registry().get("marked")
     assert not marked.exists()
+
+
+def test_a_wheel_on_the_path_cannot_be_pinned_and_must_be_installed(tmp_path, monkeypatch):
+    wheel = tmp_path / "demo_zip-1.0-py3-none-any.whl"
+    write_distribution(tmp_path / "demo", "demo-zip", {"zipped": "demo_zip:Good"}, record=True)
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for file in (tmp_path / "demo").rglob("*"):
+            archive.write(file, file.relative_to(tmp_path / "demo"))
+    monkeypatch.syspath_prepend(wheel)
+    record = Registry().info("zipped")
+    with pytest.raises(
+        PluginPinError, match=r"from inside of .*whl, .* it: pip install .*any\.whl$"
+    ):
+        pin(record)
 
 
 def test_a_distribution_without_record_cannot_be_pinned(places, pins):

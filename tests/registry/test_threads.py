@@ -1,5 +1,7 @@
 """Threads share a registry: nothing waits for ever, is imported twice, or is lost."""
 
+import os
+import signal
 import sys
 import threading
 import time
@@ -20,9 +22,11 @@ from mtenn_core import Combination, Registry
 from mtenn_core._process import locks
 from mtenn_core._registry import gate as gates
 from mtenn_core._registry import load as loading
+from mtenn_core._registry import lookup
 
 N_THREADS, N_NAMES = 16, 50
 SECONDS = 60.0
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 COUNTED = """
 import time
 from mtenn_core import Combination
@@ -289,3 +293,107 @@ def test_modules_that_the_fixture_removes_are_imported_again(places):
     assert Registry().get("healthy").__module__ == "demo_healthy"
     forget_modules_in(Path(places.site), before)
     assert "demo_healthy" not in sys.modules
+
+
+def passes_in_a_fork(action):
+    """Return whether an action ends in a forked process, and returns True there."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of fork, in a process with threads
+        pid = os.fork()
+    if pid == 0:
+        signal.alarm(20)  # ends this process if the action hangs
+        torch.set_num_threads(1)  # threads of OpenMP do not survive a fork
+        try:
+            os._exit(0 if action() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(pid, 0)[1] == 0
+
+
+@pytest.fixture
+def busy(monkeypatch):
+    """Run an action in another thread until a function that it calls has begun.
+
+    The call ends with the test.
+    """
+    begun, end = threading.Event(), threading.Event()
+    threads = []
+
+    def start(owner, name, action):
+        original = getattr(owner, name)
+
+        def waits(*args, **kwargs):
+            if threading.current_thread() in threads:
+                begun.set()
+                end.wait(SECONDS)
+            return original(*args, **kwargs)
+
+        monkeypatch.setattr(owner, name, waits)
+        threads.append(threading.Thread(target=action))
+        threads[0].start()
+        assert begun.wait(SECONDS)
+
+    yield start
+    end.set()
+    threads[0].join()
+
+
+def scans(registry):
+    return lookup, "scan", registry.names
+
+
+def gates_one(registry):
+    return mtenn_core.testing, "check_combination", lambda: registry.create("healthy")
+
+
+def imports_one(registry):
+    return loading, "_import", lambda: registry.get("healthy", validate=False)
+
+
+@forks
+@pytest.mark.parametrize("does", [scans, gates_one, imports_one])
+def test_a_process_forked_while_another_thread_is_busy_does_not_hang(
+    places, busy, monkeypatch, does
+):
+    monkeypatch.setattr(locks, "TIMEOUT", 0.05)  # the time for which the fork waits
+    registry = Registry()
+    busy(*does(registry))
+
+    def creates():
+        locks.TIMEOUT = SECONDS
+        return registry.create("healthy") is not None
+
+    assert passes_in_a_fork(creates)
+
+
+@forks
+def test_a_fork_waits_for_the_gate_which_restores_the_random_state(places, monkeypatch):
+    begun, check = threading.Event(), mtenn_core.testing.check_combination
+
+    def draws(*args, **kwargs):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(1)
+            begun.set()
+            time.sleep(0.2)  # in which this process forks
+        return check(*args, **kwargs)
+
+    monkeypatch.setattr(mtenn_core.testing, "check_combination", draws)
+    before = torch.get_rng_state()
+    with ThreadPoolExecutor(1) as pool:
+        gated = pool.submit(Registry().create, "healthy")
+        assert begun.wait(SECONDS)
+        assert passes_in_a_fork(lambda: torch.equal(torch.get_rng_state(), before))
+        gated.result()
+
+
+@forks
+def test_a_lock_of_the_forking_thread_stays_held_in_the_child():
+    lock = locks.Lock()
+
+    def is_held_once():
+        lock.release()
+        return not lock.is_mine
+
+    with lock:
+        assert passes_in_a_fork(is_held_once)
+        assert lock.is_mine

@@ -41,7 +41,9 @@ def curves(make: Callable[[], Subject]) -> dict[str, Any]:
             "steps": _steps(subject, points[-1]),
             "scan": _scan(subject, points[0]),
         }
-    except (Exception, SystemExit):  # the records contain the error
+    except KeyboardInterrupt:
+        raise
+    except BaseException:  # the records contain the error
         return {}
 
 

@@ -52,10 +52,11 @@ class BoltzmannCombination(Combination):
         if not (0 < kT < math.inf and 1 / kT < math.inf):
             raise ValueError(f"kT and 1/kT must be positive and finite; found kT = {kT}")
         self.learnable = learnable
-        self._kT = float(kT)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
             self.log_kT = torch.nn.Parameter(torch.tensor([math.log(kT)]))
+        else:
+            self._kT = float(kT)
 
     @property
     def kT(self) -> float | Tensor:
@@ -64,11 +65,10 @@ class BoltzmannCombination(Combination):
 
     def extra_repr(self) -> str:
         """Return the arguments with the current kT, for ``repr``."""
-        kT = self._kT
         # After fully_shard, one process alone cannot read the parameter. Show the initial value.
-        if self.learnable and not hasattr(self.log_kT, "device_mesh"):
-            kT = self.log_kT.exp().item()
-        return f"kT={kT:.6g}, learnable={self.learnable}"
+        if self.learnable and hasattr(self.log_kT, "device_mesh"):
+            return super().extra_repr()
+        return f"kT={float(self.kT):.6g}, learnable={self.learnable}"
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the population-weighted mean of the predictions, shape (), in their unit."""
