@@ -37,6 +37,7 @@ from mtenn_core._engine.mode import Collate, Mode, Options, check_has_combine
 from mtenn_core._engine.replay import Replay, Run
 from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
+from mtenn_core.combination import Combination
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 
 
@@ -46,7 +47,8 @@ class Recomputed(Mode):
     name = "recomputed"
 
     def check_options(self, options: Options) -> None:
-        check_has_combine(options)
+        if type(options.combination).combine is Combination.combine:  # a shortcut for each call
+            check_has_combine(options)
 
     def check_group(self, options: Options) -> None:
         """Accept all groups, because each process takes the gradients of its own poses."""

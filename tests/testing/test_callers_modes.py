@@ -213,9 +213,17 @@ def test_an_import_under_modes_leaves_ordinary_constants(tmp_path, monkeypatch):
     assert constant_on_import.ONE.device.type == "cpu"
 
 
+class Fixed(Temperature):
+    """Its argument is not only the start value of a parameter."""
+
+    def __init__(self, kT=0.593):
+        super().__init__(kT)
+        self.kT = kT
+
+
 @UNDER
 def test_a_checkpoint_is_compared_in_every_mode(mode):
-    right, wrong = (MultiPoseModel(torch.nn.Linear(2, 1), Temperature(kT)) for kT in (0.4, 0.6))
+    right, wrong = (MultiPoseModel(torch.nn.Linear(2, 1), Fixed(kT)) for kT in (0.4, 0.6))
     state = right.state_dict()
     with mode():
         right.set_extra_state(state["_extra_state"])
