@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import pytest
 import torch
@@ -13,6 +13,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mtenn_core import Combination, MultiPoseModel, Registry
+from mtenn_core._process.settings import default_settings, restoring_process_state
 from mtenn_core._process.torch_modes import uses_modes, without_modes
 from mtenn_core.errors import CheckpointError, GradientValidationError
 from mtenn_core.testing import check_combination
@@ -235,3 +236,26 @@ def test_a_checkpoint_is_compared_in_every_mode(mode):
 def test_a_checkpoint_without_numbers_is_not_compared():
     model = MultiPoseModel(torch.nn.Linear(2, 1), Temperature())
     model.set_extra_state(model.get_extra_state().to("meta"))
+
+
+@pytest.mark.parametrize("import_ends_first", [True, False])
+def test_an_import_at_the_same_time_is_not_blamed_for_the_defaults_of_a_check(import_ends_first):
+    """The blocks overlap, as in two threads."""
+    with default_dtype(torch.bfloat16):
+        check, imported = ExitStack(), ExitStack()
+        check.enter_context(default_settings())
+        changes = imported.enter_context(restoring_process_state())
+        for block in (imported, check) if import_ends_first else (check, imported):
+            block.close()
+        assert changes.settings == []
+        assert torch.get_default_dtype() == torch.bfloat16
+
+
+def test_an_import_during_a_check_may_not_change_the_default_dtype():
+    with default_dtype(torch.bfloat16):
+        with default_settings():
+            with restoring_process_state() as changes:
+                torch.set_default_dtype(torch.float64)
+            assert torch.get_default_dtype() == torch.float32
+        assert changes.settings == ["torch's default dtype"]
+        assert torch.get_default_dtype() == torch.bfloat16

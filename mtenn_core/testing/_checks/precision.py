@@ -47,7 +47,8 @@ def low_precision(subject: Subject) -> Metrics:
             poses = _in_domain(subject, subject.probes.poses(n, base, spread), dtype)
             # Rounding may make ties, and a value with kinks has several derivatives at a tie.
             if subject.combination.smooth or len(poses.predictions.unique()) == len(poses):
-                step = subject.probes.step(n_poses=len(poses))
+                shapes = None if subject.thorough else {"w": (3,), "scalar": ()}
+                step = subject.probes.step(shapes, len(poses))
                 worst = max(worst, _check_precision(subject, step, poses))
         if dtype == torch.float32 or not subject.combination.smooth:
             continue

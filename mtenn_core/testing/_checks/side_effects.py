@@ -61,7 +61,8 @@ def _check_poses_unchanged(subject: Subject, combination: Combination, dtype: to
 
 def _check_call(subject: Subject, combination: Combination, dtype: torch.dtype) -> None:
     """Check what a call of ``forward``, and backward, change."""
-    step = subject.probes.step(n_poses=5).to(dtype)  # fewer poses may be sorted by chance
+    shapes = None if subject.thorough else {"w1": (2,), "w2": (2, 3), "scalar": ()}
+    step = subject.probes.step(shapes, n_poses=5).to(dtype)  # fewer poses may be sorted by chance
     step.params["w2"].requires_grad_(False)
     step = replace(step, params=dict(list(step.params.items())[::-1]))
     given: dict[str, Any] = {
@@ -70,7 +71,7 @@ def _check_call(subject: Subject, combination: Combination, dtype: torch.dtype) 
         "param_names": list(step.params),
         "pose_inputs": step.poses.copied_inputs(),
     }
-    for name in ("w1", "scalar", "rows"):  # the other parameters have no .grad
+    for name in {"w1", "scalar", "rows"} & step.params.keys():  # the others have no .grad
         step.params[name].grad = torch.ones_like(step.params[name])
     torch.rand(())  # so that a call of manual_seed would change the random state
     before, state = _contents(combination, step, **given), process_state()
