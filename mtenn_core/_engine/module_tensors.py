@@ -5,7 +5,7 @@ from __future__ import annotations
 import operator
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import NamedTuple
 from weakref import WeakKeyDictionary
 
@@ -114,12 +114,13 @@ class Leaves:
             for name, param in self.params.items()
         }
 
+    def in_place(self) -> AbstractContextManager[None]:
+        """Return a context with the leaves in the module. At the end, the parameters are back."""
+        same = all(map(operator.is_, self.params.values(), self.leaves.values()))
+        return nullcontext() if same else self._holding_leaves()
+
     @contextmanager
-    def in_place(self) -> Iterator[None]:
-        """Put the leaves into the module. At the end, put the parameters back."""
-        if all(map(operator.is_, self.params.values(), self.leaves.values())):
-            yield
-            return
+    def _holding_leaves(self) -> Iterator[None]:
         alias_of = {id(param): self.leaves[name] for name, param in self.params.items()}
         now = self._places.now()
         with self._places.holding(

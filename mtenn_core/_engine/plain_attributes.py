@@ -88,6 +88,41 @@ class PlainAttributes:
         self._noted = []
 
 
+class KeptTensors:
+    """Tells whether a module keeps a tensor with its graph, in plain attributes or buffers.
+
+    Parameters
+    ----------
+    modules : the module and its children, each once
+
+    Attributes
+    ----------
+    found : True if a tensor has been found
+    owned, suspects, lengths : the attributes of all modules, those that are not only numbers, and
+        the number of attributes. If there are no suspects and the lengths have not changed, another
+        search finds nothing.
+    """
+
+    def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
+        self.found = False
+        self.owned = [held for m in modules for held in (m.__dict__, m._buffers)]
+        self.suspects: list[Attributes] = []
+        self.lengths: list[int] = []
+
+    def search(self) -> None:
+        """Look for a tensor with a graph."""
+        lengths = list(map(len, self.owned))
+        if lengths != self.lengths:
+            self.lengths = lengths
+            values = [(held, _without_torch(held).values()) for held in self.owned]
+            self.suspects = [held for held, of in values if not _SIMPLE.issuperset(map(type, of))]
+        self.found = any(
+            tensor.grad_fn is not None
+            for held in self.suspects
+            for tensor in _tensors(_without_torch(held).values())
+        )
+
+
 @contextmanager
 def attributes_kept(owned: Iterable[Attributes]) -> Iterator[None]:
     """Undo, at the end of a block, what it has changed in attributes.

@@ -40,6 +40,7 @@ from mtenn_core._engine.gradient_buffers import (
 from mtenn_core._engine.known_gradients import attach
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.module_tensors import Leaves, lock_of, sharded_part
+from mtenn_core._engine.plain_attributes import KeptTensors
 from mtenn_core._engine.precision import no_autocast
 from mtenn_core._engine.shared_part import NO_GATE, NOTHING, Gate, Replaced, replaced, with_outputs
 from mtenn_core.combination import Combination
@@ -183,11 +184,13 @@ class StoredGradients:
             )
         own = Leaves(pose_model)
         lock = lock_of(pose_model)
+        in_place = own.in_place()
+        kept = KeptTensors(pose_model.modules())
         self._spare = spare_memory(pose_model)
         params = own.params | shared.tensors
         self._buffers = allocate(params, len(runs), self._spare)
-        with own.in_place():
-            self._inner = _InnerGradients(own.leaves, shared.replacements, gate, lock)
+        with in_place:
+            self._inner = _InnerGradients(own.leaves, shared.replacements, gate, kept, lock)
             self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
         used = self._inner.used
         self.params = {name: param for name, param in params.items() if name in used}
@@ -241,6 +244,7 @@ class _InnerGradients:
     leaves : the parameters by name; all are leaves of autograd's graphs
     shared : the tensors from the shared part by name, behind the gate
     gate : is closed while a gradient is taken
+    kept : tells whether the pose model keeps a part of its graph
     lock : hold it while hooks are muted
 
     Attributes
@@ -250,13 +254,19 @@ class _InnerGradients:
     """
 
     def __init__(
-        self, leaves: Params, shared: Params, gate: Gate, lock: AbstractContextManager[object]
+        self,
+        leaves: Params,
+        shared: Params,
+        gate: Gate,
+        kept: KeptTensors,
+        lock: AbstractContextManager[object],
     ) -> None:
         self.inputs = {**leaves, **shared}
         self.used: set[str] = set()
         self._leaves = list(leaves.values())
         self._ends = {get_gradient_edge(tensor).node for tensor in shared.values()}
         self._gate = gate
+        self._kept = kept
         self._lock = lock
         self._own = {id(leaf) for leaf in leaves.values()}
         # Nodes of leaves in the graphs of earlier poses, and the version of each leaf. This dict
@@ -271,12 +281,16 @@ class _InnerGradients:
         if not prediction.requires_grad:
             return {}, 1.0
         node_classes = self._check_nodes(prediction, pose)
-        # If anything else keeps a part of the graph (a penalty, a receptor that all poses share),
-        # it must stay whole. A compiled module refuses to keep its graph.
-        retain_graph = not any(map(is_compiled, node_classes))
+        kept = self._kept
+        if not kept.found and (kept.suspects or list(map(len, kept.owned)) != kept.lengths):
+            kept.search()
+        # If the pose model keeps a part of the graph (a penalty, a receptor that all poses share),
+        # it must stay whole. Otherwise, memory shrinks during the backward.
+        retains = kept.found or bool(self._ends)
+        compiled = any(map(is_compiled, node_classes))
         self._gate.closed = True
         try:
-            gradients, scale = self._scaled(prediction, retain_graph)
+            gradients, scale = self._scaled(prediction, retains, compiled)
         except RuntimeError as error:
             if "backward through the graph a second time" not in str(error):
                 raise
@@ -339,9 +353,15 @@ class _InnerGradients:
         return muted_hooks(hooked, self._lock) if hooked else nullcontext()
 
     def _scaled(
-        self, prediction: Tensor, retain_graph: bool
+        self, prediction: Tensor, retains: bool, compiled: bool
     ) -> tuple[Sequence[Tensor | None], float]:
-        """Return scale · ∂ŷ/∂θ for each parameter θ (None if it does not affect ŷ), and scale."""
+        """Return scale · ∂ŷ/∂θ for each parameter θ (None if it does not affect ŷ), and scale.
+
+        Parameters
+        ----------
+        retains : True if the graph must stay whole
+        compiled : True if a part of the graph belongs to a compiled module, which cannot stay whole
+        """
         if self._scale is None:
             self._scale = FLOAT16_SCALE if computes_in(torch.float16, prediction) else 1.0
             device_type = prediction.device.type
@@ -356,11 +376,11 @@ class _InnerGradients:
                     prediction * scale if scale > 1 else prediction,
                     inputs,
                     allow_unused=True,
-                    retain_graph=retain_graph,
+                    retain_graph=(retains or scale > 1) and not compiled,  # or for a smaller scale
                 )
             if scale == 1 or all(g.isfinite().all() for g in gradients if g is not None):
                 return gradients, scale
-            if not retain_graph:
+            if compiled:
                 raise GradientError(_OVERFLOW)
             scale /= 16
         return [], 1.0

@@ -408,8 +408,24 @@ KEPT = {
 
 
 @in_each_mode(
-    table(KEPT, recomputed=RIGHT_OR_ERROR, step=forgetting),
-    table({"parametrize.cached": Parametrized}, recomputed=RIGHT_OR_ERROR, step=cached),
+    table(
+        {name: make for name, make in KEPT.items() if name != "functools.cache"},
+        recomputed=RIGHT_OR_ERROR,
+        step=forgetting,
+    ),
+    # Only attributes and buffers of modules are searched for parts that are kept.
+    table(
+        {"functools.cache": KeptByACache},
+        stored=RIGHT_OR_ERROR,
+        recomputed=RIGHT_OR_ERROR,
+        step=forgetting,
+    ),
+    table(
+        {"parametrize.cached": Parametrized},
+        stored=RIGHT_OR_ERROR,
+        recomputed=RIGHT_OR_ERROR,
+        step=cached,
+    ),
 )
 def test_a_part_may_be_computed_once_for_all_poses(case, gradients, scale):
     case.check(gradients, scale)
