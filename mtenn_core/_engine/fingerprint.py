@@ -17,12 +17,12 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import base_of
-from mtenn_core._engine.precision import at_least_float32, no_autocast
+from mtenn_core._engine.precision import no_autocast
 
 # A checksum multiplies a tensor's numbers by fixed factors of both signs. The factors repeat after
 # this many numbers, so that they need little memory; another factor belongs to each repetition.
 _REPEAT = 1024
-# Stand for NaN, infinity and minus infinity, which would hide all other numbers.
+# These numbers replace NaN, infinity and minus infinity, which would hide all other numbers.
 _NOT_FINITE = 0.1, 0.2, 0.3
 
 # The checksum of a tensor, or the place of a parameter or of its view.
@@ -91,13 +91,17 @@ def _checksum(tensor: Tensor) -> Tensor:
         tensor = tensor[..., 0]  # fused attention on a GPU pads the last dimension
     flat = tensor.reshape(-1)
     if not flat.is_floating_point():
-        return _weighted(flat.to(torch.float64))
-    flat = flat.to(at_least_float32(flat.dtype))
+        exact = torch.float32 if flat.device.type == "mps" else torch.float64  # MPS has no float64
+        return _weighted(flat.to(exact))
+    # torch does not promote float8.
+    flat = flat.to(torch.float32 if flat.dtype.itemsize < 4 else flat.dtype)
     checksum = _weighted(flat)
     # An accelerator would have to wait for the checksum.
     if checksum.is_cpu and checksum.isfinite():
         return checksum
-    return _weighted(flat.nan_to_num(*_NOT_FINITE))
+    # The sum of the largest numbers would overflow, and inf - inf is NaN in both runs.
+    limit = torch.finfo(flat.dtype).max ** 0.75
+    return _weighted(flat.nan_to_num(*_NOT_FINITE).clamp(-limit, limit))
 
 
 def _weighted(numbers: Tensor) -> Tensor:
@@ -187,6 +191,7 @@ def _agree(first: Mark, second: Mark, tensor: Tensor, eps: float) -> bool:
     # input changes most of them.
     in_half = eps > torch.finfo(torch.float32).eps
     room = eps / 8 if in_half else _room(eps, tensor)
-    numbers = tensor.detach().to(torch.promote_types(tensor.dtype, first.dtype))
+    is_wide = tensor.is_complex() or tensor.dtype.itemsize >= 4
+    numbers = tensor.detach().to(tensor.dtype if is_wide else first.dtype)
     size = torch.linalg.vector_norm(numbers.nan_to_num(*_NOT_FINITE))
     return bool((first - second).abs() <= room * size)

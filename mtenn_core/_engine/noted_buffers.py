@@ -6,6 +6,8 @@ from collections.abc import Hashable, Sequence
 from contextlib import AbstractContextManager
 from typing import NamedTuple
 
+from torch import Tensor
+
 from mtenn_core._engine.autograd_nodes import versions_of
 from mtenn_core._engine.module_tensors import Place, Places, copied
 
@@ -68,7 +70,9 @@ class NotedBuffers:
         # Each chunk calls this three times, so it makes no Place for each buffer.
         dicts = [held for held in self._places.dicts if held]
         tensors = [tensor for held in dicts for tensor in held.values()]
-        names = [(id(held), *held) for held in dicts]
+        if any(map(_hides_changes, dicts)):
+            return object()  # equal to no other key
+        names = [(id(held), *held.keys()) for held in dicts]
         return names, list(map(id, tensors)), versions_of(tensors)
 
 
@@ -78,5 +82,14 @@ def _state(place: Place) -> Hashable:
         return state
     # torch's batch norm (2.13) does not count its changes of running statistics as changes of a
     # tensor. Only the counter of the module shows them.
-    counter = place.held.get("num_batches_tracked")
+    counter = dict(place.held.items()).get("num_batches_tracked")
+    if counter is None:
+        return object()
     return *state, id(counter), *versions_of([counter])
+
+
+def _hides_changes(held: dict[str, Tensor | None]) -> bool:
+    """Return whether a module has running statistics, but no counter that shows their changes."""
+    if not any(name in held.keys() for name in _UNCOUNTED):  # noqa: SIM118 (a ScriptModule's dict)
+        return False
+    return dict(held.items()).get("num_batches_tracked") is None

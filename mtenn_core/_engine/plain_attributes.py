@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -28,7 +28,8 @@ _CONTAINERS = (list, dict, set, deque, tuple)
 # entries.
 _LONG = 1000
 
-_SIMPLE = {int, float, bool, str, type(None)}
+# Values of these types hold no tensor.
+SIMPLE = {int, float, bool, str, type(None)}
 
 
 class PlainAttributes:
@@ -43,7 +44,8 @@ class PlainAttributes:
         self._owned = [owner.__dict__ for owner in owners]
         self._noted = _notes(self._owned)
         self._moving: dict[int, Attributes] = {}
-        self._edited: list[Tensor] = []
+        # Weak, because a tensor may have a graph, and the graph refers to this object.
+        self._edited: list[weakref.ref[Tensor]] = []
 
     @contextmanager
     def kept(self, *, all_of_them: bool = False) -> Iterator[None]:
@@ -57,17 +59,15 @@ class PlainAttributes:
         self._compare_with_noted()
         owned = self._owned if all_of_them else list(self._moving.values())
         notes = _notes(owned, with_all=True)
-        copies = [(tensor, tensor.detach().clone()) for tensor in self._edited]
+        edited = [tensor for ref in self._edited if (tensor := ref()) is not None]
         try:
-            yield
+            with _numbers_kept(edited):
+                yield
         finally:
             for note in notes:
                 if note.has_changed():
                     self._moving[id(note.attributes)] = note.attributes
                     note.restore()
-            for tensor, copy in copies:
-                # With .data, torch does not count a change. A graph may have saved the tensor.
-                tensor.data.copy_(copy)
 
     def move(self) -> bool:
         """Return whether forward or a block has changed any attribute. Most pose models do not."""
@@ -84,7 +84,7 @@ class PlainAttributes:
         for note in self._noted:
             if note.has_changed():
                 self._moving[id(note.attributes)] = note.attributes
-                self._edited += note.edited()
+                self._edited += map(weakref.ref, note.edited())
         self._noted = []
 
 
@@ -98,29 +98,22 @@ class KeptTensors:
     Attributes
     ----------
     found : True if a tensor has been found
-    owned, suspects, lengths : the attributes of all modules, those that are not only numbers, and
-        the number of attributes. If there are no suspects and the lengths have not changed, another
-        search finds nothing.
+    owned, lengths : the attributes of all modules, and the number of attributes of each
+    places : those attributes that are not torch's, as pairs of a dict and a name
     """
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         self.found = False
         self.owned = [held for m in modules for held in (m.__dict__, m._buffers)]
-        self.suspects: list[Attributes] = []
         self.lengths: list[int] = []
+        self.places: list[tuple[Attributes, str]] = []
 
     def search(self) -> None:
         """Look for a tensor with a graph."""
-        lengths = list(map(len, self.owned))
-        if lengths != self.lengths:
-            self.lengths = lengths
-            values = [(held, _without_torch(held).values()) for held in self.owned]
-            self.suspects = [held for held, of in values if not _SIMPLE.issuperset(map(type, of))]
-        self.found = any(
-            tensor.grad_fn is not None
-            for held in self.suspects
-            for tensor in _tensors(_without_torch(held).values())
-        )
+        self.lengths = list(map(len, self.owned))
+        self.places = [(held, name) for held in self.owned for name in _without_torch(held)]
+        values = [held[name] for held, name in self.places]
+        self.found = any(tensor.grad_fn is not None for tensor in _tensors(values))
 
 
 @contextmanager
@@ -132,16 +125,26 @@ def attributes_kept(owned: Iterable[Attributes]) -> Iterator[None]:
     owned : ``vars()`` of modules and parameters
     """
     notes = _notes(owned, with_all=True)
-    copies = [(tensor, tensor.detach().clone()) for note in notes for tensor in note.tensors()]
+    try:
+        with _numbers_kept([tensor for note in notes for tensor in note.tensors()]):
+            yield
+    finally:
+        for note in notes:
+            note.restore()
+
+
+@contextmanager
+def _numbers_kept(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Put the numbers of tensors back at the end of a block."""
+    # An expanded tensor is a view. Its base has the numbers.
+    own = [tensor for tensor in tensors if 0 not in tensor.stride()]
+    copies = [tensor.detach().clone() for tensor in own]
     try:
         yield
     finally:
-        edited = {id(tensor) for note in notes for tensor in note.edited()}
-        for note in notes:
-            note.restore()
-        for tensor, copy in copies:
-            if id(tensor) in edited:
-                tensor.data.copy_(copy)
+        for tensor, copy in zip(own, copies, strict=True):
+            # With .data, torch does not count a change. A graph may have saved the tensor.
+            tensor.data.copy_(copy)
 
 
 def _notes(owned: Iterable[Attributes], *, with_all: bool = False) -> list[_Note]:
@@ -162,7 +165,7 @@ class _Note:
         self._values = values = _without_torch(attributes)
         self._entries: list[tuple[Any, int, list[Any] | None]] = []
         self._versions: dict[int, int] = {}
-        self._is_simple = _SIMPLE.issuperset(map(type, values.values()))
+        self._is_simple = SIMPLE.issuperset(map(type, values.values()))
         if self._is_simple:  # as in most modules
             return
         containers = _containers(values.values())

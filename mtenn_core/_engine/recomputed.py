@@ -149,7 +149,8 @@ class RecomputedGraphs:
 
     def __init__(self, pose_model: torch.nn.Module, call: Call, collate: Collate | None) -> None:
         self._replay = Replay(pose_model, call.poses, call.shared_outputs or ())
-        conditions = self._replay.conditions(), collate
+        conditions = self._replay.conditions(), id(collate)  # it may refer to the pose model
+        # A shortcut: most calls have no shared part.
         self._shared = () if call.shared_outputs is None else nodes_of_outputs(call)
         self.lock = self._replay.lock
         # The graphs of chunks refer to this object. Only the graph of the predictions owns these

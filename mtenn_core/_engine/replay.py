@@ -50,7 +50,7 @@ class Run:
     random_states : the random states before the run; empty if no run drew a random number
     buffers : the buffers before the run
     buffers_change : True if the run changes the buffers
-    fingerprint : the result, and samples of the saved tensors; None until the end of the run
+    fingerprint : the result, and checksums of the saved tensors; None until the end of the run
     """
 
     random_states: Sequence[Tensor]

@@ -40,7 +40,7 @@ from mtenn_core._engine.gradient_buffers import (
 from mtenn_core._engine.known_gradients import attach
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.module_tensors import Leaves, lock_of, sharded_part
-from mtenn_core._engine.plain_attributes import KeptTensors
+from mtenn_core._engine.plain_attributes import SIMPLE, KeptTensors
 from mtenn_core._engine.precision import no_autocast
 from mtenn_core._engine.shared_part import NO_GATE, NOTHING, Gate, Replaced, replaced, with_outputs
 from mtenn_core.combination import Combination
@@ -281,12 +281,10 @@ class _InnerGradients:
         if not prediction.requires_grad:
             return {}, 1.0
         node_classes = self._check_nodes(prediction, pose)
-        kept = self._kept
-        if not kept.found and (kept.suspects or list(map(len, kept.owned)) != kept.lengths):
-            kept.search()
+        self._search_for_kept_tensors()
         # If the pose model keeps a part of the graph (a penalty, a receptor that all poses share),
         # it must stay whole. Otherwise, memory shrinks during the backward.
-        retains = kept.found or bool(self._ends)
+        retains = self._kept.found or bool(self._ends)
         compiled = any(map(is_compiled, node_classes))
         self._gate.closed = True
         try:
@@ -301,6 +299,15 @@ class _InnerGradients:
         found = {name: gradient for name, gradient in named if gradient is not None}
         self.used.update(found)
         return found, scale
+
+    def _search_for_kept_tensors(self) -> None:
+        """Find out whether the pose model keeps a tensor of this pose or of an earlier one."""
+        kept = self._kept
+        # Most modules have only numbers, before and after a run. So each pose needs only this test.
+        types = {type(held.get(name)) for held, name in kept.places}
+        is_known = list(map(len, kept.owned)) == kept.lengths and types <= SIMPLE
+        if not kept.found and not is_known:
+            kept.search()
 
     def _check_nodes(self, prediction: Tensor, pose: int) -> set[type]:
         """Return the classes of a graph's nodes. Raise an error if a gradient would be lost."""

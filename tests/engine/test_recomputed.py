@@ -1114,3 +1114,69 @@ def test_torch_func_inside_a_pose_model_is_refused_and_right_elsewhere(pose_mode
         for g in ("graph", "stored")
     ]
     assert_same(*found)
+
+
+class KeepsAPenalty(torch.nn.Module):
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, pose):
+        hidden = self.inner[0](pose)
+        self.penalty = hidden.square().sum()
+        return self.inner[2](self.inner[1](hidden))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_a_kept_tensor_that_no_loss_uses_keeps_no_earlier_graph(pose_model, poses, gradients):
+    model = MultiPoseModel(KeepsAPenalty(pose_model), ClosedForm(), gradients=gradients)
+    for _ in range(4):
+        model(poses)
+        model.pose_model.penalty, kept = None, weakref.ref(model.pose_model.penalty)
+        gc.collect()
+        assert kept() is None
+
+
+def test_a_collate_that_refers_to_the_pose_model_does_not_keep_it():
+    class Collating(torch.nn.Linear):
+        def collate(self, poses):
+            return torch.stack(poses)
+
+    pose_model = Collating(4, 1)
+    model = recomputed(pose_model, collate=pose_model.collate)
+    model(list(torch.randn(3, 4))).prediction.backward()
+    reference = weakref.ref(pose_model)
+    del pose_model, model
+    gc.collect()
+    assert reference() is None
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_a_scripted_model_with_buffers_runs_again(poses):
+    net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
+    scripted = torch.jit.trace(net.double().eval(), poses)
+    for _ in range(4):  # TorchScript optimizes itself in its first runs
+        scripted(poses).sum().backward()
+    assert_like_graph(scripted, poses, collate=torch.stack, chunk_size=7)
+
+
+@pytest.mark.parametrize("gradients", ["stored", "recomputed"])
+def test_the_penalty_of_a_later_pose_is_right(pose_model, poses, gradients):
+    class Later(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner, self.penalty = copy.deepcopy(pose_model), 0.0
+
+        def forward(self, pose):
+            hidden = self.inner[0](pose)
+            if pose[0] == poses[2, 0]:
+                self.penalty = self.penalty + hidden.square().sum()
+            return self.inner[2](self.inner[1](hidden))
+
+    found = []
+    for mode in ("graph", gradients):
+        later = Later()
+        out = MultiPoseModel(later, ClosedForm(), gradients=mode)(poses)
+        (out.prediction + later.penalty).backward()
+        found.append({name: p.grad for name, p in later.named_parameters()})
+    assert_same(*found)

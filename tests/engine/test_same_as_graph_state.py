@@ -645,3 +645,65 @@ BUFFERS = {
 @in_each_mode(table(BUFFERS))
 def test_a_buffer_may_come_and_go(case, gradients, scale):
     case.check(gradients, scale)
+
+
+# --- rare kinds of tensors ------------------------------------------------------------------------
+
+
+class ExpandedAttribute(Hidden):
+    def forward(self, pose):
+        self.mask = pose.detach().mean().expand(4)
+        return super().forward(pose)
+
+
+class MaskedByTheSmallestNumber(Hidden):
+    """The sum of the numbers that it saves overflows."""
+
+    def forward(self, pose):
+        smallest = torch.finfo(pose.dtype).min
+        scores = self.hidden(pose).masked_fill(torch.arange(6) % 2 == 0, smallest)
+        return torch.logsumexp(scores, 0) + self.readout(torch.tanh(scores))
+
+
+class OwnBatchNorm(Hidden):
+    """Its running statistics have no counter."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("running_mean", torch.zeros(1))
+        self.register_buffer("running_var", torch.ones(1))
+
+    def forward(self, pose):
+        column = pose[:, None]
+        normal = nn.functional.batch_norm(
+            column, self.running_mean, self.running_var, training=True
+        )
+        return super().forward(normal[:, 0])
+
+
+class Float8(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        ctx.save_for_backward(x.to(torch.float8_e4m3fn))
+        return 2 * x
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (saved,) = ctx.saved_tensors
+        return 2 * grad_output + 0 * saved.to(grad_output.dtype)
+
+
+class SavesFloat8(Hidden):
+    def forward(self, pose):
+        return super().forward(Float8.apply(self.hidden.weight.sum() * pose))
+
+
+RARE = {
+    made.__name__: made
+    for made in (ExpandedAttribute, MaskedByTheSmallestNumber, OwnBatchNorm, SavesFloat8)
+}
+
+
+@in_each_mode(table(RARE))
+def test_rare_tensors_are_as_in_graph(case, gradients, scale):
+    case.check(gradients, scale)
