@@ -88,7 +88,7 @@ def _checksum(tensor: Tensor) -> Tensor:
     own = [(n, step) for n, step in zip(tensor.shape, tensor.stride(), strict=True) if step]
     tensor = tensor.as_strided([n for n, _ in own], [step for _, step in own])
     if tensor.dim() > 2 and not tensor.is_cpu:
-        tensor = tensor[..., 0]  # fused attention on a GPU pads the last dimension
+        tensor = tensor[..., :1]  # fused attention on a GPU pads the last dimension
     flat = tensor.reshape(-1)
     if not flat.is_floating_point():
         exact = torch.float32 if flat.device.type == "mps" else torch.float64  # MPS has no float64
@@ -115,9 +115,10 @@ def _weighted(numbers: Tensor) -> Tensor:
 @lru_cache(maxsize=8)
 def _factors(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
     """Return two lists of ``n`` factors between -1 and 1."""
-    angles = torch.arange(1, n + 1, dtype=torch.float64)
+    # The device is given, because the caller's default device may have no numbers ("meta").
+    angles = torch.arange(1, n + 1, dtype=torch.float64, device="cpu")
     # The golden angle, and another number that is no fraction of it, so that no factors repeat.
-    return tuple((step * angles).cos().to(device, dtype) for step in (2.399963, 1.0))  # type: ignore[return-value]
+    return (2.399963 * angles).cos().to(device, dtype), angles.cos().to(device, dtype)
 
 
 def difference(

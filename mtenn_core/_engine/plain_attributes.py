@@ -38,11 +38,15 @@ class PlainAttributes:
     Parameters
     ----------
     owners : the modules and parameters
+
+    Attributes
+    ----------
+    owned : the attributes of each owner
     """
 
     def __init__(self, owners: Iterable[Any]) -> None:
-        self._owned = [owner.__dict__ for owner in owners]
-        self._noted = _notes(self._owned)
+        self.owned = [owner.__dict__ for owner in owners]
+        self._noted = _notes(self.owned)
         self._moving: dict[int, Attributes] = {}
         # Weak, because a tensor may have a graph, and the graph refers to this object.
         self._edited: list[weakref.ref[Tensor]] = []
@@ -57,7 +61,7 @@ class PlainAttributes:
             Otherwise keep only attributes that forward or such a block has changed.
         """
         self._compare_with_noted()
-        owned = self._owned if all_of_them else list(self._moving.values())
+        owned = self.owned if all_of_them else list(self._moving.values())
         notes = _notes(owned, with_all=True)
         edited = [tensor for ref in self._edited if (tensor := ref()) is not None]
         try:
@@ -73,11 +77,6 @@ class PlainAttributes:
         """Return whether forward or a block has changed any attribute. Most pose models do not."""
         self._compare_with_noted()
         return bool(self._moving)
-
-    def tensors_with_graph(self) -> list[Tensor]:
-        """Return the attributes, and entries of containers, that are tensors with a graph."""
-        values = [v for attributes in self._owned for v in _without_torch(attributes).values()]
-        return [tensor for tensor in _tensors(values) if tensor.grad_fn is not None]
 
     def _compare_with_noted(self) -> None:
         """Find the owners whose attributes forward has changed, and tensors changed in place."""
@@ -110,10 +109,20 @@ class KeptTensors:
 
     def search(self) -> None:
         """Look for a tensor with a graph."""
-        self.lengths = list(map(len, self.owned))
-        self.places = [(held, name) for held in self.owned for name in _without_torch(held)]
-        values = [held[name] for held, name in self.places]
-        self.found = any(tensor.grad_fn is not None for tensor in _tensors(values))
+        lengths = list(map(len, self.owned))
+        if lengths != self.lengths:
+            self.lengths = lengths
+            self.places = [(held, name) for held in self.owned for name in _without_torch(held)]
+        self.found = bool(_with_graph(held[name] for held, name in self.places if name in held))
+
+
+def tensors_with_graph(owned: Iterable[Attributes]) -> list[Tensor]:
+    """Return the attributes, and entries of containers, that are tensors with a graph."""
+    return _with_graph(value for held in owned for value in _without_torch(held).values())
+
+
+def _with_graph(values: Iterable[Any]) -> list[Tensor]:
+    return [tensor for tensor in _tensors(values) if tensor.grad_fn is not None]
 
 
 @contextmanager

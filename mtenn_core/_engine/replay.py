@@ -35,7 +35,7 @@ from mtenn_core._engine.module_tensors import (
     sharded_part,
 )
 from mtenn_core._engine.noted_buffers import Buffers, NotedBuffers
-from mtenn_core._engine.plain_attributes import PlainAttributes
+from mtenn_core._engine.plain_attributes import PlainAttributes, tensors_with_graph
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core._process.interrupts import delayed_interrupts
 from mtenn_core.errors import ChangedBeforeBackwardError
@@ -171,9 +171,7 @@ class Replay:
 
     def kept_tensors(self) -> list[Tensor]:
         """Return the tensors with a graph in attributes and buffers of the pose model."""
-        buffers = [t for held in self._buffer_dicts for t in held.values() if t is not None]
-        of_graphs = [buffer for buffer in buffers if buffer.grad_fn is not None]
-        return of_graphs + self._attributes.tensors_with_graph()
+        return tensors_with_graph([*self._attributes.owned, *self._buffer_dicts])
 
     def conditions(self) -> object:
         """Return the conditions that forward shares with other calls: flags and autocast."""

@@ -304,7 +304,7 @@ class _InnerGradients:
         """Find out whether the pose model keeps a tensor of this pose or of an earlier one."""
         kept = self._kept
         # Most modules have only numbers, before and after a run. So each pose needs only this test.
-        types = {type(held.get(name)) for held, name in kept.places}
+        types = {type(held[name]) for held, name in kept.places if name in held}
         is_known = list(map(len, kept.owned)) == kept.lengths and types <= SIMPLE
         if not kept.found and not is_known:
             kept.search()

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from mtenn_core._engine.plain_attributes import PlainAttributes, attributes_kept
+from mtenn_core._engine.plain_attributes import PlainAttributes, attributes_kept, tensors_with_graph
 
 
 class Owner(torch.nn.Module):
@@ -162,5 +162,5 @@ def test_tensors_with_a_graph_are_found_in_containers():
     graph = torch.ones(1, requires_grad=True) * 2
     owner = Owner({"a": [(graph, 1)], "leaf": torch.ones(1, requires_grad=True)})
     other = Owner(graph)
-    found = PlainAttributes([owner, other]).tensors_with_graph()
+    found = tensors_with_graph([vars(owner), vars(other)])
     assert list(map(id, found)) == [id(graph)] * 2

@@ -18,7 +18,7 @@ from torch.nn.utils.parametrizations import spectral_norm
 from torch.utils.checkpoint import checkpoint
 
 from mtenn_core import Combination, MultiPoseModel
-from mtenn_core._engine import replay
+from mtenn_core._engine import fingerprint, replay
 from mtenn_core._engine.fingerprint import marks_of
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.tensor_search import tensors_in
@@ -1152,7 +1152,8 @@ def test_a_collate_that_refers_to_the_pose_model_does_not_keep_it():
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_a_scripted_model_with_buffers_runs_again(poses):
+@pytest.mark.parametrize("gradients", ["stored", "recomputed"])
+def test_a_scripted_model_with_buffers_is_right(poses, gradients):
     net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))
     scripted = torch.jit.trace(net.double().eval(), poses)
     for _ in range(4):  # TorchScript optimizes itself in its first runs
@@ -1161,9 +1162,16 @@ def test_a_scripted_model_with_buffers_runs_again(poses):
         gradients_of(
             MultiPoseModel(scripted, ClosedForm(), gradients=mode, collate=torch.stack), poses
         )
-        for mode in ("recomputed", "graph")
+        for mode in (gradients, "graph")
     ]
     assert_same(*found)
+
+
+def test_another_default_device_changes_nothing(pose_model, poses):
+    fingerprint._factors.cache_clear()
+    with torch.device("meta"):
+        found = gradients_of(recomputed(pose_model), poses)
+    assert_same(found, gradients_of(MultiPoseModel(pose_model, ClosedForm()), poses))
 
 
 @pytest.mark.parametrize("gradients", ["stored", "recomputed"])

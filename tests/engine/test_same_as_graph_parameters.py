@@ -1,4 +1,4 @@
-"""What a pose model may do with its parameters: each mode gives what graph gives, or an error."""
+"""Pose models that inspect or change their parameters: each mode is as graph, or an error."""
 
 import functools
 import weakref

@@ -1,4 +1,4 @@
-"""What a pose model may do with poses, attributes and buffers: as in graph, or an error."""
+"""Pose models that change poses, attributes and buffers: each mode is as graph, or an error."""
 
 import io
 from collections import deque
