@@ -60,6 +60,14 @@ class Combination(torch.nn.Module):
         combination.__dict__["_arguments"] = args, kwargs
         return combination
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = vars(cls).get("pose_weights")
+        if callable(own) and own is not Combination.pose_weights:
+            from mtenn_core._engine.evaluation import of_one_compound  # needs this class
+
+            cls.pose_weights = of_one_compound(own)  # type: ignore[method-assign]
+
     @classmethod
     @hookimpl
     def mtenn_combination(cls) -> type[Self]:
@@ -107,8 +115,9 @@ class Combination(torch.nn.Module):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        from mtenn_core._engine.evaluation import derived_weights  # needs this class
+        from mtenn_core._engine.evaluation import check_one_compound, derived_weights  # as above
 
+        check_one_compound(self, predictions)
         return derived_weights(self, predictions, pose_inputs)
 
     def reference(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:

@@ -10,14 +10,25 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
-from mtenn_core._engine.call import checked_call, total_sizes
+from mtenn_core._engine.call import checked_call, checked_poses, sizes_between, total_sizes
+from mtenn_core._engine.compounds import (
+    combine_compounds,
+    combine_full_depth,
+    weights_of_compounds,
+)
 from mtenn_core._engine.estimate import Estimate, estimate
-from mtenn_core._engine.evaluation import check_finite, combine_compounds, inputs_like
+from mtenn_core._engine.evaluation import (
+    check_finite,
+    combined_prediction,
+    inputs_like,
+    note_sizes,
+)
 from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
 from mtenn_core.combination import Combination
+from mtenn_core.errors import PredictionError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
@@ -116,9 +127,10 @@ class MultiPoseModel(torch.nn.Module):
     def forward(
         self,
         poses: Iterable[Any],
-        sizes: Sequence[int] | None = None,
+        sizes: Sequence[int] | Tensor | None = None,
         pose_inputs: Mapping[str, Any] | None = None,
         *,
+        ptr: Sequence[int] | Tensor | None = None,
         shared_inputs: Sequence[Any] | None = None,
         collated: bool = False,
         group: Group | None = None,
@@ -129,10 +141,12 @@ class MultiPoseModel(torch.nn.Module):
         ----------
         poses : one entry per pose, of any type that the pose model or ``collate`` takes
         sizes : the number of poses of each compound. ``poses`` has the poses of the first compound
-            first, then those of the second, and so on. Without ``sizes``, all poses belong to one
-            compound.
+            first, then those of the second, and so on. Without ``sizes`` and ``ptr``, all poses
+            belong to one compound.
         pose_inputs : for each name in the combination's ``pose_inputs``, n_poses numbers: a tensor,
             a list, an array or a column of a table. Their order counts, not their labels.
+        ptr : instead of ``sizes``, the offset of each compound's first pose and, at the end, the
+            number of poses, shape (n_compounds + 1,). PyG describes its batches in this way.
         shared_inputs : the input of the ``shared`` part for each compound
         collated : True if ``poses`` is already one batch, for example from a ``DataLoader``. The
             pose model then gets the batch unchanged.
@@ -159,12 +173,13 @@ class MultiPoseModel(torch.nn.Module):
             # torch.compile would trace the run in pieces, and each run of a pose would give other
             # pieces. If the pose model itself is compiled, it stays compiled.
             run = torch.compiler.disable(run)
+        sizes = _sizes(sizes, ptr)
         return run(poses, sizes, pose_inputs, shared_inputs, collated, group)
 
     def _predict(
         self,
         poses: Iterable[Any],
-        sizes: Sequence[int] | None,
+        sizes: Sequence[int] | Tensor | None,
         pose_inputs: Mapping[str, Any] | None,
         shared_inputs: Sequence[Any] | None,
         collated: bool,
@@ -197,22 +212,61 @@ class MultiPoseModel(torch.nn.Module):
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
         if options.check_finite:
             check_finite(predictions, inputs, n_poses)
-        combined = combine_compounds(
-            options.combination,
-            predictions,
-            inputs,
-            n_poses,
-            gradients,
-            closed_form=mode.uses_closed_form,
-        )
-        return MultiPoseOutput(combined[0] if sizes is None else torch.stack(combined), predictions)
+        combination, closed_form = options.combination, mode.uses_closed_form
+        if gradients is not None:
+            combined = combine_full_depth(combination, predictions, inputs, n_poses, gradients)
+        elif sizes is None:
+            combined = combined_prediction(
+                combination, predictions, inputs, closed_form=closed_form
+            )
+        else:
+            combined = combine_compounds(
+                combination, predictions, inputs, n_poses, closed_form=closed_form
+            )
+        if sizes is None:
+            combined = combined.reshape(())
+        elif len(n_poses) > 1:
+            note_sizes(predictions, n_poses)
+        return MultiPoseOutput(combined, predictions)
+
+    def pose_weights(
+        self,
+        pose_predictions: Tensor,
+        sizes: Sequence[int] | Tensor | None = None,
+        pose_inputs: Mapping[str, Any] | None = None,
+        *,
+        ptr: Sequence[int] | Tensor | None = None,
+    ) -> Tensor:
+        """Return the derivative of each combined prediction with respect to its pose predictions.
+
+        A compound's weights show which poses its prediction comes from. They are the same in all
+        modes, and need no gradients. The combination's parameters have their current values.
+
+        Parameters
+        ----------
+        pose_predictions : the ``pose_predictions`` of a call, shape (n_poses,)
+        sizes, pose_inputs, ptr : the arguments of that call. With ``group``, those of all ranks
+            together: the ranks' poses of one compound follow one another.
+
+        Returns
+        -------
+        shape (n_poses,), dimensionless, without a graph; dtype and device of ``pose_predictions``
+
+        Raises
+        ------
+        PredictionError : the arguments do not fit together
+        """
+        sizes = _sizes(sizes, ptr)
+        n_poses, inputs = checked_poses(self.combination, pose_predictions, sizes, pose_inputs)
+        return weights_of_compounds(self.combination, pose_predictions, inputs, n_poses)
 
     def estimate(
         self,
         poses: Iterable[Any],
-        sizes: Sequence[int] | None = None,
+        sizes: Sequence[int] | Tensor | None = None,
         pose_inputs: Mapping[str, Any] | None = None,
         *,
+        ptr: Sequence[int] | Tensor | None = None,
         shared_inputs: Sequence[Any] | None = None,
         collated: bool = False,
     ) -> Estimate:
@@ -223,8 +277,9 @@ class MultiPoseModel(torch.nn.Module):
 
         Parameters
         ----------
-        poses, sizes, pose_inputs, shared_inputs, collated : as for ``forward``
+        poses, sizes, pose_inputs, ptr, shared_inputs, collated : as for ``forward``
         """
+        sizes = _sizes(sizes, ptr)
         return estimate(self._options(), poses, sizes, pose_inputs, shared_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
@@ -259,6 +314,17 @@ class MultiPoseModel(torch.nn.Module):
         )
         _check_options(options)
         return options
+
+
+def _sizes(
+    sizes: Sequence[int] | Tensor | None, ptr: Sequence[int] | Tensor | None
+) -> Sequence[int] | Tensor | None:
+    """Return the number of poses of each compound from one of the two arguments, or None."""
+    if ptr is None:
+        return sizes
+    if sizes is not None:
+        raise PredictionError("sizes and ptr say the same. Pass only one of them.")
+    return sizes_between(ptr)
 
 
 def _combination(combination: str | Combination) -> Combination:

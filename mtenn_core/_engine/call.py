@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.chunk import Chunk
-from mtenn_core._engine.evaluation import check_n_poses
+from mtenn_core._engine.evaluation import check_n_poses, inputs_like, noted_sizes
 from mtenn_core._engine.mode import Options
 from mtenn_core.combination import Combination
 from mtenn_core.errors import PredictionError
@@ -44,7 +44,7 @@ def checked_call(
     options: Options,
     chunk_size: int | None,
     poses: Iterable[Any],
-    sizes: Sequence[int] | None,
+    sizes: Sequence[int] | Tensor | None,
     pose_inputs: Mapping[str, Any] | None,
     shared_inputs: Sequence[Any] | None,
     collated: bool,
@@ -63,7 +63,7 @@ def checked_call(
     PredictionError : two arguments disagree; the message describes the first disagreement
     """
     poses = [poses] if collated else _as_list(poses)
-    own_sizes = _checked_sizes(poses, sizes, collated)
+    own_sizes = _checked_sizes(None if collated else len(poses), sizes)
     given = {} if pose_inputs is None else pose_inputs
     if not isinstance(given, Mapping):
         raise PredictionError(
@@ -80,6 +80,41 @@ def checked_call(
     return Call(poses, own_sizes, inputs, collated, chunks, shared)
 
 
+def checked_poses(
+    combination: Combination,
+    predictions: Tensor,
+    sizes: Sequence[int] | Tensor | None,
+    pose_inputs: Mapping[str, Any] | None,
+) -> tuple[list[int], dict[str, Tensor]]:
+    """Return the number of poses of each compound, and the pose inputs, for known predictions.
+
+    Parameters
+    ----------
+    predictions : shape (n_poses,)
+    sizes, pose_inputs : see :meth:`mtenn_core.MultiPoseModel.pose_weights`
+
+    Raises
+    ------
+    PredictionError : two arguments disagree
+    """
+    is_vector = isinstance(predictions, Tensor) and predictions.dim() == 1
+    if not (is_vector and predictions.is_floating_point()):
+        found = tuple(predictions.shape) if isinstance(predictions, Tensor) else type(predictions)
+        raise PredictionError(
+            "pose_predictions must be a vector of floating-point numbers, one per pose, like the"
+            f" pose_predictions of a call; found {found}"
+        )
+    own_sizes = _checked_sizes(len(predictions), sizes)
+    of_call = noted_sizes(predictions)
+    if of_call is not None and of_call != own_sizes:
+        raise PredictionError(
+            f"these are the predictions for {len(of_call)} compounds. Pass the sizes of that call."
+        )
+    inputs = _checked_inputs(combination, pose_inputs or {}, len(predictions))
+    total_sizes(combination, [own_sizes], sizes)
+    return own_sizes, inputs_like(predictions, inputs)
+
+
 def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
     pose_model, collate = options.pose_model, options.collate
     if collate is None:
@@ -89,7 +124,7 @@ def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
 
 
 def total_sizes(
-    combination: Combination, shares: Sequence[Sequence[int]], sizes: Sequence[int] | None
+    combination: Combination, shares: Sequence[Sequence[int]], sizes: Sequence[int] | Tensor | None
 ) -> list[int]:
     """Return the number of poses of each compound, summed over all ranks.
 
@@ -98,7 +133,7 @@ def total_sizes(
     shares : for each rank, the number of poses of each compound
     sizes : the argument of the call; None for one compound
     """
-    totals = [sum(of_ranks) for of_ranks in zip(*shares, strict=True)]
+    totals = list(map(sum, zip(*shares, strict=True))) if len(shares) > 1 else list(shares[0])
     if min(totals) < max(1, combination.min_poses):
         for compound, size in enumerate(totals):
             check_n_poses(combination, size, None if sizes is None else compound)
@@ -125,39 +160,74 @@ def _has_order(values: Iterable[Any]) -> bool:
     return not (isinstance(values, Mapping | set | frozenset) or hasattr(values, "columns"))
 
 
-def _checked_sizes(poses: list[Any], sizes: Sequence[int] | None, collated: bool) -> list[int]:
-    """Return the number of poses of each compound in one process."""
-    if not poses:
+def _checked_sizes(n_poses: int | None, sizes: Sequence[int] | Tensor | None) -> list[int]:
+    """Return the number of poses of each compound in one process.
+
+    Parameters
+    ----------
+    n_poses : the number of poses; None if they come in one batch
+    """
+    if n_poses == 0:
         raise PredictionError("expected at least one pose; found none")
     if sizes is None:
-        if collated:
+        if n_poses is None:
             raise PredictionError(
                 "poses that come in one batch need the argument sizes: pass the number of poses"
                 " of each compound"
             )
-        return [len(poses)]
+        return [n_poses]
     try:
-        if not _has_order(sizes):
-            raise TypeError
-        sizes = [operator.index(size) for size in sizes]
+        sizes = _whole_numbers(sizes)
     except TypeError:
         raise PredictionError(
             f"sizes must be whole numbers, one per compound; found {sizes!r}"
         ) from None
-    for compound, size in enumerate(sizes):
-        if size < 0:
-            raise PredictionError(
-                f"compound {compound}: a number of poses must not be negative; found {size}",
-                compound=compound,
-            )
     if not sizes:
         raise PredictionError("sizes must name at least one compound; found none")
-    if not collated and sum(sizes) != len(poses):
+    if min(sizes) < 0:
+        compound = next(i for i, size in enumerate(sizes) if size < 0)
+        raise PredictionError(
+            f"compound {compound}: a number of poses must not be negative; found {sizes[compound]}",
+            compound=compound,
+        )
+    if n_poses is not None and sum(sizes) != n_poses:
         raise PredictionError(
             f"sizes must add up to the number of poses. They describe {len(sizes)} compounds with"
-            f" {sum(sizes)} poses in all; found {len(poses)} poses"
+            f" {sum(sizes)} poses in all; found {n_poses} poses"
         )
     return sizes
+
+
+def sizes_between(ptr: Sequence[int] | Tensor) -> list[int]:
+    """Return the number of poses of each compound, from the offsets of their first poses.
+
+    Parameters
+    ----------
+    ptr : shape (n_compounds + 1,); it begins with 0 and ends with the number of poses
+
+    Raises
+    ------
+    PredictionError : ``ptr`` is no such list
+    """
+    try:
+        offsets = _whole_numbers(ptr)
+    except TypeError:
+        offsets = []
+    if offsets[:1] != [0] or sorted(offsets) != offsets or len(offsets) == 1:
+        raise PredictionError(
+            "ptr must be whole numbers that begin with 0 and never fall. Compound i has the poses"
+            f" from ptr[i] to ptr[i + 1]; found {ptr!r}"
+        )
+    return list(map(operator.sub, offsets[1:], offsets))
+
+
+def _whole_numbers(values: Any) -> list[int]:
+    """Return a list, tensor or array of whole numbers as a list. Raise a TypeError for others."""
+    if not _has_order(values):
+        raise TypeError
+    if isinstance(values, Tensor) and values.dtype == torch.int64 and values.dim() == 1:
+        return values.tolist()
+    return list(map(operator.index, values.tolist() if hasattr(values, "tolist") else values))
 
 
 def _checked_inputs(

@@ -16,9 +16,10 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
 from mtenn_core._engine.call import Call, checked_call, total_sizes
 from mtenn_core._engine.chunk import Chunk
+from mtenn_core._engine.compounds import weights_of_compounds
 from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import by_compound, inputs_like
+from mtenn_core._engine.evaluation import inputs_like
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, copied, lock_of
@@ -75,7 +76,7 @@ class Estimate:
 def estimate(
     options: Options,
     poses: Iterable[Any],
-    sizes: Sequence[int] | None,
+    sizes: Sequence[int] | Tensor | None,
     pose_inputs: Mapping[str, Any] | None,
     shared_inputs: Sequence[Any] | None,
     collated: bool,
@@ -94,14 +95,8 @@ def estimate(
     n_poses = total_sizes(combination, [call.sizes], sizes)
     modes = _possible_modes(options, collated)
     predictions, graphs, shared = _measure(options, call)
-    weights = torch.cat(
-        [
-            combination.pose_weights(own_predictions, **own_inputs)
-            for own_predictions, own_inputs in by_compound(
-                predictions, inputs_like(predictions, call.inputs), n_poses
-            )
-        ]
-    )
+    inputs = inputs_like(predictions, call.inputs)
+    weights = weights_of_compounds(combination, predictions, inputs, n_poses)
     has_weight = with_weight(weights, options.skip_below).tolist()
     modules = torch.nn.ModuleList(filter(None, (options.pose_model, options.shared)))
     params = [param for param in modules.parameters() if param.requires_grad]

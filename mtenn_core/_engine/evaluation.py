@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import functools
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.autograd_nodes import current_transform, over_rows
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
@@ -17,6 +20,10 @@ from mtenn_core.errors import CombinationContractError, PredictionError
 
 PoseInputs = Mapping[str, Tensor]
 NO_INPUTS: PoseInputs = MappingProxyType({})
+
+# The number of poses of each compound, for the predictions of calls with several compounds. The
+# key is the memory of the predictions, so that predictions.detach() is recognized, too.
+_SIZES: WeakKeyDictionary[torch.UntypedStorage, list[int]] = WeakKeyDictionary()
 
 
 class PoseGradients(NamedTuple):
@@ -36,6 +43,46 @@ def inputs_like(predictions: Tensor, inputs: PoseInputs) -> dict[str, Tensor]:
     """Return the pose inputs on the device and in the dtype of the predictions."""
     device, dtype = predictions.device, predictions.dtype
     return {name: numbers.to(device, dtype) for name, numbers in inputs.items()}
+
+
+def note_sizes(predictions: Tensor, sizes: list[int]) -> None:
+    """Note that a tensor has the predictions for several compounds, for :func:`noted_sizes`."""
+    if current_transform() is None:  # a tensor of vmap has no memory of its own
+        _SIZES[predictions.untyped_storage()] = sizes
+
+
+def noted_sizes(predictions: Tensor) -> list[int] | None:
+    """Return the number of poses of each compound, if a tensor is known to have several."""
+    if not _SIZES or current_transform() is not None:
+        return None
+    sizes = _SIZES.get(predictions.untyped_storage())
+    return sizes if sizes is not None and predictions.numel() == sum(sizes) else None
+
+
+def check_one_compound(combination: Combination, predictions: Tensor) -> None:
+    """Raise a PredictionError if a tensor is known to have the predictions for several compounds.
+
+    ``pose_weights`` would take them for the poses of one compound, and return numbers that look
+    like weights.
+    """
+    sizes = noted_sizes(predictions)
+    if sizes is not None:
+        raise PredictionError(
+            f"{type(combination).__name__}.pose_weights takes the predictions for one compound;"
+            f" found those for {len(sizes)} compounds. Call model.pose_weights(pose_predictions,"
+            " sizes) of the MultiPoseModel, which keeps the compounds apart."
+        )
+
+
+def of_one_compound(pose_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Return a method ``pose_weights`` that refuses the predictions for several compounds."""
+
+    @functools.wraps(pose_weights)
+    def checked(self: Combination, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
+        check_one_compound(self, predictions)
+        return pose_weights(self, predictions, *args, **pose_inputs)
+
+    return checked
 
 
 def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> None:
@@ -71,54 +118,6 @@ def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> N
         )
 
 
-def by_compound(
-    predictions: Tensor, inputs: PoseInputs, sizes: list[int]
-) -> Iterator[tuple[Tensor, PoseInputs]]:
-    """Return a pair for each compound: its predictions and its pose inputs."""
-    if not inputs:
-        return zip(predictions.split(sizes), [{} for _ in sizes], strict=True)
-    columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
-    own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
-    return zip(predictions.split(sizes), own, strict=True)
-
-
-def combine_compounds(
-    combination: Combination,
-    predictions: Tensor,
-    inputs: PoseInputs,
-    sizes: list[int],
-    gradients: Sequence[PoseGradients] | None,
-    *,
-    closed_form: bool,
-) -> list[Tensor]:
-    """Return the combined prediction of each compound, shape ().
-
-    Parameters
-    ----------
-    predictions, inputs : the numbers of all poses, shape (n_poses,)
-    sizes : the number of poses of each compound
-    gradients : the gradients of each compound if the combination overrides ``forward``, else None
-    closed_form : see :func:`combined_prediction`
-    """
-    compounds = by_compound(predictions, inputs, sizes)
-    if gradients is None:
-        return [
-            combined_prediction(combination, own, own_inputs, closed_form=closed_form)
-            for own, own_inputs in compounds
-        ]
-    return [
-        full_depth_prediction(
-            combination,
-            list(own.detach()),
-            of_compound.grad_dict(),
-            list(of_compound.params),
-            *of_compound.params.values(),
-            **own_inputs,
-        )
-        for (own, own_inputs), of_compound in zip(compounds, gradients, strict=True)
-    ]
-
-
 def combined_prediction(
     combination: Combination,
     predictions: Tensor,
@@ -133,13 +132,13 @@ def combined_prediction(
 
     Parameters
     ----------
-    predictions : shape (n_poses,)
-    pose_inputs : for each name in ``combination.pose_inputs``, shape (n_poses,)
+    predictions : shape (n_poses,); or a batch of compounds, shape (n_compounds, n_poses)
+    pose_inputs : for each name in ``combination.pose_inputs``, the shape of ``predictions``
     closed_form : if False, autograd always derives the derivative from ``combine``
 
     Returns
     -------
-    shape (), dtype and device of ``predictions``
+    shape (), or (n_compounds,) for a batch; dtype and device of ``predictions``
 
     Raises
     ------
@@ -151,7 +150,7 @@ def combined_prediction(
             return combined_prediction(
                 combination, predictions, pose_inputs, closed_form=closed_form
             )
-    check_n_poses(combination, len(predictions))
+    check_n_poses(combination, predictions.shape[-1])
     wide = predictions.to(at_least_float32(predictions.dtype))
     pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
     overridden = type(combination).pose_weights is not Combination.pose_weights
@@ -160,8 +159,38 @@ def combined_prediction(
     if closed_form and wide.requires_grad and torch.is_grad_enabled():
         value = _with_closed_form(combination, wide, pose_inputs)
     else:
-        value = _checked_scalar(combination, combination.combine(wide, **pose_inputs))
+        value = _value(combination, wide, pose_inputs)
     return value.to(predictions.dtype)
+
+
+def _value(combination: Combination, predictions: Tensor, pose_inputs: PoseInputs) -> Tensor:
+    """Return the checked result of ``combine`` for one compound, or for a batch of compounds."""
+
+    def combine(predictions: Tensor, **pose_inputs: Tensor) -> Tensor:
+        return _checked_scalar(combination, combination.combine(predictions, **pose_inputs))
+
+    if predictions.dim() == 1:
+        return combine(predictions, **pose_inputs)
+    return over_rows(combine, predictions, pose_inputs)
+
+
+def _closed_form_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs
+) -> Tensor:
+    """Return the checked result of ``pose_weights``, in the shape of ``predictions``."""
+
+    def pose_weights(predictions: Tensor, **pose_inputs: Tensor) -> Tensor:
+        weights = combination.pose_weights(predictions, **pose_inputs)
+        if not isinstance(weights, Tensor) or weights.shape != predictions.shape:
+            raise CombinationContractError(
+                f"{type(combination).__name__}.pose_weights must return one weight per pose, shape"
+                f" {tuple(predictions.shape)}; found {_shape_or_type(weights)}"
+            )
+        return weights
+
+    if predictions.dim() == 1:
+        return pose_weights(predictions, **pose_inputs)
+    return over_rows(pose_weights, predictions, pose_inputs)
 
 
 def _with_closed_form(
@@ -171,24 +200,19 @@ def _with_closed_form(
     # The predictions are detached, so the graph of the value leads only to the combination's own
     # parameters. The predictions get their gradient from the weights, and not a second time.
     detached = predictions.detach()
-    value = _checked_scalar(combination, combination.combine(detached, **pose_inputs))
+    value = _value(combination, detached, pose_inputs)
     # The weights are computed in forward and cloned below. Before backward, an optimizer may change
     # the combination's parameters.
     with torch.no_grad():
-        weights = combination.pose_weights(detached, **pose_inputs)
-    if not isinstance(weights, Tensor) or weights.shape != detached.shape:
-        raise CombinationContractError(
-            f"{type(combination).__name__}.pose_weights must return one weight per pose, shape"
-            f" {tuple(detached.shape)}; found {_shape_or_type(weights)}"
-        )
+        weights = _closed_form_weights(combination, detached, pose_inputs)
     return _ClosedForm.apply(value, predictions, weights.clone())
 
 
 class _ClosedForm(torch.autograd.Function):
-    """A value whose derivative with respect to the predictions is known.
+    """Values whose derivatives with respect to the predictions are known.
 
-    The gradient also goes to ``value``. The graph of ``value`` leads to the combination's own
-    parameters.
+    Predictions and weights have one more dimension than the values: the poses. The gradient also
+    goes to ``value``, whose graph leads to the combination's own parameters.
     """
 
     @staticmethod
@@ -200,7 +224,7 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         (weights,) = ctx.saved_tensors
-        return grad_output, grad_output * weights, None
+        return grad_output, grad_output.unsqueeze(-1) * weights, None
 
 
 def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: Any) -> Tensor:
@@ -224,6 +248,31 @@ def first_of_pair(value: Any) -> Any:
     return value[0] if isinstance(value, tuple) and len(value) == 2 else value
 
 
+def pose_weights(
+    combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
+) -> Tensor:
+    """Return the pose weights of one compound or of a batch, without a graph.
+
+    They come from ``pose_weights`` if the combination overrides it, and else from autograd.
+
+    Parameters
+    ----------
+    predictions, pose_inputs : as for :func:`combined_prediction`
+
+    Returns
+    -------
+    shape, dtype and device of ``predictions``
+    """
+    with torch.no_grad(), no_autocast(predictions.device.type):
+        wide = predictions.detach().to(at_least_float32(predictions.dtype))
+        pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
+        if overrides(type(combination), "pose_weights"):
+            weights = _closed_form_weights(combination, wide, pose_inputs)
+        else:
+            weights = derived_weights(combination, wide, pose_inputs)
+    return weights.to(predictions.dtype)
+
+
 def derived_weights(
     combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
 ) -> Tensor:
@@ -236,11 +285,21 @@ def derived_weights(
 def autograd_weights(
     combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
 ) -> Tensor:
-    """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
+    """Return the pose weights that autograd derives from ``combine``.
+
+    Parameters
+    ----------
+    predictions, pose_inputs : one compound or a batch, as for :func:`combined_prediction`
+
+    Returns
+    -------
+    the shape of ``predictions``
+    """
     with torch.inference_mode(False), torch.enable_grad():
         y = predictions.detach().clone().requires_grad_()
         value = combined_prediction(combination, y, pose_inputs, closed_form=False)
-        (weights,) = torch.autograd.grad(value, y)
+        # The compounds of a batch do not depend on one another.
+        (weights,) = torch.autograd.grad(value if value.dim() == 0 else value.sum(), y)
     return weights
 
 
