@@ -24,6 +24,7 @@ from mtenn_core._engine.evaluation import (
     pose_weights,
 )
 from mtenn_core._engine.plain_attributes import PlainAttributes
+from mtenn_core._process.printable import error_text
 from mtenn_core.combination import Combination
 
 # Below this number of compounds, a loop takes as long as one call of torch.func.vmap.
@@ -68,9 +69,11 @@ def combine_compounds(
     closed_form : see :func:`~mtenn_core._engine.evaluation.combined_prediction`
     """
     function = partial(combined_prediction, closed_form=closed_form)
-    batches = batches_by_size(predictions, inputs, sizes)
-    values = torch.cat([_batch_or_loop(function, combination, *rows) for rows in batches.rows])
-    return _in_call_order(values, batches.compounds)
+    results = _from_batches(function, combination, predictions, inputs, sizes)
+    if results is not None:
+        values, batches = results
+        return _in_call_order(torch.cat(values), batches.compounds)
+    return torch.stack(_from_loop(function, combination, predictions, inputs, sizes))
 
 
 def combine_full_depth(
@@ -86,8 +89,6 @@ def combine_full_depth(
     ----------
     gradients : the gradients of each compound
     """
-    columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
-    of_compounds = columns if inputs else [()] * len(sizes)
     values = [
         full_depth_prediction(
             combination,
@@ -95,10 +96,10 @@ def combine_full_depth(
             of_compound.grad_dict(),
             list(of_compound.params),
             *of_compound.params.values(),
-            **dict(zip(inputs, own_inputs, strict=True)),
+            **own_inputs,
         )
-        for own, own_inputs, of_compound in zip(
-            predictions.detach().split(sizes), of_compounds, gradients, strict=True
+        for (own, own_inputs), of_compound in zip(
+            _by_compound(predictions.detach(), inputs, sizes), gradients, strict=True
         )
     ]
     return torch.stack(values)
@@ -113,10 +114,12 @@ def weights_of_compounds(
     ----------
     predictions, inputs, sizes : as for :func:`combine_compounds`
     """
-    batches = batches_by_size(predictions.detach(), inputs, sizes)
-    with torch.no_grad():
-        parts = [_batch_or_loop(pose_weights, combination, *rows) for rows in batches.rows]
-        return _in_call_order(torch.cat([part.flatten() for part in parts]), batches.poses)
+    given = pose_weights, combination, predictions.detach(), inputs, sizes
+    results = _from_batches(*given)
+    if results is not None:
+        weights, batches = results
+        return _in_call_order(torch.cat([rows.flatten() for rows in weights]), batches.poses)
+    return torch.cat(_from_loop(*given))
 
 
 def batches_by_size(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> Batches:
@@ -164,47 +167,58 @@ def _in_call_order(numbers: Tensor, places: Tensor | None) -> Tensor:
     return numbers.index_select(0, inverse.to(numbers.device))
 
 
-def _batch_or_loop(
-    function: Function, combination: Combination, predictions: Tensor, inputs: PoseInputs
-) -> Tensor:
-    """Return the results of a function for the compounds of a batch, one row for each.
+def _from_batches(
+    function: Function,
+    combination: Combination,
+    predictions: Tensor,
+    inputs: PoseInputs,
+    sizes: list[int],
+) -> tuple[list[Tensor], Batches] | None:
+    """Return the results of a function for each batch of compounds, and the batches.
 
-    The function runs on the whole batch if the combination can do so, else on each row.
-
-    Parameters
-    ----------
-    predictions, inputs : shape (n_compounds, n_poses)
+    Return None if a loop over the compounds is as fast, or if the combination cannot take batches.
     """
-    if len(predictions) >= SMALLEST_BATCH and runs_in_batches(combination, predictions, inputs):
-        try:
-            return function(combination, predictions, inputs)
-        except torch.OutOfMemoryError:
-            raise
-        except Exception:  # for example, control flow that depends on these numbers
-            rows = _loop(function, combination, predictions, inputs)  # or the author's error
-            _BATCHABLE[combination] = False
-            return rows
-    return _loop(function, combination, predictions, inputs)
+    if len(sizes) < SMALLEST_BATCH or _BATCHABLE.get(combination) is False:
+        return None
+    batches = batches_by_size(predictions, inputs, sizes)
+    largest = max(batches.rows, key=lambda rows: len(rows[0]))
+    if len(largest[0]) < SMALLEST_BATCH or not runs_in_batches(combination, *largest):
+        return None
+    try:
+        return [function(combination, *rows) for rows in batches.rows], batches
+    except torch.OutOfMemoryError:
+        raise
+    except Exception:  # control flow that depends on these numbers, or the author's error
+        _BATCHABLE[combination] = False
+        return None
 
 
-def _loop(
-    function: Function, combination: Combination, predictions: Tensor, inputs: PoseInputs
-) -> Tensor:
-    columns = zip(*inputs.values(), strict=True) if inputs else [()] * len(predictions)
-    return torch.stack(
-        [
-            function(combination, row, dict(zip(inputs, of_row, strict=True)))
-            for row, of_row in zip(predictions, columns, strict=True)
-        ]
-    )
+def _from_loop(
+    function: Function,
+    combination: Combination,
+    predictions: Tensor,
+    inputs: PoseInputs,
+    sizes: list[int],
+) -> list[Tensor]:
+    """Return the result of a function for each compound."""
+    return [function(combination, *own) for own in _by_compound(predictions, inputs, sizes)]
+
+
+def _by_compound(
+    predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Iterator[tuple[Tensor, PoseInputs]]:
+    """Return a pair for each compound: its predictions and its pose inputs."""
+    if not inputs:
+        return zip(predictions.split(sizes), [{} for _ in sizes], strict=True)
+    columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
+    own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
+    return zip(predictions.split(sizes), own, strict=True)
 
 
 def runs_in_batches(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> bool:
     """Return whether a batch of compounds gives the numbers of a loop over them.
 
-    At the first call, a copy of the combination runs on three compounds in both ways. A class
-    cannot run in batches if it is stochastic, if it writes attributes or buffers, or if vmap does
-    not support it, as with control flow that depends on numbers.
+    At the first call, a copy of the combination runs on three compounds in both ways.
 
     Parameters
     ----------
@@ -218,86 +232,113 @@ def runs_in_batches(combination: Combination, predictions: Tensor, inputs: PoseI
     some = [0, -1, 0]  # if a call changes the next one, the third differs from the first
     with torch.inference_mode(False), torch.no_grad():
         rows = predictions.detach()[some], {name: n.detach()[some] for name, n in inputs.items()}
-    _BATCHABLE[combination] = _agree_with_loop(combination, *rows)
-    return _BATCHABLE[combination]
-
-
-def _agree_with_loop(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> bool:
-    """Return whether values and derivatives from a batch are those of a loop."""
-    if combination.stochastic or not overrides(type(combination), "combine"):
-        return False
     try:
-        with warnings.catch_warnings():
-            # An operation without a batching rule warns in each call.
-            warnings.simplefilter("error")
-            batch = _on_a_copy(combination, predictions, inputs, by_row=False)
-        loop = _on_a_copy(combination, predictions, inputs, by_row=True)
+        same = not first_difference(combination, *rows)
     except torch.OutOfMemoryError:
         raise
-    except Exception:
-        return False
-    size = float(predictions.abs().amax())
-    return all(map(partial(_close, size=0.0), batch.weights, loop.weights)) and all(
-        map(partial(_close, size=size), batch.others, loop.others)
-    )
+    except Exception:  # an error of the author shows in the loop, and names its compound
+        same = False
+    _BATCHABLE[combination] = same
+    return same
 
 
-class _Results(NamedTuple):
-    """Results for a few compounds.
+class CannotBatchError(Exception):
+    """A combination cannot run in batches. The message is the reason."""
 
-    Attributes
+
+def first_difference(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> str:
+    """Return what differs between a batch of compounds and a loop over them; "" if nothing does.
+
+    Two numbers are equal if half of their digits are. A batch may add numbers in another order, but
+    a wrong rule for vmap gives other numbers altogether.
+
+    Parameters
     ----------
-    weights : the pose weights, from ``pose_weights`` and from autograd
-    others : values, and gradients of the combination's own parameters
-    """
-
-    weights: list[Tensor]
-    others: list[Tensor]
-
-
-def _on_a_copy(
-    combination: Combination, predictions: Tensor, inputs: PoseInputs, *, by_row: bool
-) -> _Results:
-    """Return the results of a copy of a combination, row by row or from one batch.
+    predictions, inputs : shape (n_compounds, n_poses)
 
     Raises
     ------
-    RuntimeError : the combination changed an attribute or a buffer
+    CannotBatchError : the combination is stochastic, or it changes attributes or buffers, or vmap
+        does not support it, as with control flow that depends on numbers
+    """
+    if combination.stochastic:
+        raise CannotBatchError("it is stochastic")
+    if not overrides(type(combination), "combine"):
+        raise CannotBatchError("it has no combine")
+    try:
+        # An operation without a rule for vmap warns in each call.
+        with warnings.catch_warnings(record=True) as warned:
+            warnings.simplefilter("always")
+            batch = _results_of_copy(_from_batch, combination, predictions, inputs)
+    except (CannotBatchError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise CannotBatchError(f"torch.func.vmap cannot run it: {error_text(error)}") from error
+    if warned:
+        raise CannotBatchError(f"torch.func.vmap warns: {warned[0].message}")
+    loop = _results_of_copy(_from_rows, combination, predictions, inputs)
+    size = float(predictions.abs().amax())
+    for what, expected in loop.items():
+        # Weights have no unit. The other numbers have at least the roundoff of the predictions.
+        if not _close(batch[what], expected, 0.0 if what in _WEIGHTS else size):
+            return what
+    return ""
+
+
+_WEIGHTS = ("pose weights", "derivative of combine")
+
+
+def _results_of_copy(
+    run: Callable[..., Tensor], combination: Combination, predictions: Tensor, inputs: PoseInputs
+) -> dict[str, Tensor]:
+    """Return values and derivatives for some compounds, by their names.
+
+    Parameters
+    ----------
+    run : :func:`_from_batch` or :func:`_from_rows`
     """
     combination = copy.deepcopy(combination)  # a tensor of vmap must not stay on the original
     attributes = PlainAttributes(combination.modules())
     buffers = dict(combination.named_buffers())
     state = _state(buffers)
-    results = _Results([], [])
-    own = [param for param in combination.parameters() if param.requires_grad]
+    own = {name: param for name, param in combination.named_parameters() if param.requires_grad}
+    results = {}
     with torch.inference_mode(False), torch.enable_grad():
-        for closed_form in (True, False):
+        for closed_form, name_of_weights in zip((True, False), _WEIGHTS, strict=True):
             function = partial(combined_prediction, closed_form=closed_form)
-            run = partial(_loop, function) if by_row else function
             y = predictions.clone().requires_grad_()
-            values = run(combination, y, inputs)
-            go = torch.arange(1, len(values) + 1).to(values)
-            weights, *gradients = torch.autograd.grad(values, [y, *own], go, allow_unused=True)
-            results.weights.append(weights)
-            results.others.extend([values, *(g for g in gradients if g is not None)])
+            values = run(function, combination, y, inputs)
+            # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
+            loss = (torch.arange(1, len(values) + 1).to(values) * values).sum()
+            gradients = torch.autograd.grad(loss, [y, *own.values()], allow_unused=True)
+            results["value"] = values.detach()
+            names = [name_of_weights, *(f"gradient of {name!r}" for name in own)]
+            results |= {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
     if attributes.move() or _state(dict(combination.named_buffers())) != state:
-        raise RuntimeError("the combination has a state")
+        raise CannotBatchError("a call changes its attributes or buffers")
     return results
+
+
+def _from_batch(
+    function: Function, combination: Combination, predictions: Tensor, inputs: PoseInputs
+) -> Tensor:
+    return function(combination, predictions, inputs)
+
+
+def _from_rows(
+    function: Function, combination: Combination, predictions: Tensor, inputs: PoseInputs
+) -> Tensor:
+    rows = zip(predictions, *inputs.values(), strict=True)
+    return torch.stack(
+        [function(combination, y, dict(zip(inputs, own, strict=True))) for y, *own in rows]
+    )
 
 
 def _state(buffers: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
     return list(zip(buffers, map(id, buffers.values()), versions_of(buffers.values()), strict=True))
 
 
-def _close(batch: Tensor, loop: Tensor, size: float) -> bool:
-    """Return whether two results agree to half of their digits.
-
-    A batch may add numbers in another order. A wrong rule for vmap gives other numbers altogether.
-
-    Parameters
-    ----------
-    size : the size of the numbers that were added
-    """
-    largest = float(loop.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    tolerance = torch.finfo(loop.dtype).eps ** 0.5 * (largest + size)
-    return torch.allclose(batch, loop, rtol=0, atol=tolerance, equal_nan=True)
+def _close(found: Tensor, expected: Tensor, size: float) -> bool:
+    largest = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).amax())
+    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * (largest + size)
+    return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)

@@ -3,7 +3,7 @@
 The gradient of a combined prediction is go · Σ_i w_i g_i. Here go is the gradient of the loss, w_i
 are the pose weights, and g_i are the gradients of the poses. An id shows the group of a check:
 
-- A1 to A3, A11 to A13: the form of arguments and results. A4 to A10: side effects.
+- A1 to A3, A11 to A14: the form of arguments and results. A4 to A10: side effects.
 - B: backward computes this sum for any go and g_i. The sum is linear algebra, so the tolerance is
   roundoff.
 - C: the weights w_i are the derivative of the value. Backward returns w_i if the g_i are unit
@@ -18,6 +18,7 @@ from collections.abc import Collection
 from mtenn_core.testing._checks import (
     arguments,
     bad_input,
+    batches,
     chain_rule,
     copies,
     derivatives,
@@ -55,6 +56,7 @@ CHECKS: tuple[Check, ...] = (
     bad_input.bad_input,
     forward.value_of_predictions,
     forward.device,
+    batches.batches,
     bad_input.errors_that_name,
     side_effects.freed_by_backward,
     copies.shows_arguments,

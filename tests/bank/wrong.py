@@ -623,6 +623,72 @@ class OnesOnTheDefaultDevice(Unscaled):
         return torch.full_like(y, 1 / len(y))
 
 
+# The rule for vmap of an autograd function, which only a batch of compounds uses. A14.
+
+
+class MeanOfSquares(torch.autograd.Function):
+    """The mean of t y², right for one compound. A subclass adds a rule for vmap."""
+
+    @staticmethod
+    def forward(y, t):
+        return t * y.square().mean()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, ctx.t = inputs
+        ctx.save_for_backward(y)
+
+    @staticmethod
+    def backward(ctx, go):
+        (y,) = ctx.saved_tensors
+        return go * ctx.t * 2 * y / len(y), None
+
+
+class OverCompounds(MeanOfSquares):
+    @staticmethod
+    def vmap(info, in_dims, y, t):
+        return (t * y.square().mean()).expand(info.batch_size), 0
+
+
+class ByNumberOfCompounds(MeanOfSquares):
+    @staticmethod
+    def vmap(info, in_dims, y, t):
+        return t * y.square().sum(1) / len(y), 0
+
+
+class FromRowToRow(MeanOfSquares):
+    @staticmethod
+    def vmap(info, in_dims, y, t):
+        values, shift = [], 0.0
+        for row in y:
+            values.append(t * (row - shift).square().mean())
+            shift = 1e-3 * row.detach()[0]
+        return torch.stack(values), 0
+
+
+class DetachedRow(MeanOfSquares):
+    @staticmethod
+    def vmap(info, in_dims, y, t):
+        first = torch.arange(len(y)) == 0
+        return t * torch.where(first[:, None], y.detach(), y).square().mean(1), 0
+
+
+for _name, _function in (
+    ("rule for vmap adds up the compounds", OverCompounds),
+    ("rule for vmap divides by the number of compounds", ByNumberOfCompounds),
+    ("rule for vmap keeps a shift from compound to compound", FromRowToRow),
+    ("rule for vmap detaches the first compound", DetachedRow),
+):
+    wrong(_name, "A14", "rule for vmap")(
+        derived(
+            Scaled,
+            _name,
+            function=_function,
+            combine=lambda self, predictions: self.function.apply(predictions, self.t),
+        )
+    )
+
+
 # Names and their order. A3.
 
 

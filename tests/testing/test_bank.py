@@ -33,6 +33,7 @@ ALONE = {
     "A11q": "a key of grad_dict that is no parameter is ignored",
     "A12": "predictions of shape (1,) are taken in float32",
     "A13": "ones made on the default device",
+    "A14": "rule for vmap divides by the number of compounds",
     "B1": "grad_output clamped to ±100",
     "B2": "pose gradients read in the order of their memory",
     "B3": "weights wrong above fifty poses",

@@ -68,7 +68,8 @@ class BoltzmannCombination(Combination):
         # After fully_shard, one process alone cannot read the parameter. Show the initial value.
         if self.learnable and hasattr(self.log_kT, "device_mesh"):
             return super().extra_repr()
-        return f"kT={float(self.kT):.6g}, learnable={self.learnable}"
+        kT = self.kT.item() if isinstance(self.kT, Tensor) else self.kT
+        return f"kT={kT:.6g}, learnable={self.learnable}"
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the population-weighted mean of the predictions, shape (), in their unit."""

@@ -1,0 +1,540 @@
+"""Many compounds in one call: batches give the numbers of a loop, and pose weights stay apart."""
+
+import math
+import sys
+import warnings
+
+import pytest
+import torch
+from bank import RIGHT
+from torch import Tensor
+
+from mtenn_core import Combination, MultiPoseModel
+from mtenn_core._engine import compounds
+from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.mode_table import MODES
+from mtenn_core.errors import CombinationContractError, PredictionError
+
+# Ragged, with one pose among them, equal sizes apart, and one size only once.
+SIZES = [3, 1, 5, 3, 1, 2, 5, 3, 1, 5, 8, 2]
+
+
+class SmoothMinimum(Combination):
+    def __init__(self, t=2.0):
+        super().__init__()
+        self.log_t = torch.nn.Parameter(torch.tensor(math.log(t)))
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        t = self.log_t.exp()
+        return -torch.logsumexp(-t * predictions, dim=0) / t
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        return torch.softmax(-self.log_t.exp() * predictions, dim=0)
+
+
+class Scored(Combination):
+    pose_inputs = ("score",)
+
+    def combine(self, predictions: Tensor, score: Tensor) -> Tensor:
+        return (torch.softmax(score, dim=0) * predictions).sum()
+
+
+class InDomain(torch.nn.Module):
+    """A pose model whose predictions lie in the domain of a combination."""
+
+    def __init__(self, domain):
+        super().__init__()
+        self.linear = torch.nn.Linear(4, 1).double()
+        self.low, self.high = domain
+
+    def forward(self, batch: Tensor) -> Tensor:
+        numbers = self.linear(batch)[:, 0]
+        if math.isfinite(self.low) and math.isfinite(self.high):
+            return self.low + (self.high - self.low) * torch.sigmoid(numbers)
+        if math.isfinite(self.low):
+            return self.low + numbers.exp()
+        return self.high - numbers.exp() if math.isfinite(self.high) else 3 * numbers
+
+
+def results(model, poses, sizes, inputs, **options):
+    """Return predictions, pose weights, and the gradient of each parameter."""
+    torch.manual_seed(1)
+    output = model(poses, sizes, inputs, **options)
+    loss = (output.prediction * torch.arange(1, len(sizes) + 1)).sum()
+    loss = loss + 0.1 * output.pose_predictions.square().sum()
+    params = [param for param in model.parameters() if param.requires_grad]
+    gradients = torch.autograd.grad(loss, params, allow_unused=True)
+    weights = model.pose_weights(output.pose_predictions, sizes, inputs)
+    return [output.prediction.detach(), weights, *gradients]
+
+
+def without_batches(monkeypatch):
+    monkeypatch.setattr(compounds, "SMALLEST_BATCH", math.inf)
+
+
+def assert_equal(found, expected):
+    # The same operations, but a sum over one axis of a matrix may run in another order. A gradient
+    # whose terms cancel has the roundoff of these terms, which are of order 1 to 100.
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+
+
+def has_combine(right) -> bool:
+    return overrides(type(right.make()), "combine")
+
+
+@pytest.mark.parametrize("right", [*filter(has_combine, RIGHT)], ids=lambda right: right.name)
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_a_batch_of_each_right_combination_is_the_loop(right, gradients, monkeypatch):
+    combination = right.make().double()
+    sizes = [max(size, combination.min_poses) for size in SIZES]
+    poses = torch.randn(sum(sizes), 4, dtype=torch.float64)
+    inputs = {name: torch.randn(sum(sizes)).double() for name in combination.pose_inputs}
+    model = MultiPoseModel(InDomain(combination.domain), combination, gradients=gradients)
+    state = {name: buffer.clone() for name, buffer in combination.named_buffers()}
+    found = results(model, poses, sizes, inputs, collated=True)
+    combination.load_state_dict(state, strict=False)  # running averages go on from call to call
+    without_batches(monkeypatch)
+    assert_equal(found, results(model, poses, sizes, inputs, collated=True))
+
+
+def test_most_right_combinations_run_in_batches():
+    """Those that do not: stochastic ones, control flow on numbers, buffers that move."""
+    names = []
+    for right in filter(has_combine, RIGHT):
+        combination = right.make().double()
+        rows = 0.1 + 0.8 * torch.rand(4, 5, dtype=torch.float64)
+        inputs = {name: torch.randn(4, 5).double() for name in combination.pose_inputs}
+        if not compounds.runs_in_batches(combination, rows, inputs):
+            names.append(right.name)
+    assert names == [
+        "mean of the poses that are not NaN",
+        "quantile, interpolated",
+        "branches on the data: whichever end is further is the pivot",
+        "Gumbel softmax",
+        "dropout of poses",
+        "deviation from a running average, kept in a buffer",
+        "closed form that starts from the derived one",
+        "scale that runs along with the predictions",
+    ]
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("make", [SmoothMinimum, Scored], ids=lambda make: make.__name__)
+def test_a_batch_is_a_call_for_each_compound(pose_model, gradients, make):
+    combination = make().double()
+    poses = torch.randn(sum(SIZES), 4, dtype=torch.float64)
+    inputs = {name: torch.randn(sum(SIZES)).double() for name in combination.pose_inputs}
+    model = MultiPoseModel(pose_model, combination, gradients=gradients)
+    found = results(model, poses, SIZES, inputs)
+    columns = [poses.split(SIZES), *(numbers.split(SIZES) for numbers in inputs.values())]
+    outputs = [
+        model(own, pose_inputs=dict(zip(inputs, own_inputs, strict=True)))
+        for own, *own_inputs in zip(*columns, strict=True)
+    ]
+    loss = sum(i * out.prediction for i, out in enumerate(outputs, start=1))
+    loss = loss + 0.1 * sum(out.pose_predictions.square().sum() for out in outputs)
+    weights = [
+        combination.pose_weights(
+            out.pose_predictions.detach(), **dict(zip(inputs, own_inputs, strict=True))
+        )
+        for out, *own_inputs in zip(outputs, *columns[1:], strict=True)
+    ]
+    expected = [torch.stack([out.prediction for out in outputs]), torch.cat(weights)]
+    params = list(model.parameters())
+    expected += torch.autograd.grad(loss, params, allow_unused=True)
+    assert_equal(found, expected)
+
+
+@pytest.mark.parametrize("sizes", [[5] * 6, SIZES], ids=["equal", "ragged"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_batch_of_low_precision_is_the_loop(sizes, dtype, monkeypatch):
+    predictions = (10 * torch.randn(sum(sizes))).to(dtype)
+    combination = SmoothMinimum()
+    found = compounds.combine_compounds(combination, predictions, {}, sizes, closed_form=True)
+    assert found.dtype == dtype
+    without_batches(monkeypatch)
+    expected = compounds.combine_compounds(combination, predictions, {}, sizes, closed_form=True)
+    # Both are computed in float32 and rounded once.
+    torch.testing.assert_close(found, expected, rtol=2 * torch.finfo(dtype).eps, atol=0)
+
+
+def test_a_batch_is_one_call_for_each_number_of_poses():
+    calls = []
+
+    class Mean(Combination):
+        def combine(self, predictions: Tensor) -> Tensor:
+            calls.append(len(predictions))
+            return predictions.mean()
+
+    combination = Mean()
+    for _ in range(2):  # the first call compares a batch with a loop
+        calls.clear()
+        compounds.combine_compounds(
+            combination, torch.randn(sum(SIZES)), {}, SIZES, closed_form=True
+        )
+    assert calls == sorted(set(SIZES))
+
+
+def python_calls(function) -> int:
+    """Return how many functions, written in Python or in C, a call runs."""
+    count = 0
+
+    def note(_frame, event, _argument):
+        nonlocal count
+        count += event in ("call", "c_call")
+
+    sys.setprofile(note)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return count
+
+
+@pytest.mark.parametrize("gradients", ["graph", "recomputed"])
+def test_a_step_runs_no_python_for_each_compound(gradients):
+    model = MultiPoseModel(InDomain((-math.inf, math.inf)), SmoothMinimum(), gradients=gradients)
+
+    def step(n_compounds):
+        sizes = torch.arange(n_compounds) % 4 + 1
+        poses = torch.randn(int(sizes.sum()), 4, dtype=torch.float64)
+        output = model(poses, sizes, collated=True)
+        model.pose_weights(output.pose_predictions, sizes)
+        output.prediction.sum().backward()
+
+    for _ in range(4):  # the first calls compare batches with a loop, and runs with one another
+        step(20)
+    assert python_calls(lambda: step(20)) == python_calls(lambda: step(2000))
+
+
+# Combinations that vmap cannot run, or runs wrongly.
+
+
+class Branches(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.mean() if predictions.sum() > 0 else predictions.amin()
+
+
+class BranchesFarAway(Combination):
+    """The first batch does not show that control flow depends on numbers."""
+
+    far = False
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        if self.far and predictions.amax() > 0:
+            return predictions.amax()
+        return predictions.mean()
+
+
+class Stochastic(Combination):
+    stochastic = True
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (predictions * torch.rand_like(predictions)).sum()
+
+
+class Undeclared(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (predictions * torch.rand_like(predictions)).sum()
+
+
+class CountsCalls(Combination):
+    def __init__(self):
+        super().__init__()
+        self.n_calls = 0
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        self.n_calls += 1
+        return self.n_calls * predictions.mean()
+
+
+class KeepsLast(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        self.last = predictions.detach()
+        return predictions.mean()
+
+
+class RunningAverage(Combination):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("average", torch.zeros((), dtype=torch.float64))
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        self.average = 0.9 * self.average + 0.1 * predictions.detach().mean()
+        return predictions.mean() - self.average
+
+
+class WrongRule(torch.autograd.Function):
+    """A sum of squares whose rule for vmap adds up the compounds, too."""
+
+    @staticmethod
+    def forward(predictions):
+        return predictions.square().sum()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        (predictions,) = ctx.saved_tensors
+        return 2 * grad_output * predictions
+
+    @staticmethod
+    def vmap(info, in_dims, predictions):
+        return predictions.square().sum().expand(info.batch_size), 0
+
+
+class SumOfSquares(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return WrongRule.apply(predictions)
+
+
+class Quantile(Combination):
+    """An operation that warns when vmap runs it."""
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return torch.quantile(predictions, 0.3)
+
+
+class OwnGradient(Combination):
+    """Takes a derivative itself, which vmap refuses."""
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        with torch.enable_grad():
+            y = predictions.detach().requires_grad_()
+            (slope,) = torch.autograd.grad(y.square().sum(), y)
+        return (slope * predictions).sum()
+
+
+ONE_BY_ONE = [
+    Branches,
+    Stochastic,
+    Undeclared,
+    CountsCalls,
+    KeepsLast,
+    RunningAverage,
+    SumOfSquares,
+    Quantile,
+    OwnGradient,
+]
+
+
+@pytest.mark.parametrize("make", ONE_BY_ONE, ids=lambda make: make.__name__)
+def test_what_cannot_be_batched_is_combined_one_by_one(make, monkeypatch, capfd):
+    predictions = torch.randn(sum(SIZES), dtype=torch.float64, requires_grad=True)
+
+    def run():
+        combination = make()
+        found = []
+        for _ in range(2):
+            torch.manual_seed(3)
+            found.append(
+                compounds.combine_compounds(combination, predictions, {}, SIZES, closed_form=True)
+            )
+        gradients = torch.autograd.grad(sum(each.sum() for each in found), predictions)
+        return [*found, *gradients, *combination.buffers()], combination
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found, combination = run()
+    assert compounds._BATCHABLE[combination] is False
+    without_batches(monkeypatch)
+    for one, other in zip(found, run()[0], strict=True):
+        assert torch.equal(one, other)
+    assert capfd.readouterr() == ("", "")
+
+
+def test_control_flow_that_shows_later_falls_back_to_the_loop():
+    combination = BranchesFarAway()
+    predictions = torch.randn(12)
+    compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
+    assert compounds._BATCHABLE[combination] is True
+    combination.far = True
+    found = compounds.combine_compounds(combination, predictions + 9, {}, [3] * 4, closed_form=True)
+    assert torch.equal(found, (predictions + 9).view(4, 3).amax(1))
+    assert compounds._BATCHABLE[combination] is False
+
+
+def test_an_error_of_the_author_is_that_of_the_loop():
+    class Broken(Combination):
+        def combine(self, predictions: Tensor) -> Tensor:
+            raise ValueError("the author's words")
+
+    class Vector(Combination):
+        def combine(self, predictions: Tensor) -> Tensor:
+            return predictions
+
+    predictions = torch.randn(12)
+    with pytest.raises(ValueError, match="the author's words"):
+        compounds.combine_compounds(Broken(), predictions, {}, [3] * 4, closed_form=True)
+    with pytest.raises(CombinationContractError, match=r"shape \(\); found shape \(3,\)"):
+        compounds.combine_compounds(Vector(), predictions, {}, [3] * 4, closed_form=True)
+
+
+def test_a_batch_does_not_change_the_combination():
+    combination = SmoothMinimum()
+    before = dict(vars(combination))
+    compounds.combine_compounds(combination, torch.randn(12), {}, [3] * 4, closed_form=True)
+    assert vars(combination) == before
+    assert combination.log_t.grad is None
+
+
+def test_a_model_of_many_compounds_works_inside_transforms(pose_model):
+    model = MultiPoseModel(pose_model, SmoothMinimum().double(), collate=torch.stack)
+    poses = list(torch.randn(12, 4, dtype=torch.float64))
+
+    def loss(params):
+        out = torch.func.functional_call(model, params, (poses, [3] * 4))
+        return out.prediction.square().sum()
+
+    params = dict(model.named_parameters())
+    found = torch.func.grad(loss)({name: p.detach() for name, p in params.items()})
+    expected = torch.autograd.grad(loss(params), list(params.values()))
+    assert_equal(found.values(), expected)
+
+
+# The number of poses of each compound.
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param({"sizes": torch.tensor([3, 4])}, id="tensor"),
+        pytest.param({"sizes": torch.tensor([3, 4], dtype=torch.int32)}, id="int32"),
+        pytest.param({"sizes": (torch.tensor(3), 4)}, id="list with a tensor"),
+        pytest.param({"ptr": torch.tensor([0, 3, 7])}, id="ptr"),
+        pytest.param({"ptr": [0, 3, 7]}, id="ptr as a list"),
+    ],
+)
+def test_sizes_come_as_a_list_a_tensor_or_offsets(pose_model, poses, sizes):
+    model = MultiPoseModel(pose_model, SmoothMinimum().double())
+    expected = model(poses, [3, 4])
+    assert torch.equal(model(poses, **sizes).prediction, expected.prediction)
+    assert model.estimate(poses, **sizes).modes == model.estimate(poses, [3, 4]).modes
+    weights = model.pose_weights(expected.pose_predictions, [3, 4])
+    assert torch.equal(model.pose_weights(expected.pose_predictions, **sizes), weights)
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"sizes": torch.tensor([3.0, 4.0])}, "sizes must be whole numbers"),
+        ({"sizes": torch.tensor([[3, 4]])}, "sizes must be whole numbers"),
+        ({"sizes": torch.tensor(7)}, "sizes must be whole numbers"),
+        ({"sizes": torch.tensor([8, -1])}, "compound 1: a number of poses must not be negative"),
+        ({"sizes": torch.tensor([3, 3])}, "sizes must add up to the number of poses"),
+        ({"sizes": torch.tensor([7, 0])}, r"compound 1: .* needs at least 1 pose\(s\); found 0"),
+        ({"sizes": torch.tensor([], dtype=torch.int64)}, "sizes must name at least one compound"),
+        ({"ptr": [0, 3, 7], "sizes": [3, 4]}, "Pass only one of them"),
+        ({"ptr": [1, 3, 7]}, "begin with 0 and never fall"),
+        ({"ptr": [0, 4, 3, 7]}, "begin with 0 and never fall"),
+        ({"ptr": [0.0, 7.0]}, "begin with 0 and never fall"),
+        ({"ptr": [0]}, "begin with 0 and never fall"),
+        ({"ptr": [0, 3, 6]}, "sizes must add up to the number of poses"),
+    ],
+    ids=str,
+)
+def test_wrong_sizes_are_an_error_that_says_so(pose_model, poses, sizes, message):
+    model = MultiPoseModel(pose_model, SmoothMinimum().double())
+    with pytest.raises(PredictionError, match=message):
+        model(poses, **sizes)
+    with pytest.raises(PredictionError, match=message):
+        model.pose_weights(torch.randn(7), **sizes)
+
+
+# Pose weights.
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("enabled", [True, False], ids=["with gradients", "without gradients"])
+def test_pose_weights_belong_to_their_compound(pose_model, poses, gradients, enabled):
+    model = MultiPoseModel(pose_model, SmoothMinimum().double(), gradients=gradients)
+    with torch.set_grad_enabled(enabled):
+        predictions = model(poses, [3, 4]).pose_predictions
+        weights = model.pose_weights(predictions, [3, 4])
+    expected = [model.combination.pose_weights(part) for part in predictions.split([3, 4])]
+    torch.testing.assert_close(weights, torch.cat(expected).detach(), rtol=1e-14, atol=0)
+    assert not weights.requires_grad
+
+
+def test_pose_weights_of_one_compound(pose_model, poses):
+    model = MultiPoseModel(pose_model, SmoothMinimum().double())
+    predictions = model(poses).pose_predictions
+    expected = model.combination.pose_weights(predictions).detach()
+    assert torch.equal(model.pose_weights(predictions), expected)
+
+
+def test_pose_weights_of_a_full_depth_combination(pose_model, poses):
+    class Half(Combination):
+        def forward(self, pred_list, grad_dict, param_names, *model_params):
+            return HalfFunction.apply(pred_list, grad_dict, param_names, *model_params)
+
+    model = MultiPoseModel(pose_model, Half(), gradients="stored")
+    out = model(poses, [3, 4])
+    weights = model.pose_weights(out.pose_predictions, [3, 4])
+    assert weights.tolist() == [0.5] * 7
+
+
+class HalfFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, pred_list, grad_dict, param_names, *model_params):
+        ctx.gradients = [torch.stack(grad_dict[name]) for name in param_names]
+        return 0.5 * torch.stack(pred_list).sum()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None, None, None, *(0.5 * grad_output * g.sum(0) for g in ctx.gradients)
+
+
+@pytest.mark.parametrize(
+    "combination", [SmoothMinimum().double(), Branches()], ids=["closed form", "derived"]
+)
+@pytest.mark.parametrize("change", [lambda y: y, Tensor.detach], ids=["output", "detached"])
+def test_a_combination_refuses_the_predictions_for_several_compounds(
+    pose_model, poses, combination, change
+):
+    model = MultiPoseModel(pose_model, combination)
+    out = model(poses, [3, 4])
+    message = r"for one compound; found those for 2 compounds. Call model.pose_weights\("
+    with pytest.raises(PredictionError, match=message):
+        combination.pose_weights(change(out.pose_predictions))
+    with pytest.raises(PredictionError, match="Pass the sizes of that call"):
+        model.pose_weights(out.pose_predictions)
+    with pytest.raises(PredictionError, match="Pass the sizes of that call"):
+        model.pose_weights(out.pose_predictions, [4, 3])
+    combination.pose_weights(out.pose_predictions[:3])  # the first compound
+    combination.pose_weights(model(poses).pose_predictions)
+
+
+def test_noted_sizes_are_forgotten_with_the_predictions(pose_model, poses):
+    from mtenn_core._engine import evaluation
+
+    before = len(evaluation._SIZES)
+    out = MultiPoseModel(pose_model, SmoothMinimum().double())(poses, [3, 4])
+    assert len(evaluation._SIZES) == before + 1
+    del out
+    assert len(evaluation._SIZES) == before
+
+
+@pytest.mark.parametrize(
+    ("predictions", "message"),
+    [
+        ([1.0, 2.0], "found <class 'list'>"),
+        (torch.zeros(2, 2), r"found \(2, 2\)"),
+        (torch.zeros(2, dtype=torch.int64), "floating-point numbers"),
+        (torch.zeros(0), "expected at least one pose"),
+    ],
+    ids=str,
+)
+def test_pose_weights_need_a_vector(pose_model, predictions, message):
+    model = MultiPoseModel(pose_model, SmoothMinimum().double())
+    with pytest.raises(PredictionError, match=message):
+        model.pose_weights(predictions)
+
+
+def test_pose_weights_need_the_pose_inputs(pose_model):
+    model = MultiPoseModel(pose_model, Scored())
+    with pytest.raises(PredictionError, match="Scored needs pose_inputs"):
+        model.pose_weights(torch.zeros(3))
