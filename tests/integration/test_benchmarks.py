@@ -1,4 +1,4 @@
-"""``benchmarks/against.py`` compares two versions of the core."""
+"""The benchmarks compare what they say: two versions, or two ways to the same numbers."""
 
 from __future__ import annotations
 
@@ -88,3 +88,13 @@ def test_a_worker_without_its_own_package_is_an_error(against, tmp_path):
         pytest.raises(SystemExit, match=r"The process that measures .* failed\."),
     ):
         worker.ask("set_up")
+
+
+@pytest.mark.parametrize("what", ["5", "1 to 20"])
+@pytest.mark.parametrize("name", ["min", "boltzmann", "learnable", "mean"])
+def test_segment_sums_by_hand_give_the_gradients_of_the_model(monkeypatch, what, name):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    compounds = importlib.import_module("compounds")
+    case = compounds.Case(what, 30, name)
+    assert len(case.ways) == 3
+    case.check()
