@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import warnings
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import NamedTuple
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import current_transform, forward_ad_level, versions_of
-from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.batchable import (
+    attributes_unchanged,
+    is_batchable,
+    note_batchable,
+    runs_in_batches,
+)
 from mtenn_core._engine.evaluation import (
     PoseGradients,
     PoseInputs,
@@ -23,15 +24,10 @@ from mtenn_core._engine.evaluation import (
     full_depth_prediction,
     pose_weights,
 )
-from mtenn_core._engine.plain_attributes import PlainAttributes
-from mtenn_core._process.printable import error_text
 from mtenn_core.combination import Combination
 
-# Below this number of compounds, a loop takes as long as one call of torch.func.vmap.
+# A loop over fewer compounds takes as long as a batch.
 SMALLEST_BATCH = 3
-
-# For each combination, whether vmap gives the numbers of a loop. Found out at the first batch.
-_BATCHABLE: WeakKeyDictionary[Combination, bool] = WeakKeyDictionary()
 
 Rows = tuple[Tensor, PoseInputs]
 Function = Callable[[Combination, Tensor, PoseInputs], Tensor]
@@ -178,18 +174,19 @@ def _from_batches(
 
     Return None if a loop over the compounds is as fast, or if the combination cannot take batches.
     """
-    if len(sizes) < SMALLEST_BATCH or _BATCHABLE.get(combination) is False:
+    if len(sizes) < SMALLEST_BATCH or is_batchable(combination) is False:
         return None
     batches = batches_by_size(predictions, inputs, sizes)
     largest = max(batches.rows, key=lambda rows: len(rows[0]))
     if len(largest[0]) < SMALLEST_BATCH or not runs_in_batches(combination, *largest):
         return None
     try:
-        return [function(combination, *rows) for rows in batches.rows], batches
+        with attributes_unchanged(combination):
+            return [function(combination, *rows) for rows in batches.rows], batches
     except torch.OutOfMemoryError:
         raise
     except Exception:  # control flow that depends on these numbers, or the author's error
-        _BATCHABLE[combination] = False
+        note_batchable(combination, False)
         return None
 
 
@@ -213,132 +210,3 @@ def _by_compound(
     columns = zip(*(numbers.split(sizes) for numbers in inputs.values()), strict=True)
     own = [dict(zip(inputs, parts, strict=True)) for parts in columns]
     return zip(predictions.split(sizes), own, strict=True)
-
-
-def runs_in_batches(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> bool:
-    """Return whether a batch of compounds gives the numbers of a loop over them.
-
-    At the first call, a copy of the combination runs on three compounds in both ways.
-
-    Parameters
-    ----------
-    predictions, inputs : shape (n_compounds, n_poses)
-    """
-    known = _BATCHABLE.get(combination)
-    if known is not None:
-        return known
-    if current_transform() is not None or forward_ad_level() >= 0 or predictions.is_meta:
-        return False  # not now: the numbers cannot be compared
-    some = [0, -1, 0]  # if a call changes the next one, the third differs from the first
-    with torch.inference_mode(False), torch.no_grad():
-        rows = predictions.detach()[some], {name: n.detach()[some] for name, n in inputs.items()}
-    try:
-        same = not first_difference(combination, *rows)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # an error of the author shows in the loop, and names its compound
-        same = False
-    _BATCHABLE[combination] = same
-    return same
-
-
-class CannotBatchError(Exception):
-    """A combination cannot run in batches. The message is the reason."""
-
-
-def first_difference(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> str:
-    """Return what differs between a batch of compounds and a loop over them; "" if nothing does.
-
-    Two numbers are equal if half of their digits are. A batch may add numbers in another order, but
-    a wrong rule for vmap gives other numbers altogether.
-
-    Parameters
-    ----------
-    predictions, inputs : shape (n_compounds, n_poses)
-
-    Raises
-    ------
-    CannotBatchError : the combination is stochastic, or it changes attributes or buffers, or vmap
-        does not support it, as with control flow that depends on numbers
-    """
-    if combination.stochastic:
-        raise CannotBatchError("it is stochastic")
-    if not overrides(type(combination), "combine"):
-        raise CannotBatchError("it has no combine")
-    try:
-        # An operation without a rule for vmap warns in each call.
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            batch = _results_of_copy(_from_batch, combination, predictions, inputs)
-    except (CannotBatchError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CannotBatchError(f"torch.func.vmap cannot run it: {error_text(error)}") from error
-    if warned:
-        raise CannotBatchError(f"torch.func.vmap warns: {warned[0].message}")
-    loop = _results_of_copy(_from_rows, combination, predictions, inputs)
-    size = float(predictions.abs().amax())
-    for what, expected in loop.items():
-        # Weights have no unit. The other numbers have at least the roundoff of the predictions.
-        if not _close(batch[what], expected, 0.0 if what in _WEIGHTS else size):
-            return what
-    return ""
-
-
-_WEIGHTS = ("pose weights", "derivative of combine")
-
-
-def _results_of_copy(
-    run: Callable[..., Tensor], combination: Combination, predictions: Tensor, inputs: PoseInputs
-) -> dict[str, Tensor]:
-    """Return values and derivatives for some compounds, by their names.
-
-    Parameters
-    ----------
-    run : :func:`_from_batch` or :func:`_from_rows`
-    """
-    combination = copy.deepcopy(combination)  # a tensor of vmap must not stay on the original
-    attributes = PlainAttributes(combination.modules())
-    buffers = dict(combination.named_buffers())
-    state = _state(buffers)
-    own = {name: param for name, param in combination.named_parameters() if param.requires_grad}
-    results = {}
-    with torch.inference_mode(False), torch.enable_grad():
-        for closed_form, name_of_weights in zip((True, False), _WEIGHTS, strict=True):
-            function = partial(combined_prediction, closed_form=closed_form)
-            y = predictions.clone().requires_grad_()
-            values = run(function, combination, y, inputs)
-            # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
-            loss = (torch.arange(1, len(values) + 1).to(values) * values).sum()
-            gradients = torch.autograd.grad(loss, [y, *own.values()], allow_unused=True)
-            results["value"] = values.detach()
-            names = [name_of_weights, *(f"gradient of {name!r}" for name in own)]
-            results |= {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
-    if attributes.move() or _state(dict(combination.named_buffers())) != state:
-        raise CannotBatchError("a call changes its attributes or buffers")
-    return results
-
-
-def _from_batch(
-    function: Function, combination: Combination, predictions: Tensor, inputs: PoseInputs
-) -> Tensor:
-    return function(combination, predictions, inputs)
-
-
-def _from_rows(
-    function: Function, combination: Combination, predictions: Tensor, inputs: PoseInputs
-) -> Tensor:
-    rows = zip(predictions, *inputs.values(), strict=True)
-    return torch.stack(
-        [function(combination, y, dict(zip(inputs, own, strict=True))) for y, *own in rows]
-    )
-
-
-def _state(buffers: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
-    return list(zip(buffers, map(id, buffers.values()), versions_of(buffers.values()), strict=True))
-
-
-def _close(found: Tensor, expected: Tensor, size: float) -> bool:
-    largest = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * (largest + size)
-    return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel
 from mtenn_core._engine import compounds
+from mtenn_core._engine.batchable import is_batchable, runs_in_batches
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core.errors import CombinationContractError, PredictionError
@@ -105,7 +106,7 @@ def test_most_right_combinations_run_in_batches():
         combination = right.make().double()
         rows = 0.1 + 0.8 * torch.rand(4, 5, dtype=torch.float64)
         inputs = {name: torch.randn(4, 5).double() for name in combination.pose_inputs}
-        if not compounds.runs_in_batches(combination, rows, inputs):
+        if not runs_in_batches(combination, rows, inputs):
             names.append(right.name)
     assert names == [
         "mean of the poses that are not NaN",
@@ -339,7 +340,7 @@ def test_what_cannot_be_batched_is_combined_one_by_one(make, monkeypatch, capfd)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found, combination = run()
-    assert compounds._BATCHABLE[combination] is False
+    assert is_batchable(combination) is False
     without_batches(monkeypatch)
     for one, other in zip(found, run()[0], strict=True):
         assert torch.equal(one, other)
@@ -350,11 +351,34 @@ def test_control_flow_that_shows_later_falls_back_to_the_loop():
     combination = BranchesFarAway()
     predictions = torch.randn(12)
     compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
-    assert compounds._BATCHABLE[combination] is True
+    assert is_batchable(combination) is True
     combination.far = True
     found = compounds.combine_compounds(combination, predictions + 9, {}, [3] * 4, closed_form=True)
     assert torch.equal(found, (predictions + 9).view(4, 3).amax(1))
-    assert compounds._BATCHABLE[combination] is False
+    assert is_batchable(combination) is False
+
+
+class Logs(Combination):
+    """Keeps its weights for a log, if it is told to, or in evaluation."""
+
+    log = False
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        weights = torch.softmax(predictions, dim=0)
+        if self.log or not self.training:
+            self.weights = weights.detach()
+        return (weights * predictions).sum()
+
+
+@pytest.mark.parametrize("change", [lambda c: setattr(c, "log", True), lambda c: c.eval()])
+def test_an_attribute_that_is_set_later_is_that_of_the_loop(change):
+    combination, predictions = Logs(), torch.randn(12)
+    compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
+    assert is_batchable(combination) is True
+    change(combination)
+    compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
+    assert is_batchable(combination) is False
+    assert torch.equal(combination.weights, torch.softmax(predictions[-3:], dim=0))
 
 
 def test_an_error_of_the_author_is_that_of_the_loop():

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mtenn_core._engine.compounds import CannotBatchError, first_difference
+from mtenn_core._engine.batchable import CannotBatchError, first_difference
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.subject import Subject
