@@ -54,7 +54,7 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
         plugin = _import(record) if record.plugin is None else record.plugin
         combination = _call_hook(plugin, record)
     replaced = replaced_functions(functions)
-    if changes.settings or replaced:
+    if changes.settings or changes.not_restored or replaced:
         with warnings.catch_warnings():
             warnings.filters = filters  # the user's filters; the plugin may have changed them
             _warn_of_changes(record, changes, replaced)
@@ -166,6 +166,13 @@ def _warn_of_changes(record: PluginRecord, changes: Changes, functions: list[str
         warnings.warn(
             f"{subject} changed {', '.join(changes.settings)} while it was imported. The old values"
             " were restored. Tell its author",
+            PluginWarning,
+            stacklevel=2,
+        )
+    if changes.not_restored:
+        warnings.warn(
+            f"{subject} changed {', '.join(changes.not_restored)} while it was imported. This could"
+            " not be undone. Tell its author",
             PluginWarning,
             stacklevel=2,
         )

@@ -13,7 +13,8 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import version_of
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
+from mtenn_core._process.setting_table import RANDOM_STATES, SETTINGS
+from mtenn_core._process.settings import changed, process_state
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
@@ -173,7 +174,7 @@ def _change_cause(what: str) -> str:
         return "requires_grad_() on a tensor of the caller"
     if what.startswith(".grad"):
         return "return the gradients; autograd accumulates them"
-    if "mode" in what or "default" in what or "threads" in what:
+    if what in SETTINGS:
         return "it changes a setting of the whole process: use a context manager, which restores it"
     return "an operation in place (add_, mul_, *=, sort, pop) on an object of the caller: copy it"
 
