@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -38,10 +39,10 @@ _MODES = ("torch's modes for functions", "torch's modes for operations")
 
 _lock = Lock()
 # State of the overlapping `default_settings` blocks: the caller's values of settings that differ.
-_n_with_defaults = 0
+_with_defaults: list[int] = []  # the thread of each block
 _replaced: dict[str, Any] = {}
 # State of the overlapping `restoring_process_state` blocks.
-_n_running = 0
+_running: list[int] = []
 _n_started = 0
 _before: dict[str, Any] = {}
 
@@ -118,22 +119,29 @@ def default_settings() -> Iterator[None]:
     Hooks of all modules are removed until then. Blocks may overlap, in several threads. The first
     block that starts saves the settings, and the last block that ends restores them.
     """
-    global _n_with_defaults, _replaced
+    global _replaced
+    thread = threading.get_ident()
     with _lock:
-        if _n_with_defaults == 0:
+        if not _with_defaults:
             _replaced = _other_than_defaults(PROCESS_SETTINGS)
             for name in _replaced:
                 PROCESS_SETTINGS[name].set(PROCESS_SETTINGS[name].default)
-        _n_with_defaults += 1
+        _with_defaults.append(thread)
     try:
         yield
     finally:
         with _lock:
-            _n_with_defaults -= 1
-            if _n_with_defaults == 0:
-                for name, value in _replaced.items():
-                    PROCESS_SETTINGS[name].set(value)
-                _replaced = {}
+            _with_defaults.remove(thread)
+            _put_back_replaced()
+
+
+def _put_back_replaced() -> None:
+    """Put back the caller's settings, unless a block is running."""
+    global _replaced
+    if not _with_defaults:
+        for name, value in _replaced.items():
+            PROCESS_SETTINGS[name].set(value)
+        _replaced = {}
 
 
 def _defaults_in_use() -> dict[str, Any]:
@@ -155,14 +163,14 @@ def restoring_process_state() -> Iterator[Changes]:
     ------
     the changes, which are complete when the block has ended
     """
-    global _before, _n_started, _n_running
-    changes, seed = Changes(), torch.initial_seed()
+    global _before, _n_started
+    changes, seed, thread = Changes(), torch.initial_seed(), threading.get_ident()
     thread_before = _values(THREAD_SETTINGS)
     with _lock:
-        changes.ran_alone = _n_running == 0
+        changes.ran_alone = not _running
         if changes.ran_alone:
             _before = _values(PROCESS_SETTINGS | RANDOM_STATES) | _replaced
-        _n_running += 1
+        _running.append(thread)
         _n_started += 1
         n_started = _n_started
     try:
@@ -171,11 +179,26 @@ def restoring_process_state() -> Iterator[Changes]:
         _restore(THREAD_SETTINGS, thread_before, changes)
         with _lock:
             changes.ran_alone &= n_started == _n_started
-            _n_running -= 1
-            if _n_running == 0:
+            _running.remove(thread)
+            if not _running:
                 expected = _before | _defaults_in_use()
                 _restore(PROCESS_SETTINGS, expected, changes)
                 _restore(_random_states_to_restore(seed), _before)
+
+
+def _end_blocks_of_other_threads() -> None:
+    """End the blocks that nobody would end, because a forked process has only one thread."""
+    me = threading.get_ident()
+    others_ran = any(thread != me for thread in _running)
+    _with_defaults[:] = [thread for thread in _with_defaults if thread == me]
+    _running[:] = [thread for thread in _running if thread == me]
+    if others_ran and not _running:
+        _restore(PROCESS_SETTINGS, _before | _defaults_in_use())
+    _put_back_replaced()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_end_blocks_of_other_threads)
 
 
 def _random_states_to_restore(seed: int) -> dict[str, Setting]:
