@@ -2,80 +2,25 @@
 
 from __future__ import annotations
 
-import pickle
-import random
-import sys
+import os
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from mtenn_core._process.locks import Lock
+from mtenn_core._process.setting_table import (
+    PROCESS_SETTINGS,
+    RANDOM_STATES,
+    SETTINGS,
+    THREAD_SETTINGS,
+    Setting,
+)
+from mtenn_core._process.torch_internals import n_dispatch_modes, n_function_modes, paused_modes
 
-
-class _Setting(NamedTuple):
-    get: Callable[[], Any]
-    set: Callable[[Any], object]
-    default: Any = None  # torch's own default of a process-wide setting
-
-
-def _set_default_device(device: torch.device) -> None:
-    # Set None instead of "cpu", because "cpu" makes every later call of torch slower.
-    torch.set_default_device(None if device.type == "cpu" else device)
-
-
-def _numpy_state() -> Any:
-    numpy = sys.modules.get("numpy")
-    # The state is pickled, because == raises for a tuple with arrays.
-    return None if numpy is None else pickle.dumps(numpy.random.get_state())
-
-
-def _set_numpy_state(state: Any) -> None:
-    if state is not None:
-        sys.modules["numpy"].random.set_state(pickle.loads(state))
-
-
-def _anomaly_mode() -> tuple[bool, bool]:
-    enabled = torch.is_anomaly_enabled()
-    return enabled, torch.is_anomaly_check_nan_enabled() if enabled else True
-
-
-# These are not in the settings, because a stochastic combination may advance a random state.
-RANDOM_STATES = {
-    "torch's random state": _Setting(torch.get_rng_state, torch.set_rng_state),
-    "the random state of `random`": _Setting(random.getstate, random.setstate),
-    "numpy's random state": _Setting(_numpy_state, _set_numpy_state),
-}
-THREAD_SETTINGS = {
-    "the grad mode": _Setting(torch.is_grad_enabled, torch.set_grad_enabled),
-    "torch's default device": _Setting(torch.get_default_device, _set_default_device),
-    "torch's number of threads": _Setting(torch.get_num_threads, torch.set_num_threads),
-}
-PROCESS_SETTINGS = {
-    "torch's default dtype": _Setting(
-        torch.get_default_dtype, torch.set_default_dtype, torch.float32
-    ),
-    "torch's float32 precision": _Setting(
-        torch.get_float32_matmul_precision, torch.set_float32_matmul_precision, "highest"
-    ),
-    "torch's deterministic mode": _Setting(
-        torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0
-    ),
-    "autograd's anomaly mode": _Setting(
-        _anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode), (False, True)
-    ),
-}
-SETTINGS = THREAD_SETTINGS | PROCESS_SETTINGS
-# Hooks that run for every module of the process; FlopCounterMode has some. These private dicts were
-# seen in torch 2.13. Without them: such hooks would also run in the gate.
-_MODULE_HOOKS: list[dict[Any, Any]] = [
-    hooks
-    for name, hooks in vars(torch.nn.modules.module).items()
-    if name.startswith("_global_") and isinstance(hooks, dict)
-]
 # A plugin may replace functions in these namespaces while it is imported.
 NAMESPACES = {
     "torch": torch,
@@ -88,13 +33,16 @@ NAMESPACES = {
     "torch.special": torch.special,
 }
 
+_ALL = SETTINGS | RANDOM_STATES
+# These settings are read first. The others are read without these modes.
+_MODES = ("torch's modes for functions", "torch's modes for operations")
+
 _lock = Lock()
 # State of the overlapping `default_settings` blocks: the caller's values of settings that differ.
-_n_with_defaults = 0
+_with_defaults: list[int] = []  # the thread of each block
 _replaced: dict[str, Any] = {}
-_removed_hooks: list[dict[Any, Any]] = []
 # State of the overlapping `restoring_process_state` blocks.
-_n_running = 0
+_running: list[int] = []
 _n_started = 0
 _before: dict[str, Any] = {}
 
@@ -106,16 +54,18 @@ class Changes:
     Attributes
     ----------
     settings : names of the settings that changed and were restored
+    not_restored : names of the settings that changed and could not be restored
     ran_alone : True if no other block ran at the same time in any thread
     """
 
     settings: list[str] = field(default_factory=list)
+    not_restored: list[str] = field(default_factory=list)
     ran_alone: bool = True
 
 
 def process_state() -> dict[str, Any]:
     """Return all settings and random states. The keys are names for messages."""
-    return _values(SETTINGS | RANDOM_STATES)
+    return _values(_ALL)
 
 
 def changed(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
@@ -130,47 +80,68 @@ def preserved_process_state() -> Iterator[None]:
     try:
         yield
     finally:
-        _restore(SETTINGS | RANDOM_STATES, before)
+        _restore(_ALL, before)
 
 
 def differs_from_defaults() -> bool:
-    """Return True if :func:`default_settings` would change a setting or remove a hook."""
-    return any(_MODULE_HOOKS) or any(
-        setting.get() != setting.default for setting in PROCESS_SETTINGS.values()
-    )
+    """Return True if :func:`default_settings` would change a setting."""
+    return bool(_other_than_defaults(PROCESS_SETTINGS))
+
+
+def thread_differs_from_defaults() -> bool:
+    """Return True if :func:`default_thread_settings` would change a setting."""
+    return bool(_other_than_defaults(THREAD_SETTINGS))
+
+
+def _other_than_defaults(settings: dict[str, Setting]) -> dict[str, Any]:
+    """Return the settings that have a default and another value."""
+    values = {n: each.get() for n, each in settings.items() if each.default is not None}
+    return {n: v for n, v in values.items() if v is not None and v != settings[n].default}
+
+
+@contextmanager
+def default_thread_settings() -> Iterator[None]:
+    """Use the defaults of this thread's settings until the block ends."""
+    before = _other_than_defaults(THREAD_SETTINGS)
+    for name in before:
+        THREAD_SETTINGS[name].set(THREAD_SETTINGS[name].default)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            THREAD_SETTINGS[name].set(value)
 
 
 @contextmanager
 def default_settings() -> Iterator[None]:
-    """Use torch's own defaults of the process-wide settings until the block ends.
+    """Use the defaults of the process-wide settings until the block ends.
 
     Hooks of all modules are removed until then. Blocks may overlap, in several threads. The first
     block that starts saves the settings, and the last block that ends restores them.
     """
-    global _n_with_defaults, _replaced, _removed_hooks
+    global _replaced
+    thread = threading.get_ident()
     with _lock:
-        if _n_with_defaults == 0:
-            _removed_hooks = [dict(hooks) for hooks in _MODULE_HOOKS]
-            for hooks in _MODULE_HOOKS:
-                hooks.clear()
-            _replaced = {
-                name: setting.get()
-                for name, setting in PROCESS_SETTINGS.items()
-                if setting.get() != setting.default
-            }
-            _restore(PROCESS_SETTINGS, _values(PROCESS_SETTINGS) | _defaults_in_use())
-        _n_with_defaults += 1
+        if not _with_defaults:
+            _replaced = _other_than_defaults(PROCESS_SETTINGS)
+            for name in _replaced:
+                PROCESS_SETTINGS[name].set(PROCESS_SETTINGS[name].default)
+        _with_defaults.append(thread)
     try:
         yield
     finally:
         with _lock:
-            _n_with_defaults -= 1
-            if _n_with_defaults == 0:
-                for name, value in _replaced.items():
-                    PROCESS_SETTINGS[name].set(value)
-                _replaced = {}
-                for hooks, removed in zip(_MODULE_HOOKS, _removed_hooks, strict=True):
-                    hooks.update(removed)
+            _with_defaults.remove(thread)
+            _put_back_replaced()
+
+
+def _put_back_replaced() -> None:
+    """Put back the caller's settings, unless a block is running."""
+    global _replaced
+    if not _with_defaults:
+        for name, value in _replaced.items():
+            PROCESS_SETTINGS[name].set(value)
+        _replaced = {}
 
 
 def _defaults_in_use() -> dict[str, Any]:
@@ -192,30 +163,45 @@ def restoring_process_state() -> Iterator[Changes]:
     ------
     the changes, which are complete when the block has ended
     """
-    global _before, _n_started, _n_running
-    changes, seed = Changes(), torch.initial_seed()
+    global _before, _n_started
+    changes, seed, thread = Changes(), torch.initial_seed(), threading.get_ident()
     thread_before = _values(THREAD_SETTINGS)
     with _lock:
-        changes.ran_alone = _n_running == 0
+        changes.ran_alone = not _running
         if changes.ran_alone:
             _before = _values(PROCESS_SETTINGS | RANDOM_STATES) | _replaced
-        _n_running += 1
+        _running.append(thread)
         _n_started += 1
         n_started = _n_started
     try:
         yield changes
     finally:
-        changes.settings += _restore(THREAD_SETTINGS, thread_before)
+        _restore(THREAD_SETTINGS, thread_before, changes)
         with _lock:
             changes.ran_alone &= n_started == _n_started
-            _n_running -= 1
-            if _n_running == 0:
+            _running.remove(thread)
+            if not _running:
                 expected = _before | _defaults_in_use()
-                changes.settings += _restore(PROCESS_SETTINGS, expected)
+                _restore(PROCESS_SETTINGS, expected, changes)
                 _restore(_random_states_to_restore(seed), _before)
 
 
-def _random_states_to_restore(seed: int) -> dict[str, _Setting]:
+def _end_blocks_of_other_threads() -> None:
+    """End the blocks that nobody would end, because a forked process has only one thread."""
+    me = threading.get_ident()
+    others_ran = any(thread != me for thread in _running)
+    _with_defaults[:] = [thread for thread in _with_defaults if thread == me]
+    _running[:] = [thread for thread in _running if thread == me]
+    if others_ran and not _running:
+        _restore(PROCESS_SETTINGS, _before | _defaults_in_use())
+    _put_back_replaced()
+
+
+if hasattr(os, "register_at_fork"):  # not on Windows
+    os.register_at_fork(after_in_child=_end_blocks_of_other_threads)
+
+
+def _random_states_to_restore(seed: int) -> dict[str, Setting]:
     if threading.active_count() == 1:
         return RANDOM_STATES
     reseeded = torch.initial_seed() != seed
@@ -254,18 +240,35 @@ def _belongs_to_torch(function: Any, name: str) -> bool:
     return bool(code.co_filename.startswith(torch.__path__[0]))
 
 
-def _values(settings: dict[str, _Setting]) -> dict[str, Any]:
-    return {name: setting.get() for name, setting in settings.items()}
+def _values(settings: dict[str, Setting]) -> dict[str, Any]:
+    if not (n_function_modes() or n_dispatch_modes()):
+        return {name: setting.get() for name, setting in settings.items()}
+    values = {name: settings[name].get() for name in _MODES if name in settings}
+    with paused_modes():
+        rest = {n: setting.get() for n, setting in settings.items() if n not in values}
+    return values | rest
 
 
-def _restore(settings: dict[str, _Setting], before: dict[str, Any]) -> list[str]:
-    """Restore settings and return the names of those that had changed."""
+def _restore(
+    settings: dict[str, Setting], before: dict[str, Any], changes: Changes | None = None
+) -> None:
+    """Restore settings, and record the names of those that had changed."""
     now = _values(settings)
     names = [name for name in now if not _same(before[name], now[name])]
     for name in names:
-        settings[name].set(before[name])
-    return names
+        # For example, the number of interop threads can be set only once.
+        with suppress(Exception):
+            settings[name].set(before[name])
+    if changes is not None:
+        now = _values({name: settings[name] for name in names})
+        restored = [name for name in names if _same(before[name], now[name])]
+        changes.settings += restored
+        changes.not_restored += [name for name in names if name not in restored]
 
 
-def _same(one: Any, other: Any) -> bool:
-    return torch.equal(one, other) if isinstance(one, torch.Tensor) else bool(one == other)
+def _same(before: Any, after: Any) -> bool:
+    if before is None:
+        return True  # unknown
+    if isinstance(before, torch.Tensor):
+        return torch.equal(before, after)
+    return bool(before == after)

@@ -1,7 +1,8 @@
 """Run a block without the modes and settings of torch that the caller uses.
 
-The private interfaces of torch here were seen in torch 2.13. Without them: a new thread has no
-modes of its caller. But it would wait forever for a module that the caller is importing.
+The private interfaces of torch here, and most in ``torch_internals``, were seen in torch 2.13.
+Without them: a new thread has no modes of its caller. But it would wait forever for a module that
+the caller is importing.
 """
 
 from __future__ import annotations
@@ -9,12 +10,17 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from mtenn_core._process.settings import default_settings, differs_from_defaults
+from mtenn_core._process import torch_internals
+from mtenn_core._process.settings import (
+    default_settings,
+    default_thread_settings,
+    differs_from_defaults,
+    thread_differs_from_defaults,
+)
 
 
 @contextmanager
@@ -23,7 +29,8 @@ def without_modes(*, process_wide: bool = True) -> Iterator[None]:
 
     These are modes for functions and for operations (``torch.device``, ``FakeTensorMode``,
     ``FlopCounterMode``), the default device, transforms of ``torch.func``, autocast, the grad and
-    inference modes, hooks for saved tensors and of all modules, and process-wide settings of torch.
+    inference modes, hooks for saved tensors and of all modules, the flushing of denormal numbers,
+    numpy's handling of errors, and process-wide settings of torch.
 
     Parameters
     ----------
@@ -33,6 +40,7 @@ def without_modes(*, process_wide: bool = True) -> Iterator[None]:
     with ExitStack() as stack:
         for remove in _REMOVE:
             stack.callback(remove())
+        stack.enter_context(default_thread_settings())
         if process_wide:
             stack.enter_context(default_settings())
         if torch.is_autocast_enabled("cpu"):
@@ -45,13 +53,14 @@ def without_modes(*, process_wide: bool = True) -> Iterator[None]:
 def uses_modes() -> bool:
     """Return True if :func:`without_modes` would change a mode or a setting."""
     return bool(
-        torch._C._len_torch_function_stack()
-        or torch._C._len_torch_dispatch_stack()
+        torch_internals.n_function_modes()
+        or torch_internals.n_dispatch_modes()
         or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._autograd._top_saved_tensors_default_hooks(False)
+        or torch_internals.has_saved_tensors_hooks()
         or torch.is_inference_mode_enabled()
         or not torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
+        or thread_differs_from_defaults()
         or differs_from_defaults()
     )
 
@@ -70,41 +79,16 @@ def has_numbers(tensor: Tensor) -> bool:
 
 def _function_modes() -> Callable[[], None]:
     """Remove the modes for functions, such as ``torch.device``. Return a function to undo it."""
-    length, pop = torch._C._len_torch_function_stack, torch._C._pop_torch_function_stack
-    modes = [pop() for _ in range(length())]
-
-    def restore() -> None:
-        for _ in range(length()):  # the block may have left some
-            pop()
-        for mode in reversed(modes):
-            torch._C._push_on_torch_function_stack(mode)
-
-    return restore
-
-
-def _default_device() -> Callable[[], None]:
-    """Forget the default device, whose mode is one of those for functions."""
-    # set_default_device would make another mode for the same device.
-    devices = torch._GLOBAL_DEVICE_CONTEXT
-    context = getattr(devices, "device_context", None)
-    devices.device_context = None
-    return lambda: setattr(devices, "device_context", context)
+    modes = torch_internals.all_function_modes()
+    torch_internals.set_all_function_modes([])
+    return lambda: torch_internals.set_all_function_modes(modes)
 
 
 def _dispatch_modes() -> Callable[[], None]:
     """Remove the modes for operations, such as ``FakeTensorMode``."""
-    # torch's own _disable_current_modes imports the compiler, which takes a second.
-    length = torch._C._len_torch_dispatch_stack
-    pop = partial(torch._C._pop_torch_dispatch_stack, None)
-    modes = [pop() for _ in range(length())]
-
-    def restore() -> None:
-        for _ in range(length()):
-            pop()
-        for mode in reversed(modes):
-            torch._C._push_on_torch_dispatch_stack(mode)
-
-    return restore
+    modes = torch_internals.dispatch_modes()
+    torch_internals.set_dispatch_modes(())
+    return lambda: torch_internals.set_dispatch_modes(modes)
 
 
 def _transforms() -> Callable[[], None]:
@@ -124,17 +108,16 @@ def _transforms() -> Callable[[], None]:
 
 def _saved_hooks() -> Callable[[], None]:
     """Remove the hooks for tensors that are saved for backward."""
-    autograd, hooks = torch._C._autograd, []
-    while pair := autograd._top_saved_tensors_default_hooks(False):
-        hooks.append(pair)
-        autograd._pop_saved_tensors_default_hooks()
-
-    def restore() -> None:
-        for pair in reversed(hooks):
-            autograd._push_saved_tensors_default_hooks(*pair)
-
-    return restore
+    hooks = torch_internals.saved_tensors_hooks()
+    torch_internals.set_saved_tensors_hooks(())
+    return lambda: torch_internals.set_saved_tensors_hooks(hooks)
 
 
 # Modes for functions come first, because they may change the results of every call of torch.
-_REMOVE = (_function_modes, _default_device, _dispatch_modes, _transforms, _saved_hooks)
+_REMOVE = (
+    _function_modes,
+    torch_internals.forget_device_context,
+    _dispatch_modes,
+    _transforms,
+    _saved_hooks,
+)

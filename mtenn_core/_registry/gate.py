@@ -74,33 +74,38 @@ class Gate:
         """
         from mtenn_core._process.torch_modes import without_modes
 
-        if key not in self._passed:
+        if key in self._passed:
+            return
+        # Take the lock first: a fork waits for it, and would copy changed process-wide settings.
+        with hold(_lock):
+            if key in self._passed:
+                return  # another thread has validated it
             with without_modes():
                 self._run_checks(key, record, make)
 
     def _run_checks(self, key: Any, record: PluginRecord, make: Callable[[], Combination]) -> None:
+        from mtenn_core._registry.load import blamed  # lazy, because a query does not need pluggy
         from mtenn_core.testing import check_combination
         from mtenn_core.testing._probe.instances import with_numbers
         from mtenn_core.testing._target import target_of
 
-        combination = make()
-        try:
-            combination = with_numbers(combination)
-        except ValueError as error:
-            raise GradientValidationError(
-                f"{record}: {error}, or use validate=False to get it unchecked", record=record
-            ) from error
-        # `mtenn check` runs in another process, which does not know combinations registered here.
-        path = record.qualified_name if record.distribution else None
-        target = target_of(combination, path)
-        with hold(_lock):
-            if key in self._passed:
-                return  # another thread has validated it
+        with blamed(record, "a check of it"):
+            combination = make()
+            try:
+                combination = with_numbers(combination)
+            except ValueError as error:
+                raise GradientValidationError(
+                    f"{record}: {error}, or use validate=False to get it unchecked", record=record
+                ) from error
+            # `mtenn check` runs in another process, which does not know combinations registered
+            # here.
+            path = record.qualified_name if record.distribution else None
+            target = target_of(combination, path)
             report = check_combination(combination, level="gate", name=str(record), target=target)
-            if report.passed and key is not None:
-                # Do this while _lock is held, because a waiting thread looks up the key only once.
-                with self._passed_lock:
-                    self._passed.add(key)
+        if report.passed and key is not None:
+            # Do this while _lock is held, because a waiting thread looks up the key only once.
+            with self._passed_lock:
+                self._passed.add(key)
         if not report.passed:
             author = f" Tell its author; it is installed{record.where}." if record.where else ""
             raise GradientValidationError(
@@ -120,10 +125,12 @@ def class_examples(
     ------
     PluginSpecError : the examples are malformed
     """
+    from mtenn_core._registry.load import blamed
     from mtenn_core.testing._examples import declared_examples
 
     try:
-        return declared_examples(combination)
+        with blamed(record, f"{combination.__name__}.examples"):
+            return declared_examples(combination)
     except CombinationContractError as error:
         raise PluginSpecError(f"{record}{record.where}: {error}", record=record) from error
 

@@ -6,7 +6,8 @@ import importlib
 import os
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from functools import reduce
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
@@ -17,7 +18,7 @@ from mtenn_core import hookspecs
 from mtenn_core._registry.messages import describe_error, describe_value, suggestion
 from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord
-from mtenn_core.errors import PluginLoadError, PluginSpecError, PluginWarning
+from mtenn_core.errors import MtennError, PluginLoadError, PluginSpecError, PluginWarning
 
 if TYPE_CHECKING:
     from mtenn_core._process.settings import Changes
@@ -54,7 +55,7 @@ def load(record: PluginRecord, policy: Policy) -> type[Combination]:
         plugin = _import(record) if record.plugin is None else record.plugin
         combination = _call_hook(plugin, record)
     replaced = replaced_functions(functions)
-    if changes.settings or replaced:
+    if changes.settings or changes.not_restored or replaced:
         with warnings.catch_warnings():
             warnings.filters = filters  # the user's filters; the plugin may have changed them
             _warn_of_changes(record, changes, replaced)
@@ -83,20 +84,30 @@ def _call_hook(plugin: Any, record: PluginRecord) -> type[Combination]:
     # Each call has its own manager, so that it does not call plugins of other threads.
     manager = pluggy.PluginManager(hookspecs.PROJECT)
     manager.add_hookspecs(hookspecs)
-    try:
+    with blamed(record, f"its hook {_HOOK}"):
         manager.register(plugin)
         result = manager.hook.mtenn_combination()
-    except _NOT_THE_PLUGIN:
+        hooks = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
+        _check_hook(plugin, hooks, result, record)
+    return result
+
+
+@contextmanager
+def blamed(record: PluginRecord, what: str) -> Iterator[None]:
+    """Raise any error of a plugin's code, also SystemExit, as a PluginSpecError about the plugin.
+
+    Errors that mtenn-core raises on purpose pass unchanged.
+    """
+    try:
+        yield
+    except (*_NOT_THE_PLUGIN, MtennError):
         raise
     except BaseException as error:
         raise PluginSpecError(
-            f"{record}: its hook {_HOOK} failed with {describe_error(error)}"
+            f"{record}: {what} failed with {describe_error(error)}"
             f" ({_place_of(error, record)}). {record.remedy}",
             record=record,
         ) from error
-    hooks = [caller.name for caller in manager.get_hookcallers(plugin) or ()]
-    _check_hook(plugin, hooks, result, record)
-    return result
 
 
 def _check_hook(plugin: Any, hooks: Sequence[str], result: Any, record: PluginRecord) -> None:
@@ -166,6 +177,13 @@ def _warn_of_changes(record: PluginRecord, changes: Changes, functions: list[str
         warnings.warn(
             f"{subject} changed {', '.join(changes.settings)} while it was imported. The old values"
             " were restored. Tell its author",
+            PluginWarning,
+            stacklevel=2,
+        )
+    if changes.not_restored:
+        warnings.warn(
+            f"{subject} changed {', '.join(changes.not_restored)} while it was imported. This could"
+            " not be undone. Tell its author",
             PluginWarning,
             stacklevel=2,
         )

@@ -13,6 +13,7 @@ from mtenn_core._process.locks import Lock
 from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.gate import Gate
 from mtenn_core._registry.installed import Scan, path_key, scan
+from mtenn_core._registry.messages import describe_error
 from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord, Problem, canonical
 from mtenn_core._registry.snapshot import Snapshot
@@ -188,10 +189,21 @@ class Registry:
 
         Raises
         ------
-        errors of :meth:`get`, and any error that the constructor raises
+        errors of :meth:`get`, and any error that the constructor raises. If it exits, this is a
+            PluginSpecError
         """
         record = self.info(name)
-        combination = self._load(record)(*args, **kwargs)
+        cls = self._load(record)
+        try:
+            combination = cls(*args, **kwargs)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit would end the caller's program
+            raise PluginSpecError(
+                f"{record}{record.where}: the constructor of {cls.__name__} raises"
+                f" {describe_error(error)}. {record.remedy}",
+                record=record,
+            ) from error
         if validate:
             self._gate.validate_instance(record, combination, args, kwargs)
         return combination

@@ -970,6 +970,31 @@ class OutputIsAPrediction(HardMax):
         return combined
 
 
+@before("denormal numbers flushed to zero for good", "A4", "context manager")
+def flush_denormals(pred_list, grad_dict, param_names, model_params):
+    torch.set_flush_denormal(True)
+
+
+@before("a hook of all modules left behind", "A4", "context manager")
+def hook_all_modules(pred_list, grad_dict, param_names, model_params):
+    torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
+
+
+@before("hooks for saved tensors left on", "A4", "context manager")
+def hook_saved_tensors(pred_list, grad_dict, param_names, model_params):
+    torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x).__enter__()
+
+
+@before("autocast left on", "A4", "context manager")
+def leave_autocast(pred_list, grad_dict, param_names, model_params):
+    torch.autocast("cpu", torch.bfloat16).__enter__()
+
+
+@before("backends told to compute float32 in bfloat16", "A4", "context manager")
+def lower_precision(pred_list, grad_dict, param_names, model_params):
+    torch.set_float32_matmul_precision("medium")
+
+
 # Twice the same. A5.
 
 

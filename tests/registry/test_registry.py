@@ -15,6 +15,7 @@ from mtenn_core.errors import (
     GradientValidationError,
     PluginSpecError,
     PluginWarning,
+    RegistryError,
 )
 
 
@@ -343,6 +344,58 @@ def test_a_combination_that_exits_is_refused(registry):
         pytest.raises(GradientValidationError, match="SystemExit: 0"),
     ):
         registry.get("exits")
+
+
+def exits(*args, **kwargs):
+    sys.exit(0)
+
+
+class MeanExample(type(Mean)):
+    examples = property(exits)
+
+
+EXITS = {
+    "domain": {"domain": property(exits)},
+    "min_poses": {"min_poses": property(exits)},
+    "stochastic": {"stochastic": property(exits)},
+    "deepcopy": {"__deepcopy__": exits},
+    "constructor": {"__init__": exits},
+}
+
+
+@pytest.mark.parametrize("attributes", EXITS.values(), ids=EXITS)
+@pytest.mark.parametrize("method", ["get", "create"])
+def test_a_plugin_that_exits_does_not_end_the_program(registry, attributes, method):
+    combination = type("Exits", (Mean,), attributes)
+    with (
+        registry.temporary({"exits": combination}),
+        pytest.raises(RegistryError, match=r"plugin 'exits'[\s\S]*SystemExit: 0") as caught,
+    ):
+        getattr(registry, method)("exits")
+    assert caught.value.record.name == "exits"
+
+
+def test_examples_that_exit_do_not_end_the_program(registry):
+    combination = MeanExample("Exits", (Mean,), {})
+    with (
+        registry.temporary({"exits": combination}),
+        pytest.raises(PluginSpecError, match=r"'exits'.* Exits\.examples failed with SystemExit"),
+    ):
+        registry.get("exits")
+
+
+def test_an_interrupt_during_a_check_passes_through(registry):
+    def interrupt(combination):
+        raise KeyboardInterrupt
+
+    combination = type("Interrupted", (Mean,), {"domain": property(interrupt)})
+    with registry.temporary({"interrupted": combination}), pytest.raises(KeyboardInterrupt):
+        registry.create("interrupted")
+
+
+def test_an_error_of_the_constructor_is_the_callers(registry):
+    with registry.temporary({"scaled": Scaled}), pytest.raises(TypeError, match="factor"):
+        registry.create("scaled")
 
 
 def test_a_qualified_name_is_the_installed_one_whatever_hides_it(registry, install_plugin):

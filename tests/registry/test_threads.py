@@ -7,6 +7,7 @@ import threading
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 from textwrap import dedent
@@ -20,6 +21,7 @@ from tiers import slow
 import mtenn_core.testing
 from mtenn_core import Combination, Registry
 from mtenn_core._process import locks
+from mtenn_core._process.settings import default_settings
 from mtenn_core._registry import gate as gates
 from mtenn_core._registry import load as loading
 from mtenn_core._registry import lookup
@@ -364,6 +366,50 @@ def test_a_process_forked_while_another_thread_is_busy_does_not_hang(
         return registry.create("healthy") is not None
 
     assert passes_in_a_fork(creates)
+
+
+@pytest.fixture
+def float64():
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+@forks
+@pytest.mark.usefixtures("float64")
+@pytest.mark.parametrize("timeout", [SECONDS, 0.05], ids=["waits", "does not wait"])
+def test_a_process_forked_during_the_gate_keeps_the_callers_settings(places, monkeypatch, timeout):
+    """The gate uses the default dtype of torch, in the whole process."""
+    begun, check = threading.Event(), mtenn_core.testing.check_combination
+
+    def slow_check(*args, **kwargs):
+        begun.set()
+        time.sleep(0.3)  # in which this process forks
+        return check(*args, **kwargs)
+
+    monkeypatch.setattr(mtenn_core.testing, "check_combination", slow_check)
+    monkeypatch.setattr(locks, "TIMEOUT", timeout)
+    with ThreadPoolExecutor(1) as pool:
+        gated = pool.submit(Registry().create, "healthy")
+        assert begun.wait(SECONDS)
+        assert torch.get_default_dtype() == torch.float32
+        assert passes_in_a_fork(lambda: torch.get_default_dtype() == torch.float64)
+        gated.result()
+    assert torch.get_default_dtype() == torch.float64
+
+
+@forks
+@pytest.mark.usefixtures("float64")
+def test_a_fork_in_a_block_with_default_settings_stays_in_the_block():
+    def ends_in_the_child(block):
+        inside = torch.get_default_dtype() == torch.float32
+        block.close()
+        return inside and torch.get_default_dtype() == torch.float64
+
+    with ExitStack() as block:
+        block.enter_context(default_settings())
+        assert passes_in_a_fork(lambda: ends_in_the_child(block))
+        assert torch.get_default_dtype() == torch.float32
 
 
 @forks

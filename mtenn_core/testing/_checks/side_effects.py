@@ -13,10 +13,11 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import version_of
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._process.settings import RANDOM_STATES, changed, process_state
+from mtenn_core._process.setting_table import RANDOM_STATES, SETTINGS
+from mtenn_core._process.settings import changed, process_state
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
-from mtenn_core.testing._outcomes import Fail, Metrics
+from mtenn_core.testing._outcomes import Fail, Metrics, Outcome
 from mtenn_core.testing._probe.comparison import equal_with_nan
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import n_hooks
@@ -29,11 +30,20 @@ def purity(subject: Subject) -> Metrics:
 
     The gate does not check ``.grad`` and shared memory.
     """
-    # An operation in place on ``predictions.float()`` changes only predictions in float32.
-    for dtype in (torch.float64, torch.float32):
-        # Two copies, because a call may change buffers.
-        _check_poses_unchanged(subject, subject.copy(dtype), dtype)
-        _check_call(subject, subject.copy(dtype), dtype)
+    # Any call may change a setting, and a second call may then leave it as it is.
+    settings = {name: value for name, value in process_state().items() if name in SETTINGS}
+    try:
+        # An operation in place on ``predictions.float()`` changes only predictions in float32.
+        for dtype in (torch.float64, torch.float32):
+            # Two copies, because a call may change buffers.
+            _check_poses_unchanged(subject, subject.copy(dtype), dtype)
+            _check_call(subject, subject.copy(dtype), dtype, settings)
+    except Exception as error:
+        left = changed(settings, process_state())
+        if isinstance(error, Outcome) or not left:
+            raise
+        # For example, nothing works after a call that leaves the inference mode on.
+        raise Fail(f"a call changed {', '.join(left[:4])}", cause=_change_cause(left[0])) from error
     if subject.thorough and subject.combination.stochastic:
         _check_not_reseeded(subject, subject.probes.step())
     return {}
@@ -59,7 +69,9 @@ def _check_poses_unchanged(subject: Subject, combination: Combination, dtype: to
                     )
 
 
-def _check_call(subject: Subject, combination: Combination, dtype: torch.dtype) -> None:
+def _check_call(
+    subject: Subject, combination: Combination, dtype: torch.dtype, settings: Mapping[str, Any]
+) -> None:
     """Check what a call of ``forward``, and backward, change."""
     shapes = None if subject.thorough else {"w1": (2,), "w2": (2, 3), "scalar": ()}
     step = subject.probes.step(shapes, n_poses=5).to(dtype)  # fewer poses may be sorted by chance
@@ -74,7 +86,7 @@ def _check_call(subject: Subject, combination: Combination, dtype: torch.dtype) 
     for name in {"w1", "scalar", "rows"} & step.params.keys():  # the others have no .grad
         step.params[name].grad = torch.ones_like(step.params[name])
     torch.rand(())  # so that a call of manual_seed would change the random state
-    before, state = _contents(combination, step, **given), process_state()
+    before, state = _contents(combination, step, **given), {**process_state(), **settings}
     value = subject.call(step, combination=combination, **given)
     after = _contents(combination, step, **given)
     _check_unchanged("forward", before, after, subject, state)
@@ -173,7 +185,7 @@ def _change_cause(what: str) -> str:
         return "requires_grad_() on a tensor of the caller"
     if what.startswith(".grad"):
         return "return the gradients; autograd accumulates them"
-    if "mode" in what or "default" in what or "threads" in what:
+    if what in SETTINGS:
         return "it changes a setting of the whole process: use a context manager, which restores it"
     return "an operation in place (add_, mul_, *=, sort, pop) on an object of the caller: copy it"
 
