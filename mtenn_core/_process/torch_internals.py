@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-# The number of modes for functions and operations that are in use. Seen in torch 2.6 and 2.13.
+# The number of modes for functions and operations that are in use. Seen in torch 2.13.
 # Without them: a new thread has no modes of its caller, but it would wait forever for a module that
 # the caller is importing.
 n_function_modes = torch._C._len_torch_function_stack
