@@ -155,3 +155,27 @@ def test_a_batch_that_a_loader_has_made_gives_what_its_poses_give(gradients):
         found.append([out.prediction, *(param.grad.clone() for param in model.parameters())])
     for one, other in zip(*found, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("combination", COMBINATIONS)
+def test_a_batch_of_compounds_gives_the_numbers_of_each_compound(combination, gradients):
+    pose_model, _, _ = MODELS["MLP"]()
+    rule = registry.create(combination.split(",")[0], **COMBINATIONS[combination]).double()
+    model = MultiPoseModel(pose_model, rule, gradients=gradients)
+    sizes = [3, 1, 5, 3, 1, 5, 3, 1, 5, 3]
+    poses = torch.randn(sum(sizes), 6, dtype=torch.float64)
+    params = list(model.parameters())
+
+    together = model(poses, sizes)
+    alone = [model(own) for own in poses.split(sizes)]
+    combined = torch.stack([out.prediction for out in alone])
+    of_poses = torch.cat([out.pose_predictions for out in alone])
+    weights = [rule.pose_weights(out.pose_predictions.detach()).detach() for out in alone]
+    expected = [combined, torch.cat(weights)]
+    expected += torch.autograd.grad(losses(combined, of_poses)["sum"], params)
+    found = [together.prediction, model.pose_weights(together.pose_predictions, sizes)]
+    found += torch.autograd.grad(losses(*together)["sum"], params)
+    for one, other in zip(found, expected, strict=True):
+        # The same operations, in float64; sums run in another order.
+        assert (one - other).abs().max() <= 1e-12 * other.abs().max()
