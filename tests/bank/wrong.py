@@ -1338,6 +1338,35 @@ class SavedPopulations(torch.autograd.Function):
         return go * populations * (1 + ctx.t * (mean - above)), None
 
 
+@wrong("second derivative by its own temperature is missing", "A10", "detached")
+class ConstantTemperature(Scaled):
+    """The backward knows the derivative by ln t, and takes t itself as a number."""
+
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.log_t = torch.nn.Parameter(torch.tensor(math.log(t)))
+
+    def combine(self, predictions):
+        return FixedTemperature.apply(predictions, self.log_t)
+
+
+class FixedTemperature(torch.autograd.Function):
+    @staticmethod
+    def forward(y, log_t):
+        return smooth_max(y, log_t.exp())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, go):
+        y, log_t = ctx.saved_tensors
+        t, below = log_t.detach().exp(), y - y.amax()
+        weights = soft_weights(y, t)
+        return go * weights, go * ((weights * below).sum() - smooth_max(below, t)).to(log_t.dtype)
+
+
 # Arguments that cannot be. A11.
 
 

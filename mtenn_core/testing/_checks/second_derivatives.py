@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from functools import partial
+from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from mtenn_core.testing._outcomes import Advice, Metrics
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import directional_derivatives
 from mtenn_core.testing._probe.poses import Poses
+from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
 
 # Each row is (poses, base, spread). Spreads are small, too, because a sharp combination has
@@ -27,6 +29,7 @@ PROBES = (
     (4, 7.0, 1e-3),
     (7, 0.0, 0.3),
 )
+PROBES_OF_PARAMETERS = ((3, 0.0, 1.0), (3, 0.0, 0.01))
 
 
 @check("A10", "double backward is right or an error")
@@ -65,9 +68,13 @@ def _check_forward(subject: Subject) -> None:
 def _check_combine(subject: Subject) -> Metrics:
     """Compare autograd's second derivative of ``combine`` with finite differences of the first."""
     comparisons: list[Comparison] = []
-    for i, (n_poses, base, spread) in enumerate(PROBES):
-        poses = subject.probes.poses(n_poses, base, spread)
-        comparisons += _of_weight(subject, poses, i % len(poses))
+    for i, probe in enumerate(PROBES):
+        poses = subject.probes.poses(*probe)
+        comparisons += _by_predictions(subject, poses, i % len(poses))
+    for name, param in subject.combination.named_parameters():
+        if param.requires_grad:
+            for i, probe in enumerate(PROBES_OF_PARAMETERS):
+                comparisons += _by_parameter(subject, subject.probes.poses(*probe), i, name)
     # A second derivative may be zero or tiny, as that of a mean. Then it is not known to 1 %.
     comparisons = [each for each in comparisons if each.conclusive or each.wrong]
     return judge(
@@ -79,43 +86,97 @@ def _check_combine(subject: Subject) -> Metrics:
     )
 
 
-def _of_weight(subject: Subject, poses: Poses, of: int) -> list[Comparison]:
-    """Compare the derivatives of the weight of one pose with respect to the predictions.
+def _by_predictions(subject: Subject, poses: Poses, of: int) -> list[Comparison]:
+    """Compare the derivatives of the weight of pose ``of`` with respect to the predictions."""
+    directions = directions_for(subject, len(poses))
+    unit = f"autograd of combine, twice: derivative of the weight of pose {of}, by pose"
+
+    def weight_at(predictions: Tensor) -> Tensor:
+        return subject.autograd_weights(poses.at(predictions))[of]
+
+    def derivative_at(predictions: Tensor) -> Tensor:
+        return _derivative_of_weight(subject, of, poses.at(predictions))
+
+    step = subject.probes.first_step(poses.predictions)
+    return _compare(weight_at, derivative_at, poses.predictions, directions, step, unit, poses)
+
+
+def _by_parameter(subject: Subject, poses: Poses, of: int, name: str) -> list[Comparison]:
+    """Compare the derivatives of the weight of pose ``of`` with respect to an own parameter."""
+    param = subject.combination.get_parameter(name)
+    before = param.detach().clone()
+
+    def weight_at(setting: Tensor) -> Tensor:
+        with torch.no_grad():
+            param.copy_(setting.view_as(param))
+        return subject.autograd_weights(poses)[of]
+
+    def derivative_at(setting: Tensor) -> Tensor:
+        with torch.no_grad():
+            param.copy_(setting.view_as(param))
+        return _derivative_of_weight(subject, of, poses, name).reshape(-1)
+
+    unit = (
+        f"autograd of combine, twice: derivative of the weight of pose {of}, by a random direction"
+        f" of parameter {name!r}, {poses}"
+    )
+    point = before.reshape(-1)
+    direction = subject.probes.randn(1, len(point)).sign()
+    try:
+        found = _compare(weight_at, derivative_at, point, direction, LARGEST_STEP, unit, poses)
+        return [replace(each, of_predictions=False) for each in found]
+    finally:
+        with torch.no_grad():
+            param.copy_(before)
+
+
+def _compare(
+    weight_at: Callable[[Tensor], Tensor],
+    derivative_at: Callable[[Tensor], Tensor],
+    point: Tensor,
+    directions: Tensor,
+    first_step: float,
+    unit: str,
+    poses: Poses,
+) -> list[Comparison]:
+    """Compare a second derivative by autograd with the finite differences of a weight.
 
     Parameters
     ----------
-    of : index of the pose
+    weight_at, derivative_at : functions of ``point``, which may raise in double backward
+    point : shape (n,)
     """
     try:
-        _second_derivative(subject, of, poses)
+        derivative_at(point)
     except Exception:  # an error is allowed
         return []
-    directions = directions_for(subject, len(poses))
     fd = directional_derivatives(
-        partial(_weights, subject, poses, of),
-        poses.predictions.expand(len(directions), -1),
+        lambda rows: torch.stack([weight_at(row) for row in rows]),
+        point.expand(len(directions), -1),
         directions,
-        torch.full((len(directions),), subject.probes.first_step(poses.predictions)),
+        torch.full((len(directions),), first_step),
     )
-    second_derivative_at = poses.fixed(partial(_second_derivative, subject, of))
-    unit = f"autograd of combine, twice: derivative of the weight of pose {of}, by pose"
-    return compare(second_derivative_at, fd, directions, poses.predictions, unit, poses.inputs)
+    found = compare(derivative_at, fd, directions, point, unit, poses.inputs)
+    return [replace(each, predictions=poses.predictions) for each in found]
 
 
-def _weights(subject: Subject, poses: Poses, of: int, rows: Tensor) -> Tensor:
-    """Return the weight of one pose for many predictions, shape (batch,)."""
-    return torch.stack([subject.autograd_weights(poses.at(row))[of] for row in rows])
+def _derivative_of_weight(
+    subject: Subject, of: int, poses: Poses, name: str | None = None
+) -> Tensor:
+    """Return the derivative of the weight of pose ``of``, which is ∂h/∂ŷ_of.
 
-
-def _second_derivative(subject: Subject, of: int, poses: Poses) -> Tensor:
-    """Return ∂²h/∂ŷ_of∂ŷ_i for each pose i, shape (n_poses,)."""
+    Parameters
+    ----------
+    name : the own parameter by which to differentiate; None for the predictions
+    """
     with subject.restored_state(), torch.inference_mode(False), torch.enable_grad():
         y = poses.predictions.detach().clone().requires_grad_()
+        by = y if name is None else subject.combination.get_parameter(name)
         value = combined_prediction(
             subject.combination, y, poses.copied_inputs(), closed_form=False
         )
         (weights,) = torch.autograd.grad(value, y, create_graph=True)
         if not weights.requires_grad:  # it is constant, or detached
-            return torch.zeros_like(y)
-        (found,) = torch.autograd.grad(weights[of], y, materialize_grads=True)
+            return torch.zeros_like(by)
+        (found,) = torch.autograd.grad(weights[of], by, materialize_grads=True)
         return found
