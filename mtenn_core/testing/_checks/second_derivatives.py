@@ -15,6 +15,7 @@ from mtenn_core.testing._checks.derivatives import directions_for
 from mtenn_core.testing._outcomes import Advice, Metrics
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import directional_derivatives
+from mtenn_core.testing._probe.instances import independent_copy
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
@@ -91,14 +92,43 @@ def _by_predictions(subject: Subject, poses: Poses, of: int) -> list[Comparison]
     directions = directions_for(subject, len(poses))
     unit = f"autograd of combine, twice: derivative of the weight of pose {of}, by pose"
 
-    def weight_at(predictions: Tensor) -> Tensor:
-        return subject.autograd_weights(poses.at(predictions))[of]
+    def weights_at(rows: Tensor) -> Tensor:
+        return _weights(subject, poses, rows)[:, of]
 
     def derivative_at(predictions: Tensor) -> Tensor:
         return _derivative_of_weight(subject, of, poses.at(predictions))
 
     step = subject.probes.first_step(poses.predictions)
-    return _compare(weight_at, derivative_at, poses.predictions, directions, step, unit, poses)
+    return _compare(weights_at, derivative_at, poses.predictions, directions, step, unit, poses)
+
+
+def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
+    """Return the weights for many rows of predictions, shape (batch, n_poses).
+
+    They are computed as one batch, which is ten times as fast, if a comparison of three rows shows
+    that the batch is right.
+    """
+
+    def one_by_one(rows: Tensor) -> Tensor:
+        return torch.stack([subject.autograd_weights(poses.at(row)) for row in rows])
+
+    if subject.combination.stochastic or any(True for _ in subject.combination.buffers()):
+        return one_by_one(rows)
+    # Use a copy, because a tensor that combine keeps on self cannot be used after vmap.
+    combination = independent_copy(subject.combination)
+
+    def value(row: Tensor) -> Tensor:
+        return combined_prediction(combination, row, poses.inputs, closed_form=False)
+
+    try:
+        batch = torch.func.vmap(torch.func.grad(value))(rows.clone())
+        some = [0, -1, 0]
+        expected = one_by_one(rows[some])
+    except Exception:  # for example, because control flow depends on numbers
+        return one_by_one(rows)
+    roundoff = 64 * torch.finfo(rows.dtype).eps * expected.abs().amax().nan_to_num()
+    is_right = torch.allclose(batch[some], expected, rtol=0, atol=float(roundoff), equal_nan=True)
+    return batch if is_right else one_by_one(rows)
 
 
 def _by_parameter(subject: Subject, poses: Poses, of: int, name: str) -> list[Comparison]:
@@ -106,14 +136,19 @@ def _by_parameter(subject: Subject, poses: Poses, of: int, name: str) -> list[Co
     param = subject.combination.get_parameter(name)
     before = param.detach().clone()
 
-    def weight_at(setting: Tensor) -> Tensor:
+    def put_in(setting: Tensor) -> None:
         with torch.no_grad():
             param.copy_(setting.view_as(param))
+
+    def weight_at(setting: Tensor) -> Tensor:
+        put_in(setting)
         return subject.autograd_weights(poses)[of]
 
+    def weights_at(settings: Tensor) -> Tensor:
+        return torch.stack([weight_at(setting) for setting in settings])
+
     def derivative_at(setting: Tensor) -> Tensor:
-        with torch.no_grad():
-            param.copy_(setting.view_as(param))
+        put_in(setting)
         return _derivative_of_weight(subject, of, poses, name).reshape(-1)
 
     unit = (
@@ -123,15 +158,14 @@ def _by_parameter(subject: Subject, poses: Poses, of: int, name: str) -> list[Co
     point = before.reshape(-1)
     direction = subject.probes.randn(1, len(point)).sign()
     try:
-        found = _compare(weight_at, derivative_at, point, direction, LARGEST_STEP, unit, poses)
+        found = _compare(weights_at, derivative_at, point, direction, LARGEST_STEP, unit, poses)
         return [replace(each, of_predictions=False) for each in found]
     finally:
-        with torch.no_grad():
-            param.copy_(before)
+        put_in(before)
 
 
 def _compare(
-    weight_at: Callable[[Tensor], Tensor],
+    weights_at: Callable[[Tensor], Tensor],
     derivative_at: Callable[[Tensor], Tensor],
     point: Tensor,
     directions: Tensor,
@@ -143,7 +177,8 @@ def _compare(
 
     Parameters
     ----------
-    weight_at, derivative_at : functions of ``point``, which may raise in double backward
+    weights_at : maps many points, shape (batch, n), to the weight at each, shape (batch,)
+    derivative_at : maps a point to the derivative of the weight, shape (n,). It may raise an error
     point : shape (n,)
     """
     try:
@@ -151,7 +186,7 @@ def _compare(
     except Exception:  # an error is allowed
         return []
     fd = directional_derivatives(
-        lambda rows: torch.stack([weight_at(row) for row in rows]),
+        weights_at,
         point.expand(len(directions), -1),
         directions,
         torch.full((len(directions),), first_step),
