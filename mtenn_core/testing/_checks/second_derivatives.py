@@ -121,7 +121,9 @@ def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
         return combined_prediction(combination, row, poses.inputs, closed_form=False)
 
     try:
-        batch = torch.func.vmap(torch.func.grad(value))(rows.clone())
+        # No torch.func.grad, because it imports torch's compiler.
+        leaf = rows.detach().clone().requires_grad_()
+        (batch,) = torch.autograd.grad(torch.func.vmap(value)(leaf.clone()).sum(), leaf)
         some = [0, -1, 0]
         expected = one_by_one(rows[some])
     except Exception:  # for example, because control flow depends on numbers
