@@ -1,4 +1,4 @@
-"""The plugin for pytest. It formats failed conformance checks and adds a line to the summary.
+"""The plugin for pytest. It formats failed conformance checks and adds lines to the summary.
 
 If mtenn-core is installed, every run of pytest loads this module (entry point ``pytest11``). For
 this reason, the module imports neither torch nor the conformance suite.
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 # The word for each status in the summary, in this order.
 WORDS = {
     "pass": "passed",
+    "advice": "with advice",
     "fail": "failed",
     "error": "raised",
     "inconclusive": "inconclusive",
@@ -58,7 +59,8 @@ def add_result(report: Report, name: str, *, whole_class: bool) -> None:
         test function
     """
     statuses = {record.id: record.status for record in report.records}
-    result = {"n_expected": report.n_expected, "statuses": statuses}
+    advice = {record.id: record.cause or record.reason for record in report.advice}
+    result = {"n_expected": report.n_expected, "statuses": statuses, "advice": advice}
     _results.append((name, whole_class, result))
 
 
@@ -94,17 +96,22 @@ def _scope(item: pytest.Item, whole_class: bool) -> str:
 
 
 class ConformanceSummary:
-    """A pytest plugin that collects the results of all tests, and prints one line about them."""
+    """A pytest plugin that collects the results of all tests, and prints a line about them.
+
+    Below it, a line for each advice names the combination, the check and the code to change.
+    """
 
     def __init__(self) -> None:
         self._statuses: dict[str, dict[str, str]] = {}  # by combination and id of the check
         self._n_expected: dict[str, int] = {}
+        self._advice: dict[tuple[str, str], str] = {}  # by combination and id of the check
         self._failed: list[tuple[str, pytest.TestReport]] = []
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         for combination, result in getattr(report, "conformance", ()):
             self._statuses.setdefault(combination, {}).update(result["statuses"])
             self._n_expected[combination] = result["n_expected"]
+            self._advice |= {(combination, id): text for id, text in result["advice"].items()}
             if report.failed:
                 self._failed.append((combination, report))
 
@@ -116,10 +123,13 @@ class ConformanceSummary:
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
         if self._statuses:
             terminalreporter.write_line(self._summary(), red=bool(self._failed))
+        for (combination, id), text in self._advice.items():
+            terminalreporter.write_line(f"advice: {combination}, {id}: {text}")
 
     def _context(self, combination: str, report: pytest.TestReport) -> str:
         """Return a text with the passed checks and the command that repeats the failed test."""
-        passed = [id for id, status in self._statuses[combination].items() if status == "pass"]
+        statuses = self._statuses[combination]
+        passed = [id for id, status in statuses.items() if status in ("pass", "advice")]
         lines = [f"passed: {', '.join(passed)}"] if passed else []
         return "\n".join([*lines, f"again: pytest {shlex.quote(report.nodeid)}"])
 

@@ -36,7 +36,7 @@ LEVELS = ("gate", "full", "quality")
     type=click.Choice(LEVELS),
     default="full",
     show_default=True,
-    help="gate: the checks of the registry; full: the contract; quality: more than the contract.",
+    help="gate: the checks of the registry; full: the contract; quality: advice is a failure.",
 )
 @click.option(
     "--only", multiple=True, metavar="ID", help="Run only the check with this id. Can be repeated."
@@ -94,7 +94,8 @@ def command(
       folder/file.py:Class  a class in a file
     A function that makes an instance may stand in the place of the class.
 
-    Exits with 0 if every check passed, with 1 if one failed, and with 2 for wrong usage.
+    Exits with 0 if no check failed, with 1 if one failed, and with 2 for wrong usage. Advice is
+    no failure, except at the level quality.
     """  # noqa: D301 - click requires the backslash
     _check_usage(targets, everything, arguments, html)
     records = registry.records()  # before the slow import of torch, because settings may be invalid

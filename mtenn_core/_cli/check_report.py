@@ -14,7 +14,13 @@ from mtenn_core._cli.output import cell, echo, error_to_json
 from mtenn_core.combination import Combination
 from mtenn_core.testing import Report
 
-STYLES = {"pass": "green", "fail": "bold red", "error": "bold red", "inconclusive": "yellow"}
+STYLES = {
+    "pass": "green",
+    "fail": "bold red",
+    "error": "bold red",
+    "inconclusive": "yellow",
+    "advice": "cyan",
+}
 
 
 @dataclass(frozen=True)
@@ -59,7 +65,8 @@ def show(console: Console, outcome: Outcome) -> None:
         console.print(cell(f" declares: {', '.join(declared)}"))
     if report.records:
         console.print(_table(report))
-    for record in report.failures:  # below the table, because a column would break their lines
+    # Below the table, because a column would break their lines.
+    for record in [*report.failures, *report.advice]:
         console.print()
         console.print(cell(record), soft_wrap=True)
     console.print()
@@ -73,7 +80,7 @@ def _table(report: Report) -> Table:
     for record in report.records:
         status = cell(record.status, STYLES.get(record.status, "dim"))
         title = record.title
-        if record.reason and not record.failed:
+        if record.reason and not (record.failed or record.status == "advice"):
             title += f"\n{record.reason}"
         table.add_row(record.id, status, cell(title), f"{1e3 * record.duration:.0f}")
     return table

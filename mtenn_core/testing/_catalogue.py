@@ -26,6 +26,7 @@ from mtenn_core.testing._checks import (
     forward,
     precision,
     repeated_calls,
+    second_derivatives,
     side_effects,
     values,
 )
@@ -52,7 +53,7 @@ CHECKS: tuple[Check, ...] = (
     repeated_calls.modes,
     side_effects.memory,
     copies.copies,
-    derivatives.double_backward,
+    second_derivatives.double_backward,
     bad_input.bad_input,
     forward.value_of_predictions,
     forward.device,

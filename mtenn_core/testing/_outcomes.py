@@ -15,7 +15,7 @@ class Outcome(Exception):
     Attributes
     ----------
     status : status of the record
-    cause : the likely mistake, or ""
+    cause : the likely mistake, or the code that removes a hazard, or ""
     metrics : numbers that the check measured
     """
 
@@ -31,6 +31,15 @@ class Fail(Outcome):
     """The combination breaks the rule of the check."""
 
     status = "fail"
+
+
+class Advice(Outcome):
+    """The combination keeps the contract, which does not promise this, but users meet a hazard.
+
+    The reason describes the hazard and the numbers. ``cause`` is the code that removes it.
+    """
+
+    status = "advice"
 
 
 class Skip(Outcome):

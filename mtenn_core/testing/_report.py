@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 SUITE_VERSION = "1.0"
 
-Status = Literal["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpass"]
+Status = Literal["pass", "fail", "error", "inconclusive", "advice", "skip", "xfail", "xpass"]
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,14 @@ class Record:
         ``"fail"``: the combination breaks the rule, and ``reason`` contains both numbers;
         ``"error"``: the combination raised an error;
         ``"inconclusive"``: the numerical derivative is too uncertain to decide;
+        ``"advice"``: the contract does not promise this, and ``reason`` describes the hazard. At
+        the level ``"quality"`` it is a failure;
         ``"skip"``: the check does not apply;
         ``"xfail"``: the check failed, as expected;
         ``"xpass"``: the check passed, although a failure was expected
     reason : the reason for the status; empty for a pass
-    cause : the likely mistake, if the wrong numbers show it; else empty
+    cause : the likely mistake, if the wrong numbers show it; for advice, the code that removes the
+        hazard; else empty
     metrics : numbers that the check measured
     seed : seed of the random numbers that the check used
     duration : in seconds
@@ -54,6 +57,8 @@ class Record:
     def __str__(self) -> str:
         lines = [f"{self.status:<12} {self.id}  {self.title}"]
         lines += [textwrap.indent(self.reason, "    ")] if self.reason else []
+        if self.status == "advice":
+            lines += [f"    to do: {self.cause}"] if self.cause else []
         if self.failed:
             lines += [f"    likely cause: {self.cause}"] if self.cause else []
             lines += [f"    again: {self.repro}"]
@@ -91,6 +96,11 @@ class Report:
         return [record for record in self.records if record.failed]
 
     @property
+    def advice(self) -> list[Record]:
+        """Checks that found a hazard although the combination keeps the contract."""
+        return [record for record in self.records if record.status == "advice"]
+
+    @property
     def passed(self) -> bool:
         """True if all checks ran and there are no :attr:`failures`."""
         return len(self.records) == self.n_expected and not self.failures
@@ -108,11 +118,12 @@ class Report:
     @property
     def verdict(self) -> str:
         """The outcome in a few words."""
-        n_run, n_failed = len(self.records), len(self.failures)
+        n_run, n_failed, n_advice = len(self.records), len(self.failures), len(self.advice)
+        advice = f", {n_advice} with advice" if n_advice else ""
         if n_run < self.n_expected:
-            return f"ran {n_run} of {self.n_expected} checks, {n_failed} failed"
+            return f"ran {n_run} of {self.n_expected} checks, {n_failed} failed{advice}"
         if n_failed:
-            return f"failed {n_failed} of {self.n_expected} checks"
+            return f"failed {n_failed} of {self.n_expected} checks{advice}"
         counts = Counter(record.status for record in self.records)
         words: dict[Status, str] = {
             "skip": "not applicable",
@@ -120,7 +131,10 @@ class Report:
             "xpass": "passed unexpectedly",
         }
         others = [f", {counts[each]} {words[each]}" for each in words if counts[each]]
-        return f"passed {counts['pass']} of {self.n_expected} checks{''.join(others)}"
+        if n_advice:
+            others.insert(0, f", {n_advice} of them with advice")
+        n_passed = counts["pass"] + n_advice
+        return f"passed {n_passed} of {self.n_expected} checks{''.join(others)}"
 
     def to_json(self) -> dict[str, Any]:
         """Return the report as JSON data, with None for infinite numbers and NaN."""

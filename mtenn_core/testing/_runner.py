@@ -54,7 +54,7 @@ def check_combination(
     combination : an instance, or a class or function that makes one. A class gets the first of its
         ``examples`` as arguments
     level : ``"gate"`` runs the checks of the registry, ``"full"`` runs all checks of the contract,
-        and ``"quality"`` adds checks that go beyond the contract
+        and ``"quality"`` adds checks that go beyond the contract, and turns advice into failures
     expected_failures : maps the id of each check that may fail to the reason
     seed : seed of the random numbers that the checks use
     only : ids of the checks to run, which may be of any level
@@ -83,9 +83,10 @@ def check_combination(
     combination, report, again = _prepared(combination, level, len(checks), name, target, seed)
     make = partial(_subject, combination, level, seed)
     for check in checks:
-        record = _expected(
-            _run(check, make, seed, again(check.id)), (expected_failures or {}).get(check.id)
-        )
+        record = _run(check, make, seed, again(check.id))
+        if level == "quality" and record.status == "advice":
+            record = replace(record, status="fail")
+        record = _expected(record, (expected_failures or {}).get(check.id))
         report.records.append(record)
         on_record(record)
     if level != "gate" and not only:
@@ -109,7 +110,7 @@ def _prepared(
         combination = _instance(source)
         if combination is source:
             combination = with_numbers(combination)
-    again = _shell_line(target or target_of(source), seed)
+    again = _shell_line(target or target_of(source), level, seed)
     check_facts(combination)
     report = Report(
         name=name or type(combination).__name__,
@@ -203,11 +204,16 @@ def _expected(record: Record, why: str | None) -> Record:
     return replace(record, status="xfail", reason=f"expected: {why}\n{record.reason}")
 
 
-def _shell_line(target: Target | None, seed: int) -> Callable[[str], str]:
+def _shell_line(target: Target | None, level: Level, seed: int) -> Callable[[str], str]:
+    is_quality = level == "quality"  # at other levels, some failures are only advice
     if target is None:
-        options = f"seed={seed})  # mtenn check cannot import it"
-        return lambda id: f"check_combination(…, only=[{id!r}], {options}"
-    return lambda id: target.command("--only", id, "--seed", str(seed))
+        end = f"seed={seed})  # mtenn check cannot import it"
+        end = f"level={level!r}, {end}" if is_quality else end
+        return lambda id: f"check_combination(…, only=[{id!r}], {end}"
+    options = ["--seed", str(seed)]
+    if is_quality:
+        options += ["--level", level]
+    return lambda id: target.command("--only", id, *options)
 
 
 def shown(combination: Combination) -> str:

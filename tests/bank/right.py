@@ -644,6 +644,66 @@ class GuideFunction(torch.autograd.Function):
         return None, None, None, *(combined[name] for name in ctx.param_names)
 
 
+@right("full depth as the guide teaches it, word for word")
+class GuideWordForWord(Combination):
+    """Everything that the contract asks for, and nothing of what the suite advises."""
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params):
+        return GuideWordForWordFunction.apply(pred_list, grad_dict, param_names, *model_params)
+
+
+class GuideWordForWordFunction(torch.autograd.Function):
+    """ln Σ exp(ŷ_i) in the dtype of the predictions, with a zip and with a second derivative."""
+
+    @staticmethod
+    def forward(pred_list, grad_dict, param_names, *model_params):
+        return torch.logsumexp(torch.stack(pred_list).flatten(), dim=0).detach()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pred_list, grad_dict, param_names, *model_params = inputs
+        ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
+        ctx.param_names = param_names
+        ctx.save_for_backward(torch.stack(pred_list).flatten(), *gradients, *model_params)
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        predictions, *saved = ctx.saved_tensors
+        grad_dict = Combination.join_grad_dict(ctx.keys, saved[: len(ctx.keys)])
+        value = torch.logsumexp(predictions.detach(), dim=0)
+        combined = {}
+        for name, of_poses in grad_dict.items():
+            pairs = zip(of_poses, predictions)  # noqa: B905 - the guide's zip is not strict
+            weighted = [gradient * (prediction - value).exp() for gradient, prediction in pairs]
+            combined[name] = torch.stack(weighted, dim=-1).detach().sum(dim=-1)
+        for gradient in combined.values():
+            gradient *= grad_output
+        return None, None, None, *(combined[name] for name in ctx.param_names)
+
+
+@right("combine by an autograd function that refuses a second derivative")
+class RefusesSecondDerivative(Plain):
+    def combine(self, predictions):
+        return RefusingFunction.apply(predictions, self.t)
+
+
+class RefusingFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(y, t):
+        return smooth_max(y, t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(soft_weights(*inputs))
+
+    @staticmethod
+    def backward(ctx, go):
+        if torch.is_grad_enabled():
+            raise RuntimeError("the weights are constants, so there is no second derivative")
+        (weights,) = ctx.saved_tensors
+        return go * weights, None
+
+
 # What a buffer may be used for, and arguments that seldom show.
 
 

@@ -1358,6 +1358,106 @@ class NoHessian(Silent):
             return super().backward(ctx, go)
 
 
+class SavedWeights(torch.autograd.Function):
+    """ln Σ exp(t y) / t, whose backward uses weights that forward has saved."""
+
+    @staticmethod
+    def forward(y, t):
+        return smooth_max(y, t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(soft_weights(*inputs))
+
+    @staticmethod
+    def backward(ctx, go):
+        (weights,) = ctx.saved_tensors
+        return go * weights, None
+
+
+@wrong("combine by an autograd function whose weights are constants", "A10", "detached")
+class ConstantWeights(Scaled):
+    def combine(self, predictions):
+        return SavedWeights.apply(predictions, self.t)
+
+
+class SavedWeightsOnce(SavedWeights):
+    backward = staticmethod(torch.autograd.function.once_differentiable(SavedWeights.backward))
+
+
+@wrong("combine that is once_differentiable: no error for a linear loss", "A10", "linear")
+class OnceDifferentiable(Scaled):
+    def combine(self, predictions):
+        return SavedWeightsOnce.apply(predictions, self.t)
+
+
+@wrong("combine detached, with its weights put in under no_grad", "A10", "detached")
+class PutInWeights(Scaled):
+    """Its value and first derivative are right."""
+
+    def combine(self, predictions):
+        with torch.no_grad():
+            value, weights = smooth_max(predictions, self.t), soft_weights(predictions, self.t)
+        # 0 · inf would be NaN.
+        moved = torch.where(weights > 0, weights * (predictions - predictions.detach()), 0.0)
+        return value + moved.sum()
+
+
+@wrong("second derivative of combine without that of the populations", "A10", "detached")
+class ConstantPopulations(Scaled):
+    """The first derivative of the Boltzmann mean, p_i (1 + t (m - y_i)), with a constant p_i."""
+
+    def combine(self, predictions):
+        return SavedPopulations.apply(predictions, self.t)
+
+
+class SavedPopulations(torch.autograd.Function):
+    @staticmethod
+    def forward(y, t):
+        return boltzmann_mean(y, t)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        y, ctx.t = inputs
+        ctx.save_for_backward(y, torch.softmax(-ctx.t * (y - y.amin()), dim=0))
+
+    @staticmethod
+    def backward(ctx, go):
+        y, populations = ctx.saved_tensors
+        above = y - y.amin()
+        mean = (populations * above).sum()
+        return go * populations * (1 + ctx.t * (mean - above)), None
+
+
+@wrong("second derivative by its own temperature is missing", "A10", "detached")
+class ConstantTemperature(Scaled):
+    """The backward knows the derivative by ln t, and takes t itself as a number."""
+
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.log_t = torch.nn.Parameter(torch.tensor(math.log(t)))
+
+    def combine(self, predictions):
+        return FixedTemperature.apply(predictions, self.log_t)
+
+
+class FixedTemperature(torch.autograd.Function):
+    @staticmethod
+    def forward(y, log_t):
+        return smooth_max(y, log_t.exp())
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx, go):
+        y, log_t = ctx.saved_tensors
+        t, below = log_t.detach().exp(), y - y.amax()
+        weights = soft_weights(y, t)
+        return go * weights, go * ((weights * below).sum() - smooth_max(below, t)).to(log_t.dtype)
+
+
 # Arguments that cannot be. A11.
 
 
@@ -1853,6 +1953,11 @@ class HalfGradients(FullDepth):
         for weight, gradient in zip(weights.to(total.dtype), gradients, strict=True):
             total = total + go.to(total.dtype) * weight * gradient
         return total
+
+
+@wrong("half precision is promised and computed in half precision", "D4", "", make=default)
+class BrokenPromise(HalfSum):
+    properties = frozenset({"half_precision"})
 
 
 # Constructor arguments. D5.

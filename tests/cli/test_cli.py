@@ -453,6 +453,66 @@ def test_check_shows_the_facts_that_were_declared(mtenn, isolated):
     assert "declares: domain=(0, inf), smooth=False" in output
 
 
+ADVISED = """
+    import torch
+    from mtenn_core import Combination
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(pred_list, grad_dict, param_names, *model_params):
+            return torch.stack(pred_list).mean()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _, ctx.grad_dict, ctx.names, *_ = inputs
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            sums = [grad_output * torch.stack(ctx.grad_dict[name]).mean(0) for name in ctx.names]
+            return None, None, None, *sums
+
+    class Advised(Combination):
+        def forward(self, *args):
+            return Function.apply(*args)
+"""
+
+
+@pytest.fixture
+def advised(install_plugin):
+    install_plugin("demo-advice", {"advised": "demo_advice:Advised"}, ADVISED)
+    registry.refresh()
+    yield lambda *args: CliRunner().invoke(main, ["check", *args])
+    registry.refresh()
+
+
+@pytest.mark.parametrize("isolated", [(), ("--isolated",)], ids=["here", "isolated"])
+def test_check_shows_advice_below_the_table_and_exits_with_zero(advised, isolated):
+    result = advised("advised", "--only", "A10", "--only", "A2", *isolated)
+    assert result.exit_code == 0, result.output
+    assert "passed 2 of 2 checks, 1 of them with advice" in result.stdout
+    table, _, below = result.stdout.partition("\n\n")
+    assert "advice" in table
+    assert "gradient penalty" not in table
+    assert below.startswith("advice       A10  double backward is right or an error\n")
+    assert "gradient penalty" in below
+    assert "to do: decorate backward with torch.autograd.function.once_differentiable\n" in below
+    assert "again: " not in result.stdout
+
+
+def test_check_at_the_level_quality_fails_on_advice(advised):
+    result = advised("advised", "--only", "A10", "--level", "quality")
+    assert result.exit_code == 1
+    assert "again: mtenn check demo-advice:advised --only A10 --seed 0 --level quality" in (
+        result.stdout
+    )
+
+
+def test_the_summary_of_several_counts_advice(advised):
+    result = advised("advised", "demo_advice:Advised", "--only", "A10")
+    assert result.exit_code == 0, result.output
+    assert result.stdout.count("passed 1 of 1 checks, 1 of them with advice") == 4
+
+
 def test_check_of_several_ends_with_a_line_for_each(mtenn):
     result = mtenn("check", "right", "gone", "nothing", "wrong", *GATE)
     assert result.exit_code == 1

@@ -16,6 +16,7 @@ from mtenn_core._cli import main
 SCHEMAS = Path(__file__).parents[2] / "docs/reference/schemas"
 DOCUMENTS = {path.stem: json.loads(path.read_text("utf-8")) for path in SCHEMAS.glob("*.json")}
 WRONG = """
+    import torch
     from mtenn_core import Combination
 
     class Wrong(Combination):
@@ -24,6 +25,24 @@ WRONG = """
 
         def pose_weights(self, predictions):
             return 1.001 * predictions.new_ones(len(predictions)) / len(predictions)
+
+    class Advised(Combination):
+        def forward(self, *args):
+            return Function.apply(*args)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(pred_list, grad_dict, param_names, *model_params):
+            return torch.stack(pred_list).mean()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _, ctx.grad_dict, ctx.names, *_ = inputs
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            sums = [grad_output * torch.stack(ctx.grad_dict[name]).mean(0) for name in ctx.names]
+            return None, None, None, *sums
 
     class Unready(Wrong):
         def __init__(self, needed):
@@ -38,6 +57,7 @@ COMMANDS = {
     "info of nothing": (["info", "absent"], 1, '"type": "CombinationNotFoundError"'),
     "check": (["check", "healthy", "wrong"], 1, '"cause": "a constant factor'),
     "check at the gate": (["check", "healthy", "--level", "gate"], 0, '"curves": {}'),
+    "check with advice": (["check", "advised", "--only", "A10"], 0, '"status": "advice"'),
     "check of what cannot be made": (["check", "unready", "no.module:Class"], 1, '"error": {'),
     "doctor": (["doctor"], 1, '"kind": "does not load"'),
     "doctor without imports": (["doctor", "--no-import"], 0, '"problems": []'),
@@ -53,6 +73,7 @@ def validator(name):
 @pytest.fixture
 def plugins(places, monkeypatch):
     entry_points = {"wrong": "demo_wrong:Wrong", "unready": "demo_wrong:Unready"}
+    entry_points |= {"advised": "demo_wrong:Advised"}
     entry_points["gone"] = "demo_wrong:Gone"
     for folder in (places.front, places.site):
         write_distribution(folder, "demo-wrong", entry_points, WRONG)

@@ -82,6 +82,16 @@ def test_it_writes_a_package_and_says_what_to_do_next(new):
     assert commands == ["cd mtenn-my-rule", "tox", "pip install .", "mtenn check my-rule"]
 
 
+def test_its_combination_passes_every_level_without_advice(new, monkeypatch):
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    assert new("my-rule").exit_code == 0
+    target = "mtenn-my-rule/mtenn_my_rule/__init__.py:MyRuleCombination"
+    result = CliRunner().invoke(main, ["check", target, "--level", "quality"])
+    assert result.exit_code == 0, result.output
+    result = CliRunner().invoke(main, ["check", target, "--only", "A10", "--only", "D4"])
+    assert "advice" not in result.output
+
+
 def test_json_has_the_files(new, tmp_path):
     result = new("my-rule", "--json", "--output", str(tmp_path / "a folder"))
     assert result.exit_code == 0, result.output

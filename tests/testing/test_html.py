@@ -155,11 +155,11 @@ def test_a_failure_is_unfolded_and_has_both_numbers_and_the_line_for_the_shell(o
 
 
 @pytest.mark.parametrize(
-    "status", ["pass", "fail", "error", "inconclusive", "skip", "xfail", "xpass"]
+    "status", ["pass", "fail", "error", "inconclusive", "advice", "skip", "xfail", "xpass"]
 )
 def test_every_status_is_a_word_and_a_sign(plain, status):
     text = Page(render([replace(plain, records=[record(status, reason="so it is")])])).text
-    assert re.search(rf"[✓✗!?–] {status}\b", text)
+    assert re.search(rf"[✓✗!?→–] {status}\b", text)
     assert "so it is" in text
 
 

@@ -16,6 +16,7 @@ pytest_plugins = "pytester"
 GATE = chosen_checks("gate")
 
 RULES = """
+    import torch
     from mtenn_core import Combination
 
     class Mean(Combination):
@@ -42,6 +43,27 @@ RULES = """
 
     def cube():
         return PowerMean(3.0)
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(pred_list, grad_dict, param_names, *model_params):
+            return torch.stack(pred_list).mean()
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            _, grad_dict, ctx.names, *_ = inputs
+            ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
+            ctx.save_for_backward(*gradients)
+
+        @staticmethod
+        def backward(ctx, grad_output):
+            grad_dict = Combination.join_grad_dict(ctx.keys, ctx.saved_tensors)
+            sums = [grad_output * torch.stack(grad_dict[name]).mean(0) for name in ctx.names]
+            return None, None, None, *sums
+
+    class Advised(Combination):
+        def forward(self, *args):
+            return Function.apply(*args)
 """
 
 HEAD = """
@@ -428,6 +450,41 @@ def test_reports_of_workers_come_together_in_the_controller(pytest_on, pytester)
     assert controller._summary() == (
         f"conformance: 1 combination, {len(GATE)} checks: {n_passed} passed, 1 failed,"
         f" {n_skipped} skipped"
+    )
+
+
+ADVICE = "A10: decorate backward with torch.autograd.function.once_differentiable"
+
+
+def test_advice_is_a_passed_test_and_a_line_of_the_summary(pytest_on):
+    result = pytest_on(of_class("combination = Advised", "full"), "-k", "a10_ or a8_")
+    assert counted(result) == {"passed": 2, "deselected": 23}
+    result.stdout.fnmatch_lines(
+        [
+            "conformance: 1 combination, 2 of 24 checks: 1 passed, 1 with advice",
+            f"advice: test_rules.py::TestRule Advised, {ADVICE}",
+        ]
+    )
+
+
+def test_advice_is_a_failed_test_at_the_level_quality(pytest_on):
+    result = pytest_on(of_class("combination = Advised", "quality"), "-k", "a10_")
+    assert counted(result)["failed"] == 1
+    result.stdout.fnmatch_lines(["*again: mtenn check rules.py:Advised * --level quality"])
+    result.stdout.no_fnmatch_line("advice: *")
+
+
+@pytest.mark.slow("workers of pytest-xdist, which import torch")
+def test_advice_of_workers_is_in_the_summary(pytest_on, pytester):
+    pytest_on(of_class("combination = Advised", "full"), "--collect-only")
+    result = pytester.runpytest_subprocess(
+        "-pxdist", "-pmtenn_core._pytest_plugin", "-n2", "-k", "a10_ or a11_"
+    )
+    result.stdout.fnmatch_lines(
+        [
+            "conformance: 1 combination, 2 of 24 checks: * with advice",
+            f"advice: test_rules.py::TestRule Advised, {ADVICE}",
+        ]
     )
 
 

@@ -24,7 +24,7 @@ class Check:
     title : the rule as a sentence
     level : ``"gate"`` if the registry runs the check before it returns a combination, ``"full"``
         for the other checks of the contract, ``"quality"`` for checks that go beyond the contract
-    run : returns measured numbers, or raises ``Fail``, ``Skip`` or ``Inconclusive``
+    run : returns measured numbers, or raises ``Fail``, ``Advice``, ``Skip`` or ``Inconclusive``
     """
 
     id: str

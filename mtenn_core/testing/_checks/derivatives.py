@@ -1,4 +1,4 @@
-"""C and A10: comparisons of derivatives with finite differences, and double backward."""
+"""C: comparisons of derivatives with finite differences."""
 
 from __future__ import annotations
 
@@ -365,26 +365,3 @@ def step_table(subject: Subject, comparison: Comparison) -> str:
     rows = ("  ".join(column) for column in zip(*columns, strict=True))
     names = ("step size", "|error|  ")
     return "\n".join(f"    {name}  {row}" for name, row in zip(names, rows, strict=True))
-
-
-@check("A10", "double backward is right or an error")
-def double_backward(subject: Subject) -> Metrics:
-    """Check that double backward raises an error.
-
-    Here the gradients of the poses are constants, so a second derivative cannot be correct.
-    """
-    step = subject.probes.step({"w": (2,)})
-    (param,) = step.params.values()
-    # The loss is nonlinear, because the second derivative of a linear loss is zero.
-    loss = subject.call(step).square()
-    try:
-        (gradient,) = torch.autograd.grad(loss, param, create_graph=True)
-        (loss + gradient.square().sum()).backward()
-    except Exception:
-        return {}
-    raise Fail(
-        f"double backward must raise an error; found the gradient {param.grad}, which contains only"
-        " a part of the Hessian",
-        cause="decorate backward with torch.autograd.function.once_differentiable, or raise an"
-        " error in backward if torch.is_grad_enabled()",
-    )

@@ -21,6 +21,7 @@ SIGNS = {
     "fail": "✗",
     "error": "!",
     "inconclusive": "?",
+    "advice": "→",
     "skip": "–",
     "xfail": "✓",
     "xpass": "?",
@@ -83,6 +84,7 @@ def _groups(report: Report) -> list[tuple[str, list[Record], bool]]:
 
     groups = [
         ("Failed", report.failures, True),
+        ("Passed with advice", report.advice, True),
         ("Expected to fail", with_status("xfail", "xpass"), True),
         ("Passed", with_status("pass"), not report.failures),
         ("Does not apply", with_status("skip"), False),

@@ -16,6 +16,7 @@ SEEDS = [*range(5), *(pytest.param(seed, marks=RARE) for seed in range(5, 100))]
 
 class TestBoltzmann(CombinationConformance):
     combination = BoltzmannCombination
+    level = "quality"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -25,10 +25,12 @@ DTYPES = pytest.mark.parametrize(
 
 class TestMax(CombinationConformance):
     combination = MaxCombination
+    level = "quality"
 
 
 class TestMin(CombinationConformance):
     combination = MinCombination
+    level = "quality"
 
 
 @pytest.mark.parametrize("seed", SEEDS)

@@ -13,6 +13,7 @@ SEEDS = [*range(5), *(pytest.param(seed, marks=RARE) for seed in range(5, 100))]
 
 class TestMean(CombinationConformance):
     combination = MeanCombination
+    level = "quality"
 
 
 @pytest.mark.parametrize("seed", SEEDS)
