@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtenn_core.testing._probe.torch_internals import (
     DispatchMode,
+    changes_first_argument,
     makes_new_tensors,
     tensors_of,
     tree_map,
@@ -24,20 +25,21 @@ META = torch.device("meta")
 class ShapesFromCpu(DispatchMode):
     """A mode that runs operations on the CPU to find the shapes of results on the meta device.
 
-    This applies only to operations that make new tensors, and whose arguments are all on the meta
-    device. Torch itself runs all other operations. It raises an error if an operation mixes devices
-    or needs numbers.
+    This applies only to operations that make new tensors or change one in place, and whose
+    arguments are all on the meta device. Torch itself runs all other operations. It raises an error
+    if an operation mixes devices or needs numbers.
     """
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if _only_on_meta(args, kwargs) and makes_new_tensors(func):
-            try:
-                result = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
-            except Exception:  # for example, because a matrix of ones is singular
-                return func(*args, **kwargs)
-            return tree_map(_on_meta, result)
-        return func(*args, **kwargs)
+        in_place = changes_first_argument(func)
+        if not (_only_on_meta(args, kwargs) and (in_place or makes_new_tensors(func))):
+            return func(*args, **kwargs)
+        try:
+            result = func(*tree_map(_on_cpu, args), **tree_map(_on_cpu, kwargs))
+        except Exception:  # for example, because a matrix of ones is singular
+            return func(*args, **kwargs)
+        return args[0] if in_place else tree_map(_on_meta, result)
 
 
 def _only_on_meta(args: Any, kwargs: Any) -> bool:

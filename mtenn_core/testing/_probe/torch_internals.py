@@ -53,6 +53,18 @@ def is_in_place(operation: Any) -> bool:
     return bool(operation._schema.is_mutable)
 
 
+def changes_first_argument(operation: Any) -> bool:
+    """Return whether an operation changes its first argument in place, and returns it."""
+    # See is_in_place. Without it: the names of operations in place, which end in an underscore.
+    changed = [
+        each.alias_info is not None and each.alias_info.is_write
+        for each in operation._schema.arguments
+    ]
+    returns = operation._schema.returns
+    is_alias = len(returns) == 1 and returns[0].alias_info is not None
+    return is_alias and changed[:1] == [True] and not any(changed[1:])
+
+
 def makes_new_tensors(operation: Any) -> bool:
     """Return whether an operation returns only new tensors, with shapes that need no values."""
     # See is_in_place. Without it: a list of the operations by name.
