@@ -896,13 +896,11 @@ from mtenn_core.testing import check_combination
 class SmoothMax(Combination):
     def combine(self, predictions):
         return torch.logsumexp(predictions, dim=0)
-class Boltzmann(Combination):  # its backward adds up gradients in place
+class Clamped(Combination):  # the backward of clamp combines two masks in place
     def combine(self, predictions):
-        lowest = predictions.amin()
-        above = predictions - lowest.detach()
-        return lowest.detach() + (torch.softmax(-above, dim=0) * above).sum()
+        return predictions.clamp(-1e30, 1e30).mean()
 assert check_combination(SmoothMax()).passed
-assert check_combination(Boltzmann()).passed
+assert check_combination(Clamped()).passed
 print([name for name in ("torch._dynamo", "sympy") if name in sys.modules])
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
