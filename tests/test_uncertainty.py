@@ -291,15 +291,21 @@ def test_small_errors_are_those_of_random_draws(y, combination):
     assert found.item() == pytest.approx(spread.item(), rel=4 / math.sqrt(2 * n_draws) + 1e-3)
 
 
-def test_large_errors_are_not_those_of_random_draws():
-    """Two poses tie. The docstring says that the first order is then wrong."""
-    y, sd = torch.zeros(2, dtype=torch.float64), 10 * KT
-    draws = y + sd * torch.randn(40_000, 2, dtype=torch.float64)
-    combined = torch.func.vmap(ExponentialAverage().combine)(draws)
-    first_order = propagated_error(weights_of(ExponentialAverage(), y, [2]), [sd] * 2)
-    # The limit is the minimum of two normal numbers: sd √(1 - 1/π), and not sd/√2.
-    assert combined.std().item() > 1.1 * first_order.item()
-    assert combined.mean().item() < -0.4 * sd
+@pytest.mark.parametrize(
+    ("sd", "first_order", "spread", "fall"),
+    [(0.1, 0.05, 0.05, 0.00), (0.3, 0.15, 0.15, 0.03), (1, 0.50, 0.56, 0.34), (3, 1.5, 1.98, 1.99)],
+)
+def test_errors_of_equal_poses_are_those_of_the_docstring(sd, first_order, spread, fall):
+    n_draws = 40_000
+    noise = sd * KT * torch.randn(n_draws, 4, dtype=torch.float64)
+    drawn = torch.func.vmap(ExponentialAverage().combine)(noise)
+    weights = torch.full((4,), 0.25, dtype=torch.float64)
+    found = propagated_error(weights, [sd * KT] * 4).item()
+    # Half of the last digit that is shown, and 4 standard errors of these draws and those shown.
+    rounding, of_draws = 0.005, 4 * math.sqrt(1 / n_draws + 1 / 100_000) * spread
+    assert found / KT == pytest.approx(first_order, abs=rounding)
+    assert drawn.std().item() / KT == pytest.approx(spread, abs=rounding + of_draws)
+    assert -drawn.mean().item() / KT == pytest.approx(fall, abs=rounding + of_draws)
 
 
 def test_the_smooth_minimum_falls_as_its_docstring_says(y):
