@@ -36,9 +36,9 @@ def effective_poses(
 ) -> Tensor:
     """Return the effective number of poses of each compound, (Σ w_i)² / Σ w_i².
 
-    This is Kish's effective sample size [1]_. If the weights sum to 1, it is 1 / Σ w_i². For M
-    equal weights it is M, and for one nonzero weight it is 1. If all poses have independent errors
-    of one size s, the error of the combined prediction is s |Σ w_i| / √effective_poses.
+    This is Kish's effective sample size [1]_. If the weights sum to 1, it is 1 / Σ w_i². Then
+    independent errors of one size s give the combined prediction the error s / √effective_poses.
+    For M equal weights it is M, and for one nonzero weight it is 1.
 
     Negative weights, as the Boltzmann mean has them, count with their sign. The result is then
     below 1 if the combination makes errors larger. It is 0 if the weights sum to 0, and NaN if all
