@@ -180,11 +180,12 @@ def jackknife_error(
         combination, pose_predictions, _one_of(sizes, ptr), pose_inputs
     )
     several = sizes is not None or ptr is not None
-    compounds = _Compounds(own_sizes, several, _compound_of_pose(own_sizes, pose_predictions))
+    of_pose = _compound_of_pose(own_sizes).to(pose_predictions.device)
+    compounds = _Compounds(own_sizes, several, of_pose)
     compounds.check("the prediction", pose_predictions, ~pose_predictions.isfinite())
     wide = at_least_float32(pose_predictions.dtype)
     with torch.no_grad():
-        n_poses = torch.tensor(own_sizes).to(pose_predictions.device)
+        n_poses = torch.tensor(own_sizes, device=pose_predictions.device)
         left = torch.full_like(pose_predictions, torch.nan, dtype=wide)
         enough = (n_poses > max(1, combination.min_poses))[compounds.of_pose]
         left[enough] = _without_each_pose(
@@ -192,7 +193,7 @@ def jackknife_error(
             pose_predictions.detach().to(wide),
             {name: numbers.to(wide) for name, numbers in inputs.items()},
             own_sizes,
-            enough.nonzero().flatten().cpu(),
+            enough.cpu().nonzero().flatten(),
         )
         mean = compounds.sum(left) / n_poses
         squares = compounds.sum((left - mean[compounds.of_pose]).square())
@@ -276,14 +277,15 @@ def _compounds(pose_weights: Tensor, sizes: Sizes, ptr: Sizes) -> _Compounds:
         raise PredictionError(
             f"compound {compound}: expected at least one pose; found none", compound=compound
         )
-    return _Compounds(own_sizes, several, _compound_of_pose(own_sizes, pose_weights))
+    of_pose = _compound_of_pose(own_sizes).to(pose_weights.device)
+    return _Compounds(own_sizes, several, of_pose)
 
 
-def _compound_of_pose(sizes: list[int], numbers: Tensor) -> Tensor:
-    """Return the compound of each pose, shape (n_poses,), on the device of ``numbers``."""
-    compounds = torch.arange(len(sizes))
-    of_pose = compounds.repeat_interleave(torch.tensor(sizes), output_size=len(numbers))
-    return of_pose.to(numbers.device)
+def _compound_of_pose(sizes: list[int]) -> Tensor:
+    """Return the compound of each pose, shape (n_poses,), on the CPU."""
+    # The default device may be another one.
+    repeats = torch.tensor(sizes, device="cpu")
+    return torch.repeat_interleave(repeats, output_size=sum(sizes))
 
 
 def _checked_weights(pose_weights: Tensor, compounds: _Compounds) -> Tensor:
@@ -373,8 +375,10 @@ def _variances(weights: Tensor, blocks: list[Tensor], compounds: _Compounds) -> 
         stacked = torch.stack([blocks[i] for i in chosen])
         _check_covariances(stacked, chosen, compounds)
         w = torch.stack([own_weights[i] for i in chosen])
-        products = torch.einsum("ci,cij,cj->c", w, stacked.to(weights), w)
-        variances = variances.index_add(0, torch.tensor(chosen).to(weights.device), products)
+        # A product of matrices would run in half precision under autocast.
+        products = ((stacked.to(weights) * w.unsqueeze(1)).sum(-1) * w).sum(-1)
+        places = torch.tensor(chosen, device=weights.device)
+        variances = variances.index_add(0, places, products)
     # Roundoff may leave a variance of zero below zero.
     return variances.clamp(min=0.0)
 
@@ -467,8 +471,8 @@ def _leave_one_out(sizes: list[int], chosen: Tensor) -> Iterator[tuple[Tensor, l
     places : the places of the poses of all sets, one set after the other
     n_poses : the number of poses of each set
     """
-    in_call = torch.tensor(sizes)
-    compounds = _compound_of_pose(sizes, torch.empty(sum(sizes)))[chosen]
+    in_call = torch.tensor(sizes, device="cpu")
+    compounds = _compound_of_pose(sizes)[chosen]
     starts = (in_call.cumsum(0) - in_call)[compounds]
     n_poses = in_call[compounds] - 1
     ends = n_poses.cumsum(0)
@@ -477,8 +481,9 @@ def _leave_one_out(sizes: list[int], chosen: Tensor) -> Iterator[tuple[Tensor, l
         before = int(ends[first - 1]) if first else 0
         last = max(first + 1, int(torch.searchsorted(ends, before + LARGEST_BATCH, right=True)))
         own, total = n_poses[first:last], int(ends[last - 1]) - before
-        sets = torch.arange(first, last).repeat_interleave(own, output_size=total)
-        places = torch.arange(before, before + total) - (ends - n_poses)[sets] + starts[sets]
+        sets = first + torch.repeat_interleave(own, output_size=total)
+        places = torch.arange(before, before + total, device="cpu")
+        places += (starts - ends + n_poses)[sets]
         places += places >= chosen[sets]  # jump over the pose
         yield places, own.tolist()
         first = last

@@ -137,7 +137,7 @@ def test_equal_errors_shrink_with_the_root_of_the_effective_poses(y, combination
 FUNCTIONS = {
     "effective": lambda y, **sizes: effective_poses(y, **sizes),
     "deviations": lambda y, **sizes: propagated_error(y, y.abs(), **sizes),
-    "covariance": lambda y, **sizes: propagated_error(y, torch.eye(len(y)), **sizes),
+    "covariance": lambda y, **sizes: propagated_error(y, torch.eye(len(y), device="cpu"), **sizes),
     "jackknife": lambda y, **sizes: jackknife_error(Mean(), y, **sizes),
 }
 
@@ -167,6 +167,20 @@ def test_half_precision_is_computed_in_float32(y, function, dtype):
     assert found.dtype == torch.float32
     # A few roundings of float32.
     torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0, equal_nan=True)
+
+
+@pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
+@pytest.mark.parametrize(
+    "context",
+    [lambda: torch.autocast("cpu", dtype=torch.bfloat16), lambda: torch.device("meta")],
+    ids=["autocast", "default device"],
+)
+def test_the_surroundings_do_not_matter(y, function, context):
+    y, sizes = y[:12].float(), [4, 4, 4]
+    expected = function(y, sizes=sizes)
+    with context():
+        found = function(y, sizes=sizes)
+    assert torch.equal(found, expected)
 
 
 @pytest.mark.parametrize("function", FUNCTIONS.values(), ids=FUNCTIONS)
@@ -425,6 +439,20 @@ def test_no_batch_is_larger_than_the_limit(limit, monkeypatch):
     assert sum(seen) == sum(n * (n - 1) for n in sizes)
     assert len(seen) > 1
     assert max(seen) <= limit
+
+
+def test_combine_runs_as_often_for_many_poses_as_for_few(monkeypatch):
+    calls = []
+    combine = Mean.combine
+    monkeypatch.setattr(Mean, "combine", lambda self, y: calls.append(1) or combine(self, y))
+    mean = Mean()
+    jackknife_error(mean, torch.randn(8), [4, 4])  # finds out that it runs in batches
+    counts = []
+    for n_poses in (10, 500):
+        calls.clear()
+        jackknife_error(mean, torch.randn(2 * n_poses), [n_poses, n_poses])
+        counts.append(len(calls))
+    assert counts == [1, 1]
 
 
 def test_a_compound_with_too_few_poses_has_no_jackknife(y):
