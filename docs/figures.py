@@ -1,4 +1,4 @@
-"""Draws the pictures of the explanations from the registered combinations.
+"""Draws the pictures of the pages from the registered combinations.
 
     python docs/figures.py [FOLDER]
 
@@ -19,7 +19,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from torch import Tensor
 
-from mtenn_core import Combination, registry
+from mtenn_core import Combination, MultiPoseModel, propagated_error, registry
 
 KT = 0.593  # kcal/mol at 298 K
 FOLDER = Path(__file__).parent / "images"
@@ -116,6 +116,52 @@ def sharp_scales(figure: Figure) -> None:
     axes.legend(loc="lower left")
 
 
+def error_bars(figure: Figure) -> None:
+    """First-order errors against random draws: of ten compounds, and by the error of a pose."""
+    compound_axes, error_axes = figure.subplots(1, 2)
+    combination = minimum(1.0, normalize=True)
+    model = MultiPoseModel(torch.nn.Identity(), combination)
+    random = torch.Generator().manual_seed(0)
+    sizes = [6] * 10
+    poses = -12 + 1.5 * torch.randn(sum(sizes), generator=random, dtype=torch.float64)
+    noise = torch.randn(5_000, len(poses), generator=random, dtype=torch.float64)
+    out = model(poses, sizes=sizes)
+    drawn = combine_rows(combination, (poses + noise).reshape(-1, 6)).reshape(-1, len(sizes))
+    first_order = propagated_error(
+        model.pose_weights(out.pose_predictions, sizes), [1.0] * len(poses), sizes
+    )
+    order = out.prediction.argsort()
+    ranks = torch.arange(1.0, len(sizes) + 1)
+    for centers, errors, colour, marker, shift, label in (
+        (out.prediction, first_order, BLUE, "o", -0.12, "first order"),
+        (drawn.mean(0), drawn.std(0), ORANGE, "s", 0.12, "random draws"),
+    ):
+        compound_axes.errorbar(
+            ranks + shift, centers[order], errors[order], color=colour, fmt=marker, label=label
+        )
+    compound_axes.set(xlabel="compound", ylabel="combined prediction (kT)")
+    compound_axes.legend()
+
+    sizes_of_errors = torch.logspace(-1, 0.5, 16, dtype=torch.float64)
+    equal = doubles([0.0] * 4)
+    draws = torch.stack([combine_rows(combination, sd * noise[:, :4]) for sd in sizes_of_errors])
+    first_order = sizes_of_errors * propagated_error(combination.pose_weights(equal), [1.0] * 4)
+    for values, colour, line, label in (
+        (first_order, BLUE, "-", "first order"),
+        (draws.std(1), ORANGE, "--", "random draws"),
+        (-draws.mean(1), BLACK, ":", "fall of their mean"),
+    ):
+        error_axes.plot(sizes_of_errors, values, line, color=colour, label=label)
+    error_axes.set(xscale="log", xlabel="error of each of four equal poses (kT)")
+    error_axes.set_ylabel("error of the prediction (kT)")
+    error_axes.legend()
+
+
+def combine_rows(combination: Combination, rows: Tensor) -> Tensor:
+    """Return the combined prediction of each row."""
+    return torch.func.vmap(combination.combine)(rows)
+
+
 def physical(axes: Axes) -> None:
     """Mark where the scale is one over kT."""
     axes.axvline(1 / KT, color="#767676", linewidth=1)
@@ -134,7 +180,7 @@ def doubles(numbers: list[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-PICTURES = (number_of_poses, not_monotone, sharp_scales)
+PICTURES = (number_of_poses, not_monotone, sharp_scales, error_bars)
 
 if __name__ == "__main__":
     for written in main(*map(Path, sys.argv[1:])):

@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mtenn_core.gradients import attach_gradients
     from mtenn_core.hookspecs import hookimpl
     from mtenn_core.model import MultiPoseModel, MultiPoseOutput
+    from mtenn_core.uncertainty import effective_poses, jackknife_error, propagated_error
 
 # Lazy imports (PEP 562): torch takes a second to import, and a list of plugins does not need it.
 _MODULE_OF = {
@@ -36,7 +37,10 @@ _MODULE_OF = {
     "Registry": "mtenn_core._registry",
     "as_mtenn_combination": "mtenn_core.combination",
     "attach_gradients": "mtenn_core.gradients",
+    "effective_poses": "mtenn_core.uncertainty",
     "hookimpl": "mtenn_core.hookspecs",
+    "jackknife_error": "mtenn_core.uncertainty",
+    "propagated_error": "mtenn_core.uncertainty",
     "registry": "mtenn_core._registry",
 }
 
@@ -52,7 +56,10 @@ __all__ = [
     "Registry",
     "as_mtenn_combination",
     "attach_gradients",
+    "effective_poses",
     "hookimpl",
+    "jackknife_error",
+    "propagated_error",
     "registry",
 ]
 

@@ -57,6 +57,7 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/explanation/combinations.md",
     ROOT / "docs/explanation/gradients-per-pose.md",
     ROOT / "docs/how-to/choose-a-combination.md",
+    ROOT / "docs/how-to/error-bars.md",
     ROOT / "docs/how-to/move-from-mtenn.md",
     ROOT / "docs/how-to/train.md",
     ROOT / "docs/how-to/train-on-several-machines.md",

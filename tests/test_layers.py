@@ -20,7 +20,7 @@ LAYERS = (
     ("process", "_process"),
     ("contract", "hookspecs gradients combination"),
     ("engine", "_engine"),
-    ("model", "model"),
+    ("model", "model uncertainty"),
     ("testing: probes", "testing._outcomes testing._report testing._probe"),
     ("testing: checks", "testing._checks"),
     ("testing", "_pytest_plugin testing"),

@@ -40,6 +40,7 @@ MODULES = {
     ],
     "mtenn_core.combination": ["Combination", "as_mtenn_combination"],
     "mtenn_core.model": ["MultiPoseModel", "MultiPoseOutput"],
+    "mtenn_core.uncertainty": ["effective_poses", "jackknife_error", "propagated_error"],
     "mtenn_core.hookspecs": ["hookimpl", "mtenn_combination"],
 }
 # Of these, other packages and Python itself call what has underscores.

@@ -102,7 +102,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
     cost = show_cost(models["boltzmann"], molecules, options)
 
     path = options.output / "freesolv.png"
-    save_figure(path, test, {name: (combinations[name], predictions[name]) for name in models})
+    save_figure(path, test, predictions)
     console.print(f"Figure: {escape(str(path))}", soft_wrap=True)
     return {"rmse": accuracy, "gradient_difference": differences, "cost": cost}
 

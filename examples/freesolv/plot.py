@@ -12,48 +12,44 @@ from matplotlib.figure import Figure
 from torch import Tensor
 from training import Predictions, measured, rmse
 
-from mtenn_core import Combination
-
 FLEXIBLE = 3  # rotatable bonds
 WIDEST = 3.0  # kcal/mol, 5 kT: what lies further above the lowest conformer has no weight to see
 COLOURS = ("#0072B2", "#D55E00", "#009E73")  # Okabe and Ito: distinct for colour-blind readers too
 GREY = "#767676"
 
 
-def save_figure(
-    path: Path,
-    test: Sequence[Molecule],
-    results: Mapping[str, tuple[Combination, Predictions]],
-) -> None:
+def save_figure(path: Path, test: Sequence[Molecule], results: Mapping[str, Predictions]) -> None:
     """Draw a column for each combination, and save the figure.
 
     Parameters
     ----------
     path : the file; its suffix decides the format
     test : the molecules that were predicted
-    results : by name, a combination and the predictions of its trained model for ``test``
+    results : by the combination's name, the predictions of its trained model for ``test``
     """
     target = measured(test)
-    everything = torch.cat([target, *(predictions.combined for _, predictions in results.values())])
+    everything = torch.cat([target, *(predictions.combined for predictions in results.values())])
     limits = everything.min().item() - 1, everything.max().item() + 1
 
     figure = Figure(figsize=(4.2 * len(results), 8.6), layout="constrained")
     accuracy, weights = figure.subplots(2, len(results), sharey="row", squeeze=False)
-    for column, (name, (combination, predictions)) in enumerate(results.items()):
+    for column, (name, predictions) in enumerate(results.items()):
         colour = COLOURS[column % len(COLOURS)]
         accuracy[column].set_title(name, fontweight="bold", fontsize="x-large")
         accuracy[column].set(xlim=limits, ylim=limits)
         _draw_accuracy(accuracy[column], target, predictions.combined, colour)
-        _draw_weights(weights[column], combination, _flexible(test, predictions), colour)
+        _draw_weights(weights[column], _flexible(test, predictions), colour)
     accuracy[0].set_ylabel("predicted ΔG of hydration (kcal/mol)")
     weights[0].set_ylabel("pose weight, ∂ΔG(molecule) / ∂ΔG(conformer)")
     figure.savefig(path, dpi=150)
 
 
-def _flexible(test: Sequence[Molecule], predictions: Predictions) -> list[Tensor]:
-    """Return the pose predictions of the molecules with enough rotatable bonds."""
-    pairs = zip(test, predictions.poses, strict=True)
-    return [poses for molecule, poses in pairs if molecule.n_rotatable >= FLEXIBLE]
+def _flexible(test: Sequence[Molecule], predictions: Predictions) -> list[tuple[Tensor, Tensor]]:
+    """Return pose predictions and weights of the molecules with enough rotatable bonds."""
+    triples = zip(test, predictions.poses, predictions.weights, strict=True)
+    return [
+        (poses, weights) for molecule, poses, weights in triples if molecule.n_rotatable >= FLEXIBLE
+    ]
 
 
 def _draw_accuracy(axes: Axes, target: Tensor, predicted: Tensor, colour: str) -> None:
@@ -66,16 +62,13 @@ def _draw_accuracy(axes: Axes, target: Tensor, predicted: Tensor, colour: str) -
     )
 
 
-def _draw_weights(
-    axes: Axes, combination: Combination, flexible: Sequence[Tensor], colour: str
-) -> None:
+def _draw_weights(axes: Axes, flexible: Sequence[tuple[Tensor, Tensor]], colour: str) -> None:
     axes.set_box_aspect(1)
     axes.axhline(0, color=GREY, linewidth=1)
     n_beyond = 0
-    for poses in flexible:
-        ordered = poses.sort().values
-        above_lowest = ordered - ordered[0]
-        weights = combination.pose_weights(ordered)
+    for poses, of_poses in flexible:
+        ordered, order = poses.sort()
+        above_lowest, weights = ordered - ordered[0], of_poses[order]
         axes.plot(above_lowest, weights, color=colour, alpha=0.25, linewidth=0.8)
         axes.scatter(above_lowest, weights, s=20, color=colour, alpha=0.6, linewidth=0)
         n_beyond += int((above_lowest > WIDEST).sum())

@@ -38,10 +38,12 @@ class Predictions:
     ----------
     combined : shape (n_molecules,)
     poses : for each molecule, shape (n_conformers,)
+    weights : for each molecule, the pose weights, shape (n_conformers,), dimensionless
     """
 
     combined: Tensor
     poses: tuple[Tensor, ...]
+    weights: tuple[Tensor, ...]
 
 
 def split(molecules: Sequence[Molecule], *, seed: int) -> tuple[list[Molecule], list[Molecule]]:
@@ -103,7 +105,8 @@ def predict(model: MultiPoseModel, molecules: Sequence[Molecule]) -> Predictions
     """Predict molecules in one call."""
     poses, sizes = poses_and_sizes(molecules)
     out = model(poses, sizes=sizes)
-    return Predictions(out.prediction, out.pose_predictions.split(sizes))
+    weights = model.pose_weights(out.pose_predictions, sizes)
+    return Predictions(out.prediction, out.pose_predictions.split(sizes), weights.split(sizes))
 
 
 def rmse(predicted: Tensor, target: Tensor) -> float:

@@ -28,7 +28,7 @@ def test_pictures_are_what_their_script_draws(tmp_path):
     script = docs.ROOT / "docs/figures.py"
     subprocess.run([sys.executable, str(script), str(tmp_path)], check=True)
     drawn = sorted(tmp_path.iterdir())
-    assert len(drawn) == 3
+    assert len(drawn) == 4
     for picture in drawn:
         committed = docs.IMAGES / picture.name
         assert texts(picture) == texts(committed), f"{committed}: run docs/figures.py again"
