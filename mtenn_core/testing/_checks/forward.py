@@ -215,7 +215,7 @@ def _check_views(subject: Subject) -> None:
     others = subject.probes.poses(len(step.poses), 0.0, 1e-3).predictions
     predictions = step.poses.predictions
     views = {
-        "a part of a batch": torch.cat([others, predictions, others])[len(others) : 2 * len(others)],
+        "a part of a batch": torch.cat([others, predictions, others]).chunk(3)[1],
         "a column of a matrix": torch.stack([predictions, others], dim=1)[:, 0],
     }
     pred_lists = {what: list(view) for what, view in views.items()}
@@ -228,9 +228,10 @@ def _check_views(subject: Subject) -> None:
             _check_same(f"the gradient of parameter {name!r}", what, gradient, found[name])
     for method in ("combine", "pose_weights"):
         if overrides(type(subject.combination), method):
+            result = _of_method(subject, method, step.poses)
             for what, view in views.items():
-                numbers = (_of_method(subject, method, step.poses.at(y)) for y in (predictions, view))
-                _check_same(f"the result of {method}", what, *numbers)
+                of_view = _of_method(subject, method, step.poses.at(view))
+                _check_same(f"the result of {method}", what, result, of_view)
 
 
 def _of_method(subject: Subject, method: str, poses: Poses) -> Tensor:
