@@ -1168,7 +1168,7 @@ class NowAndThen(Counting):
         return value if self.calls % 500 else predictions.mean()
 
 
-@wrong("uniform weights after eight hundred backward passes", "A6", "calls")
+@wrong("uniform weights after five hundred backward passes", "A6", "calls")
 class TiredBackward(FullDepth):
     calls = 0
 
@@ -1177,7 +1177,7 @@ class TiredBackward(FullDepth):
         return super().backward(ctx, go)
 
     def weights(self, y):
-        return super().weights(y) if self.calls < 800 else torch.full_like(y, 1 / len(y))
+        return super().weights(y) if self.calls < 500 else torch.full_like(y, 1 / len(y))
 
 
 @wrong("a cache of values that is full after two hundred and returns the last", "A6", "calls")

@@ -165,7 +165,7 @@ def _check_reused_memory(subject: Subject) -> None:
 
 # Fewer for a combination that runs many operations: the time would depend on the machine.
 MOST_STEPS = 1000
-MOST_OPERATIONS = 50_000
+MOST_OPERATIONS = 30_000
 
 
 def _check_many_calls(subject: Subject) -> None:

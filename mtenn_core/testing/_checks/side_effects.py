@@ -233,7 +233,7 @@ def call_keeping_state(combination: Combination, step: Step) -> None:
     combination(*given, **step.poses.copied_inputs())
 
 
-@check("A8", "memory is freed after backward")
+@check("A8", "memory is freed after every call")
 def memory(subject: Subject) -> Metrics:
     """Check that inputs and graph are freed after each call, and that nothing grows.
 

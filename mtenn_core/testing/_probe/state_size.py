@@ -24,13 +24,14 @@ def state_size(combination: Combination) -> int:
 
     The size is exact for each container, so it grows exactly if one of them grows.
     """
-    total, seen = 0, set()
+    total = 0
+    seen: dict[int, Any] = {}  # keeps the objects alive, so that no other object gets their id
     stack = [(0, place) for place in _places(combination)]
     while stack:
         depth, found = stack.pop()
         if id(found) in seen:
             continue
-        seen.add(id(found))
+        seen[id(found)] = found
         total += _size(found)
         if depth < DEEPEST:
             stack += [(depth + 1, part) for part in _parts(found)]
