@@ -291,11 +291,6 @@ def modes(subject: Subject) -> Metrics:
     nothing = Step(step.poses, {}, {})
     with torch.no_grad():
         found = {"under no_grad": subject.call(step), "and no parameters": subject.call(nothing)}
-        if found["under no_grad"].requires_grad:
-            raise Fail(
-                "under no_grad: the output must not require a gradient; found that it does",
-                cause="forward switches the grad mode on (enable_grad, set_grad_enabled)",
-            )
     with torch.inference_mode():
         found["under inference_mode"] = subject.call(step).clone()
     found["with no parameters"] = subject.call(nothing)
@@ -400,7 +395,7 @@ def _check_frozen_own(subject: Subject, step: Step) -> None:
 
 
 def _check_after_validation(subject: Subject, step: Step) -> None:
-    """Check that training works with an instance whose first call was without gradients."""
+    """Check a call without gradients, and training with an instance whose first call it was."""
     expected = _numbers(subject, step, subject.copy(torch.float64))
     for name, mode in (("no_grad", torch.no_grad), ("inference_mode", torch.inference_mode)):
         combination = subject.copy(torch.float64)
@@ -408,7 +403,12 @@ def _check_after_validation(subject: Subject, step: Step) -> None:
             combination.eval()  # running statistics stay as they are
         before = [buffer.clone() for buffer in combination.buffers()]
         with mode():
-            subject.call(step, combination=combination)
+            value = subject.call(step, combination=combination)
+        if value.requires_grad:
+            raise Fail(
+                f"under {name}: the output must not require a gradient; found that it does",
+                cause="forward switches the grad mode on (enable_grad, set_grad_enabled)",
+            )
         combination.train()
         if not all(map(equal_with_nan, before, combination.buffers())):
             continue

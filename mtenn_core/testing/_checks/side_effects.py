@@ -245,8 +245,13 @@ def memory(subject: Subject) -> Metrics:
         "after forward under no_grad": torch.no_grad,
         "after forward under inference_mode": torch.inference_mode,
     }.items():
-        with mode():
-            _check_freed(subject, when, _no_backward)
+        try:
+            with mode():
+                _check_freed(subject, when, _no_backward)
+        except Fail:
+            raise
+        except Exception:  # A7 reports that it does not work in this mode
+            continue
     return {"growth per call": _check_growth(subject)}
 
 
