@@ -1161,14 +1161,14 @@ class Annealed(Counting):
         return value if self.calls < 1000 else 1.001 * value
 
 
-@wrong("every five-hundredth value is of another rule", "A6", "calls")
+@wrong("every two-hundredth value is of another rule", "A6", "calls")
 class NowAndThen(Counting):
     def combine(self, predictions):
         value = super().combine(predictions)
-        return value if self.calls % 500 else predictions.mean()
+        return value if self.calls % 200 else predictions.mean()
 
 
-@wrong("uniform weights after five hundred backward passes", "A6", "calls")
+@wrong("uniform weights after two hundred backward passes", "A6", "calls")
 class TiredBackward(FullDepth):
     calls = 0
 
@@ -1177,7 +1177,7 @@ class TiredBackward(FullDepth):
         return super().backward(ctx, go)
 
     def weights(self, y):
-        return super().weights(y) if self.calls < 500 else torch.full_like(y, 1 / len(y))
+        return super().weights(y) if self.calls < 200 else torch.full_like(y, 1 / len(y))
 
 
 @wrong("a cache of values that is full after two hundred and returns the last", "A6", "calls")
