@@ -164,7 +164,7 @@ def _check_reused_memory(subject: Subject) -> None:
 
 
 # Fewer for a combination that runs many operations: the time would depend on the machine.
-MOST_STEPS = 1000
+MOST_STEPS = 400
 MOST_OPERATIONS = 32_000
 
 
