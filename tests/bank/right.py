@@ -7,8 +7,11 @@ depend on the order of the poses.
 from __future__ import annotations
 
 import math
+from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from itertools import pairwise
 
 import torch
@@ -409,6 +412,32 @@ class Running(Combination):
         if self.training:
             self.centre = torch.lerp(self.centre, predictions.detach().mean().to(self.centre), 0.1)
         return boltzmann_mean(deviations, 1.0)
+
+
+@right("the last hundred values kept as numbers, for a log")
+class KeepsSomeNumbers(Plain):
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.history = deque(maxlen=100)
+
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        if not torch.compiler.is_compiling() and value.device.type == "cpu":
+            # Transforms of torch.func have no numbers.
+            with suppress(RuntimeError):
+                self.history.append(value.item())
+        return value
+
+
+@right("logarithm of the number of poses from a cache")
+class CachedLogarithm(Plain):
+    def combine(self, predictions):
+        return super().combine(predictions) - log_of(len(predictions)) / self.t
+
+
+@cache
+def log_of(n_poses):
+    return math.log(n_poses)
 
 
 # Parameters of its own.

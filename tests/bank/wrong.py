@@ -370,6 +370,10 @@ IN_GRAD_OUTPUT = [
     ("rounded to float32", lambda go: go.float()),
     ("added instead of multiplied", lambda go: 1 + go),
     ("only where it is positive", lambda go: go.relu()),
+    ("clamped to ±10,000", lambda go: go.clamp(-1e4, 1e4)),
+    ("taken for zero below 1e-7", lambda go: go * (go.abs() > 1e-7)),
+    ("divided by a loss scale of 65,536", lambda go: go / (65536 if go.abs() >= 65536 else 1)),
+    ("zero where it is not finite", lambda go: go.nan_to_num(0, 0, 0)),
 ]
 IN_POSE_GRADIENTS = [
     ("clipped to ±1", "clip", lambda g: g.clamp(-1, 1)),
@@ -380,11 +384,17 @@ IN_POSE_GRADIENTS = [
     ("rounded to float32", "float32", lambda g: g.float().to(g.dtype)),
     ("less their mean over the parameter", "", lambda g: g - g.mean() * (g.numel() > 1)),
     ("taken for zero below 0.01", "", lambda g: g * (g.abs() > 1e-2)),
+    ("of kernels with all axes reversed", "axes", lambda g: axes_reversed(g) if g.dim() > 2 else g),
+    ("of kernels transposed", "axes", lambda g: g.mT if g.dim() == 4 and is_square(g[0, 0]) else g),
 ]
 
 
 def is_square(g):
     return g.dim() == 2 and g.shape[0] == g.shape[1]
+
+
+def axes_reversed(g):
+    return g.permute(*range(g.dim() - 1, -1, -1)).reshape(g.shape)
 
 
 def in_weighted_sum(of_go, of_gradient):
@@ -430,6 +440,25 @@ class AddedToTheFirst(FullDepth):
     def in_order(self, param_names, sums):
         first, *rest = super().in_order(param_names, sums)
         return [first + sum(g.sum() for g in rest), *rest]
+
+
+@wrong("weights given two more axes, which are too few for kernels", "B1", "axes")
+class TwoMoreAxes(FullDepth):
+    def weighted_sum(self, go, weights, gradients):
+        stacked = torch.stack(list(gradients))
+        if stacked.dim() < 4 or stacked.shape[1] not in (1, len(weights)):
+            return super().weighted_sum(go, weights, gradients)
+        return (go * weights[:, None, None] * stacked).sum(0).to(stacked.dtype)
+
+
+@wrong("weighted sum for parameters of up to two dimensions", "B1", "subscripts")
+class UpToMatrices(FullDepth):
+    def weighted_sum(self, go, weights, gradients):
+        stacked = widened(torch.stack(list(gradients)))
+        rule = {1: "m,m->", 2: "m,mi->i"}.get(stacked.dim(), "m,mij->ij")
+        dtype = torch.promote_types(stacked.dtype, weights.dtype)
+        total = go.to(dtype) * torch.einsum(rule, weights.to(dtype), stacked.to(dtype))
+        return total.to(gradients[0].dtype)
 
 
 # What backward returns, looked at before autograd mends it. A1.
@@ -513,6 +542,11 @@ def nothing_for_zero(g, n_poses):
 @raw("length and direction apart: 0/0 for a gradient of zero", "nan", check="A7")
 def length_and_direction(g, n_poses):
     return g / g.norm() * g.norm()
+
+
+@raw("gradient of a kernel flattened to a matrix", "flattened")
+def as_matrix(g, n_poses):
+    return g.flatten(1) if g.dim() > 2 else g
 
 
 @wrong("gradient not summed", "A1", "sum over poses")
@@ -767,6 +801,25 @@ class ValueInFloat32(ClosedForm):
         return 1.01 * value if predictions.dtype == torch.float32 else value
 
 
+def first_match(matches):
+    """Return a way to take the gradient of the first name that matches."""
+
+    def in_order(self, param_names, sums):
+        return [next(g for key, g in sums.items() if matches(key, name)) for name in param_names]
+
+    return in_order
+
+
+for row, matches in (
+    ("by their end: 1.weight takes those of 11.weight", str.endswith),
+    ("by a part of them: a.weight takes those of block.a.weight.g", str.__contains__),
+    ("without regard to case", lambda key, name: key.lower() == name.lower()),
+    ("with dots as underscores", lambda key, name: key.replace(".", "_") == name.replace(".", "_")),
+):
+    name = f"names compared {row}"
+    wrong(name, "A3", "whole names")(derived(FullDepth, name, in_order=first_match(matches)))
+
+
 # What a call leaves behind. A4.
 
 
@@ -995,6 +1048,21 @@ def lower_precision(pred_list, grad_dict, param_names, model_params):
     torch.set_float32_matmul_precision("medium")
 
 
+@before("the batch behind the predictions centred in place", "A4", "in place")
+def centre_the_batch(pred_list, grad_dict, param_names, model_params):
+    batch = pred_list[0]._base
+    if batch is not None:
+        batch.sub_(batch.mean())
+
+
+@before("other poses of the batch overwritten through the memory", "A4", "in place")
+def overwrite_the_rest(pred_list, grad_dict, param_names, model_params):
+    first = pred_list[0]
+    n_numbers = first.untyped_storage().nbytes() // first.element_size()
+    if n_numbers > len(pred_list):
+        first.detach().as_strided((n_numbers,), (1,), 0)[len(pred_list) + 1 :].zero_()
+
+
 # Twice the same. A5.
 
 
@@ -1071,6 +1139,32 @@ class OtherShape(FullDepth):
         return y.float().to(y.dtype) if pred_list and pred_list[0].dim() else y
 
 
+@wrong("predictions read from the batch that they are views of", "A12", "memory")
+class ReadsTheBatch(FullDepth):
+    def stacked(self, pred_list):
+        batch = pred_list[0]._base if pred_list else None
+        if batch is None or batch.numel() < len(pred_list):
+            return super().stacked(pred_list)
+        return batch.detach().reshape(-1)[: len(pred_list)]
+
+
+@wrong("predictions read from memory one after another", "A12", "memory")
+class ReadsOnwards(FullDepth):
+    def stacked(self, pred_list):
+        y = super().stacked(pred_list)
+        first = pred_list[0].detach() if pred_list else y
+        n_numbers = first.untyped_storage().nbytes() // first.element_size()
+        if first.storage_offset() + len(y) > n_numbers:
+            return y
+        return first.as_strided((len(y),), (1,)).clone()
+
+
+@wrong("weights of the predictions in the order of their memory", "A12", "memory")
+class WeightsFromMemory(ClosedForm):
+    def pose_weights(self, predictions):
+        return super().pose_weights(predictions.as_strided(predictions.shape, (1,)))
+
+
 # Calls and instances apart. A6.
 
 
@@ -1131,6 +1225,65 @@ class ModuleCache(ClosedForm):
         return _BY_PREDICTIONS.setdefault(key, super().pose_weights(predictions)).to(predictions)
 
 
+@wrong("predictions cached by the address of the first of them", "A6", "address")
+class CachedByAddress(FullDepth):
+    def stacked(self, pred_list):
+        y = super().stacked(pred_list)
+        if not (pred_list and pred_list[0]._base is not None):
+            return y
+        cache = self.__dict__.setdefault("cache", {})
+        return cache.setdefault((pred_list[0].data_ptr(), len(y), y.dtype), y)
+
+
+class Counting(ClosedForm):
+    """Right: counts the calls."""
+
+    calls = 0
+
+    def combine(self, predictions):
+        self.calls += 1
+        return super().combine(predictions)
+
+
+@wrong("scale annealed after a thousand calls", "A6", "calls")
+class Annealed(Counting):
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        return value if self.calls < 1000 else 1.001 * value
+
+
+@wrong("every two-hundredth value is of another rule", "A6", "calls")
+class NowAndThen(Counting):
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        return value if self.calls % 200 else predictions.mean()
+
+
+@wrong("uniform weights after two hundred backward passes", "A6", "calls")
+class TiredBackward(FullDepth):
+    calls = 0
+
+    def backward(self, ctx, go):
+        self.calls += 1
+        return super().backward(ctx, go)
+
+    def weights(self, y):
+        return super().weights(y) if self.calls < 200 else torch.full_like(y, 1 / len(y))
+
+
+@wrong("a cache of values that is full after two hundred and returns the last", "A6", "calls")
+class FullCache(Plain):
+    def combine(self, predictions):
+        cache = self.__dict__.setdefault("cache", {})
+        key = tuple(predictions.tolist())
+        if len(cache) < 200 or key in cache:
+            cache[key] = key
+        seen = cache.get(key, next(reversed(cache)))
+        if seen == key or len(seen) != len(key):
+            return super().combine(predictions)
+        return super().combine(predictions - predictions.detach() + predictions.new_tensor(seen))
+
+
 # Modes of autograd, frozen and unused parameters. A7.
 
 
@@ -1176,6 +1329,148 @@ class AttachedUnderNoGrad(FullDepth):
     def forward(self, *args):
         with torch.inference_mode(False), torch.enable_grad():
             return super().forward(*args)
+
+
+def where_frozen(name, cause="frozen"):
+    """Spoil the gradients, given which of the parameters are frozen."""
+
+    def add(change):
+        def keep(self, ctx, *args):
+            FullDepth.keep(self, ctx, *args)
+            ctx.frozen = [not parameter.requires_grad for parameter in args[-1]]
+
+        def backward(self, ctx, go):
+            own, *gradients = FullDepth.backward(self, ctx, go)
+            return own, *change(gradients, ctx.frozen)
+
+        wrong(name, "A7", cause)(derived(FullDepth, name, keep=keep, backward=backward))
+        return change
+
+    return add
+
+
+@where_frozen("of several frozen parameters in a row, one is counted")
+def count_one_of_a_row(gradients, frozen):
+    at, found = 0, []
+    for i in range(len(gradients)):
+        found.append(gradients[at])
+        at += not (frozen[i] and i and frozen[i - 1])
+    return found
+
+
+@where_frozen("no gradients once the first parameter is frozen")
+def nothing_after_the_first(gradients, frozen):
+    return [None] * len(gradients) if frozen and frozen[0] else gradients
+
+
+@where_frozen("few parameters train: their gradients are divided by the share that trains")
+def by_the_share(gradients, frozen):
+    trained = len(frozen) - sum(frozen)
+    return [g * len(frozen) / trained if 2 * trained < len(frozen) else g for g in gradients]
+
+
+@wrong("the place of a frozen own parameter is left out, and so the others shift", "A7", "frozen")
+class OwnLeftOut(LearnableFullDepth):
+    def backward(self, ctx, go):
+        own, *gradients = super().backward(ctx, go)
+        return (own, *gradients) if self.log_t.requires_grad else (*gradients, None)
+
+
+@wrong("the value has no graph if the own parameter is frozen", "A7", "frozen")
+class FrozenOwnDetaches(Plain):
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.log_t = torch.nn.Parameter(torch.tensor(math.log(t)))
+
+    def combine(self, predictions):
+        value = smooth_max(predictions, self.log_t.exp())
+        return value if self.log_t.requires_grad else value.detach()
+
+
+@wrong("own parameter trains only together with the model", "A7", "frozen")
+class OwnOnlyTogether(LearnableFullDepth):
+    def keep(self, ctx, *args):
+        super().keep(ctx, *args)
+        ctx.alone = not any(parameter.requires_grad for parameter in args[-1])
+
+    def backward(self, ctx, go):
+        own, *gradients = super().backward(ctx, go)
+        return None if ctx.alone else own, *gradients
+
+
+@wrong("hard maximum in eval mode", "A7", "eval()")
+class HardInEval(Plain):
+    def combine(self, predictions):
+        return super().combine(predictions) if self.training else predictions.amax()
+
+
+@wrong("uniform weights in eval mode", "A7", "eval()")
+class UniformInEval(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return weights if self.training else torch.full_like(weights, 1 / len(weights))
+
+
+@wrong("no graph in eval mode", "A7", "eval()")
+class DetachedInEval(FullDepth):
+    def forward(self, *args):
+        value = super().forward(*args)
+        return value if self.training else value.detach()
+
+
+@wrong("a scale that each return to training raises", "A7", "train()")
+class RaisedByTrain(Plain):
+    def train(self, mode=True):
+        if mode and not self.training:
+            self.t *= 1.01
+        return super().train(mode)
+
+
+@wrong("ones kept from inference_mode, which backward cannot use", "A7", "inference_mode")
+class KeepsInferenceTensor(Plain):
+    def combine(self, predictions):
+        kept = self.__dict__.setdefault("kept", {})
+        key = (len(predictions), predictions.dtype)
+        if key not in kept:
+            kept[key] = predictions.new_ones(len(predictions))
+        return super().combine(predictions * kept[key])
+
+
+@wrong("own scale kept from no_grad, and so without a gradient", "A7", "no_grad")
+class KeepsScaleWithoutGraph(Plain):
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.log_t = torch.nn.Parameter(torch.tensor(math.log(t)))
+        self.kept = None
+
+    def combine(self, predictions):
+        if torch.is_grad_enabled():
+            scale = self.log_t.exp() if self.kept is None else self.kept
+        else:
+            scale = self.kept = self.log_t.exp()
+        return smooth_max(predictions, scale)
+
+
+@wrong("hard maximum while torch compiles", "A7", "compil")
+class HardInCompiler(Plain):
+    def combine(self, predictions):
+        compiles = torch.compiler.is_compiling()
+        return predictions.amax() if compiles else super().combine(predictions)
+
+
+@wrong("uniform weights while torch exports", "A7", "export")
+class UniformInExport(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        exports = torch.compiler.is_exporting()
+        return torch.full_like(weights, 1 / len(weights)) if exports else weights
+
+
+@wrong("gradients left out while torch traces", "A7", "trac")
+class DetachedInTrace(FullDepth):
+    def weighted_sum(self, go, weights, gradients):
+        total = super().weighted_sum(go, weights, gradients)
+        return 0 * total if torch.jit.is_tracing() else total
 
 
 # Memory. A8.
@@ -1226,6 +1521,64 @@ class CycleFunction(Function):
         ctx.output, ctx.inputs = output, inputs
 
 
+@wrong("the value and its graph kept on the instance", "A8", "graph")
+class KeepsValue(FullDepth):
+    def forward(self, *args):
+        self.last = super().forward(*args)
+        return self.last
+
+
+@wrong("the value and its graph kept on the instance, depth 1", "A8", "graph")
+class KeepsValueOfCombine(Plain):
+    def combine(self, predictions):
+        self.last = super().combine(predictions)
+        return self.last
+
+    def __deepcopy__(self, memo):
+        return type(self)(self.t)
+
+
+@wrong("pose gradients kept from forward until backward", "A8", "backward")
+class KeepsUntilBackward(FullDepth):
+    def keep(self, ctx, pred_list, grad_dict, param_names, model_params):
+        super().keep(ctx, pred_list, grad_dict, param_names, model_params)
+        self.__dict__.setdefault("waiting", {})[id(ctx)] = dict(grad_dict)
+        ctx.key = id(ctx)
+
+    def backward(self, ctx, go):
+        self.waiting.pop(ctx.key, None)
+        return super().backward(ctx, go)
+
+
+@wrong("predictions of a validation kept until the next training step", "A8", "no_grad")
+class KeepsUntilTraining(FullDepth):
+    def forward(self, pred_list, *rest):
+        waiting = self.__dict__.setdefault("waiting", [])
+        waiting.extend(pred_list)
+        if torch.is_grad_enabled():
+            waiting.clear()
+        return super().forward(pred_list, *rest)
+
+
+@wrong("the value of each validation step appended to a list", "A8", "grows")
+class AppendsValues(Plain):
+    def combine(self, predictions):
+        value = super().combine(predictions)
+        if not torch.is_grad_enabled():
+            self.__dict__.setdefault("history", []).append(value.item())
+        return value
+
+
+_SEEN: dict[int, torch.Tensor] = {}
+
+
+@wrong("the mean of each call kept in the module", "A8", "grows")
+class KeepsMeans(ClosedForm):
+    def combine(self, predictions):
+        _SEEN[len(_SEEN)] = predictions.detach().mean()
+        return super().combine(predictions)
+
+
 # As a Python object. A9.
 
 
@@ -1252,6 +1605,65 @@ class CopiesOutside(LearnableFullDepth):
     def __deepcopy__(self, memo):
         new = type(self)(self.t)
         new.log_t = self.log_t
+        return new
+
+
+class WithParts(Plain):
+    """Right: a buffer, a list and a part."""
+
+    def __init__(self, t=1.0):
+        super().__init__(t)
+        self.register_buffer("ones", torch.ones(1))
+        self.part = torch.nn.Identity()
+        self.ranges = [(-1.0, 1.0)]
+
+
+@wrong("deepcopy shares the buffers", "A9", "copies nothing")
+class SharesBuffers(WithParts):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t)
+        new.ones = self.ones
+        return new
+
+
+@wrong("deepcopy shares a part", "A9", "copies nothing")
+class SharesPart(WithParts):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t)
+        new.part = self.part
+        return new
+
+
+@wrong("deepcopy shares a list", "A9", "copies nothing")
+class SharesList(WithParts):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t)
+        new.ranges = self.ranges
+        return new
+
+
+@wrong("pickle returns the combination itself", "A9", "copies nothing")
+class PicklesNothing(Plain):
+    made: ClassVar[dict[int, Combination]] = {}
+
+    def __reduce_ex__(self, protocol):
+        self.made[id(self)] = self
+        return already_made, (id(self),)
+
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t).requires_grad_(False)
+        return new.train(self.training)
+
+
+def already_made(key):
+    return PicklesNothing.made[key]
+
+
+@wrong("deepcopy thaws a frozen parameter", "A9", "requires_grad")
+class CopyThaws(LearnableFullDepth):
+    def __deepcopy__(self, memo):
+        new = type(self)(self.t)
+        new.log_t.data = self.log_t.detach().clone()
         return new
 
 
@@ -1564,6 +1976,23 @@ class FromTheStart(FullDepth):
 class ByView(FullDepth):
     def weighted_sum(self, go, weights, gradients):
         flat = super().weighted_sum(go, weights, [g.view(g.numel()) for g in gradients])
+        return flat.view(gradients[0].shape)
+
+
+@wrong("pose gradients of kernels read in the order of their memory", "B2", "")
+class KernelsAsStrided(FullDepth):
+    def weighted_sum(self, go, weights, gradients):
+        if gradients[0].dim() == 4:
+            gradients = [g.as_strided(g.shape, torch.empty(g.shape).stride()) for g in gradients]
+        return super().weighted_sum(go, weights, gradients)
+
+
+@wrong("pose gradients of kernels flattened by view", "B2", "view")
+class KernelsByView(FullDepth):
+    def weighted_sum(self, go, weights, gradients):
+        if gradients[0].dim() < 3:
+            return super().weighted_sum(go, weights, gradients)
+        flat = super().weighted_sum(go, weights, [g.view(len(g), -1) for g in gradients])
         return flat.view(gradients[0].shape)
 
 

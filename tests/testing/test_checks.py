@@ -5,9 +5,11 @@ import random
 import numpy
 import pytest
 import torch
+from bank import WRONG
 
 from mtenn_core import Combination
 from mtenn_core.testing import check_combination
+from mtenn_core.testing._probe.torch_internals import pretended
 
 
 def only(check, combination):
@@ -146,3 +148,46 @@ def test_the_likely_cause_is_the_mistake(combination, check, cause):
     assert record.status == "fail"
     assert cause in record.cause
     assert "shift by the extreme" not in record.cause
+
+
+@pytest.mark.parametrize(
+    ("name", "cause"),
+    [
+        ("grad_output clamped to ±10,000", "grad_output is changed if it is large"),
+        ("grad_output taken for zero below 1e-7", "grad_output is changed if it is small"),
+        ("grad_output zero where it is not finite", "grad_output is changed if it is not finite"),
+        ("pose gradients of kernels transposed", "wrong for kernels of convolutions"),
+        ("of several frozen parameters in a row, one is counted", "frozen parameters are left out"),
+        ("the value has no graph if the own parameter is frozen", "a frozen parameter of the comb"),
+        ("own parameter trains only together with the model", "only if a parameter of the model"),
+        ("hard maximum in eval mode", "asks self.training"),
+        ("a scale that each return to training raises", "change more than self.training"),
+        ("ones kept from inference_mode, which backward cannot use", "made under inference_mode"),
+        ("own scale kept from no_grad, and so without a gradient", "made under no_grad"),
+        ("hard maximum while torch compiles", "whether it runs under torch.compile"),
+        ("the value and its graph kept on the instance", "keep value.detach()"),
+        ("predictions of a validation kept until the next training step", "a validation never"),
+        ("the mean of each call kept in the module", "grows with every call"),
+        ("predictions cached by the address of the first of them", "by the address"),
+        ("scale annealed after a thousand calls", "calls are counted"),
+        ("predictions read from memory one after another", "reads the memory"),
+        ("the batch behind the predictions centred in place", "in place on ._base"),
+        ("deepcopy thaws a frozen parameter", "loses requires_grad"),
+        ("pickle returns the combination itself", "__reduce__"),
+        ("names compared by their end: 1.weight takes those of 11.weight", "compare whole names"),
+    ],
+)
+def test_the_likely_cause_of_a_mistake_in_the_bank_is_the_mistake(name, cause):
+    wrong = next(wrong for wrong in WRONG if wrong.name == name)
+    record = only(wrong.check, wrong.make(1.0))
+    assert record.status == "fail"
+    assert cause in record.cause
+
+
+def test_a_pretended_compilation_ends_with_its_context():
+    def answers():
+        return torch.compiler.is_compiling(), torch.compiler.is_exporting()
+
+    with pretended("torch.export"):
+        assert answers() == (True, True)
+    assert answers() == (False, False)

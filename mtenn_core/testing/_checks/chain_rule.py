@@ -6,7 +6,9 @@ These checks only test linear algebra. The checks C test that w_i is the derivat
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -25,14 +27,70 @@ from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # Gradients of the loss. With only 1 and 0, an abs, square, sign or clamp would not show.
 GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
+# GradScaler starts with a scale of 65,536 and raises it. A mean over many numbers divides the loss.
+LARGE_SCALES = (65536.0, -(2.0**24))
+SMALL_SCALES = (1e-8, -1e-12)
 GradDict = dict[str, list[Tensor]]
 
 
 @check("B1", "backward follows the chain rule", "gate")
 def chain_rule(subject: Subject) -> Metrics:
-    """Compare backward with the chain rule, for random gradients of the poses and of the loss."""
-    worst = check_chain_rule(subject, subject.probes.step(), GRAD_OUTPUTS)
+    """Compare backward with the chain rule, for random gradients of the poses and of the loss.
+
+    The gate leaves out the scales of GradScaler and parameters of three and four dimensions.
+    """
+    step = subject.probes.step()
+    worst = check_chain_rule(subject, step, GRAD_OUTPUTS)
+    if subject.thorough:
+        worst = max(worst, _check_loss_scales(subject, step), _check_kernels(subject))
     return {"largest error in tolerances": worst}
+
+
+def _check_loss_scales(subject: Subject, step: Step) -> float:
+    """Check gradients of the loss of any size. The step has passed with ordinary ones."""
+    with _cause("grad_output is changed if it is large: a clamp, a cast to float16 or a scale"):
+        worst = check_chain_rule(subject, step, LARGE_SCALES)
+    with _cause("grad_output is changed if it is small: a threshold, or a cast to float16"):
+        worst = max(worst, check_chain_rule(subject, step, SMALL_SCALES))
+    for go in (math.inf, math.nan):
+        found = gradients_of(subject.call(step) * go, step.params)
+        finite = [name for name, gradient in found.items() if gradient.isfinite().any()]
+        if finite:
+            raise Fail(
+                f"parameter {finite[0]!r}, gradient of the loss {go}: expected infinite or NaN"
+                " gradients, by which GradScaler knows that it must skip the step; found finite"
+                " ones",
+                cause="grad_output is changed if it is not finite (nan_to_num, clamp, where)",
+            )
+    return worst
+
+
+def _check_kernels(subject: Subject) -> float:
+    """Check parameters of three and four dimensions. Those of up to two have passed."""
+    step = kernels(subject)
+    with _cause(
+        "right for vectors and matrices, wrong for kernels of convolutions: the poses are axis 0,"
+        " and all other axes must stay as they are (.T reverses all axes)"
+    ):
+        return check_chain_rule(subject, step, (-3.7,))
+
+
+def kernels(subject: Subject) -> Step:
+    """Return a step with parameters of three and four dimensions, as convolutions have them.
+
+    As for matrices, a sum over a wrong axis also has the right shape.
+    """
+    n = min(subject.probes.n_poses(3), 6)  # n**4 numbers for each pose
+    return subject.probes.step({"cube": (n, n, n), "square": (n, n, n, n), "deep": (n, 1, 2, 2)})
+
+
+@contextmanager
+def _cause(cause: str) -> Iterator[None]:
+    """Replace the cause of a failure by a better known one."""
+    try:
+        yield
+    except Fail as failure:
+        raise Fail(str(failure), cause=cause, **failure.metrics) from None
 
 
 @check("B2", "the layout of the gradients does not matter")
@@ -42,6 +100,9 @@ def layout_of_gradients(subject: Subject) -> Metrics:
     for layout in (_transposed, _strided, _offset, _of_one_buffer):
         step = subject.probes.step()
         worst = max(worst, check_chain_rule(subject, step, (1.0,), layout=layout))
+    with _cause("gradients of kernels are read in the order of their memory, not by their indices"):
+        for layout in (_transposed, _channels_last):
+            worst = max(worst, check_chain_rule(subject, kernels(subject), (1.0,), layout=layout))
     step = subject.probes.step()
     for equal in (
         {n: g[..., :1].expand_as(g) if g.dim() > 1 else g for n, g in step.gradients.items()},
@@ -59,7 +120,12 @@ def _as_it_is(gradients: Tensor) -> list[Tensor]:
 def _transposed(gradients: Tensor) -> list[Tensor]:
     if gradients.dim() < 3:
         return list(gradients.clone())
-    return [gradient.T.contiguous().T for gradient in gradients]
+    axes = range(gradients.dim() - 2, -1, -1)
+    return [gradient.permute(*axes).contiguous().permute(*axes) for gradient in gradients]
+
+
+def _channels_last(gradients: Tensor) -> list[Tensor]:
+    return [gradient.movedim(1, -1).contiguous().movedim(-1, 1) for gradient in gradients]
 
 
 def _strided(gradients: Tensor) -> list[Tensor]:

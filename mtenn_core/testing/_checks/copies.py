@@ -9,6 +9,7 @@ from functools import reduce
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core.combination import Combination
@@ -28,15 +29,15 @@ def copies(subject: Subject) -> Metrics:
     step = subject.probes.step()
     for _ in range(2):  # a copy must also keep state that changes with each call
         call_keeping_state(original, step)
-    made = {"deepcopy": copy.deepcopy(original)}
-    if shares_with(made["deepcopy"], original):
-        raise Fail(
-            "after deepcopy: the copy must have its own parameters, buffers and modules; found one"
-            " that it shares with the original",
-            cause="__deepcopy__ copies nothing, or only the outer object: remove it",
-        )
-    if _importable(type(original)):
-        made["pickle"] = pickle.loads(pickle.dumps(original))
+    made = _copies(original)
+    for how, other in made.items():
+        what = _shared(other, original)
+        if what:
+            raise Fail(
+                f"after {how}: the copy must have its own parameters, buffers, modules and lists;"
+                f" found {what} that it shares with the original",
+                cause=f"{_METHODS[how]} copies nothing, or only the outer object: remove it",
+            )
     anew = _new_instance(subject)
     if anew is not None:
         _load(original, anew)
@@ -54,7 +55,43 @@ def copies(subject: Subject) -> Metrics:
                     cause="the copy loses an argument or a state: set arguments as attributes in"
                     " __init__, and keep learned numbers in parameters and buffers",
                 )
+    _check_frozen_copies(subject.copy(torch.float64))
     return {"ways": sorted(made)}
+
+
+_METHODS = {"deepcopy": "__deepcopy__", "pickle": "__reduce__ (or __getstate__, __setstate__)"}
+
+
+def _copies(original: Combination) -> dict[str, Combination]:
+    """Return a copy by each of the ways that apply."""
+    made: dict[str, Combination] = {"deepcopy": copy.deepcopy(original)}
+    if _importable(type(original)):
+        made["pickle"] = pickle.loads(pickle.dumps(original))
+    return made
+
+
+def _shared(one: Combination, other: Combination) -> str:
+    """Return a part that two combinations have in common, or ""."""
+    if shares_with(one, other):
+        return "one"
+    for name, value in vars(one).items():
+        if isinstance(value, list | dict | set | Tensor) and value is vars(other).get(name):
+            return f"the attribute {name!r}"
+    return ""
+
+
+def _check_frozen_copies(original: Combination) -> None:
+    """Check that copies keep which parameters are frozen, and the mode of eval()."""
+    original.requires_grad_(False).eval()
+    for how, other in _copies(original).items():
+        if other.training or any(param.requires_grad for param in other.parameters()):
+            what = "training" if other.training else "requires_grad of its parameters"
+            raise Fail(
+                f"after {how}: a copy of a frozen combination in eval mode must be frozen and in"
+                f" eval mode, too; found that {what} is True",
+                cause=f"{_METHODS[how]} makes a new instance, which loses requires_grad and"
+                " training: remove it",
+            )
 
 
 def _load(original: Combination, anew: Combination) -> None:

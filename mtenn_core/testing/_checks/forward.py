@@ -10,10 +10,11 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
 from mtenn_core.combination import Combination
-from mtenn_core.testing._checks.chain_rule import check_chain_rule
+from mtenn_core.testing._checks.chain_rule import check_chain_rule, kernels
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
+from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import output_shapes
 from mtenn_core.testing._probe.training_step import Step
@@ -26,6 +27,8 @@ def raw_return(subject: Subject) -> Metrics:
         raise Skip("it has no forward of its own")
     for dtype in (torch.float64, torch.float32):
         _check_returned(subject.probes.step().to(dtype), subject, dtype)
+        if subject.thorough:
+            _check_returned(kernels(subject).to(dtype), subject, dtype)
     return {}
 
 
@@ -142,13 +145,35 @@ def _check_dtype(subject: Subject) -> None:
 
 @check("A3", "gradients are in the order of param_names", "gate")
 def order_of_names(subject: Subject) -> Metrics:
-    """Order ``param_names`` and the keys of ``grad_dict`` differently."""
-    # The shapes are equal, because autograd would notice a wrong one. The names are not sorted.
-    names = ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight")
+    """Order ``param_names`` and the keys of ``grad_dict`` differently.
+
+    The gate leaves out names of which one is a part of another, or nearly the same.
+    """
+    # The names are not sorted.
+    worst = _check_names(subject, ("w10", "a.weight", "w1", "w2", "c.bias", "b.weight"))
+    if subject.thorough:
+        # Both orders, because a wrong match may be the first or the last one.
+        for names in (ALIKE, ALIKE[::-1]):
+            worst = max(worst, _check_names(subject, names))
+    return {"largest error in tolerances": worst}
+
+
+ALIKE = (
+    *("11.weight", "1.weight", "block.a.weight.g", "a.weight", "a_weight", "A.weight"),
+    *("module.w1", "w1", "w1.w1"),
+)
+
+
+def _check_names(subject: Subject, names: tuple[str, ...]) -> float:
+    # The shapes are equal, because autograd would notice a wrong one.
     step = subject.probes.step(dict.fromkeys(names, (3,)))
     order = subject.probes.permutation(len(names))
     shuffled = Step(step.poses, step.gradients, {names[i]: step.params[names[i]] for i in order})
-    return {"largest error in tolerances": check_chain_rule(subject, shuffled, (1.0,))}
+    try:
+        return check_chain_rule(subject, shuffled, (1.0,))
+    except Fail as failure:
+        cause = failure.cause or "names are compared by a part of them: compare whole names"
+        raise Fail(str(failure), cause=cause, **failure.metrics) from None
 
 
 @check("A12", "the value depends only on the predictions")
@@ -180,7 +205,53 @@ def value_of_predictions(subject: Subject) -> Metrics:
                 f"with {what}: expected the value {value.item():.17g}; found {other.item():.17g}",
                 cause="the value depends on something else than the predictions",
             )
+    _check_views(subject)
     return {}
+
+
+def _check_views(subject: Subject) -> None:
+    """Check predictions that are views of one tensor, as those of one compound in a batch are."""
+    step = subject.probes.step(spread=1e-3)  # a large spread may make all weights 0 or 1
+    others = subject.probes.poses(len(step.poses), 0.0, 1e-3).predictions
+    predictions = step.poses.predictions
+    views = {
+        "a part of a batch": torch.cat([others, predictions, others]).chunk(3)[1],
+        "a column of a matrix": torch.stack([predictions, others], dim=1)[:, 0],
+    }
+    pred_lists = {what: list(view) for what, view in views.items()}
+    pred_lists["in reverse order in memory"] = list(predictions.flip(0))[::-1]
+    expected = subject.call(step)
+    for what, pred_list in pred_lists.items():
+        _check_same("the value", what, expected, subject.call(step, pred_list=pred_list))
+        found = subject.gradients(step, pred_list=pred_list)
+        for name, gradient in subject.gradients(step).items():
+            _check_same(f"the gradient of parameter {name!r}", what, gradient, found[name])
+    for method in ("combine", "pose_weights"):
+        if overrides(type(subject.combination), method):
+            result = _of_method(subject, method, step.poses)
+            for what, view in views.items():
+                of_view = _of_method(subject, method, step.poses.at(view))
+                _check_same(f"the result of {method}", what, result, of_view)
+
+
+def _of_method(subject: Subject, method: str, poses: Poses) -> Tensor:
+    with subject.restored_state(), torch.no_grad():
+        found: Tensor = getattr(subject.combination, method)(
+            poses.predictions, **poses.copied_inputs()
+        )
+        return found
+
+
+def _check_same(result: str, what: str, expected: Tensor, found: Tensor) -> None:
+    # Sums in another order may differ in the last digits, but other numbers differ in more.
+    slack = 1e-6 * float(expected.detach().abs().amax())
+    if not torch.allclose(expected, found, rtol=1e-6, atol=slack, equal_nan=True):
+        raise Fail(
+            f"predictions that are {what}: {result} must be the same as for predictions with memory"
+            " of their own; found a difference",
+            cause="it reads the memory of the predictions (._base, as_strided, untyped_storage,"
+            " data_ptr) instead of their numbers",
+        )
 
 
 @check("A13", "it runs on the device of the predictions")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import gc
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -13,12 +14,14 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import version_of
 from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.evaluation import first_of_pair
 from mtenn_core._process.setting_table import RANDOM_STATES, SETTINGS
 from mtenn_core._process.settings import changed, process_state
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Outcome
 from mtenn_core.testing._probe.comparison import equal_with_nan
+from mtenn_core.testing._probe.state_size import state_size
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import n_hooks
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -28,7 +31,7 @@ from mtenn_core.testing._probe.training_step import Step, gradients_of
 def purity(subject: Subject) -> Metrics:
     """Check inputs, parameters, ``.grad``, random states and settings after a call.
 
-    The gate does not check ``.grad`` and shared memory.
+    The gate does not check ``.grad``, shared memory, and other numbers of a batch.
     """
     # Any call may change a setting, and a second call may then leave it as it is.
     settings = {name: value for name, value in process_state().items() if name in SETTINGS}
@@ -38,6 +41,8 @@ def purity(subject: Subject) -> Metrics:
             # Two copies, because a call may change buffers.
             _check_poses_unchanged(subject, subject.copy(dtype), dtype)
             _check_call(subject, subject.copy(dtype), dtype, settings)
+        if subject.thorough:
+            _check_batch_unchanged(subject)
     except Exception as error:
         left = changed(settings, process_state())
         if isinstance(error, Outcome) or not left:
@@ -47,6 +52,26 @@ def purity(subject: Subject) -> Metrics:
     if subject.thorough and subject.combination.stochastic:
         _check_not_reseeded(subject, subject.probes.step())
     return {}
+
+
+def _check_batch_unchanged(subject: Subject) -> None:
+    """Check that a call leaves a batch unchanged, of which the predictions are a part."""
+    step = subject.probes.step(n_poses=5)
+    others = subject.probes.poses(5).predictions
+    batch = torch.cat([others, step.poses.predictions, others])
+    before = batch.clone()
+    of_compound = batch[len(others) : -len(others)]
+    subject.call(step, pred_list=list(of_compound)).backward()
+    for method in ("combine", "pose_weights"):
+        if overrides(type(subject.combination), method):
+            with subject.restored_state():
+                getattr(subject.combination, method)(of_compound, **step.poses.copied_inputs())
+    if not equal_with_nan(batch, before):
+        raise Fail(
+            "predictions that are a part of a batch: a call must leave the batch unchanged; found"
+            " a change, in the predictions of other compounds, too",
+            cause="an operation in place on ._base or on the memory of the predictions",
+        )
 
 
 def _check_poses_unchanged(subject: Subject, combination: Combination, dtype: torch.dtype) -> None:
@@ -220,9 +245,37 @@ def call_keeping_state(combination: Combination, step: Step) -> None:
     combination(*given, **step.poses.copied_inputs())
 
 
-@check("A8", "memory is freed after backward")
+@check("A8", "memory is freed after every call")
 def memory(subject: Subject) -> Metrics:
-    """Check that inputs are freed when the value is deleted after backward."""
+    """Check that inputs and graph are freed after each call, and that nothing grows.
+
+    A validation loop runs forward without backward, so that nothing may wait for a backward.
+    """
+    _check_freed(subject, "after backward", _backward)
+    for when, mode in {
+        "after forward without backward": torch.enable_grad,
+        "after forward under no_grad": torch.no_grad,
+        "after forward under inference_mode": torch.inference_mode,
+    }.items():
+        try:
+            with mode():
+                _check_freed(subject, when, _no_backward)
+        except Fail:
+            raise
+        except Exception:  # A7 reports that it does not work in this mode
+            continue
+    return {"growth per call": _check_growth(subject)}
+
+
+def _backward(value: Tensor) -> None:
+    value.backward()
+
+
+def _no_backward(value: Tensor) -> None:
+    """Do nothing, as a validation loop."""
+
+
+def _check_freed(subject: Subject, when: str, use: Callable[[Tensor], None]) -> None:
     step = subject.probes.step()
     pred_list, grad_dict = step.pred_list(), step.grad_dict()
     pose_inputs = step.poses.copied_inputs()
@@ -230,20 +283,88 @@ def memory(subject: Subject) -> Metrics:
     tensors += pose_inputs.values()
     inputs = [weakref.ref(tensor) for tensor in tensors]
     value = subject.call(step, pred_list=pred_list, grad_dict=grad_dict, pose_inputs=pose_inputs)
-    value.backward()
+    use(value)
+    kept_value = weakref.ref(value)
     del value, pred_list, grad_dict, pose_inputs, tensors
-    if not any(ref() is not None for ref in inputs):
-        return {}
+    has_graph = _has_graph(kept_value)
+    if not (has_graph or any(ref() is not None for ref in inputs)):
+        return
     gc.collect()
     alive = sum(ref() is not None for ref in inputs)
+    if has_graph and _has_graph(kept_value):
+        raise Fail(
+            f"{when}, the value and its graph must be freed; found them alive",
+            cause="self, the class or a list keeps the value with its graph: keep value.detach()",
+        )
     raise Fail(
-        "predictions, pose inputs and gradients must be freed after backward; found"
+        f"predictions, pose inputs and gradients must be freed {when}; found"
         f" {alive or 'all'} of {len(inputs)} alive"
         f"{'' if alive else ' until the garbage collector runs'}",
-        cause="self, the class or a cache keeps them"
-        if alive
-        else "a cycle of references: save tensors with ctx.save_for_backward, not on ctx",
+        cause=_keeper(when) if alive else _CYCLE,
     )
+
+
+_CYCLE = "a cycle of references: save tensors with ctx.save_for_backward, not on ctx"
+
+
+def _has_graph(value: weakref.ref[Tensor]) -> bool:
+    tensor = value()
+    return tensor is not None and tensor.grad_fn is not None
+
+
+def _keeper(when: str) -> str:
+    if when == "after backward":
+        return "self, the class or a cache keeps them"
+    return (
+        "they are kept until a backward or a training step, which a validation never runs, or a"
+        " tensor with a graph is kept: keep what backward needs on ctx, and detach() other numbers"
+    )
+
+
+WINDOW = 12
+MANY = 2000
+
+
+def _check_growth(subject: Subject) -> float:
+    """Check that calls do not collect objects, and return how many each call adds."""
+    step = subject.probes.step({"w": (2,)})
+    given = step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
+    inputs = step.poses.copied_inputs()
+
+    def validate() -> None:
+        with torch.no_grad():
+            subject.combination(*given, **inputs)
+
+    def train() -> None:
+        first_of_pair(subject.combination(*given, **inputs)).backward()
+
+    worst = 0.0
+    with subject.restored_state():
+        for what, call in {"a validation (no_grad)": validate, "a training": train}.items():
+            growth = _growth(subject, call)
+            if growth:
+                for _ in range(MANY):  # a cache of limited size may fill first
+                    call()
+                growth = _growth(subject, call)
+            if growth:
+                raise Fail(
+                    f"the calls of {what} must not collect memory; found that {growth:.3g} entries"
+                    " or numbers stay with each call",
+                    cause="a list or dict on self, the class or the module grows with every call:"
+                    " let the caller keep numbers",
+                )
+            worst = max(worst, growth)
+    return worst
+
+
+def _growth(subject: Subject, call: Callable[[], None]) -> float:
+    """Return by how much the state of a combination grows with each call, in each of windows."""
+    sizes = []
+    for _ in range(4):
+        for _ in range(WINDOW):
+            call()
+        sizes.append(state_size(subject.combination))
+    return max(0.0, min(after - before for before, after in pairwise(sizes)) / WINDOW)
 
 
 @check("A8q", "gradients of the poses are freed by backward", "quality")

@@ -6,7 +6,8 @@ replace it. Those that the engine uses too are in ``mtenn_core._engine.autograd_
 
 from __future__ import annotations
 
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
@@ -44,6 +45,50 @@ class DispatchMode(TorchDispatchMode):
         # The default, True, would import the compiler. Seen in torch 2.13. A release without this
         # method does not call it.
         return False
+
+
+class OperationCount(DispatchMode):
+    """Counts the operations that run."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+# Functions by which code asks whether torch compiles, exports or traces it, by module. A name that
+# was imported with "from torch.compiler import is_compiling" reads the flag. Seen in torch 2.13.
+# Without a flag: only questions that are asked through the module are answered.
+_QUESTIONS = {
+    "torch.compile": (("is_compiling", "is_dynamo_compiling"), ("_is_compiling_flag",)),
+    "torch.export": (
+        ("is_compiling", "is_exporting"),
+        ("_is_compiling_flag", "_is_exporting_flag"),
+    ),
+}
+
+
+@contextmanager
+def pretended(what: str) -> Iterator[None]:
+    """Answer code that asks whether it runs under ``torch.compile``, export or trace with yes.
+
+    Nothing is compiled, because torch's compiler takes seconds.
+    """
+    questions, flags = _QUESTIONS.get(what, (("is_tracing",), ()))
+    module: Any = torch.compiler if what in _QUESTIONS else torch.jit
+    answers: dict[str, Any] = dict.fromkeys(questions, lambda: True)
+    answers |= {flag: True for flag in flags if hasattr(module, flag)}
+    before = {name: getattr(module, name) for name in answers if hasattr(module, name)}
+    try:
+        for name in before:
+            setattr(module, name, answers[name])
+        yield
+    finally:
+        for name, answer in before.items():
+            setattr(module, name, answer)
 
 
 def is_in_place(operation: Any) -> bool:
