@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
-from mtenn_core._engine.call import checked_call, checked_poses, sizes_between, total_sizes
+from mtenn_core._engine.call import checked_call, checked_poses, given_sizes, total_sizes
 from mtenn_core._engine.compounds import (
     combine_compounds,
     combine_full_depth,
@@ -28,7 +28,6 @@ from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
 from mtenn_core.combination import Combination
-from mtenn_core.errors import PredictionError
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
@@ -173,7 +172,8 @@ class MultiPoseModel(torch.nn.Module):
             # torch.compile would trace the run in pieces, and each run of a pose would give other
             # pieces. If the pose model itself is compiled, it stays compiled.
             run = torch.compiler.disable(run)
-        sizes = _sizes(sizes, ptr)
+        if ptr is not None:
+            sizes = given_sizes(sizes, ptr)
         return run(poses, sizes, pose_inputs, shared_inputs, collated, group)
 
     def _predict(
@@ -256,9 +256,12 @@ class MultiPoseModel(torch.nn.Module):
         ------
         PredictionError : the arguments do not fit together
         """
-        sizes = _sizes(sizes, ptr)
+        sizes = given_sizes(sizes, ptr)
         n_poses, inputs = checked_poses(self.combination, pose_predictions, sizes, pose_inputs)
-        return weights_of_compounds(self.combination, pose_predictions, inputs, n_poses)
+        weights = weights_of_compounds(self.combination, pose_predictions, inputs, n_poses)
+        if len(n_poses) > 1:
+            note_sizes(weights, n_poses)
+        return weights
 
     def estimate(
         self,
@@ -279,7 +282,7 @@ class MultiPoseModel(torch.nn.Module):
         ----------
         poses, sizes, pose_inputs, ptr, shared_inputs, collated : as for ``forward``
         """
-        sizes = _sizes(sizes, ptr)
+        sizes = given_sizes(sizes, ptr)
         return estimate(self._options(), poses, sizes, pose_inputs, shared_inputs, collated)
 
     def train(self, mode: bool = True) -> Self:
@@ -314,17 +317,6 @@ class MultiPoseModel(torch.nn.Module):
         )
         _check_options(options)
         return options
-
-
-def _sizes(
-    sizes: Sequence[int] | Tensor | None, ptr: Sequence[int] | Tensor | None
-) -> Sequence[int] | Tensor | None:
-    """Return the number of poses of each compound from one of the two arguments, or None."""
-    if ptr is None:
-        return sizes
-    if sizes is not None:
-        raise PredictionError("sizes and ptr say the same. Pass only one of them.")
-    return sizes_between(ptr)
 
 
 def _combination(combination: str | Combination) -> Combination:

@@ -14,15 +14,13 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.call import _as_tensor, _checked_sizes, checked_poses, sizes_between
+from mtenn_core._engine.call import Sizes, as_tensor, checked_poses, checked_sizes, given_sizes
 from mtenn_core._engine.compounds import combine_compounds, combine_full_depth
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseGradients, PoseInputs, noted_sizes
 from mtenn_core._engine.precision import at_least_float32
 from mtenn_core.combination import Combination
 from mtenn_core.errors import PredictionError
-
-Sizes = Sequence[int] | Tensor | None
 
 # The leave-one-out sets that are combined together have at most so many predictions.
 LARGEST_BATCH = 1_000_000
@@ -177,7 +175,7 @@ def jackknife_error(
             f" {combination!r}"
         )
     own_sizes, inputs = checked_poses(
-        combination, pose_predictions, _one_of(sizes, ptr), pose_inputs
+        combination, pose_predictions, given_sizes(sizes, ptr), pose_inputs
     )
     several = sizes is not None or ptr is not None
     of_pose = _compound_of_pose(own_sizes).to(pose_predictions.device)
@@ -246,15 +244,6 @@ class _Compounds(NamedTuple):
         return PredictionError(f"pose {pose}{where}: {message}", pose=pose, compound=compound)
 
 
-def _one_of(sizes: Sizes, ptr: Sizes) -> Sizes:
-    """Return the number of poses of each compound from one of the two arguments, or None."""
-    if ptr is None:
-        return sizes
-    if sizes is not None:
-        raise PredictionError("sizes and ptr say the same. Pass only one of them.")
-    return sizes_between(ptr)
-
-
 def _compounds(pose_weights: Tensor, sizes: Sizes, ptr: Sizes) -> _Compounds:
     """Return the compounds to which weights belong. Raise an error if they do not fit."""
     is_vector = isinstance(pose_weights, Tensor) and pose_weights.dim() == 1
@@ -266,7 +255,7 @@ def _compounds(pose_weights: Tensor, sizes: Sizes, ptr: Sizes) -> _Compounds:
             f" MultiPoseModel.pose_weights returns it; found {found}"
         )
     several = sizes is not None or ptr is not None
-    own_sizes = _checked_sizes(len(pose_weights), _one_of(sizes, ptr))
+    own_sizes = checked_sizes(len(pose_weights), given_sizes(sizes, ptr))
     of_call = noted_sizes(pose_weights)
     if of_call is not None and of_call != own_sizes:
         raise PredictionError(
@@ -319,7 +308,7 @@ def _checked_deviations(errors: Any, compounds: _Compounds) -> Tensor:
 def _numbers(errors: Any) -> Tensor:
     """Return errors as a tensor of floating-point numbers."""
     try:
-        numbers = errors if isinstance(errors, Tensor) else _as_tensor(errors)
+        numbers = errors if isinstance(errors, Tensor) else as_tensor(errors)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise PredictionError(f"errors: {error}") from error
     if numbers.is_complex():

@@ -151,7 +151,7 @@ def _results_of_copy(
             y = predictions.clone().requires_grad_()
             values = run(function, combination, y, inputs)
             # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
-            loss = (torch.arange(1, len(values) + 1).to(values) * values).sum()
+            loss = (torch.arange(1, len(values) + 1, device=values.device) * values).sum()
             gradients = torch.autograd.grad(loss, [y, *own.values()], allow_unused=True)
             results["value"] = values.detach()
             names = [name_of_weights, *(f"gradient of {name!r}" for name in own)]

@@ -16,6 +16,8 @@ from mtenn_core._engine.mode import Options
 from mtenn_core.combination import Combination
 from mtenn_core.errors import PredictionError
 
+Sizes = Sequence[int] | Tensor | None
+
 
 class Call(NamedTuple):
     """The checked arguments of a call, in one process.
@@ -44,7 +46,7 @@ def checked_call(
     options: Options,
     chunk_size: int | None,
     poses: Iterable[Any],
-    sizes: Sequence[int] | Tensor | None,
+    sizes: Sizes,
     pose_inputs: Mapping[str, Any] | None,
     shared_inputs: Sequence[Any] | None,
     collated: bool,
@@ -63,7 +65,7 @@ def checked_call(
     PredictionError : two arguments disagree; the message describes the first disagreement
     """
     poses = [poses] if collated else _as_list(poses)
-    own_sizes = _checked_sizes(None if collated else len(poses), sizes)
+    own_sizes = checked_sizes(None if collated else len(poses), sizes)
     given = {} if pose_inputs is None else pose_inputs
     if not isinstance(given, Mapping):
         raise PredictionError(
@@ -83,7 +85,7 @@ def checked_call(
 def checked_poses(
     combination: Combination,
     predictions: Tensor,
-    sizes: Sequence[int] | Tensor | None,
+    sizes: Sizes,
     pose_inputs: Mapping[str, Any] | None,
 ) -> tuple[list[int], dict[str, Tensor]]:
     """Return the number of poses of each compound, and the pose inputs, for known predictions.
@@ -104,7 +106,7 @@ def checked_poses(
             "pose_predictions must be a vector of floating-point numbers, one per pose, like the"
             f" pose_predictions of a call; found {found}"
         )
-    own_sizes = _checked_sizes(len(predictions), sizes)
+    own_sizes = checked_sizes(len(predictions), sizes)
     of_call = noted_sizes(predictions)
     if of_call is not None and of_call != own_sizes:
         raise PredictionError(
@@ -124,7 +126,7 @@ def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
 
 
 def total_sizes(
-    combination: Combination, shares: Sequence[Sequence[int]], sizes: Sequence[int] | Tensor | None
+    combination: Combination, shares: Sequence[Sequence[int]], sizes: Sizes
 ) -> list[int]:
     """Return the number of poses of each compound, summed over all ranks.
 
@@ -160,7 +162,7 @@ def _has_order(values: Iterable[Any]) -> bool:
     return not (isinstance(values, Mapping | set | frozenset) or hasattr(values, "columns"))
 
 
-def _checked_sizes(n_poses: int | None, sizes: Sequence[int] | Tensor | None) -> list[int]:
+def checked_sizes(n_poses: int | None, sizes: Sizes) -> list[int]:
     """Return the number of poses of each compound in one process.
 
     Parameters
@@ -196,6 +198,20 @@ def _checked_sizes(n_poses: int | None, sizes: Sequence[int] | Tensor | None) ->
             f" {sum(sizes)} poses in all; found {n_poses} poses"
         )
     return sizes
+
+
+def given_sizes(sizes: Sizes, ptr: Sizes) -> Sizes:
+    """Return the number of poses of each compound from one of two arguments; None if there is none.
+
+    Raises
+    ------
+    PredictionError : both are given, or ``ptr`` is no list of offsets
+    """
+    if ptr is None:
+        return sizes
+    if sizes is not None:
+        raise PredictionError("sizes and ptr say the same. Pass only one of them.")
+    return sizes_between(ptr)
 
 
 def sizes_between(ptr: Sequence[int] | Tensor) -> list[int]:
@@ -282,7 +298,7 @@ def _checked_shared(
 def _numbers(name: str, values: Any) -> Tensor:
     try:
         if not isinstance(values, Tensor):
-            values = _as_tensor(values)
+            values = as_tensor(values)
     except (TypeError, ValueError, RuntimeError, ArithmeticError, LookupError) as error:
         raise PredictionError(f"pose_inputs[{name!r}]: {error}") from error
     if values.is_complex():
@@ -290,7 +306,7 @@ def _numbers(name: str, values: Any) -> Tensor:
     return values
 
 
-def _as_tensor(values: Any) -> Tensor:
+def as_tensor(values: Any) -> Tensor:
     """Return numbers as a tensor, in the order of their positions.
 
     torch would ask for ``values[0]``, ``values[1]`` and so on. In a column of a table, these are

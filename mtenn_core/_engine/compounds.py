@@ -139,7 +139,7 @@ def batches_by_size(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -
     poses_of_batches = []
     for n_compounds, n_poses in shapes:
         firsts = starts[first : first + n_compounds]
-        poses_of_batches.append((firsts[:, None] + torch.arange(n_poses)).flatten())
+        poses_of_batches.append((firsts[:, None] + torch.arange(n_poses, device="cpu")).flatten())
         first += n_compounds
     poses = torch.cat(poses_of_batches).to(predictions.device)
     columns = [_split(numbers, poses, shapes) for numbers in (predictions, *inputs.values())]
@@ -159,7 +159,9 @@ def _in_call_order(numbers: Tensor, places: Tensor | None) -> Tensor:
     """Return numbers of batches in the order of the call, where entry i has the place places[i]."""
     if places is None:
         return numbers
-    inverse = torch.empty_like(places).scatter_(0, places, torch.arange(len(places)).to(places))
+    inverse = torch.empty_like(places).scatter_(
+        0, places, torch.arange(len(places), device=places.device)
+    )
     return numbers.index_select(0, inverse.to(numbers.device))
 
 

@@ -9,7 +9,7 @@ import torch
 from bank import RIGHT
 from torch import Tensor
 
-from mtenn_core import Combination, MultiPoseModel
+from mtenn_core import Combination, MultiPoseModel, effective_poses
 from mtenn_core._engine import compounds
 from mtenn_core._engine.batchable import is_batchable, runs_in_batches
 from mtenn_core._engine.declarations import overrides
@@ -31,6 +31,11 @@ class SmoothMinimum(Combination):
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         return torch.softmax(-self.log_t.exp() * predictions, dim=0)
+
+
+class Square(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.square().sum()
 
 
 class Scored(Combination):
@@ -100,7 +105,7 @@ def test_a_batch_of_each_right_combination_is_the_loop(right, gradients, monkeyp
 
 
 def test_most_right_combinations_run_in_batches():
-    """Those that do not: stochastic ones, control flow on numbers, buffers that move."""
+    """These do not: stochastic ones, control flow on numbers, attributes or buffers that change."""
     names = []
     for right in filter(has_combine, RIGHT):
         combination = right.make().double()
@@ -115,7 +120,9 @@ def test_most_right_combinations_run_in_batches():
         "Gumbel softmax",
         "dropout of poses",
         "deviation from a running average, kept in a buffer",
+        "the last hundred values kept as numbers, for a log",
         "closed form that starts from the derived one",
+        "combine by an autograd function that refuses a second derivative",
         "scale that runs along with the predictions",
     ]
 
@@ -405,6 +412,19 @@ def test_a_batch_does_not_change_the_combination():
     assert combination.log_t.grad is None
 
 
+@pytest.mark.parametrize("sizes", [[4] * 6, SIZES], ids=["equal", "ragged"])
+def test_the_default_device_does_not_matter(sizes):
+    predictions = torch.randn(sum(sizes))
+    with torch.device("meta"):
+        found = (
+            compounds.combine_compounds(Branches(), predictions, {}, sizes, closed_form=True),
+            compounds.combine_compounds(Square(), predictions, {}, sizes, closed_form=True),
+        )
+    for one, make in zip(found, (Branches, Square), strict=True):
+        expected = compounds.combine_compounds(make(), predictions, {}, sizes, closed_form=True)
+        assert torch.equal(one, expected)
+
+
 def test_a_model_of_many_compounds_works_inside_transforms(pose_model):
     model = MultiPoseModel(pose_model, SmoothMinimum().double(), collate=torch.stack)
     poses = list(torch.randn(12, 4, dtype=torch.float64))
@@ -528,6 +548,9 @@ def test_a_combination_refuses_the_predictions_for_several_compounds(
         model.pose_weights(out.pose_predictions)
     with pytest.raises(PredictionError, match="Pass the sizes of that call"):
         model.pose_weights(out.pose_predictions, [4, 3])
+    weights = model.pose_weights(out.pose_predictions, [3, 4])
+    with pytest.raises(PredictionError, match="these are the weights of 2 compounds"):
+        effective_poses(weights)
     combination.pose_weights(out.pose_predictions[:3])  # the first compound
     combination.pose_weights(model(poses).pose_predictions)
 
