@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -197,7 +198,7 @@ def scales_of(combination: Combination) -> dict[str, float]:
     }
 
 
-# A loss of the combined predictions, shape (batch,), and of the poses', shape (batch, n_poses).
+# A loss of the combined prediction, shape (), and of the pose predictions, shape (n_poses,).
 Loss = Callable[[Tensor, Tensor], Tensor]
 
 
@@ -216,22 +217,27 @@ def end_to_end(subject: Subject) -> Metrics:
     directions = _by_parameter(subject, network)
     comparisons: list[Comparison] = []
     wrong: dict[str, list[str]] = {}
-    for loss, of_what in ((_loss_of_prediction, ""), (_loss_of_both, BOTH)):
-        fd = directional_derivatives(
-            partial(_losses, subject, network, poses, features, loss),
-            theta.repeat(len(directions), 1),
-            directions,
-            torch.full((len(directions),), LARGEST_STEP),
+    fd = directional_derivatives(
+        partial(_losses, subject, network, poses, features),
+        theta.repeat(len(directions), 1),
+        directions,
+        torch.full((len(directions),), LARGEST_STEP),
+    )
+    of_poses = directions @ _gradient_of_loss_of_poses(network, features)
+    both = Estimate(fd.derivative + of_poses, fd.error)
+    losses: tuple[tuple[Loss, str, Estimate], ...] = (
+        (_loss_of_prediction, "", fd),
+        (_loss_of_both, BOTH, both),
+    )
+    for (loss, of_what, numerical), mode in itertools.product(losses, _modes(subject)):
+        gradient_at = partial(_gradient, subject, network, poses, features, loss, mode)
+        found = compare(gradient_at, numerical, directions, theta, "")
+        for comparison, name in zip(found, names, strict=True):
+            unit = f"gradients={mode!r}{of_what}, a random direction of parameter {name!r}"
+            comparisons.append(replace(comparison, unit=unit, of_predictions=False))
+        wrong.setdefault(of_what, []).extend(
+            name for c, name in zip(found, names, strict=True) if c.wrong
         )
-        for mode in _modes(subject):
-            gradient_at = partial(_gradient, subject, network, poses, features, loss, mode)
-            found = compare(gradient_at, fd, directions, theta, "")
-            for comparison, name in zip(found, names, strict=True):
-                unit = f"gradients={mode!r}{of_what}, a random direction of parameter {name!r}"
-                comparisons.append(replace(comparison, unit=unit, of_predictions=False))
-            wrong.setdefault(of_what, []).extend(
-                name for c, name in zip(found, names, strict=True) if c.wrong
-            )
     return judge(comparisons, _cause_in_a_model(subject, poses, wrong[""], wrong[BOTH]))
 
 
@@ -289,7 +295,6 @@ def _losses(
     network: _Network,
     poses: Poses,
     features: Tensor,
-    loss: Loss,
     thetas: Tensor,
 ) -> Tensor:
     shapes = {name: p.shape for name, p in network.named_parameters()}
@@ -301,16 +306,26 @@ def _losses(
 
     with torch.no_grad():
         rows = torch.func.vmap(row)(thetas)
-    return loss(subject.values(rows), rows[:, : len(poses)])
+    return _loss_of_prediction(subject.values(rows))
 
 
-def _loss_of_prediction(value: Tensor, predictions: Tensor) -> Tensor:
+def _loss_of_prediction(value: Tensor, predictions: Tensor | None = None) -> Tensor:
     return -3.7 * value + 0.5 * value.square()
 
 
+def _loss_of_poses(predictions: Tensor) -> Tensor:
+    of_pose = torch.linspace(0.5, -1.0, len(predictions), dtype=predictions.dtype)
+    return (predictions - 0.6).square() @ of_pose
+
+
 def _loss_of_both(value: Tensor, predictions: Tensor) -> Tensor:
-    of_pose = torch.linspace(0.5, -1.0, predictions.shape[-1], dtype=predictions.dtype)
-    return _loss_of_prediction(value, predictions) + (predictions - 0.6).square() @ of_pose
+    return _loss_of_prediction(value) + _loss_of_poses(predictions)
+
+
+def _gradient_of_loss_of_poses(network: _Network, features: Tensor) -> Tensor:
+    # The combination has no part in it, so that autograd is right.
+    gradients = torch.autograd.grad(_loss_of_poses(network(features)), list(network.parameters()))
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def _gradient(
@@ -451,9 +466,7 @@ def _own_parameters_in_a_model(subject: Subject, names: list[str]) -> list[Compa
             name,
             poses,
             directions,
-            function=lambda values: _loss_of_both(
-                values, poses.predictions.expand(len(values), -1)
-            ),
+            function=_loss_of_prediction,  # the rest does not depend on this parameter
         )
         for mode in _modes(subject):
             gradient_of = partial(_gradient_in_a_model, subject, name, mode)
