@@ -30,32 +30,36 @@ def kink_cause(subject: Subject, comparisons: Iterable[Comparison]) -> str:
 
 
 def at_kink(subject: Subject, poses: Poses) -> bool:
-    """Return True if the slope of the value jumps at these predictions, in some direction.
+    """Return True if the slope of the value jumps at these predictions.
 
-    A single axis may not show it: the median of three equal predictions stays the same if one of
-    them moves.
+    At a kink, the slopes along two directions do not add up to the slope along their sum. The sum
+    is 0 if a direction and its opposite are compared. A single axis may not show a kink: the median
+    of three equal predictions stays the same if one of them moves.
     """
     y = poses.predictions
     generator = torch.Generator().manual_seed(subject.seed)
     # Numbers with few binary digits make predictions ± step · direction exact.
-    directions = torch.randint(-16, 17, (N_DIRECTIONS, len(y)), generator=generator) / 16
-    moves = STEPS[:, None, None] * directions.to(y.dtype)
-    moved = torch.cat([y[None], (y + moves).flatten(0, 1), (y - moves).flatten(0, 1)])
-    # The last digits of these values show the dtype of the arithmetic.
+    shape = N_DIRECTIONS, len(y)
+    directions = (torch.randint(-16, 17, shape, generator=generator) / 16).to(y.dtype)
+    sums = directions + directions.roll(1, dims=0)
+    along = torch.stack([directions, -directions, sums])
+    moved = (y + STEPS[:, None, None, None] * along).flatten(0, 2)
+    # The last digits of the last two values show the dtype of the arithmetic.
     generic = torch.stack([y * (1 - 1e-9 * k / 3) for k in (1, 2)])
     try:
         values = subject.values(
-            torch.stack([poses.at(each).row() for each in torch.cat([moved, generic])])
+            torch.stack([poses.at(each).row() for each in torch.cat([y[None], moved, generic])])
         )
     except Exception:  # the predictions may be invalid
         return False
     noise = ULPS * resolution(values) * torch.maximum(values.abs().amax(), y.abs().amax())
-    here, moved_values = values[0], values[1 : len(moved)]
-    up, down = moved_values.view(2, len(STEPS), N_DIRECTIONS)
-    jumps = (up - 2 * here + down) / STEPS[:, None]
-    size = ((up - down) / (2 * STEPS[:, None])).abs().amax() + jumps.abs().amax()
-    lowest, highest = jumps.abs().aminmax(dim=0)
+    shape_of_changes = len(STEPS), len(along), N_DIRECTIONS
+    changes = (values[1 : 1 + len(moved)] - values[0]).view(shape_of_changes)
+    up, down, both = (changes / STEPS[:, None, None]).unbind(1)
+    jumps = torch.cat([up + down, up + up.roll(1, dims=1) - both], dim=1)
     # At a kink the jump is the same for each step. Elsewhere, it falls with the step.
-    same = (jumps.amax(0) - jumps.amin(0)) <= 0.1 * lowest
+    lowest = jumps.abs().amin(0)
+    same = jumps.amax(0) - jumps.amin(0) <= 0.1 * lowest
+    size = torch.maximum(up.abs().amax(), down.abs().amax())
     large = lowest > 1e-3 * size + 8 * noise / STEPS[-1]
-    return bool((same & large & highest.isfinite()).any())
+    return bool((same & large & lowest.isfinite()).any())
