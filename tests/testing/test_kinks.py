@@ -61,6 +61,13 @@ class Trimmed(Kinked):
         return predictions.sort().values[len(predictions) // 3 :].mean()
 
 
+class BestHalf(Kinked):
+    """Takes NaN for the highest number, as sort does."""
+
+    def combine(self, predictions):
+        return predictions.sort().values[: max(1, len(predictions) // 2)].mean()
+
+
 class Selected(Kinked):
     """Has an argument, and so D5 takes derivatives as well."""
 
@@ -97,6 +104,7 @@ AT_TIES = [
     HardMinClosedForm,
     ByRank,
     Trimmed,
+    BestHalf,
     Selected,
     LearnedLowest,
 ]

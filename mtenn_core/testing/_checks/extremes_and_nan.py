@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
+from mtenn_core.testing._probe.kinks import KINK, at_kink
 from mtenn_core.testing._probe.poses import Poses, listed
 from mtenn_core.testing._probe.subject import Subject
 
@@ -76,15 +77,22 @@ def _check_nan(subject: Subject, poses: Poses) -> None:
     counts = subject.weights(poses) != 0
     unseen = [each for each in values if not each[2].isnan() and counts[each[0]]]
     # A selection of the best k poses may treat NaN as the worst prediction, at every index.
-    selects = not (subject.combination.smooth or any(value.isnan() for *_, value in values))
+    selects = not any(value.isnan() for *_, value in values)
+    smooth = subject.combination.smooth
     for pose, broken, value in unseen:
-        if selects and _selects_around_nan(subject, broken, value):
+        around = selects and _selects_around_nan(subject, broken, value)
+        if around and not smooth:
             continue
         raise Fail(
             f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
-            cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison), which hides a"
-            " broken pose: if you intend this, declare properties = {'ignores_nan'}",
+            cause=KINK if around and at_kink(subject, poses.tied()) else _HIDDEN_NAN,
         )
+
+
+_HIDDEN_NAN = (
+    "NaN is replaced or skipped (nan_to_num, nansum, a comparison), which hides a broken pose: if"
+    " you intend this, declare properties = {'ignores_nan'}"
+)
 
 
 def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
