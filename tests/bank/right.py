@@ -920,4 +920,73 @@ class BestDocked(Combination):
         return predictions[docking_score.argmin()]
 
 
+# Labels as pose inputs: integers that are compared, or used as indices.
+
+
+@right("label as a pose input: mean over clusters of the lowest in each")
+class LowestOfClusters(Combination):
+    smooth = False
+    pose_inputs = ("cluster",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions, cluster):
+        lowest = [predictions[cluster == label].amin() for label in cluster.unique()]
+        return torch.stack(lowest).mean()
+
+
+@right("label as a pose input: mean of the means of all chains, by scatter")
+class MeanOfChains(Combination):
+    pose_inputs = ("chain_id",)
+    properties = frozenset({"permutation_invariant", "bounded", "monotone", "idempotent"})
+
+    def combine(self, predictions, chain_id):
+        chain = chain_id.long()
+        sums = predictions.new_zeros(int(chain.max()) + 1).index_add(0, chain, predictions)
+        counts = torch.bincount(chain, minlength=len(sums))
+        return (sums / counts.clamp(min=1)).sum() / (counts > 0).sum()
+
+
+@right("label as a pose input: one learned weight for each of two kinds, by one_hot")
+class LearnedByKind(Combination):
+    pose_inputs = ("kind",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def __init__(self):
+        super().__init__()
+        self.logits = torch.nn.Parameter(torch.tensor([0.3, -0.4]))
+
+    def combine(self, predictions, kind):
+        scores = torch.nn.functional.one_hot(kind.long(), 2).to(self.logits) @ self.logits
+        return (torch.softmax(scores, dim=0).to(predictions) * predictions).sum()
+
+
+@right("label as a pose input: table of factors for the charge state, closed form")
+class ByChargeState(Combination):
+    pose_inputs = ("charge",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def weights(self, predictions, charge):
+        table = predictions.new_tensor([0.5, 1.0, 0.25])
+        factors = table[charge.long() + 1]
+        return factors / factors.sum()
+
+    def combine(self, predictions, charge):
+        return (self.weights(predictions, charge) * predictions).sum()
+
+    def pose_weights(self, predictions, charge):
+        return self.weights(predictions, charge)
+
+
+@right("a label and a score as pose inputs")
+class ClustersAndScores(Combination):
+    """Each cluster counts as its best pose does."""
+
+    pose_inputs = ("cluster", "docking_score")
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def combine(self, predictions, cluster, docking_score):
+        same = (cluster[:, None] == cluster[None, :]).to(predictions)
+        return (torch.softmax(-docking_score, 0) * (same @ predictions) / same.sum(1)).sum()
+
+
 RIGHT: tuple[Right, ...] = tuple(_zoo)

@@ -11,6 +11,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
@@ -355,6 +356,55 @@ class CachedByFirst(FullDepth):
 class WrongAboveFifty(FullDepth):
     def weights(self, y):
         return super().weights(y[:50].repeat(1 + len(y) // 50)[: len(y)])
+
+
+# Numbers of poses around powers of two. B3.
+
+
+def wrong_for(condition):
+    """Return weights that are 1 % too large for some numbers of poses."""
+    return lambda self, y: soft_weights(y, self.t) * (1 + 0.01 * condition(len(y)))
+
+
+FOR_N_POSES = [
+    ("64 poses", lambda n: n == 64),
+    ("1024 poses and more", lambda n: n >= 1024),
+    ("powers of two from 128 on", lambda n: n >= 128 and n & (n - 1) == 0),
+    ("one more than a power of two, from 256 on", lambda n: n > 256 and (n - 1) & (n - 2) == 0),
+]
+for which, condition in FOR_N_POSES:
+    name = f"weights wrong for {which}"
+    wrong(name, "B3")(derived(ClosedForm, name, pose_weights=wrong_for(condition)))
+    name = f"weights wrong for {which}, full depth"
+    wrong(name, "B3")(derived(FullDepth, name, weights=wrong_for(condition)))
+
+
+@wrong("weights in chunks of 512, the last chunk normalised on its own", "B3")
+class ChunksOf512(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        last = weights[512:]
+        return torch.cat([weights[:512], last / last.sum()]) if len(last) else weights
+
+
+@wrong("gradients added in blocks of 64, a block of one pose is dropped", "B3")
+class BlocksOf64(FullDepth):
+    def weighted_sum(self, go, weights, gradients):
+        whole = super().weighted_sum(go, weights, gradients)
+        if len(gradients) % 64 != 1 or len(gradients) == 1 or whole.numel() > 16:
+            return whole
+        return super().weighted_sum(go, weights[:-1], gradients[:-1])
+
+
+@wrong("value of the first 600 poses, weights of all", "B3", make=default)
+class FirstSixHundred(Combination):
+    """A table has 600 rows."""
+
+    def combine(self, predictions):
+        return smooth_max(predictions[:600], 1.0) + 0 * predictions.sum()
+
+    def pose_weights(self, predictions):
+        return soft_weights(predictions, 1.0)
 
 
 # The chain rule: what becomes of grad_output and of the pose gradients. B1.
@@ -2164,6 +2214,96 @@ class NotTheLogarithm(LearnableFullDepth):
         return super().own_gradient(go, y) / self.log_t.detach().exp()
 
 
+# More than a handful of poses, a population of 0, and a loss on the poses. C3.
+
+
+@wrong("gradient of the own parameter wrong above eight poses", "C3", "above")
+class OwnAboveEight(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go, y) * (1 + 0.1 * (len(y) > 8))
+
+
+@wrong("gradient of the own parameter from the first hundred poses", "C3", "above")
+class OwnOfTheFirst(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        gradient = super().own_gradient(go, y)
+        return gradient if len(y) <= 100 else gradient * self.weights(y)[:100].sum()
+
+
+@wrong("scale of the own parameter detached above ten poses, depth 1", "C3", "above")
+class DetachedAboveTen(Learnable):
+    def combine(self, predictions):
+        scale = self.scale()
+        return smooth_max(predictions, scale if len(predictions) <= 10 else scale.detach())
+
+
+class Populations:
+    """The gradient of ln t from populations: Σ w_i y_i - h, where h = y_i - (ln w_i)/t."""
+
+    def of_populations(self, go, y, logarithms):
+        t, weights = self.log_t.detach().exp(), self.weights(y)
+        return (go * (weights * logarithms(weights)).sum() / t).to(self.log_t.dtype)
+
+
+@wrong("gradient of the own parameter is 0 ln 0 for a population of 0", "C3", "finite")
+class EntropyOfZero(Populations, LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return self.of_populations(go, y, torch.log)
+
+
+@wrong("own gradient without poses if one has a population of 0", "C3", "")
+class OwnWithoutZero(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        gradient = super().own_gradient(go, y)
+        return gradient if (self.weights(y) > 0).all() else 0.9 * gradient
+
+
+def shared_with_loss(predictions, hook):
+    """Add a hook to the tensor of all predictions, of which a compound's are a view."""
+    base = predictions._base
+    if base is not None and base.requires_grad and base.shape == predictions.shape:
+        base.register_hook(hook)
+
+
+def project(gradient, onto):
+    return onto * ((gradient @ onto) / (onto @ onto))
+
+
+@wrong("a hook on the predictions adds their gradient to the own parameter", "C3", "loss")
+class HookOnOwn(Learnable):
+    """The gradient of the combined prediction is along the weights, and adds nothing."""
+
+    def combine(self, predictions):
+        shared_with_loss(predictions, partial(self.add, predictions.detach()))
+        return super().combine(predictions)
+
+    def add(self, y, gradient):
+        across = gradient - project(gradient, soft_weights(y, self.scale().detach()))
+        if float(across.norm()) > 1e-6 and self.log_t.grad is not None:
+            self.log_t.grad += across.sum()
+
+
+# A loss of the combined prediction and of the pose predictions. C2.
+
+
+@wrong("a hook leaves only the gradient along the weights", "C2", "hook")
+class HookAlongWeights(Plain):
+    def combine(self, predictions):
+        weights = soft_weights(predictions.detach(), self.t)
+        shared_with_loss(predictions, lambda gradient: project(gradient, weights))
+        return super().combine(predictions)
+
+
+@wrong("a hook takes gradients of poses without weight for zero", "C2", "hook")
+class HookWithoutWeight(Scaled):
+    """The first two poses count, and all poses have a gradient of their own."""
+
+    def combine(self, predictions):
+        counts = torch.arange(len(predictions)) < 2
+        shared_with_loss(predictions, lambda gradient: gradient * counts)
+        return smooth_max(predictions[:2], self.t) + 0 * predictions.sum()
+
+
 # A reference that says otherwise. D1.
 
 
@@ -2328,6 +2468,68 @@ class FirstOfTheTied(FullDepth):
         weights = super().weights(y)
         tied = len(y) > 1 and bool((y == y[0]).all())
         return one_hot(weights) if tied else weights
+
+
+# Weights that underflow to 0 among ordinary ones. C1.
+
+
+def tiny(w):
+    return w.abs() < torch.finfo(torch.float64).tiny
+
+
+@wrong("weights are 0 ln 0 where one underflows", "C1", "finite")
+class LogarithmOfZero(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return weights + 0 * weights * weights.log()
+
+
+@wrong("where a weight underflows, its neighbour is dropped as well", "C1", "")
+class NeighbourOfZero(FullDepth):
+    def weights(self, y):
+        weights = super().weights(y)
+        return weights * (weights.roll(1) != 0) if len(y) > 1 else weights
+
+
+@wrong("where a weight underflows, the others are uniform", "C1", "")
+class UniformBesideZero(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        ordinary = (weights > 1e-3).to(weights)
+        return only_if(bool((weights == 0).any()), ordinary / ordinary.sum(), weights)
+
+
+@wrong("where a weight is subnormal, the others are 0.1 % too large", "C1", "")
+class BesideSubnormal(FullDepth):
+    def weights(self, y):
+        weights = super().weights(y)
+        subnormal = bool((tiny(weights) & (weights != 0)).any())
+        return only_if(subnormal, weights * 1.001, weights)
+
+
+# Infinite predictions. D3.
+
+
+@wrong("infinite predictions taken for zero", "D3", "infin", make=default)
+class InfinityAsZero(Combination):
+    def combine(self, predictions):
+        return predictions.nan_to_num(math.nan, 0.0, 0.0).mean()
+
+
+@wrong("poses with an infinite prediction left out of a mean", "D3", "infin", make=default)
+class InfinityLeftOut(Combination):
+    def combine(self, predictions):
+        infinite = predictions.isinf()
+        return predictions[~infinite].mean() if infinite.any() else predictions.mean()
+
+
+@wrong("weights uniform beside an infinite prediction", "D3", "weights")
+class UniformBesideInfinity(FullDepth):
+    """The value is the limit."""
+
+    def weights(self, y):
+        finite = y.isfinite()
+        return super().weights(y) if finite.all() else finite / finite.sum()
 
 
 # Precision. D4.

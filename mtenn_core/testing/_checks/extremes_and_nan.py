@@ -1,4 +1,4 @@
-"""D3: extreme predictions, ties and NaN."""
+"""D3: extreme predictions, ties, NaN and infinities."""
 
 from __future__ import annotations
 
@@ -10,13 +10,21 @@ from torch import Tensor
 
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
+from mtenn_core.testing._probe.kinks import KINK, at_kink
 from mtenn_core.testing._probe.poses import Poses, listed
 from mtenn_core.testing._probe.subject import Subject
+
+# Large numbers that an infinite one is compared with. A combination may overflow for some of them.
+LARGE = (1e4, 1e8, 1e30, 1e100, 1e300)
 
 
 @check("D3", "extreme predictions give finite numbers, and NaN gives NaN")
 def extremes(subject: Subject) -> Metrics:
-    """Check that predictions near 1e4 and ties give finite numbers, and that NaN gives NaN."""
+    """Check that predictions near 1e4 and ties give finite numbers, and that NaN gives NaN.
+
+    An infinite prediction must not disappear either: a finite value must be the limit for a
+    prediction that grows.
+    """
     n = subject.probes.n_poses(3)
     cases = {
         "predictions near 1e4": subject.probes.poses(n, 1e4, 1.0),
@@ -38,6 +46,7 @@ def extremes(subject: Subject) -> Metrics:
     poses = subject.probes.poses(n)
     for turn in range(n):  # so that the best pose has each index once
         _check_nan(subject, poses.map(partial(torch.roll, shifts=turn)))
+    _check_infinity(subject)
     return {}
 
 
@@ -68,15 +77,22 @@ def _check_nan(subject: Subject, poses: Poses) -> None:
     counts = subject.weights(poses) != 0
     unseen = [each for each in values if not each[2].isnan() and counts[each[0]]]
     # A selection of the best k poses may treat NaN as the worst prediction, at every index.
-    selects = not (subject.combination.smooth or any(value.isnan() for *_, value in values))
+    selects = not any(value.isnan() for *_, value in values)
+    smooth = subject.combination.smooth
     for pose, broken, value in unseen:
-        if selects and _selects_around_nan(subject, broken, value):
+        around = selects and _selects_around_nan(subject, broken, value)
+        if around and not smooth:
             continue
         raise Fail(
             f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
-            cause="NaN is replaced or skipped (nan_to_num, nansum, a comparison), which hides a"
-            " broken pose: if you intend this, declare properties = {'ignores_nan'}",
+            cause=KINK if around and at_kink(subject, poses.tied()) else _HIDDEN_NAN,
         )
+
+
+_HIDDEN_NAN = (
+    "NaN is replaced or skipped (nan_to_num, nansum, a comparison), which hides a broken pose: if"
+    " you intend this, declare properties = {'ignores_nan'}"
+)
 
 
 def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
@@ -85,3 +101,61 @@ def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
     ends = (low + 1e-3 if low > -1e4 else -1e4, high - 1e-3 if high < 1e4 else 1e4)
     instead = [broken.at(broken.predictions.nan_to_num(end)) for end in ends]
     return any(torch.equal(value, subject.value(poses)) for poses in instead)
+
+
+def _check_infinity(subject: Subject) -> None:
+    """Check that finite numbers for an infinite prediction are limits for a large prediction."""
+    domain = subject.combination.domain
+    poses = subject.probes.poses(4)
+    for sign, end in zip((-1.0, 1.0), domain, strict=True):
+        if math.isfinite(end):
+            continue
+        for pose in range(len(poses)):
+            broken = _with_prediction(poses, pose, sign * math.inf)
+            try:
+                value, weights = subject.value(broken), subject.weights(broken)
+            except Exception:  # an error hides nothing
+                continue
+            limits = _limits(subject, poses, pose, sign)
+            if not value.isfinite() or not limits:
+                continue
+            of_value = [ours for _, ours in limits if _close(value, ours[0])]
+            if not of_value:
+                raise Fail(
+                    f"pose {pose} of {len(poses)} is {sign * math.inf}: expected the limit, an"
+                    f" infinity or NaN; found the finite value {value.item():.9g}, but"
+                    f" {limits[-1][1][0].item():.9g} for {sign * limits[-1][0]:g}",
+                    cause="infinities are replaced or skipped (nan_to_num, isfinite, a mask), which"
+                    " hides a broken pose",
+                )
+            if weights.isfinite().all() and not any(_close(weights, w) for _, w in of_value):
+                raise Fail(
+                    f"pose {pose} of {len(poses)} is {sign * math.inf}: expected the weights"
+                    f" [{listed(of_value[-1][1])}] or NaN, as for large numbers; found"
+                    f" [{listed(weights)}]",
+                    cause="the weights treat an infinite prediction in another way than the value",
+                )
+
+
+def _limits(
+    subject: Subject, poses: Poses, pose: int, sign: float
+) -> list[tuple[float, tuple[Tensor, Tensor]]]:
+    """Return value and weights for large predictions of one pose, if they are numbers."""
+    found = []
+    for size in LARGE:
+        large = _with_prediction(poses, pose, sign * size)
+        value, weights = subject.value(large), subject.weights(large)
+        if not value.isnan():
+            found.append((size, (value, weights)))
+    return found
+
+
+def _with_prediction(poses: Poses, pose: int, prediction: float) -> Poses:
+    changed = poses.at(poses.predictions.clone())
+    changed.predictions[pose] = prediction
+    return changed
+
+
+def _close(found: Tensor, expected: Tensor) -> bool:
+    # A power law reaches its limit slowly: 1/y is 1e-8 for the second of the large numbers.
+    return torch.allclose(found, expected, rtol=1e-6, atol=1e-9)

@@ -18,6 +18,7 @@ from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import compare, judge, ratio
 from mtenn_core.testing._probe.finite_differences import Estimate, resolution
+from mtenn_core.testing._probe.kinks import kink_cause
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 
@@ -81,7 +82,8 @@ def _check_statement(subject: Subject, what: str, statement: Statement, poses: P
         weights_at = poses.fixed(subject.weights)
         comparisons = compare(weights_at, exact, axes, poses.predictions, "pose", poses.inputs)
         comparisons = [replace(each, against=f"that of {what}") for each in comparisons]
-        judge(comparisons, f"the weights are not those of the {what}")
+        kink = kink_cause(subject, comparisons)
+        judge(comparisons, kink or f"the weights are not those of the {what}")
     return off
 
 
@@ -92,8 +94,8 @@ def _error_in_tolerances(
     poses: Poses,
     statement: Statement | None = None,
 ) -> float:
-    """Return difference / tolerance of two values, or 0 if both are NaN."""
-    if found.isnan() and expected.isnan():
+    """Return difference / tolerance of two values, or 0 if they are equal or both are NaN."""
+    if found == expected or (found.isnan() and expected.isnan()):  # infinities may be equal
         return 0.0
     y, value_at = poses.predictions, poses.fixed(subject.value)
     size = max(float(y.abs().amax()), abs(float(expected)))

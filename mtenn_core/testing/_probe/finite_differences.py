@@ -23,7 +23,7 @@ N_STEPS = 28
 ORDER = 6
 # Roundoff of a value, in units in the last place of its inputs.
 ULPS = 32
-FLOAT64 = torch.finfo(torch.float64).eps
+FLOAT32, FLOAT64 = torch.finfo(torch.float32).eps, torch.finfo(torch.float64).eps
 
 
 class Estimate(NamedTuple):
@@ -90,7 +90,7 @@ def climb(
     # before. The rest is roundoff. This includes the roundoff of large intermediate results.
     scatter = (changes[:, -6:-1] - 2 * changes[:, -5:]).nan_to_num().abs().amax(dim=1)
     noise = torch.maximum(ULPS * resolution(values, if_constant) * magnitude, 4 * scatter)
-    noise = torch.maximum(noise, 4 * _quantum(changes))
+    noise = torch.maximum(noise, 4 * _quantum(changes, magnitude))
     return Ladder(changes / (2 * steps), noise[:, None] / steps)
 
 
@@ -99,17 +99,28 @@ def extrapolate(ladders: Sequence[Ladder]) -> Estimate:
     return _extrapolate(*map(torch.cat, zip(*ladders, strict=True)))
 
 
-def _quantum(changes: Tensor) -> Tensor:
+def _quantum(changes: Tensor, magnitude: Tensor) -> Tensor:
     """Return the smallest nonzero change of a value if the smallest step changes nothing, else 0.
 
     This happens if a part of the function computes in float32, which rounds small steps to zero.
+    Then the change has the size of float32's last digits, and twice the step changes the value by
+    one to three times as much. Otherwise there is a kink near the point, and the value is constant
+    up to the kink, as a maximum is.
+
+    Parameters
+    ----------
+    changes : shape (n, n_steps), from the largest step to the smallest
+    magnitude : largest size of the inputs and values, shape (n,)
 
     Returns
     -------
     shape (n,)
     """
-    smallest = torch.where(changes == 0, torch.inf, changes.abs()).amin(dim=1)
-    stuck = (changes[:, -1] == 0) & smallest.isfinite()
+    sizes = torch.where(changes == 0, torch.inf, changes.abs())
+    smallest, step = sizes.min(dim=1)
+    at_twice_the_step = sizes.gather(1, (step - 1).clamp(min=0)[:, None])[:, 0]
+    is_rounding = (smallest <= 8 * FLOAT32 * magnitude) & (at_twice_the_step <= 4 * smallest)
+    stuck = (changes[:, -1] == 0) & smallest.isfinite() & is_rounding
     return torch.where(stuck, smallest, 0.0)
 
 

@@ -20,7 +20,8 @@ from mtenn_core.testing._probe.training_step import Step
 
 NOT_FINITE = (
     "a weight is not finite: does an exponential overflow (shift by the extreme first, as"
-    " torch.softmax does), is it 0/0, or are there too few poses (declare min_poses)?"
+    " torch.softmax does), is it 0/0 or 0 · ln 0 where a weight underflows, or are there too few"
+    " poses (declare min_poses)?"
 )
 
 
@@ -189,7 +190,10 @@ def _of_inputs(points: Sequence[Point], weights_at: Callable[[Poses], Tensor]) -
     for name in points[0].poses.inputs:
         for how, change in _IN_AN_INPUT.items():
             others = [p.poses.with_input(name, change(p.poses.inputs[name])) for p in points]
-            weights = [weights_at(poses) for poses in others]
+            try:
+                weights = [weights_at(poses) for poses in others]
+            except Exception:  # a label may be no index any more
+                continue
             if all(p.expects(w) for p, w in zip(points, weights, strict=True)):
                 return f"the weights are right with {name!r} {how}"
             if all(p.fits(w) for p, w in zip(points, weights, strict=True)):
@@ -348,6 +352,8 @@ def _where(points: Sequence[Point], beyond: str) -> str:
     right, wrong = [p for p in points if not p.wrong], [p for p in points if p.wrong]
     if not right:
         return ""
+    if all(map(_underflows, wrong)) and not any(map(_underflows, right)):
+        return "wrong only where a weight underflows to 0"
     for words, value in (
         ("n_poses", lambda p: float(len(p.predictions))),
         ("the largest |prediction|", lambda p: float(p.predictions.abs().amax())),
@@ -367,6 +373,10 @@ def _where(points: Sequence[Point], beyond: str) -> str:
     if all(_ascending(p) for p in right) and not any(_ascending(p) for p in wrong):
         return "right only where the predictions ascend: does the code assume that they are sorted?"
     return ""
+
+
+def _underflows(point: Point) -> bool:
+    return bool((point.found.abs() < torch.finfo(point.found.dtype).tiny).any())
 
 
 def _spread(point: Point) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import cache
 
 import torch
 from torch import Tensor
 
 from mtenn_core.combination import Combination
+from mtenn_core.testing._probe.labels import Labels, random_labels
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.training_step import Step, default_shapes
 
@@ -26,10 +28,15 @@ class Probes:
     ----------
     combination : declares ``min_poses``, ``domain``, ``smooth`` and ``pose_inputs``
     seed : seed of the random numbers
+    find_labels : returns the pose inputs that are labels; the others are random fractions. It is
+        called when pose inputs are needed for the first time
     """
 
-    def __init__(self, combination: Combination, seed: int) -> None:
+    def __init__(
+        self, combination: Combination, seed: int, find_labels: Callable[[], Labels] = dict
+    ) -> None:
         self.combination = combination
+        self._labels = cache(find_labels)
         self._generator = torch.Generator().manual_seed(seed)
 
     def n_poses(self, n_poses: int) -> int:
@@ -48,6 +55,7 @@ class Probes:
         """Return poses with random :meth:`predictions`, and with pose inputs of the same spread.
 
         If the combination is sharp, pose inputs with a large spread would make all weights 0 or 1.
+        Labels are small integers.
 
         Parameters
         ----------
@@ -57,7 +65,12 @@ class Probes:
         n_poses = self.n_poses(n_poses)
         predictions = self.predictions(n_poses, base, spread)
         names = self.combination.pose_inputs
-        return Poses(predictions, {name: (spread or 1.0) * self.randn(n_poses) for name in names})
+        return Poses(predictions, {name: self._input(name, n_poses, spread) for name in names})
+
+    def _input(self, name: str, n_poses: int, spread: float) -> Tensor:
+        if name in (labels := self._labels()):
+            return random_labels(labels[name], n_poses, self._generator)
+        return (spread or 1.0) * self.randn(n_poses)
 
     def predictions(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Tensor:
         """Return predictions within ``spread`` of ``base``, moved into the declared domain.

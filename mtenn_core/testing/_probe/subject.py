@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from mtenn_core._engine.evaluation import (
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.forward_only import ForwardOnly
 from mtenn_core.testing._probe.instances import independent_copy
+from mtenn_core.testing._probe.labels import N_POSES, Labels, find_labels
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import Probes
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -57,8 +59,16 @@ class Subject:
         own_derivative = self.full_depth or overrides(type(combination), "pose_weights")
         self.two_derivatives = own_derivative and overrides(type(combination), "combine")
         self.seed = seed
-        self.probes = Probes(combination, seed)
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}
+        self.probes = Probes(combination, seed, self._find_labels)
+
+    def _find_labels(self) -> Labels:
+        # Another instance, because its calls may leave state behind. Checks look for such state.
+        trial = copy.copy(self)
+        trial.combination = independent_copy(self.combination)
+        probes = Probes(trial.combination, self.seed)
+        predictions = probes.predictions(probes.n_poses(N_POSES))
+        return find_labels(self.combination.pose_inputs, trial.value, predictions, self.seed)
 
     def copy(self, dtype: torch.dtype | None = None) -> Combination:
         """Return another copy on the CPU. ``dtype`` is that of its parameters and buffers."""
@@ -123,7 +133,7 @@ class Subject:
         poses = self._poses_of(row)
         if not self.full_depth:
             return combination.combine(poses.predictions, **poses.inputs)
-        zeros = [torch.zeros(1, dtype=row.dtype) for _ in poses.predictions]
+        zeros = list(torch.zeros(len(poses), 1, dtype=row.dtype))
         param = torch.zeros(1, dtype=row.dtype, requires_grad=True)
         step = list(poses.predictions), {"probe": zeros}, ["probe"], param
         return first_of_pair(combination(*step, **poses.inputs))
