@@ -10,21 +10,16 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from mtenn_core.testing._checks.check import check
-from mtenn_core.testing._checks.derivatives import compare_weights, directions_for
 from mtenn_core.testing._outcomes import Fail, Metrics
-from mtenn_core.testing._probe.comparison import judge, ratio, sensitivity
-from mtenn_core.testing._probe.finite_differences import ULPS, resolution
-from mtenn_core.testing._probe.kinks import KINK
+from mtenn_core.testing._probe.comparison import ratio, sensitivity
+from mtenn_core.testing._probe.finite_differences import resolution
 from mtenn_core.testing._probe.likely_causes import cause_in_chain_rule
-from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import DispatchMode, is_in_place, tensors_of
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # Gradients of the loss. With only 1 and 0, an abs, square, sign or clamp would not show.
@@ -146,128 +141,6 @@ def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
 
 
 # Buffers, chunks and tables often have a power of two as their size.
-NUMBERS_OF_POSES = (
-    *(2**k + more for k in range(3, 9) for more in (-1, 0, 1)),
-    *(512, 513, 1024, 1025, 2048),
-)
-# A forward of its own is slow for more poses, because it gets a list of tensors.
-MOST = 1025
-# No weight is negligible for a scale of up to 1000 per unit.
-SPREAD = 3e-3
-# With this step, a central difference is right to five digits for a scale of up to 1000 per unit.
-SCREENING_STEP = 2.0**-17
-
-
-@check("B3", "a thousand poses work, and the cost grows linearly")
-def many_poses(subject: Subject) -> Metrics:
-    """Check derivative and chain rule for many poses, and how the work grows with their number."""
-    step = subject.probes.step({"w": (3,), "b": ()}, 1000)
-    worst = check_chain_rule(subject, step, (1.0,))
-    comparisons, cause = compare_weights(subject, [subject.probes.poses(300)])
-    if any(comparison.wrong for comparison in comparisons):
-        judge(comparisons, cause or "if C1 passes: right for few poses, wrong for many")
-    _check_numbers_of_poses(subject)
-    growth = _growth_of_work(subject)
-    if growth > 8:
-        raise Fail(
-            f"for four times as many poses, the work on their gradients must be at most 8 times as"
-            f" much; found {growth:.1f} times",
-            cause="each pose reads all gradients again, or a matrix of n_poses × n_poses multiplies"
-            " them: one weighted sum is enough",
-            growth=growth,
-        )
-    return {"largest error in tolerances": worst, "growth of work, poses × 4": growth}
-
-
-def _check_numbers_of_poses(subject: Subject) -> None:
-    """Check the weights of many numbers of poses, and the chain rule of a ``forward``."""
-    eps = resolution(subject.values(torch.stack([subject.probes.poses(9).row() for _ in range(4)])))
-    shapes: dict[str, tuple[int, ...]] = {"w": (3,), "b": ()}
-    for n_poses in NUMBERS_OF_POSES:
-        if n_poses < subject.combination.min_poses or (subject.full_depth and n_poses > MOST):
-            continue
-        step = subject.probes.step(shapes, n_poses, SPREAD)
-        weights = subject.weights(step.poses)
-        if _differs_from_value(subject, step.poses, weights, eps):
-            comparisons, cause = compare_weights(subject, [step.poses])
-            if any(comparison.wrong for comparison in comparisons):
-                judge(comparisons, _only_for(n_poses, cause))
-        # The core adds up the gradients, unless the class has a forward of its own.
-        if subject.full_depth and n_poses <= 257 and _differs_from_sum(subject, step, weights):
-            check_chain_rule(subject, step, (1.0,))
-
-
-def _only_for(n_poses: int, cause: str) -> str:
-    if cause == KINK:
-        return cause
-    return "; ".join(filter(None, [cause, f"if C1 passes: wrong only for {n_poses} poses or more"]))
-
-
-def _differs_from_value(subject: Subject, poses: Poses, weights: Tensor, eps: float) -> bool:
-    """Compare weights with one central difference, which is cheap but has no error bar."""
-    y = poses.predictions
-    direction = directions_for(subject, len(y))[0]
-    step = min(SCREENING_STEP, subject.probes.first_step(y))
-    up, down = (subject.value(poses.at(y + sign * step * direction)) for sign in (1, -1))
-    found, expected = float(weights @ direction), float(up - down) / (2 * step)
-    noise = ULPS * eps * max(float(y.abs().amax()), abs(float(up))) / step
-    size = max(float(weights.abs().amax()), abs(expected))
-    return not abs(found - expected) <= 1e-4 * size + noise
-
-
-def _differs_from_sum(subject: Subject, step: Step, weights: Tensor) -> bool:
-    """Compare backward with Σ_i w_i g_i, to a few digits."""
-    for name, found in subject.gradients(step).items():
-        gradients = step.gradients[name]
-        error = (found - torch.tensordot(weights, gradients, 1)).abs()
-        if not (error <= 1e-4 * torch.tensordot(weights.abs(), gradients.abs(), 1)).all():
-            return True
-    return False
-
-
-def _growth_of_work(subject: Subject) -> float:
-    """Return how much more work four times as many poses are."""
-    few, of_few = _work(subject, 32)
-    many, of_many = _work(subject, 128)
-    growth = many / max(few, 1)
-    # The core leaves out poses with a weight of zero, of which there may be many by chance.
-    return min(growth, growth * 4 * max(of_few, 1) / max(of_many, 1))
-
-
-class _Elements(DispatchMode):
-    """Counts the elements that operations make or read. Views do not count."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
-        inputs = tensors_of(args)
-        storages = {tensor.untyped_storage().data_ptr() for tensor in inputs}
-        outputs = tensors_of(result)
-        views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
-        if not views or is_in_place(func):
-            self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
-        if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            self.count += inputs[0].numel() * inputs[1].shape[-1]
-        return result
-
-
-def _work(subject: Subject, n_poses: int) -> tuple[int, int]:
-    """Return the number of additional elements for 256 more entries of a parameter.
-
-    The second number is that of the poses with nonzero weight.
-    """
-    poses = subject.probes.poses(n_poses)
-    counts = []
-    for size in (16, 272):
-        step = replace(subject.probes.step({"w": (size,)}, n_poses), poses=poses)
-        pred_list, grad_dict = step.pred_list(), step.grad_dict()
-        with _Elements() as elements:
-            gradients_of(subject.call(step, pred_list=pred_list, grad_dict=grad_dict), step.params)
-        counts.append(elements.count)
-    return counts[1] - counts[0], int(subject.weights(poses).count_nonzero())
 
 
 def check_chain_rule(
