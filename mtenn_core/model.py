@@ -216,9 +216,9 @@ class MultiPoseModel(torch.nn.Module):
         if gradients is not None:
             combined = combine_full_depth(combination, predictions, inputs, n_poses, gradients)
         elif sizes is None:
-            combined = combined_prediction(
-                combination, predictions, inputs, closed_form=closed_form
-            )
+            # A view, so that torch raises an error if the combination changes it in place.
+            (own,) = predictions.split(n_poses)
+            combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
         else:
             combined = combine_compounds(
                 combination, predictions, inputs, n_poses, closed_form=closed_form

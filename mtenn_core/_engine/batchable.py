@@ -13,7 +13,12 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import current_transform, forward_ad_level, versions_of
+from mtenn_core._engine.autograd_nodes import (
+    current_transform,
+    forward_ad_level,
+    version_of,
+    versions_of,
+)
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core._engine.plain_attributes import PlainAttributes
@@ -149,7 +154,10 @@ def _results_of_copy(
         for closed_form, name_of_weights in zip((True, False), _WEIGHTS, strict=True):
             function = partial(combined_prediction, closed_form=closed_form)
             y = predictions.clone().requires_grad_()
-            values = run(function, combination, y, inputs)
+            given = y.clone()
+            values = run(function, combination, given, inputs)
+            if version_of(given):
+                raise CannotBatchError("it changes the predictions in place")
             # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
             loss = (torch.arange(1, len(values) + 1, device=values.device) * values).sum()
             gradients = torch.autograd.grad(loss, [y, *own.values()], allow_unused=True)

@@ -15,6 +15,7 @@ from mtenn_core._engine.batchable import is_batchable, runs_in_batches
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core.errors import CombinationContractError, PredictionError
+from mtenn_core.testing._probe.subject import Subject
 
 # Ragged, with one pose among them, equal sizes apart, and one size only once.
 SIZES = [3, 1, 5, 3, 1, 2, 5, 3, 1, 5, 8, 2]
@@ -95,7 +96,11 @@ def test_a_batch_of_each_right_combination_is_the_loop(right, gradients, monkeyp
     combination = right.make().double()
     sizes = [max(size, combination.min_poses) for size in SIZES]
     poses = torch.randn(sum(sizes), 4, dtype=torch.float64)
-    inputs = {name: torch.randn(sum(sizes)).double() for name in combination.pose_inputs}
+    probes = Subject(combination, 0).probes  # some pose inputs are labels
+    of_compounds = [probes.poses(size).inputs for size in sizes]
+    inputs = {
+        name: torch.cat([own[name] for own in of_compounds]) for name in combination.pose_inputs
+    }
     model = MultiPoseModel(InDomain(combination.domain), combination, gradients=gradients)
     state = {name: buffer.clone() for name, buffer in combination.named_buffers()}
     found = results(model, poses, sizes, inputs, collated=True)
@@ -110,10 +115,15 @@ def test_most_right_combinations_run_in_batches():
     for right in filter(has_combine, RIGHT):
         combination = right.make().double()
         rows = 0.1 + 0.8 * torch.rand(4, 5, dtype=torch.float64)
-        inputs = {name: torch.randn(4, 5).double() for name in combination.pose_inputs}
+        probes = Subject(combination, 0).probes
+        of_compounds = [probes.poses(5).inputs for _ in rows]
+        inputs = {
+            name: torch.stack([own[name] for own in of_compounds])
+            for name in combination.pose_inputs
+        }
         if not runs_in_batches(combination, rows, inputs):
             names.append(right.name)
-    assert names == [
+    assert [name for name in names if "label" not in name] == [
         "mean of the poses that are not NaN",
         "quantile, interpolated",
         "branches on the data: whichever end is further is the pivot",
@@ -306,6 +316,11 @@ class Quantile(Combination):
         return torch.quantile(predictions, 0.3)
 
 
+class InPlace(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.mul_(2).mean()
+
+
 class OwnGradient(Combination):
     """Takes a derivative itself, which vmap refuses."""
 
@@ -352,6 +367,13 @@ def test_what_cannot_be_batched_is_combined_one_by_one(make, monkeypatch, capfd)
     for one, other in zip(found, run()[0], strict=True):
         assert torch.equal(one, other)
     assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.parametrize("sizes", [None, [7], [3, 4], [2, 2, 3]], ids=str)
+def test_a_change_of_the_predictions_in_place_is_an_error_in_training(pose_model, poses, sizes):
+    model = MultiPoseModel(pose_model, InPlace())
+    with pytest.raises(RuntimeError, match="is a view and is being modified inplace"):
+        model(poses, sizes)
 
 
 def test_control_flow_that_shows_later_falls_back_to_the_loop():
