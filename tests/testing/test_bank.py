@@ -13,7 +13,7 @@ from mtenn_core.testing import CHECKS, check_combination
 # `tox run -e bank` tries every scale with every seed.
 SCALE_AND_SEED = ((1.0, 0), (10.0, 1), (1000.0, 2))
 # They take two thirds of the time.
-LONG = ("B3", "C1", "D4", "D5")
+LONG = ("A6", "B3", "C1", "D4", "D5")
 SAMPLED = pytest.mark.slow("the fast tier takes a fixed part of them")
 # For each check, a mistake that no other check sees.
 ALONE = {
