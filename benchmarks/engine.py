@@ -17,7 +17,7 @@ each way. A small step first loads all libraries, and the allocator is pinned. T
 median of three processes. With ``--quick`` it is one process, because processes differ by only
 0.1 MB or 1 %, whichever is more.
 
-With ``--allocators``, the allocator is not pinned. Two steps of each way run in fresh processes:
+With ``--allocators``, the allocator is not pinned. Some steps of each way run in fresh processes:
 with glibc's defaults, fixed thresholds, and another allocator (``--preload``). Peaks with the
 defaults depend on the order of the allocations, and differ by a third from process to process.
 
@@ -170,7 +170,9 @@ def found(job: Job, options: argparse.Namespace) -> object:
     if job.what == "times":
         return ask(seconds=options.seconds)
     if job.what == "training":
-        return training([ask(allocator=job.allocator) for _ in range(options.processes)])
+        return training(
+            [ask(allocator=job.allocator, n_steps=options.steps) for _ in range(options.processes)]
+        )
     if job.what != "peak":
         return ask()
     sizes = [ask() for _ in range(1 if options.quick else 3)]
@@ -198,6 +200,7 @@ def parse() -> argparse.Namespace:
         which.add_argument(f"--{flag}", dest="jobs", action="store_const", const=jobs, help=text)
     parser.add_argument("--preload", metavar="LIBRARY", help="an allocator, for --allocators")
     parser.add_argument("--processes", type=int, default=1, help="of --allocators, for each figure")
+    parser.add_argument("--steps", type=int, default=5, help="of --allocators, in each process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, metavar="GB", help="default: half of what is free")
     parser.add_argument("--seconds", type=float, help="to take times of a case; default 15, or 2")
@@ -398,7 +401,7 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
         "Growth[/]: ms of a step per pose, and peak memory in MB": growth_table(
             results, grown, gigabytes
         ),
-        "Allocators[/]: peak memory of two steps and CPU time of the second; multiples of plain"
+        "Allocators[/]: peak memory of some steps and CPU time of the last; multiples of plain"
         " autograd's with the same allocator": allocator_table(results, jobs),
         "Targets[/]": targets_table(results),
     }

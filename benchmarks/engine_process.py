@@ -32,7 +32,6 @@ SETTINGS = {
 }
 ALLOCATOR_VARIABLES = (*PINNED, "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
-N_STEPS = 2  # of a training whose memory is measured as users have it
 
 
 def measure(
@@ -206,7 +205,7 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     return resident("VmHWM") - before
 
 
-def training(setup: Setup, ways: Sequence[str]) -> dict[str, float] | None:
+def training(setup: Setup, ways: Sequence[str], n_steps: int) -> dict[str, float] | None:
     """Return the peak bytes of a few steps, minus the bytes before, and the seconds of the last.
 
     The seconds are CPU time, also that of the operating system, which provides fresh memory.
@@ -218,7 +217,7 @@ def training(setup: Setup, ways: Sequence[str]) -> dict[str, float] | None:
     step = setup.steps()[way]
     (PROCESS / "clear_refs").write_text("5")
     before = resident("VmRSS")
-    for _ in range(N_STEPS):
+    for _ in range(n_steps):
         setup.clear()
         start = time.process_time()
         step()
