@@ -1,6 +1,7 @@
 """Measure time and memory of a multi-pose model's training step, and of its alternatives.
 
-    python benchmarks/engine.py [--quick | --trade-off] [--memory GB] [--plots FOLDER] [--json FILE]
+    python benchmarks/engine.py [--quick | --trade-off | --allocators] [--preload LIBRARY]
+        [--memory GB] [--plots FOLDER] [--json FILE]
 
 The ways are each mode of ``MultiPoseModel``, plain autograd over all poses,
 ``torch.utils.checkpoint`` for each pose, and the guide's class with a loop that stores a gradient
@@ -16,6 +17,10 @@ each way. A small step first loads all libraries, and the allocator is pinned. T
 median of three processes. With ``--quick`` it is one process, because processes differ by only
 0.1 MB or 1 %, whichever is more.
 
+With ``--allocators``, the allocator is not pinned. Some steps of each way run in fresh processes:
+with glibc's defaults, fixed thresholds, and another allocator (``--preload``). Peaks with the
+defaults depend on the order of the allocations, and differ by a third from process to process.
+
 G, the graph of a pose, is the sum of the storages that its graph saves, without parameters. F is a
 forward without a graph, unless the table says that it has one.
 """
@@ -27,7 +32,7 @@ import json
 import os
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from statistics import median
@@ -49,14 +54,14 @@ from engine_cases import (
     Case,
     Setup,
 )
-from engine_process import measure
+from engine_process import DEFAULTS, SETTINGS, measure
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
 GRAPH, STORED, RECOMPUTED = MODES
 SMALL, BIG = 20, 150  # atoms
-SHOWN = "trade-off"
+SHOWN, ALLOCATORS = "trade-off", "allocators"
 TIMED = (*BASELINES, *MODES, BARE, FORWARD)
 MOLECULES = Case(320, n_compounds=64, pose_model="molecules")
 MOLECULE_WAYS = (PLAIN, ONE_BATCH, GRAPH, CHUNKED)
@@ -78,6 +83,7 @@ class Job:
     what: str
     case: Case
     ways: tuple[str, ...]
+    allocator: str = ""
 
 
 class Results:
@@ -85,21 +91,21 @@ class Results:
 
     def __init__(self) -> None:
         self.raw: list[dict[str, object]] = []
-        self._found: dict[tuple[str, Case, str], object] = {}
+        self._found: dict[tuple[str, Case, str, str], object] = {}
 
     def add(self, job: Job, found: object) -> None:
         """Keep the figures of a job; there are none if its process was killed."""
         self.raw.append({**asdict(job), "found": found})
         if found is None:
             return
-        if not isinstance(found, dict):
+        if job.what == "training" or not isinstance(found, dict):
             found = {job.ways[0]: found}
         for way, figure in found.items():
-            self._found[job.what, job.case, way] = figure
+            self._found[job.what, job.case, way, job.allocator] = figure
 
-    def get(self, what: str, case: Case, way: str) -> object:
+    def get(self, what: str, case: Case, way: str, allocator: str = "") -> object:
         """Return a figure, or None."""
-        return self._found.get((what, case, way))
+        return self._found.get((what, case, way, allocator))
 
     def seconds(self, case: Case, way: str) -> float | None:
         """Return the median time of a step."""
@@ -133,6 +139,8 @@ def main() -> None:
     results = Results()
     before = os.getloadavg()[0]
     jobs = list(dict.fromkeys(options.jobs()))
+    if options.preload and options.jobs is allocator_jobs:
+        jobs += [replace(j, allocator=options.preload) for j in jobs if j.allocator == DEFAULTS]
     jobs = [job for job in (fitting(job, options.memory) for job in jobs) if job.ways]
     stopped = False
     try:
@@ -161,10 +169,21 @@ def found(job: Job, options: argparse.Namespace) -> object:
     ask = partial(measure, job.what, job.case, job.ways, threads=options.threads)
     if job.what == "times":
         return ask(seconds=options.seconds)
+    if job.what == "training":
+        return training(
+            [ask(allocator=job.allocator, n_steps=options.steps) for _ in range(options.processes)]
+        )
     if job.what != "peak":
         return ask()
     sizes = [ask() for _ in range(1 if options.quick else 3)]
     return None if None in sizes else int(median(sizes))
+
+
+def training(found: list[dict[str, float] | None]) -> dict[str, float] | None:
+    """Return the medians of the figures of several processes."""
+    if None in found:
+        return None
+    return {figure: median(one[figure] for one in found) for figure in ("peak", "seconds")}
 
 
 def parse() -> argparse.Namespace:
@@ -172,9 +191,16 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     which = parser.add_mutually_exclusive_group()
     parser.set_defaults(jobs=full_jobs)
-    for flag, jobs, what in (("quick", quick_jobs, "targets"), (SHOWN, trade_off_jobs, "picture")):
+    for flag, jobs, what in (
+        ("quick", quick_jobs, "targets"),
+        (SHOWN, trade_off_jobs, "picture"),
+        (ALLOCATORS, allocator_jobs, "allocators"),
+    ):
         text = f"the cases of the {what} alone"
         which.add_argument(f"--{flag}", dest="jobs", action="store_const", const=jobs, help=text)
+    parser.add_argument("--preload", metavar="LIBRARY", help="an allocator, for --allocators")
+    parser.add_argument("--processes", type=int, default=1, help="of --allocators, for each figure")
+    parser.add_argument("--steps", type=int, default=5, help="of --allocators, in each process")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--memory", type=float, metavar="GB", help="default: half of what is free")
     parser.add_argument("--seconds", type=float, help="to take times of a case; default 15, or 2")
@@ -216,6 +242,15 @@ def trade_off_jobs() -> Iterator[Job]:
         yield Job("times", case, (*BASELINES, *MODES))
         for way in (*BASELINES, *MODES):
             yield Job("peak", case, (way,))
+
+
+def allocator_jobs() -> Iterator[Job]:
+    """Yield the cases whose memory is measured as users have it."""
+    for n_poses, n_atoms in ((16, 120), (32, BIG), (72, BIG)):
+        case = Case(n_poses, n_atoms, 3_000_000, "sharp")
+        for allocator in SETTINGS:
+            for way in (PLAIN, *MODES, CHECKPOINT):
+                yield Job("training", case, (way,), allocator)
 
 
 def full_jobs() -> Iterator[Job]:
@@ -311,7 +346,7 @@ def fitting(job: Job, gigabytes: float) -> Job:
     if job.what == "estimated":  # no more than one graph at a time
         return job
     ways = tuple(way for way in job.ways if needed(job.case, way) <= 1e9 * gigabytes)
-    return Job(job.what, job.case, ways)
+    return replace(job, ways=ways)
 
 
 def needed(case: Case, way: str) -> float:
@@ -366,6 +401,8 @@ def report(results: Results, jobs: list[Job], gigabytes: float) -> None:
         "Growth[/]: ms of a step per pose, and peak memory in MB": growth_table(
             results, grown, gigabytes
         ),
+        "Allocators[/]: peak memory of some steps and CPU time of the last; multiples of plain"
+        " autograd's with the same allocator": allocator_table(results, jobs),
         "Targets[/]": targets_table(results),
     }
     for title, table in tables.items():
@@ -574,6 +611,22 @@ def growth_table(results: Results, cases: list[Case], gigabytes: float) -> Table
             row.append(nothing if seconds is None else f"{1e3 * seconds / case.n_poses:.2f}")
             row.append("" if size is None else f"{size / 1e6:.1f}")
         table.add_row(str(case), *row)
+    return table
+
+
+def allocator_table(results: Results, jobs: list[Job]) -> Table:
+    """Return peaks and times of the ways, relative to plain autograd with the same allocator."""
+    ways = (*MODES, CHECKPOINT)
+    table = new_table("", "allocator", "plain, MB", *ways, "plain, s", *ways)
+    rows = dict.fromkeys((job.case, job.allocator) for job in jobs if job.what == "training")
+    for case, allocator in rows:
+        cells = []
+        for figure, unit in (("peak", 1e6), ("seconds", 1.0)):
+            found = [results.get("training", case, way, allocator) for way in (PLAIN, *ways)]
+            plain, *others = [one and one[figure] / unit for one in found]
+            cells.append(f"{plain:.{0 if figure == 'peak' else 2}f}" if plain else "–")
+            cells += [f"{one / plain:.2f}" if one and plain else "–" for one in others]
+        table.add_row(str(case), Path(allocator).name, *cells)
     return table
 
 

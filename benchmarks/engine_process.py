@@ -24,23 +24,42 @@ PINNED = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
+# What users may set, by name; another allocator is preloaded by its path.
+DEFAULTS, THRESHOLD = "defaults", "threshold"
+SETTINGS = {
+    DEFAULTS: {},
+    THRESHOLD: {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
+}
+ALLOCATOR_VARIABLES = (*PINNED, "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
 
 def measure(
-    what: str, case: Case, ways: Sequence[str], checkout: Path | None = None, **options: Any
+    what: str,
+    case: Case,
+    ways: Sequence[str],
+    checkout: Path | None = None,
+    *,
+    allocator: str = "",
+    **options: Any,
 ) -> Any:
     """Return the figures from a fresh process, or None if it was killed or failed.
 
     Parameters
     ----------
-    what : ``"times"``, ``"peak"``, ``"estimated"`` or ``"thousand_steps"``, a function of this file
+    what : ``"times"``, ``"peak"``, ``"training"``, ``"estimated"`` or ``"thousand_steps"``, a
+        function of this file
     checkout : folder whose ``mtenn_core`` is measured; None is the installed one
+    allocator : a key of :data:`SETTINGS`, or the path of a library to preload; by default, the
+        allocator is pinned for all but times
     options : ``threads`` for all functions; ``seconds``, the duration of the timing
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
     pinned = PINNED if what != "times" else {}
     command, environment = process(asked, checkout)
+    if allocator:
+        pinned = SETTINGS.get(allocator, {"LD_PRELOAD": allocator})
+        environment = {k: v for k, v in environment.items() if k not in ALLOCATOR_VARIABLES}
     done = subprocess.run(command, env=environment | pinned, stdout=subprocess.PIPE, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None
 
@@ -177,15 +196,40 @@ def peak(setup: Setup, ways: Sequence[str]) -> int | None:
     (way,) = ways
     if not (PROCESS / "clear_refs").exists():
         return None
-    warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
-    setup.steps(warm_up)[way]()
-    setup.clear()
+    small_step(setup, way)
     forget_memory(setup.pose_model)  # "stored" would begin with the buffer of the small step
     step = setup.steps()[way]
     (PROCESS / "clear_refs").write_text("5")  # the peak starts again from here
     before = resident("VmRSS")
     step()
     return resident("VmHWM") - before
+
+
+def training(setup: Setup, ways: Sequence[str], n_steps: int) -> dict[str, float] | None:
+    """Return the peak bytes of a few steps, minus the bytes before, and the seconds of the last.
+
+    The seconds are CPU time, also that of the operating system, which provides fresh memory.
+    """
+    (way,) = ways
+    if not (PROCESS / "clear_refs").exists():
+        return None
+    small_step(setup, way)
+    step = setup.steps()[way]
+    (PROCESS / "clear_refs").write_text("5")
+    before = resident("VmRSS")
+    for _ in range(n_steps):
+        setup.clear()
+        start = time.process_time()
+        step()
+        seconds = time.process_time() - start
+    return {"peak": resident("VmHWM") - before, "seconds": seconds}
+
+
+def small_step(setup: Setup, way: str) -> None:
+    """Run a step of two small poses, which loads all libraries."""
+    warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
+    setup.steps(warm_up)[way]()
+    setup.clear()
 
 
 def estimated(setup: Setup, ways: Sequence[str]) -> dict[str, int]:
