@@ -167,9 +167,9 @@ def _checked_sizes(n_poses: int | None, sizes: Sequence[int] | Tensor | None) ->
     ----------
     n_poses : the number of poses; None if they come in one batch
     """
-    if n_poses == 0:
-        raise PredictionError("expected at least one pose; found none")
     if sizes is None:
+        if n_poses == 0:
+            raise PredictionError("expected at least one pose; found none")
         if n_poses is None:
             raise PredictionError(
                 "poses that come in one batch need the argument sizes: pass the number of poses"
@@ -195,6 +195,8 @@ def _checked_sizes(n_poses: int | None, sizes: Sequence[int] | Tensor | None) ->
             f"sizes must add up to the number of poses. They describe {len(sizes)} compounds with"
             f" {sum(sizes)} poses in all; found {n_poses} poses"
         )
+    if n_poses == 0:
+        raise PredictionError("expected at least one pose; found none", compound=0)
     return sizes
 
 
