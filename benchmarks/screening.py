@@ -3,9 +3,9 @@
     python benchmarks/screening.py [--threads 1] [--repeats 9] [--json FILE]
 
 The pose model is the SchNet of the FreeSolv demo, and the library FreeSolv with 5 conformers of
-each molecule. All ways run the same batches without gradients. Each of them takes turns with the
-pose model alone, and the ratio is the median over these pairs. Times are CPU time, which depends
-less on what else runs on the machine.
+each molecule, or 1 to 5 in turn. All ways run the same batches without gradients. Each of them
+takes turns with the pose model alone, and the ratio is the median over these pairs. Times are CPU
+time, which depends less on what else runs on the machine.
 """
 
 import argparse
@@ -41,18 +41,25 @@ MEMORY_BATCHES = (1, 10, 100, 1000)
 PROCESS = Path("/proc/self")
 LIMIT = 1.1
 BARE, MODEL = "pose model alone", "MultiPoseModel"
-WITH_COLLATE = ", with collate"
-ROWS = "score() of the example"
+WITH_COLLATE = " + collate"
+ROWS = "score() of example"
 COMPARED = {MODEL: BARE, MODEL + WITH_COLLATE: BARE + WITH_COLLATE, ROWS: BARE + WITH_COLLATE}
 
 
 Way = Callable[[], object]
 
 
-def with_poses(measurements: Iterable[Measurement]) -> Iterator[Compound]:
-    """Return names and conformers, which are made when they are needed."""
+def with_poses(measurements: Iterable[Measurement], *, ragged: bool = False) -> Iterator[Compound]:
+    """Return names and conformers, which are made when they are needed.
+
+    Parameters
+    ----------
+    ragged : the molecules have 1 to ``N_CONFORMERS`` conformers in turn, instead of all of them
+    """
     molecules = with_conformers(measurements, N_CONFORMERS, threads=1)
-    return ((molecule.measurement.name, molecule.conformers) for molecule in molecules)
+    for number, molecule in enumerate(molecules):
+        n_poses = 1 + number % N_CONFORMERS if ragged else N_CONFORMERS
+        yield molecule.measurement.name, molecule.conformers[:n_poses]
 
 
 def make_ways(model: MultiPoseModel, batch: list[Compound]) -> dict[str, Way]:
@@ -83,10 +90,10 @@ def add_pairs(ways: dict[str, Way], pairs: dict[str, list[tuple[float, float]]])
 
 
 def timed_pairs(
-    model: MultiPoseModel, max_poses: int, repeats: int
+    model: MultiPoseModel, max_poses: int, repeats: int, *, ragged: bool
 ) -> dict[str, list[tuple[float, float]]]:
     """Return for each way pairs of CPU times: of the way, and of the pose model alone."""
-    compounds = with_poses(read_measurements()[:TIMED_MOLECULES])
+    compounds = with_poses(read_measurements()[:TIMED_MOLECULES], ragged=ragged)
     ways = [make_ways(model, batch) for batch in batches(compounds, max_poses)]
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in COMPARED}
     add_pairs(ways[0], {name: [] for name in COMPARED})  # warm up
@@ -96,8 +103,8 @@ def timed_pairs(
     return pairs
 
 
-def peak_memory(model: MultiPoseModel) -> list[tuple[int, float]]:
-    """Return pairs: a number of batches, and the peak memory until then, in MB above the start."""
+def memory_of(model: MultiPoseModel) -> list[tuple[int, float, float]]:
+    """Return for some numbers of batches the peak and the present memory, in MB above the start."""
     if not (PROCESS / "clear_refs").exists():
         return []
     chosen = read_measurements()[::50][:MEMORY_MOLECULES]
@@ -111,7 +118,8 @@ def peak_memory(model: MultiPoseModel) -> list[tuple[int, float]]:
         before = resident_bytes("VmRSS")
         for number, _ in enumerate(itertools.islice(written, MEMORY_BATCHES[-1]), start=1):
             if number in MEMORY_BATCHES:
-                found.append((number, (resident_bytes("VmHWM") - before) / 1e6))
+                peak, now = (resident_bytes(field) - before for field in ("VmHWM", "VmRSS"))
+                found.append((number, peak / 1e6, now / 1e6))
     return found
 
 
@@ -135,29 +143,29 @@ def main() -> None:
     pose_model = ConformerSchNet(mean=-3.8, std=3.8)
     model = MultiPoseModel(pose_model, combination, collate=collate).eval()
     console = Console(highlight=False)
-    memory = peak_memory(model)
+    memory = memory_of(model)
     console.print(
-        f"SchNet, {TIMED_MOLECULES} molecules, {N_CONFORMERS} conformers each,"
+        f"SchNet, {TIMED_MOLECULES} molecules,"
         f" {options.threads} thread(s), torch {torch.__version__}.\nMedians over batches and"
         f" {options.repeats} repeats: CPU time of a batch, and its ratio to the pose model alone."
     )
-    table = new_table("poses in a batch", "", "alone, ms", "ms", "ratio", "limit")
+    table = new_table("poses", "in a batch", "", "alone, ms", "ms", "ratio", "limit")
     figures: dict[str, object] = {"memory": memory}
-    for max_poses in MAX_POSES:
-        for name, pairs in timed_pairs(model, max_poses, options.repeats).items():
+    for ragged, max_poses in itertools.product((False, True), MAX_POSES):
+        poses = f"1 to {N_CONFORMERS}" if ragged else str(N_CONFORMERS)
+        found = timed_pairs(model, max_poses, options.repeats, ragged=ragged)
+        for name, pairs in found.items():
             own, alone = (1e3 * statistics.median(column) for column in zip(*pairs, strict=True))
             ratio = statistics.median(own / alone for own, alone in pairs)
-            figures[f"{name}, {max_poses} poses"] = ratio
+            figures[f"{name}, {poses} poses, {max_poses} in a batch"] = ratio
             limit = f"≤ {LIMIT}" if name != ROWS else ""
             cells = f"{alone:.1f}", f"{own:.1f}", f"{ratio:.3f}"
-            table.add_row(str(max_poses), name, *cells, limit)
+            table.add_row(poses, str(max_poses), name, *cells, limit)
     console.print(table)
-    console.print(
-        f"\nPeak memory while a library is scored, {MEMORY_MOLECULES} molecules in a batch:"
-    )
-    table = new_table("batches", "peak, MB")
-    for number, megabytes in memory:
-        table.add_row(str(number), f"{megabytes:.1f}")
+    console.print(f"\nMemory while a library is scored, {MEMORY_MOLECULES} molecules in a batch:")
+    table = new_table("batches", "peak, MB", "now, MB")
+    for number, peak, now in memory:
+        table.add_row(str(number), f"{peak:.1f}", f"{now:.1f}")
     console.print(table if memory else "only on Linux")
     if options.json:
         options.json.write_text(json.dumps(figures, indent=2) + "\n", encoding="utf-8")
