@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -51,11 +52,10 @@ def score(model: MultiPoseModel, batch: Sequence[Compound]) -> list[Row]:
             name, poses = left.pop(error.compound)  # the others run again
             rows.append((name, "", len(poses), "", "", problem))
             continue
-        weights = model.pose_weights(out.pose_predictions, sizes).cpu().split(sizes)
-        for (name, poses), prediction, own in zip(
-            left, out.prediction.tolist(), weights, strict=True
-        ):
-            best = int(own.argmax())
+        weights = iter(model.pose_weights(out.pose_predictions, sizes).tolist())
+        for (name, poses), prediction in zip(left, out.prediction.tolist(), strict=True):
+            own = list(islice(weights, len(poses)))
+            best = max(range(len(own)), key=own.__getitem__)
             rows.append((name, f"{prediction:.5g}", len(poses), best, f"{own[best]:.3f}", ""))
         break
     return rows
