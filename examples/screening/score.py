@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -51,13 +52,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         console = Console(stderr=True)
         columns = TextColumn("compounds"), MofNCompleteColumn(), TimeElapsedColumn()
         hidden = rank > 0 or not console.is_terminal
-        with Progress(*columns, console=console, disable=hidden) as progress:
+        with Progress(*columns, console=console, disable=hidden, auto_refresh=False) as progress:
             task = progress.add_task("compounds", total=None)
             for rows in append_scores(path, model, compounds, options.batch_poses):
                 n_broken = sum(bool(problem) for *_, problem in rows)
                 figures["scored"] += len(rows) - n_broken
                 figures["without prediction"] += n_broken
-                progress.advance(task, len(rows))
+                progress.update(task, advance=len(rows), refresh=True)
     except KeyboardInterrupt:
         print("interrupted; the same command goes on from here", file=sys.stderr)
         return 130
@@ -82,7 +83,11 @@ def with_poses(molecules: Iterator[tuple[str, str]], n_conformers: int) -> Itera
     """Yield name and conformers of each molecule; none if RDKit cannot read or embed it."""
     for name, smiles in molecules:
         readable = Chem.MolFromSmiles(smiles) is not None
-        yield name, graphs(embed(smiles, n_conformers, threads=1)) if readable else ()
+        # RDKit would take a Ctrl-C for itself, go on, and leave this molecule without conformers.
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
+        poses = graphs(embed(smiles, n_conformers, threads=1)) if readable else ()
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])
+        yield name, poses
 
 
 def load_model(checkpoint: Path | None) -> MultiPoseModel:
