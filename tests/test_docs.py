@@ -59,13 +59,14 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/how-to/choose-a-combination.md",
     ROOT / "docs/how-to/error-bars.md",
     ROOT / "docs/how-to/move-from-mtenn.md",
+    ROOT / "docs/how-to/score-a-library.md",
     ROOT / "docs/how-to/train.md",
     ROOT / "docs/how-to/train-on-several-machines.md",
     ROOT / "docs/reference/json.md",
     ROOT / "docs/tutorial/train-a-model.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
-LONG_PAGES = ("train-on-several-machines.md", "your-own-combination.md")
+LONG_PAGES = ("score-a-library.md", "train-on-several-machines.md", "your-own-combination.md")
 IMAGES = ROOT / "docs/images"
 # Written by `tox run -e bank`, which measures what it says.
 MISTAKES = ROOT / "docs/explanation/mistakes.md"

@@ -123,7 +123,7 @@ def first_difference(combination: Combination, predictions: Tensor, inputs: Pose
         raise CannotBatchError(f"torch.func.vmap cannot run it: {error_text(error)}") from error
     if warned:
         raise CannotBatchError(f"torch.func.vmap warns: {warned[0].message}")
-    loop = _results_of_copy(_from_rows, combination, predictions, inputs)
+    loop = _results_of_copy(from_rows, combination, predictions, inputs)
     size = float(predictions.abs().amax())
     for what, expected in loop.items():
         # Weights have no unit. The other numbers have at least the roundoff of the predictions.
@@ -142,7 +142,7 @@ def _results_of_copy(
 
     Parameters
     ----------
-    run : :func:`_from_batch` or :func:`_from_rows`
+    run : :func:`_from_batch` or :func:`from_rows`
     """
     combination = copy.deepcopy(combination)  # a tensor of vmap must not stay on the original
     attributes = PlainAttributes(combination.modules())
@@ -178,12 +178,13 @@ def _from_batch(
     return function(combination, predictions, inputs)
 
 
-def _from_rows(
+def from_rows(
     function: Callable[..., Tensor],
     combination: Combination,
     predictions: Tensor,
     inputs: PoseInputs,
 ) -> Tensor:
+    """Return the results of a function for some compounds, one after the other."""
     rows = zip(predictions, *inputs.values(), strict=True)
     return torch.stack(
         [function(combination, y, dict(zip(inputs, own, strict=True))) for y, *own in rows]

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import importlib
 import shutil
+import sys
+from collections.abc import Iterator
 from contextlib import closing
 from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 ROOT = Path(__file__).parents[2]
 
@@ -98,3 +101,27 @@ def test_segment_sums_by_hand_give_the_gradients_of_the_model(monkeypatch, what,
     case = compounds.Case(what, 30, name)
     assert len(case.ways) == 3
     case.check()
+
+
+@pytest.fixture
+def screening(monkeypatch) -> Iterator[ModuleType]:
+    """Yield the benchmark, which imports the examples' modules by their bare names."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    yield importlib.import_module("screening")
+    for name in ("screening", "scoring", "conformers", "pose_model"):
+        sys.modules.pop(name, None)
+
+
+def test_all_ways_to_score_run_the_same_poses(screening):
+    molecules = [screening.Measurement(smiles, smiles, 0.0, 0.0) for smiles in ("CCO", "CCCO")]
+    batch = list(screening.with_poses(molecules))
+    pose_model = screening.ConformerSchNet(mean=0.0, std=1.0)
+    model = screening.MultiPoseModel(pose_model, "mean", collate=screening.collate).eval()
+    with torch.inference_mode():
+        found = {name: way() for name, way in screening.make_ways(model, batch).items()}
+    alone = found.pop(screening.BARE)
+    assert len(alone) == 2 * screening.N_CONFORMERS
+    assert torch.equal(found.pop(screening.BARE + screening.WITH_COLLATE), alone)
+    assert [name for name, *_ in found.pop(screening.ROWS)] == ["CCO", "CCCO"]
+    assert len(found) == 2
+    assert all(torch.equal(out.pose_predictions, alone) for out in found.values())
