@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Sequence
 from typing import Any, ClassVar, Self
@@ -62,8 +63,8 @@ class Combination(torch.nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = vars(cls).get("pose_weights")
-        if callable(own) and own is not Combination.pose_weights:
+        own = inspect.getattr_static(cls, "pose_weights")  # it may come from a mixin
+        if inspect.isfunction(own) and own is not Combination.pose_weights:
             from mtenn_core._engine.evaluation import of_one_compound  # needs this class
 
             cls.pose_weights = of_one_compound(own)  # type: ignore[method-assign]

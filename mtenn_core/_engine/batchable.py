@@ -1,201 +1,167 @@
-"""Whether a combination gives the numbers of a loop if many compounds run in one batch."""
+"""Whether a combination can run in batches of compounds: what is known, and until when."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterator, Mapping
+import weakref
+from collections import deque
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from functools import partial
 from typing import Any
-from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import (
-    current_transform,
-    forward_ad_level,
-    version_of,
-    versions_of,
-)
-from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.autograd_nodes import current_transform, forward_ad_level
+from mtenn_core._engine.batch_probe import CannotBatchError, check_can_batch, from_rows
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
-from mtenn_core._engine.plain_attributes import PlainAttributes
-from mtenn_core._process.printable import error_text
 from mtenn_core.combination import Combination
 
-# For each combination, in training and in evaluation, whether it can run in batches.
-_KNOWN: WeakKeyDictionary[Combination, dict[bool, bool]] = WeakKeyDictionary()
+Rows = tuple[Tensor, PoseInputs]
+
+# A combination that counts its calls would be compared again in each of them.
+MOST_REFUSALS = 3
+_CONTAINERS = (list, dict, set, deque, tuple)
 
 
-class CannotBatchError(Exception):
-    """A combination cannot run in batches. The message is the reason."""
+class Batchability:
+    """Whether one combination can run in batches.
 
-
-def runs_in_batches(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> bool:
-    """Return whether a batch of compounds gives the numbers of a loop over them.
-
-    At the first call, a copy of the combination runs on three compounds in both ways.
+    This holds until an attribute of the combination changes, and after three refusals for good. The
+    first batch compares copies of the combination, which takes a few milliseconds.
 
     Parameters
     ----------
-    predictions, inputs : shape (n_compounds, n_poses)
+    combination : the combination, which this object does not keep alive
     """
-    known = is_batchable(combination)
-    if known is not None:
-        return known
-    if current_transform() is not None or forward_ad_level() >= 0 or predictions.is_meta:
-        return False  # not now: the numbers cannot be compared
-    some = [0, -1, 0]  # if a call changes the next one, the third differs from the first
-    with torch.inference_mode(False), torch.no_grad():
-        rows = predictions.detach()[some], {name: n.detach()[some] for name, n in inputs.items()}
-    try:
-        same = not first_difference(combination, *rows)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception:  # an error of the author shows in the loop, and names its compound
-        same = False
-    note_batchable(combination, same)
-    return same
+
+    def __init__(self, combination: Combination) -> None:
+        self._combination = weakref.ref(combination)
+        self._key: Any = None
+        self._verdict: bool | None = None
+        self._n_refusals = 0
+        self._warm: set[tuple[int, torch.dtype, torch.device]] = set()
+
+    def belongs_to(self, combination: Combination) -> bool:
+        """Return whether this object is that of a combination, by identity."""
+        return self._combination() is combination
+
+    def verdict(self, combination: Combination) -> bool | None:
+        """Return whether the combination can run in batches; None if it must be found out."""
+        if self._n_refusals == MOST_REFUSALS:
+            return False
+        return self._verdict if self._key == _attributes(combination) else None
+
+    def note(self, combination: Combination, verdict: bool) -> None:
+        """Note whether the combination can run in batches."""
+        self._key, self._verdict = _attributes(combination), verdict
+        self._n_refusals += not verdict
+
+    def find_out(self, combination: Combination, rows: Rows) -> bool:
+        """Compare a batch with a loop, and return whether they agree.
+
+        Parameters
+        ----------
+        rows : predictions and pose inputs of some compounds, shape (n_compounds, n_poses)
+        """
+        predictions, inputs = rows
+        if current_transform() is not None or forward_ad_level() >= 0 or predictions.is_meta:
+            return False  # not now: the numbers cannot be compared
+        with torch.inference_mode(False), torch.no_grad():
+            some = _some(predictions)
+            own_inputs = {name: _some(numbers) for name, numbers in inputs.items()}
+        if not some.isfinite().any():
+            return False  # nothing to compare
+        try:
+            check_can_batch(combination, some, own_inputs)
+        except CannotBatchError:
+            self.note(combination, verdict=False)
+            return False
+        except Exception:  # an error of the author, which the loop raises again
+            return False
+        self.note(combination, verdict=True)
+        return True
+
+    def warm_up(self, combination: Combination, rows: Rows) -> None:
+        """Run one compound alone if its number of poses is new.
+
+        The combination may keep tensors in a cache by number of poses. They must not be those that
+        vmap makes, which no later call can use.
+        """
+        predictions, inputs = rows
+        key = predictions.shape[1], predictions.dtype, predictions.device
+        if key not in self._warm:
+            with torch.no_grad():
+                from_rows(combined_prediction, combination, predictions[:1], _first(inputs))
+            self._warm.add(key)
 
 
-def is_batchable(combination: Combination) -> bool | None:
-    """Return whether a combination can run in batches; None if it is not known yet."""
-    return _KNOWN.get(combination, {}).get(combination.training)
+def _some(rows: Tensor) -> Tensor:
+    """Return three rows. If a row has one pose, make rows of four, because one shows too little."""
+    if rows.shape[1] > 1:
+        return rows.detach()[[0, len(rows) // 2, -1]]
+    places = torch.arange(12, device=rows.device) % len(rows)
+    return rows.detach()[places, 0].view(3, 4)
 
 
-def note_batchable(combination: Combination, batchable: bool) -> None:
-    """Note whether a combination can run in batches."""
-    _KNOWN.setdefault(combination, {})[combination.training] = batchable
+def _first(inputs: PoseInputs) -> dict[str, Tensor]:
+    return {name: numbers[:1] for name, numbers in inputs.items()}
+
+
+# By id, because a combination may define __eq__.
+_KNOWN: dict[int, Batchability] = {}
+
+
+def batchability(combination: Combination) -> Batchability:
+    """Return the object that knows whether a combination can run in batches."""
+    known = _KNOWN.get(id(combination))
+    if known is None or not known.belongs_to(combination):
+        known = _KNOWN[id(combination)] = Batchability(combination)
+        weakref.finalize(combination, _KNOWN.pop, id(combination), None).atexit = False
+    return known
+
+
+def _attributes(combination: Combination) -> list[Any]:
+    """Return what shows that an attribute of the combination or its parts has changed."""
+    return [
+        (name, _sign(value))
+        for module in combination.modules()
+        for name, value in module.__dict__.items()
+    ]
+
+
+def _sign(value: Any) -> Any:
+    if isinstance(value, float):  # a temperature may change with each step, but not to zero
+        return value > 0, value < 0
+    if value is None or isinstance(value, bool | int | str):
+        return value
+    return (id(value), len(value)) if isinstance(value, _CONTAINERS) else id(value)
 
 
 @contextmanager
 def attributes_unchanged(combination: Combination) -> Iterator[None]:
     """Raise a CannotBatchError at the end of a block that has set attributes, and put them back.
 
-    A combination may begin to do so after its first batch, for a log. Outside of the block, nobody
-    can use a tensor that vmap has made.
+    Outside of the block, nobody can use a tensor that vmap has made.
     """
-    before = [(module.__dict__, dict(module.__dict__)) for module in combination.modules()]
+    before = [(held, dict(held)) for module in combination.modules() for held in _held_by(module)]
     try:
         yield
     finally:
-        changed = [pair for pair in before if not _same_objects(*pair)]
-        for attributes, old in changed:
-            attributes.clear()
-            attributes.update(old)
-    if changed:
-        raise CannotBatchError("a call changes its attributes")
+        changed = [_put_back(held, old) for held, old in before]
+    if any(changed):
+        raise CannotBatchError("a call changes its attributes, parameters or buffers")
 
 
-def _same_objects(now: dict[str, Any], before: dict[str, Any]) -> bool:
-    return now.keys() == before.keys() and all(now[name] is before[name] for name in before)
+def _held_by(module: torch.nn.Module) -> Sequence[dict[str, Any]]:
+    return module.__dict__, module._parameters, module._buffers
 
 
-def first_difference(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> str:
-    """Return what differs between a batch of compounds and a loop over them; "" if nothing does.
-
-    Two numbers are equal if half of their digits are. A batch may add numbers in another order, but
-    a wrong rule for vmap gives other numbers altogether.
-
-    Parameters
-    ----------
-    predictions, inputs : shape (n_compounds, n_poses)
-
-    Raises
-    ------
-    CannotBatchError : the combination is stochastic, or it changes attributes or buffers, or vmap
-        does not support it, as with control flow that depends on numbers
-    """
-    if combination.stochastic:
-        raise CannotBatchError("it is stochastic")
-    if not overrides(type(combination), "combine"):
-        raise CannotBatchError("it has no combine")
-    try:
-        # An operation without a rule for vmap warns in each call.
-        with warnings.catch_warnings(record=True) as warned:
-            warnings.simplefilter("always")
-            batch = _results_of_copy(_from_batch, combination, predictions, inputs)
-    except (CannotBatchError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise CannotBatchError(f"torch.func.vmap cannot run it: {error_text(error)}") from error
-    if warned:
-        raise CannotBatchError(f"torch.func.vmap warns: {warned[0].message}")
-    loop = _results_of_copy(from_rows, combination, predictions, inputs)
-    size = float(predictions.abs().amax())
-    for what, expected in loop.items():
-        # Weights have no unit. The other numbers have at least the roundoff of the predictions.
-        if not _close(batch[what], expected, 0.0 if what in _WEIGHTS else size):
-            return what
-    return ""
-
-
-_WEIGHTS = ("pose weights", "derivative of combine")
-
-
-def _results_of_copy(
-    run: Callable[..., Tensor], combination: Combination, predictions: Tensor, inputs: PoseInputs
-) -> dict[str, Tensor]:
-    """Return values and derivatives for some compounds, by their names.
-
-    Parameters
-    ----------
-    run : :func:`_from_batch` or :func:`from_rows`
-    """
-    combination = copy.deepcopy(combination)  # a tensor of vmap must not stay on the original
-    attributes = PlainAttributes(combination.modules())
-    buffers = dict(combination.named_buffers())
-    state = _state(buffers)
-    own = {name: param for name, param in combination.named_parameters() if param.requires_grad}
-    results = {}
-    with torch.inference_mode(False), torch.enable_grad():
-        for closed_form, name_of_weights in zip((True, False), _WEIGHTS, strict=True):
-            function = partial(combined_prediction, closed_form=closed_form)
-            y = predictions.clone().requires_grad_()
-            given = y.clone()
-            values = run(function, combination, given, inputs)
-            if version_of(given):
-                raise CannotBatchError("it changes the predictions in place")
-            # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
-            loss = (torch.arange(1, len(values) + 1, device=values.device) * values).sum()
-            gradients = torch.autograd.grad(loss, [y, *own.values()], allow_unused=True)
-            results["value"] = values.detach()
-            names = [name_of_weights, *(f"gradient of {name!r}" for name in own)]
-            results |= {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
-    if attributes.move() or _state(dict(combination.named_buffers())) != state:
-        raise CannotBatchError("a call changes its attributes or buffers")
-    return results
-
-
-def _from_batch(
-    function: Callable[..., Tensor],
-    combination: Combination,
-    predictions: Tensor,
-    inputs: PoseInputs,
-) -> Tensor:
-    return function(combination, predictions, inputs)
-
-
-def from_rows(
-    function: Callable[..., Tensor],
-    combination: Combination,
-    predictions: Tensor,
-    inputs: PoseInputs,
-) -> Tensor:
-    """Return the results of a function for some compounds, one after the other."""
-    rows = zip(predictions, *inputs.values(), strict=True)
-    return torch.stack(
-        [function(combination, y, dict(zip(inputs, own, strict=True))) for y, *own in rows]
-    )
-
-
-def _state(buffers: Mapping[str, Tensor]) -> list[tuple[str, int, int]]:
-    return list(zip(buffers, map(id, buffers.values()), versions_of(buffers.values()), strict=True))
-
-
-def _close(found: Tensor, expected: Tensor, size: float) -> bool:
-    largest = float(expected.abs().nan_to_num(0.0, 0.0, 0.0).amax())
-    tolerance = torch.finfo(expected.dtype).eps ** 0.5 * (largest + size)
-    return torch.allclose(found, expected, rtol=0, atol=tolerance, equal_nan=True)
+def _put_back(held: dict[str, Any], old: dict[str, Any]) -> bool:
+    """Put changed attributes back. Return whether there were any."""
+    # Another thread may call train() or eval() at any time.
+    names = [n for n in {**held, **old} if n != "training" and held.get(n) is not old.get(n)]
+    for name in names:
+        held.pop(name, None)
+        if name in old:
+            held[name] = old[name]
+    return bool(names)

@@ -11,13 +11,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.batchable import (
-    attributes_unchanged,
-    from_rows,
-    is_batchable,
-    note_batchable,
-    runs_in_batches,
-)
+from mtenn_core._engine.batch_probe import from_rows
+from mtenn_core._engine.batchable import Rows, attributes_unchanged, batchability
 from mtenn_core._engine.evaluation import (
     PoseGradients,
     PoseInputs,
@@ -29,8 +24,9 @@ from mtenn_core.combination import Combination
 
 # A loop over fewer compounds takes as long as a batch.
 SMALLEST_BATCH = 3
+# A batch has at most so many pairs of poses.
+LARGEST_BATCH = 2**24
 
-Rows = tuple[Tensor, PoseInputs]
 Function = Callable[[Combination, Tensor, PoseInputs], Tensor]
 
 
@@ -177,19 +173,27 @@ def _from_batches(
 
     Return None if a loop over the compounds is as fast, or if the combination cannot take batches.
     """
-    if len(sizes) < SMALLEST_BATCH or is_batchable(combination) is False:
+    if len(sizes) < SMALLEST_BATCH:
+        return None
+    known = batchability(combination)
+    verdict = known.verdict(combination)
+    if verdict is False:
         return None
     batches = batches_by_size(predictions, inputs, sizes)
-    largest = max(batches.rows, key=lambda rows: len(rows[0]))
-    if len(largest[0]) < SMALLEST_BATCH or not runs_in_batches(combination, *largest):
+    if max(len(rows) for rows, _ in batches.rows) < SMALLEST_BATCH:
+        return None
+    # The last batch has the most poses, which show the most.
+    if verdict is None and not known.find_out(combination, batches.rows[-1]):
         return None
     try:
+        for rows in batches.rows:
+            known.warm_up(combination, rows)
         with attributes_unchanged(combination):
             return [_of_batch(function, combination, *rows) for rows in batches.rows], batches
-    except torch.OutOfMemoryError:
-        raise
+    except torch.OutOfMemoryError:  # a loop needs less
+        return None
     except Exception:  # control flow that depends on these numbers, or the author's error
-        note_batchable(combination, False)
+        known.note(combination, verdict=False)
         return None
 
 
@@ -199,7 +203,16 @@ def _of_batch(
     """Return the results of a function for the compounds of a batch, in the fastest way."""
     if len(predictions) < SMALLEST_BATCH:
         return from_rows(function, combination, predictions, inputs)
-    return function(combination, predictions, inputs)
+    # A combination may compare all poses with one another.
+    most = max(SMALLEST_BATCH, LARGEST_BATCH // predictions.shape[1] ** 2)
+    if len(predictions) <= most:
+        return function(combination, predictions, inputs)
+    columns = zip(
+        *(numbers.split(most) for numbers in (predictions, *inputs.values())), strict=True
+    )
+    return torch.cat(
+        [function(combination, y, dict(zip(inputs, own, strict=True))) for y, *own in columns]
+    )
 
 
 def _from_loop(

@@ -59,13 +59,13 @@ def noted_sizes(predictions: Tensor) -> list[int] | None:
     return sizes if sizes is not None and predictions.numel() == sum(sizes) else None
 
 
-def check_one_compound(combination: Combination, predictions: Tensor) -> None:
+def check_one_compound(combination: Combination, predictions: Any) -> None:
     """Raise a PredictionError if a tensor is known to have the predictions for several compounds.
 
     ``pose_weights`` would take them for the poses of one compound, and return numbers that look
     like weights.
     """
-    sizes = noted_sizes(predictions)
+    sizes = noted_sizes(predictions) if isinstance(predictions, Tensor) else None
     if sizes is not None:
         raise PredictionError(
             f"{type(combination).__name__}.pose_weights takes the predictions for one compound;"
@@ -76,12 +76,15 @@ def check_one_compound(combination: Combination, predictions: Tensor) -> None:
 
 def of_one_compound(pose_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a method ``pose_weights`` that refuses the predictions for several compounds."""
+    if getattr(pose_weights, "refuses_several", False):  # that of a base class
+        return pose_weights
 
     @functools.wraps(pose_weights)
-    def checked(self: Combination, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
-        check_one_compound(self, predictions)
-        return pose_weights(self, predictions, *args, **pose_inputs)
+    def checked(self: Combination, *args: Any, **kwargs: Any) -> Tensor:
+        check_one_compound(self, args[0] if args else next(iter(kwargs.values()), None))
+        return pose_weights(self, *args, **kwargs)
 
+    vars(checked)["refuses_several"] = True
     return checked
 
 

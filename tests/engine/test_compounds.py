@@ -1,8 +1,11 @@
 """Many compounds in one call: batches give the numbers of a loop, and pose weights stay apart."""
 
+import copy
 import math
+import random
 import sys
 import warnings
+from typing import ClassVar
 
 import pytest
 import torch
@@ -10,8 +13,8 @@ from bank import RIGHT
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, effective_poses
-from mtenn_core._engine import compounds
-from mtenn_core._engine.batchable import is_batchable, runs_in_batches
+from mtenn_core._engine import batchable, compounds, evaluation
+from mtenn_core._engine.batchable import attributes_unchanged, batchability
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core.errors import CombinationContractError, PredictionError
@@ -121,10 +124,11 @@ def test_most_right_combinations_run_in_batches():
             name: torch.stack([own[name] for own in of_compounds])
             for name in combination.pose_inputs
         }
-        if not runs_in_batches(combination, rows, inputs):
+        if not batchability(combination).find_out(combination, (rows, inputs)):
             names.append(right.name)
     assert [name for name in names if "label" not in name] == [
         "mean of the poses that are not NaN",
+        "median",
         "quantile, interpolated",
         "branches on the data: whichever end is further is the pivot",
         "Gumbel softmax",
@@ -362,7 +366,7 @@ def test_what_cannot_be_batched_is_combined_one_by_one(make, monkeypatch, capfd)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         found, combination = run()
-    assert is_batchable(combination) is False
+    assert batchability(combination).verdict(combination) is not True
     without_batches(monkeypatch)
     for one, other in zip(found, run()[0], strict=True):
         assert torch.equal(one, other)
@@ -380,11 +384,11 @@ def test_control_flow_that_shows_later_falls_back_to_the_loop():
     combination = BranchesFarAway()
     predictions = torch.randn(12)
     compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
-    assert is_batchable(combination) is True
+    assert batchability(combination).verdict(combination) is True
     combination.far = True
     found = compounds.combine_compounds(combination, predictions + 9, {}, [3] * 4, closed_form=True)
     assert torch.equal(found, (predictions + 9).view(4, 3).amax(1))
-    assert is_batchable(combination) is False
+    assert batchability(combination).verdict(combination) is False
 
 
 class Logs(Combination):
@@ -403,11 +407,251 @@ class Logs(Combination):
 def test_an_attribute_that_is_set_later_is_that_of_the_loop(change):
     combination, predictions = Logs(), torch.randn(12)
     compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
-    assert is_batchable(combination) is True
+    assert batchability(combination).verdict(combination) is True
     change(combination)
     compounds.combine_compounds(combination, predictions, {}, [3] * 4, closed_form=True)
-    assert is_batchable(combination) is False
+    assert batchability(combination).verdict(combination) is not True
     assert torch.equal(combination.weights, torch.softmax(predictions[-3:], dim=0))
+
+
+def values_and_gradients(combination, predictions, sizes):
+    """Return values, and the gradient of a loss on them with respect to the predictions."""
+    y = predictions.clone().requires_grad_()
+    values = compounds.combine_compounds(combination, y, {}, sizes, closed_form=True)
+    (gradient,) = torch.autograd.grad((values * torch.arange(1, len(sizes) + 1)).sum(), y)
+    return [values.detach(), gradient]
+
+
+class HardMinimum(Combination):
+    smooth = False
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.min()  # shares its derivative among ties, and min(dim) does not
+
+
+class Fallback(Combination):
+    """The mean, if a matrix of the predictions is singular."""
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        distances = (predictions[:, None] - predictions).abs()
+        try:
+            return torch.linalg.cholesky(torch.exp(-distances)).sum()
+        except torch.linalg.LinAlgError:
+            return predictions.mean()
+
+
+class Bootstrap(Combination):
+    """Draws a pose at random, without a word; for one pose there is nothing to draw."""
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions[random.randrange(len(predictions))]
+
+
+class Noisy(Combination):
+    noise = 1.0
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.mean() + self.noise * random.gauss(0, 1)
+
+
+class KeepsInAnObject(Combination):
+    def __init__(self):
+        super().__init__()
+        self.tracker = type("Tracker", (), {})()
+        self.tracker.values = []
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        self.tracker.values.append(predictions.detach())
+        return predictions.mean()
+
+
+class LazyParameter(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        if not hasattr(self, "factors"):
+            self.factors = torch.nn.Parameter(torch.ones_like(predictions.detach()))
+        return (self.factors.detach() * predictions).mean()
+
+
+class WeightsByNumber(Combination):
+    """Keeps tensors outside of the instance, by number of poses."""
+
+    cache: ClassVar[dict[int, Tensor]] = {}
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        n_poses = len(predictions)
+        if n_poses not in self.cache:
+            self.cache[n_poses] = torch.ones_like(predictions.detach()) / n_poses
+        return (self.cache[n_poses] * predictions).sum()
+
+
+TIED = torch.tensor([1.0, 1.0, 2.0] * 4)
+SINGULAR = torch.tensor([0.0, 1.0, 3.0] * 3 + [2.0, 2.0, 3.0])
+
+
+@pytest.mark.parametrize(
+    ("make", "calls"),
+    [
+        pytest.param(HardMinimum, [(torch.randn(12), [3] * 4), (TIED, [3] * 4)], id="ties"),
+        pytest.param(Fallback, [(torch.randn(12), [3] * 4), (SINGULAR, [3] * 4)], id="except"),
+        pytest.param(Bootstrap, [(torch.randn(21), [1] * 5 + [4] * 4)], id="mostly one pose"),
+        pytest.param(
+            Bootstrap, [(torch.randn(5), [1] * 5), (torch.randn(16), [4] * 4)], id="one pose first"
+        ),
+        pytest.param(
+            Noisy, [(torch.randn(12) - 1e6, [3] * 4), (torch.randn(12), [3] * 4)], id="large first"
+        ),
+        pytest.param(
+            Noisy,
+            [(torch.full((12,), torch.inf), [3] * 4), (torch.randn(12), [3] * 4)],
+            id="infinite first",
+        ),
+        pytest.param(KeepsInAnObject, [(torch.randn(12), [3] * 4)], id="object"),
+        pytest.param(LazyParameter, [(torch.randn(12), [3] * 4)] * 2, id="lazy parameter"),
+        pytest.param(
+            WeightsByNumber,
+            [(torch.randn(12), [3] * 4), (torch.randn(18), [2, 4] * 3), (torch.randn(4), [4])],
+            id="cache",
+        ),
+    ],
+)
+def test_any_sequence_of_calls_gives_the_numbers_of_the_loop(make, calls, monkeypatch):
+    def run():
+        random.seed(5)
+        WeightsByNumber.cache.clear()
+        combination = make()
+        found = [n for call in calls for n in values_and_gradients(combination, *call)]
+        kept = getattr(combination, "tracker", None)
+        return found + ([] if kept is None else [torch.stack(kept.values)])
+
+    found = run()
+    without_batches(monkeypatch)
+    for one, other in zip(found, run(), strict=True):
+        torch.testing.assert_close(one, other, rtol=0, atol=0, equal_nan=True)
+
+
+class Switches(Combination):
+    """Does what vmap cannot, if it is switched on."""
+
+    def __init__(self):
+        super().__init__()
+        self.noise = 0.0
+        self.log = None
+        self.calibrates = False
+        self.register_buffer("centre", torch.zeros(()))
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        if self.log is not None:
+            self.log.append(predictions.detach())
+        if self.calibrates:
+            self.centre = predictions.detach().mean()
+        value = predictions.mean() - self.centre
+        return value + self.noise * random.gauss(0, 1) if self.noise else value
+
+
+@pytest.mark.parametrize(("name", "value"), [("noise", 1.0), ("log", []), ("calibrates", True)])
+def test_a_switch_that_is_turned_later_is_seen(name, value, monkeypatch):
+    def run():
+        random.seed(5)
+        combination = Switches()
+        found = values_and_gradients(combination, predictions, [3] * 4)
+        setattr(combination, name, copy.copy(value))
+        found += values_and_gradients(combination, predictions, [3] * 4)
+        return [*found, combination.centre, torch.stack(combination.log or [predictions])]
+
+    predictions = torch.randn(12)
+    found = run()
+    without_batches(monkeypatch)
+    for one, other in zip(found, run(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_a_temperature_that_changes_with_each_step_is_compared_once(monkeypatch):
+    combination, compared = SmoothMinimum(), []
+    combination.t = 1.0
+    check = batchable.check_can_batch
+    monkeypatch.setattr(batchable, "check_can_batch", lambda *a: compared.append(1) or check(*a))
+    for step in range(4):
+        combination.t = 1.0 / (step + 1)
+        compounds.combine_compounds(combination, torch.randn(12), {}, [3] * 4, closed_form=True)
+    assert len(compared) == 1
+
+
+def test_a_first_call_in_inference_mode_decides_nothing_wrong():
+    combination = SmoothMinimum()
+    with torch.inference_mode():
+        compounds.combine_compounds(combination, torch.randn(12), {}, [3] * 4, closed_form=True)
+    assert batchability(combination).verdict(combination) is True
+
+
+def test_combinations_that_are_equal_are_not_the_same():
+    class Equal(Switches):
+        def __eq__(self, other):
+            return isinstance(other, Equal)
+
+        def __hash__(self):
+            return 0
+
+    one, other = Equal(), Equal()
+    compounds.combine_compounds(one, torch.randn(12), {}, [3] * 4, closed_form=True)
+    assert batchability(one).verdict(one) is True
+    assert batchability(other).verdict(other) is None
+
+
+def test_what_is_known_of_a_combination_is_forgotten_with_it():
+    combination = SmoothMinimum()
+    compounds.combine_compounds(combination, torch.randn(12), {}, [3] * 4, closed_form=True)
+    n_known = len(batchable._KNOWN)
+    del combination
+    assert len(batchable._KNOWN) == n_known - 1
+
+
+def test_the_first_batch_keeps_random_states():
+    random.seed(1)
+    before = random.getstate()
+    combination = Noisy()
+    assert not batchability(combination).find_out(combination, (torch.randn(4, 3), {}))
+    assert random.getstate() == before
+
+
+def test_train_and_eval_in_another_thread_stay():
+    combination = SmoothMinimum()
+    with attributes_unchanged(combination):
+        combination.eval()
+    assert not combination.training
+
+
+class AllPairs(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (predictions[:, None] - predictions).square().mean()
+
+
+def test_a_batch_of_compounds_with_many_poses_is_cut(monkeypatch):
+    sizes = []
+    over_rows = evaluation.over_rows
+    monkeypatch.setattr(
+        evaluation, "over_rows", lambda f, y, named: sizes.append(len(y)) or over_rows(f, y, named)
+    )
+    monkeypatch.setattr(compounds, "LARGEST_BATCH", 4 * 100**2)
+    combination, y = AllPairs(), torch.randn(10 * 100)
+    found = compounds.combine_compounds(combination, y, {}, [100] * 10, closed_form=True)
+    assert sizes[-3:] == [4, 4, 2]
+    torch.testing.assert_close(
+        found, torch.stack([combination.combine(own) for own in y.view(10, 100)])
+    )
+
+
+def test_a_batch_that_is_out_of_memory_becomes_a_loop(monkeypatch):
+    def over_rows(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    combination, y = AllPairs(), torch.randn(12)
+    compounds.combine_compounds(combination, y, {}, [3] * 4, closed_form=True)
+    monkeypatch.setattr(evaluation, "over_rows", over_rows)
+    found = compounds.combine_compounds(combination, y, {}, [3] * 4, closed_form=True)
+    torch.testing.assert_close(
+        found, torch.stack([combination.combine(own) for own in y.view(4, 3)])
+    )
+    assert batchability(combination).verdict(combination) is True
 
 
 def test_an_error_of_the_author_is_that_of_the_loop():
@@ -577,9 +821,53 @@ def test_a_combination_refuses_the_predictions_for_several_compounds(
     combination.pose_weights(model(poses).pose_predictions)
 
 
-def test_noted_sizes_are_forgotten_with_the_predictions(pose_model, poses):
-    from mtenn_core._engine import evaluation
+class Closed(Combination):
+    def combine(self, predictions: Tensor) -> Tensor:
+        return predictions.mean()
 
+
+def weights_of(y):
+    return torch.full_like(y, 1 / len(y))
+
+
+class ByStaticMethod(Closed):
+    pose_weights = staticmethod(weights_of)
+
+
+class ByOtherName(Closed):
+    def pose_weights(self, y):
+        return weights_of(y)
+
+
+class Mixin:
+    def pose_weights(self, predictions):
+        return weights_of(predictions)
+
+
+class ByMixin(Mixin, Closed):
+    pass
+
+
+@pytest.mark.parametrize("make", [ByStaticMethod, ByOtherName, ByMixin])
+def test_pose_weights_may_be_written_in_any_way(pose_model, poses, make):
+    model = MultiPoseModel(pose_model, make(), gradients="stored")
+    out = model(poses, [3, 4])
+    out.prediction.sum().backward()
+    expected = [1 / 3] * 3 + [1 / 4] * 4
+    assert model.pose_weights(out.pose_predictions, [3, 4]).tolist() == pytest.approx(expected)
+    assert make().pose_weights(torch.zeros(2)).tolist() == [0.5, 0.5]
+
+
+@pytest.mark.parametrize("make", [ByOtherName, ByMixin])
+def test_every_method_pose_weights_refuses_several_compounds(pose_model, poses, make):
+    out = MultiPoseModel(pose_model, make())(poses, [3, 4])
+    with pytest.raises(PredictionError, match="found those for 2 compounds"):
+        make().pose_weights(out.pose_predictions)
+    if make is ByOtherName:
+        assert make().pose_weights(y=torch.zeros(2)).tolist() == [0.5, 0.5]
+
+
+def test_noted_sizes_are_forgotten_with_the_predictions(pose_model, poses):
     before = len(evaluation._SIZES)
     out = MultiPoseModel(pose_model, SmoothMinimum().double())(poses, [3, 4])
     assert len(evaluation._SIZES) == before + 1

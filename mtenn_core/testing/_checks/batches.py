@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from mtenn_core._engine.batchable import CannotBatchError, first_difference
+from mtenn_core._engine.batch_probe import CannotBatchError, check_can_batch, first_difference
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.subject import Subject
@@ -27,6 +27,8 @@ def batches(subject: Subject) -> Metrics:
         inputs = {n: torch.stack([each.inputs[n] for each in poses]) for n in poses[0].inputs}
         try:
             different = first_difference(combination, predictions, inputs)
+            if not different:
+                check_can_batch(combination, predictions, inputs)
         except CannotBatchError as reason:
             raise Skip(f"the core combines one compound after the other: {reason}") from None
         if different:
