@@ -64,7 +64,8 @@ class Combination(torch.nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
         own = inspect.getattr_static(cls, "pose_weights")  # it may come from a mixin
-        if inspect.isfunction(own) and own is not Combination.pose_weights:
+        is_checked = own is Combination.pose_weights or hasattr(own, "refuses_several")
+        if inspect.isfunction(own) and not is_checked:
             from mtenn_core._engine.evaluation import of_one_compound  # needs this class
 
             cls.pose_weights = of_one_compound(own)  # type: ignore[method-assign]

@@ -169,9 +169,10 @@ def checked_sizes(n_poses: int | None, sizes: Sizes) -> list[int]:
     ----------
     n_poses : the number of poses; None if they come in one batch
     """
+    if n_poses == 0:
+        compound = None if sizes is None else 0
+        raise PredictionError("expected at least one pose; found none", compound=compound)
     if sizes is None:
-        if n_poses == 0:
-            raise PredictionError("expected at least one pose; found none")
         if n_poses is None:
             raise PredictionError(
                 "poses that come in one batch need the argument sizes: pass the number of poses"
@@ -197,8 +198,6 @@ def checked_sizes(n_poses: int | None, sizes: Sizes) -> list[int]:
             f"sizes must add up to the number of poses. They describe {len(sizes)} compounds with"
             f" {sum(sizes)} poses in all; found {n_poses} poses"
         )
-    if n_poses == 0:
-        raise PredictionError("expected at least one pose; found none", compound=0)
     return sizes
 
 

@@ -76,8 +76,6 @@ def check_one_compound(combination: Combination, predictions: Any) -> None:
 
 def of_one_compound(pose_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
     """Return a method ``pose_weights`` that refuses the predictions for several compounds."""
-    if getattr(pose_weights, "refuses_several", False):  # that of a base class
-        return pose_weights
 
     @functools.wraps(pose_weights)
     def checked(self: Combination, *args: Any, **kwargs: Any) -> Tensor:
