@@ -62,6 +62,7 @@ class Combination(torch.nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
+        # It would take the predictions for several compounds for those for one.
         own = vars(cls).get("pose_weights")
         if callable(own) and own is not Combination.pose_weights:
             from mtenn_core._engine.evaluation import of_one_compound  # needs this class

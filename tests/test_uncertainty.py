@@ -119,7 +119,7 @@ def test_the_sum_of_the_weights_does_not_count(y, factor):
     [([2.0, -1.0], 1 / 5), ([1.0, -1.0], 0.0), ([0.0, 0.0], math.nan), ([3.0], 1.0)],
     ids=["negative", "sum zero", "all zero", "one pose"],
 )
-def test_effective_poses_of_unusual_weights(weights, expected):
+def test_unusual_weights_have_effective_poses_without_an_error(weights, expected):
     found = effective_poses(torch.tensor(weights))
     torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
 
@@ -353,7 +353,7 @@ BAD_ERRORS = {
 
 
 @pytest.mark.parametrize(("errors", "message"), BAD_ERRORS.values(), ids=BAD_ERRORS)
-def test_errors_that_are_none_are_refused(y, errors, message):
+def test_malformed_errors_are_refused(y, errors, message):
     with pytest.raises(PredictionError, match=message):
         propagated_error(y, errors, SIZES)
 

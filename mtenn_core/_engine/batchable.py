@@ -1,4 +1,4 @@
-"""Whether a combination gives the numbers of a loop if many compounds run in one batch."""
+"""Compare a batch of compounds with a loop over them, to decide how a combination runs."""
 
 from __future__ import annotations
 
@@ -74,8 +74,8 @@ def note_batchable(combination: Combination, batchable: bool) -> None:
 def attributes_unchanged(combination: Combination) -> Iterator[None]:
     """Raise a CannotBatchError at the end of a block that has set attributes, and put them back.
 
-    A combination may begin to do so after its first batch, for a log. Outside of the block, nobody
-    can use a tensor that vmap has made.
+    A combination may begin to set attributes after its first batch, for example for a log. A tensor
+    that vmap has made cannot be used outside of the block.
     """
     before = [(module.__dict__, dict(module.__dict__)) for module in combination.modules()]
     try:
@@ -94,10 +94,10 @@ def _same_objects(now: dict[str, Any], before: dict[str, Any]) -> bool:
 
 
 def first_difference(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> str:
-    """Return what differs between a batch of compounds and a loop over them; "" if nothing does.
+    """Return the name of the numbers that differ between a batch and a loop; "" if none do.
 
-    Two numbers are equal if half of their digits are. A batch may add numbers in another order, but
-    a wrong rule for vmap gives other numbers altogether.
+    Numbers count as equal if the first half of their digits is equal. A batch may add numbers in
+    another order, but a wrong rule for vmap gives other numbers altogether.
 
     Parameters
     ----------
