@@ -35,7 +35,7 @@ from scoring import Compound, append_scores, batches, score
 N_CONFORMERS = 5
 TIMED_MOLECULES = 128
 MAX_POSES = (40, 256)
-# In equal batches: otherwise the peak would be that of the largest batch so far.
+# All batches are equal. Otherwise, the peak would be that of the largest batch so far.
 MEMORY_MOLECULES = 12
 MEMORY_BATCHES = (1, 10, 100, 1000)
 PROCESS = Path("/proc/self")
@@ -50,7 +50,7 @@ Way = Callable[[], object]
 
 
 def with_poses(measurements: Iterable[Measurement], *, ragged: bool = False) -> Iterator[Compound]:
-    """Return names and conformers, which are made when they are needed.
+    """Yield names and conformers, which are made when they are needed.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""Draws the pictures of the pages from the registered combinations.
+"""Draw the pictures of the pages from the registered combinations.
 
     python docs/figures.py [FOLDER]
 
@@ -61,7 +61,7 @@ def save(draw: Callable[[Figure], None], folder: Path) -> Path:
 
 
 def number_of_poses(figure: Figure) -> None:
-    """What equal poses are combined to: without ``normalize``, min falls by kT ln M."""
+    """Draw the value for equal poses: without ``normalize``, min falls by kT ln M."""
     axes = figure.subplots()
     numbers = [1, 2, 3, 5, 10, 20, 30, 50, 100, 200, 300, 500, 1000]
     # Three of them agree: the wider lines are drawn first, and show behind the others.
@@ -79,7 +79,7 @@ def number_of_poses(figure: Figure) -> None:
 
 
 def not_monotone(figure: Figure) -> None:
-    """Two poses, of which one rises: the Boltzmann mean rises and falls, its weight is negative."""
+    """Draw the Boltzmann mean of two poses: if one rises, it rises and then falls."""
     value_axes, weight_axes = figure.subplots(1, 2)
     rising = torch.linspace(0, 6, 61, dtype=torch.float64)
     for label, combination, colour, line in (
@@ -100,7 +100,7 @@ def not_monotone(figure: Figure) -> None:
 
 
 def sharp_scales(figure: Figure) -> None:
-    """The weights of poses above the best one, by the scale: those of the others vanish."""
+    """Draw the weights of poses above the best one, which vanish for a sharp scale."""
     axes = figure.subplots()
     above = [0.0, 0.1, 0.5, 2.0]
     scales = torch.logspace(-1, 3, 81, dtype=torch.float64)
@@ -117,7 +117,7 @@ def sharp_scales(figure: Figure) -> None:
 
 
 def error_bars(figure: Figure) -> None:
-    """First-order errors against random draws: of ten compounds, and by the error of a pose."""
+    """Draw first-order errors and random draws, of ten compounds and by the error of a pose."""
     compound_axes, error_axes = figure.subplots(1, 2)
     combination = minimum(1.0, normalize=True)
     model = MultiPoseModel(torch.nn.Identity(), combination)

@@ -63,7 +63,9 @@ class Combination(torch.nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        own = inspect.getattr_static(cls, "pose_weights")  # it may come from a mixin
+        # The predictions for several compounds would be taken for those for one. The method may come
+        # from a mixin.
+        own = inspect.getattr_static(cls, "pose_weights")
         is_checked = own is Combination.pose_weights or hasattr(own, "refuses_several")
         if inspect.isfunction(own) and not is_checked:
             from mtenn_core._engine.evaluation import of_one_compound  # needs this class

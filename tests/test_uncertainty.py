@@ -13,8 +13,8 @@ from mtenn_core import (
     effective_poses,
     jackknife_error,
     propagated_error,
-    uncertainty,
 )
+from mtenn_core._engine import leave_one_out
 from mtenn_core._engine.evaluation import note_sizes
 from mtenn_core.errors import PredictionError
 
@@ -119,7 +119,7 @@ def test_the_sum_of_the_weights_does_not_count(y, factor):
     [([2.0, -1.0], 1 / 5), ([1.0, -1.0], 0.0), ([0.0, 0.0], math.nan), ([3.0], 1.0)],
     ids=["negative", "sum zero", "all zero", "one pose"],
 )
-def test_effective_poses_of_unusual_weights(weights, expected):
+def test_unusual_weights_have_effective_poses_without_an_error(weights, expected):
     found = effective_poses(torch.tensor(weights))
     torch.testing.assert_close(found, torch.tensor(expected), equal_nan=True)
 
@@ -353,7 +353,7 @@ BAD_ERRORS = {
 
 
 @pytest.mark.parametrize(("errors", "message"), BAD_ERRORS.values(), ids=BAD_ERRORS)
-def test_errors_that_are_none_are_refused(y, errors, message):
+def test_malformed_errors_are_refused(y, errors, message):
     with pytest.raises(PredictionError, match=message):
         propagated_error(y, errors, SIZES)
 
@@ -417,7 +417,7 @@ def test_the_jackknife_of_a_mean_is_its_standard_error(y):
 @pytest.mark.parametrize("limit", [1, 7, 1_000_000])
 @pytest.mark.parametrize("combination", [*COMBINATIONS, Largest()], ids=lambda c: type(c).__name__)
 def test_the_jackknife_leaves_each_pose_out(y, combination, limit, monkeypatch):
-    monkeypatch.setattr(uncertainty, "LARGEST_BATCH", limit)
+    monkeypatch.setattr(leave_one_out, "LARGEST_BATCH", limit)
     sizes = [3, 4, 3, 3]
     expected = torch.stack([jackknife_by_hand(combination, part) for part in y.split(sizes)])
     # The differences of a few numbers of size 1 lose a few digits.
@@ -426,15 +426,15 @@ def test_the_jackknife_leaves_each_pose_out(y, combination, limit, monkeypatch):
 
 @pytest.mark.parametrize("limit", [30, 100])
 def test_no_batch_is_larger_than_the_limit(limit, monkeypatch):
-    monkeypatch.setattr(uncertainty, "LARGEST_BATCH", limit)
+    monkeypatch.setattr(leave_one_out, "LARGEST_BATCH", limit)
     sizes, seen = [9, 2, 5, 1, 6], []
-    combine = uncertainty.combine_compounds
+    combine = leave_one_out.combine_compounds
 
     def note(combination, predictions, inputs, sizes, **options):
         seen.append(len(predictions))
         return combine(combination, predictions, inputs, sizes, **options)
 
-    monkeypatch.setattr(uncertainty, "combine_compounds", note)
+    monkeypatch.setattr(leave_one_out, "combine_compounds", note)
     jackknife_error(Mean(), torch.randn(sum(sizes)), sizes)
     assert sum(seen) == sum(n * (n - 1) for n in sizes)
     assert len(seen) > 1

@@ -34,7 +34,7 @@ KT = 0.593  # kcal/mol at 298 K
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Score what is not scored yet and return the exit status."""
+    """Score the molecules that have no row yet, and return the exit status."""
     options = _options(argv)
     torch.set_num_threads(options.threads)
     # torchrun sets both. The processes need no communication.
@@ -80,10 +80,10 @@ def read_library(library: str) -> Iterator[tuple[str, str]]:
 
 
 def with_poses(molecules: Iterator[tuple[str, str]], n_conformers: int) -> Iterator[Compound]:
-    """Yield name and conformers of each molecule; none if RDKit cannot read or embed it."""
+    """Yield name and conformers of each molecule, or no conformers if RDKit fails."""
     for name, smiles in molecules:
         readable = Chem.MolFromSmiles(smiles) is not None
-        # RDKit would take a Ctrl-C for itself, go on, and leave this molecule without conformers.
+        # RDKit would catch a Ctrl-C and go on, and this molecule would have no conformers.
         signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGINT])
         poses = graphs(embed(smiles, n_conformers, threads=1)) if readable else ()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])

@@ -14,12 +14,12 @@ from mtenn_core import MultiPoseModel
 from mtenn_core.errors import PredictionError
 
 COLUMNS = ("name", "prediction", "n_poses", "best_pose", "weight", "problem")
-Compound = tuple[str, Sequence[Any]]  # poses, and a name of one line that no other compound has
+Compound = tuple[str, Sequence[Any]]  # a name of one line that no other compound has, and poses
 Row = tuple[str | int, ...]
 
 
 def batches(compounds: Iterable[Compound], max_poses: int) -> Iterator[list[Compound]]:
-    """Return batches of at most ``max_poses`` poses.
+    """Yield batches of at most ``max_poses`` poses.
 
     All poses of a compound are in one batch. A compound with more poses is a batch of its own.
     """
@@ -79,7 +79,7 @@ def append_scores(
 def names_done(folder: Path, rank: int, n_ranks: int) -> set[str]:
     """Return the names in all parts of the scores: 0.csv, 1.csv and so on.
 
-    A stopped run may leave half a row. It is cut off, for each part by only one process.
+    A stopped run may leave half a row at the end of a part. One of the processes cuts it off.
     """
     names = set()
     for part in folder.glob("*.csv"):

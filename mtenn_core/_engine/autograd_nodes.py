@@ -78,7 +78,7 @@ def is_batched(tensor: Tensor) -> bool:
 def over_rows(
     function: Callable[..., Tensor], rows: Tensor, named_rows: Mapping[str, Tensor]
 ) -> Tensor:
-    """Call a function once for all rows, as ``torch.func.vmap`` does. Return a row per row.
+    """Call a function once for all rows, as ``torch.func.vmap`` does. Return its results.
 
     Parameters
     ----------

@@ -153,7 +153,7 @@ def _split(numbers: Tensor, poses: Tensor, shapes: list[tuple[int, int]]) -> Ite
 
 
 def _in_call_order(numbers: Tensor, places: Tensor | None) -> Tensor:
-    """Return numbers of batches in the order of the call, where entry i has the place places[i]."""
+    """Return numbers in the order of the call. There, entry i has the place ``places[i]``."""
     if places is None:
         return numbers
     inverse = torch.empty_like(places).scatter_(

@@ -52,7 +52,7 @@ def note_sizes(predictions: Tensor, sizes: list[int]) -> None:
 
 
 def noted_sizes(predictions: Tensor) -> list[int] | None:
-    """Return the number of poses of each compound, if a tensor is known to have several."""
+    """Return the noted number of poses of each compound; None if there is one compound."""
     if not _SIZES or current_transform() is not None:
         return None
     sizes = _SIZES.get(predictions.untyped_storage())

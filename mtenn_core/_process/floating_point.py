@@ -1,7 +1,8 @@
 """The floating-point arithmetic of this thread: rounding, and denormal numbers.
 
-The processor has a register for them, which no function of Python reads. A library that was
-compiled with ``-ffast-math`` changes it when it is loaded. So probes with known results find it.
+A register of the processor sets both. A library that was compiled with ``-ffast-math`` changes the
+register when it is loaded. No function of Python reads it, so operations with known results show
+its state.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ def set_flushes_denormals(value: tuple[bool, bool]) -> None:
 
 
 def rounding() -> tuple[bool, bool, bool]:
-    """Return which probes round to the nearest number. The direction of rounding decides."""
+    """Return for each probe whether it rounds to the nearest number. They show the direction."""
     return 1.0 + _TINY == 1.0, 1.0 - _TINY == 1.0, -1.0 - _TINY == -1.0
 
 

@@ -20,7 +20,7 @@ class Setting(NamedTuple):
 
     Attributes
     ----------
-    get : returns the value, or None if it cannot be read, and then it is not compared
+    get : returns the value. None means that it cannot be read, and then it is not compared
     set : sets a value that ``get`` has returned
     default : the value that the gate uses, or None if it uses the caller's
     """
@@ -31,7 +31,7 @@ class Setting(NamedTuple):
 
 
 _CPU = torch.device("cpu")
-# A guard restores the mode before it when it is freed, so these are kept.
+# A guard that is freed restores the earlier mode, so the guards are kept.
 _inference_guards: list[Any] = []
 
 

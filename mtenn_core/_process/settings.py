@@ -42,7 +42,7 @@ _lock = Lock()
 _with_defaults: list[int] = []  # the thread of each block
 _replaced: dict[str, Any] = {}
 # State of the overlapping `restoring_process_state` blocks.
-_running: list[int] = []
+_running: list[int] = []  # the thread of each block
 _n_started = 0
 _before: dict[str, Any] = {}
 
@@ -187,7 +187,7 @@ def restoring_process_state() -> Iterator[Changes]:
 
 
 def _end_blocks_of_other_threads() -> None:
-    """End the blocks that nobody would end, because a forked process has only one thread."""
+    """End the blocks of other threads, which do not exist in a forked process."""
     me = threading.get_ident()
     others_ran = any(thread != me for thread in _running)
     _with_defaults[:] = [thread for thread in _with_defaults if thread == me]

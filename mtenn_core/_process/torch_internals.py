@@ -25,12 +25,12 @@ MODULE_HOOKS: dict[str, dict[Any, Any]] = {
     for name, hooks in vars(torch.nn.modules.module).items()
     if name.startswith("_global_") and isinstance(hooks, dict)
 }
-# Each kind of backward hooks excludes the other, and this says which kind is in use.
+# There are two kinds of backward hooks. Only one can be in use, and this name says which.
 _KIND_OF_HOOKS = "_global_is_full_backward_hook"
 
 
 def all_function_modes() -> list[Any]:
-    """Return the modes for functions, such as ``torch.device``, the first one entered first."""
+    """Return the modes for functions, such as ``torch.device``, the outermost first."""
     # Seen in torch 2.13. Without it: pop all modes, and push them again.
     return [torch._C._get_function_stack_at(i) for i in range(n_function_modes())]
 
@@ -69,7 +69,7 @@ def forget_device_context() -> Callable[[], None]:
 
 
 def dispatch_modes() -> tuple[Any, ...]:
-    """Return the modes for operations, such as ``FakeTensorMode``, the first one entered first."""
+    """Return the modes for operations, such as ``FakeTensorMode``, the outermost first."""
     # torch's own _disable_current_modes imports the compiler, which takes a second. Seen in 2.13.
     return tuple(torch._C._get_dispatch_stack_at(i) for i in range(n_dispatch_modes()))
 
@@ -197,7 +197,7 @@ if _get_precision is None or _set_precision is None:
 
 
 def _precision(backend: str, operation: str) -> str:
-    """Return the precision of one backend. Full precision has two names, of which this uses one."""
+    """Return the precision of one operation. Full precision has two names; this returns "none"."""
     found = str(_get_precision(backend, operation)) if _get_precision else "none"
     return "none" if found == "ieee" else found
 
@@ -217,7 +217,7 @@ def set_float32_precision(value: tuple[str | None, tuple[str, ...]]) -> None:
     if common is not None:
         torch.set_float32_matmul_precision(common)
     for each, precision in zip(_PRECISIONS, precisions, strict=True):
-        # A parent has another value: then only the second name means full precision.
+        # If a parent has another value, only the second name means full precision.
         for name in (precision, "ieee" if precision == "none" else precision):
             if _set_precision and _precision(*each) != precision:
                 _set_precision(*each, name)
@@ -272,7 +272,7 @@ _FLAGS = {
         "_set_math_sdp_allow_fp16_bf16_reduction",
     ),
 }
-if not _PRECISIONS:  # later, the precision of float32 contains it
+if not _PRECISIONS:  # later, the precision of float32 includes it
     _FLAGS["cudnn.allow_tf32"] = ("_get_cudnn_allow_tf32", "_set_cudnn_allow_tf32")
 
 
@@ -343,7 +343,8 @@ def print_options() -> dict[str, Any]:
 
 
 def set_print_options(options: dict[str, Any]) -> None:
-    """Restore the options of ``torch.set_printoptions``, which could not set sci_mode to None."""
+    """Restore the options of ``torch.set_printoptions``."""
+    # torch.set_printoptions itself cannot set sci_mode to None.
     vars(torch._tensor_str.PRINT_OPTS).update(options)
 
 

@@ -76,7 +76,7 @@ class Gate:
 
         if key in self._passed:
             return
-        # Take the lock first: a fork waits for it, and would copy changed process-wide settings.
+        # Take the lock first. A fork waits for it, so that it copies no changed settings.
         with hold(_lock):
             if key in self._passed:
                 return  # another thread has validated it
@@ -89,7 +89,7 @@ class Gate:
         from mtenn_core.testing._probe.instances import with_numbers
         from mtenn_core.testing._target import target_of
 
-        with blamed(record, "a check of it"):
+        with blamed(record, "its check"):
             combination = make()
             try:
                 combination = with_numbers(combination)

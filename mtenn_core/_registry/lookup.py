@@ -189,8 +189,8 @@ class Registry:
 
         Raises
         ------
-        errors of :meth:`get`, and any error that the constructor raises. If it exits, this is a
-            PluginSpecError
+        errors of :meth:`get`, and any error that the constructor raises. A constructor that exits
+            raises a PluginSpecError
         """
         record = self.info(name)
         cls = self._load(record)

@@ -34,7 +34,7 @@ class Fail(Outcome):
 
 
 class Advice(Outcome):
-    """The combination keeps the contract, which does not promise this, but users meet a hazard.
+    """A hazard for the users of a combination that keeps the contract.
 
     The reason describes the hazard and the numbers. ``cause`` is the code that removes it.
     """

@@ -24,8 +24,8 @@ class Record:
         ``"fail"``: the combination breaks the rule, and ``reason`` contains both numbers;
         ``"error"``: the combination raised an error;
         ``"inconclusive"``: the numerical derivative is too uncertain to decide;
-        ``"advice"``: the contract does not promise this, and ``reason`` describes the hazard. At
-        the level ``"quality"`` it is a failure;
+        ``"advice"``: the combination keeps the contract, but its users may meet a hazard, which
+        ``reason`` describes. At the level ``"quality"``, this is a failure;
         ``"skip"``: the check does not apply;
         ``"xfail"``: the check failed, as expected;
         ``"xpass"``: the check passed, although a failure was expected

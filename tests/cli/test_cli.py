@@ -507,7 +507,7 @@ def test_check_at_the_level_quality_fails_on_advice(advised):
     )
 
 
-def test_the_summary_of_several_counts_advice(advised):
+def test_the_summary_of_several_combinations_counts_advice(advised):
     result = advised("advised", "demo_advice:Advised", "--only", "A10")
     assert result.exit_code == 0, result.output
     assert result.stdout.count("passed 1 of 1 checks, 1 of them with advice") == 4

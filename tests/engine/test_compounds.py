@@ -95,7 +95,9 @@ def has_combine(right) -> bool:
 
 @pytest.mark.parametrize("right", [*filter(has_combine, RIGHT)], ids=lambda right: right.name)
 @pytest.mark.parametrize("gradients", ["graph", "recomputed"])
-def test_a_batch_of_each_right_combination_is_the_loop(right, gradients, monkeypatch):
+def test_a_batch_of_each_right_combination_gives_the_numbers_of_the_loop(
+    right, gradients, monkeypatch
+):
     combination = right.make().double()
     sizes = [max(size, combination.min_poses) for size in SIZES]
     poses = torch.randn(sum(sizes), 4, dtype=torch.float64)
@@ -143,7 +145,7 @@ def test_most_right_combinations_run_in_batches():
 
 @pytest.mark.parametrize("gradients", MODES)
 @pytest.mark.parametrize("make", [SmoothMinimum, Scored], ids=lambda make: make.__name__)
-def test_a_batch_is_a_call_for_each_compound(pose_model, gradients, make):
+def test_a_batch_gives_the_numbers_of_a_call_for_each_compound(pose_model, gradients, make):
     combination = make().double()
     poses = torch.randn(sum(SIZES), 4, dtype=torch.float64)
     inputs = {name: torch.randn(sum(SIZES)).double() for name in combination.pose_inputs}
@@ -170,7 +172,7 @@ def test_a_batch_is_a_call_for_each_compound(pose_model, gradients, make):
 
 @pytest.mark.parametrize("sizes", [[5] * 6, SIZES], ids=["equal", "ragged"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_batch_of_low_precision_is_the_loop(sizes, dtype, monkeypatch):
+def test_a_batch_of_low_precision_gives_the_numbers_of_the_loop(sizes, dtype, monkeypatch):
     predictions = (10 * torch.randn(sum(sizes))).to(dtype)
     combination = SmoothMinimum()
     found = compounds.combine_compounds(combination, predictions, {}, sizes, closed_form=True)
@@ -769,14 +771,14 @@ def test_pose_weights_belong_to_their_compound(pose_model, poses, gradients, ena
     assert not weights.requires_grad
 
 
-def test_pose_weights_of_one_compound(pose_model, poses):
+def test_pose_weights_of_one_compound_are_those_of_the_combination(pose_model, poses):
     model = MultiPoseModel(pose_model, SmoothMinimum().double())
     predictions = model(poses).pose_predictions
     expected = model.combination.pose_weights(predictions).detach()
     assert torch.equal(model.pose_weights(predictions), expected)
 
 
-def test_pose_weights_of_a_full_depth_combination(pose_model, poses):
+def test_a_full_depth_combination_has_pose_weights(pose_model, poses):
     class Half(Combination):
         def forward(self, pred_list, grad_dict, param_names, *model_params):
             return HalfFunction.apply(pred_list, grad_dict, param_names, *model_params)

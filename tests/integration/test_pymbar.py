@@ -58,7 +58,7 @@ def test_its_error_is_the_jackknife_for_many_poses(y, minimum, expected):
     assert found == pytest.approx(KT * expected["dDelta_f"], rel=tolerance)
 
 
-def test_its_error_in_both_ways_for_equal_poses(minimum):
+def test_its_error_is_zero_in_both_ways_for_equal_poses(minimum):
     y = torch.full((N_POSES,), -7.0, dtype=torch.float64)
     assert exp((y / KT).numpy())["dDelta_f"] == pytest.approx(0.0, abs=1e-12)
     assert jackknife_error(minimum, y).item() == pytest.approx(0.0, abs=1e-12)

@@ -138,7 +138,7 @@ def test_a_wrong_weight_is_not_called_a_kink(check):
         assert record.cause != KINK, wrong.name
 
 
-def test_a_mistake_beside_a_kink_is_not_excused():
+def test_a_wrong_weight_at_a_kink_is_not_excused():
     class TwiceTheMinimum(Lowest):
         def pose_weights(self, predictions):
             return 2 * super().pose_weights(predictions)

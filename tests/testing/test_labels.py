@@ -83,7 +83,7 @@ def test_a_label_that_is_ignored_is_still_reported():
     assert "ignored" in record.cause
 
 
-def test_wrong_weights_beside_a_label_are_found():
+def test_wrong_weights_are_found_if_there_is_a_label():
     class Wrong(LowestOfClusters):
         def pose_weights(self, predictions, cluster):
             return 1.01 * super().pose_weights(predictions, cluster=cluster)

@@ -45,7 +45,7 @@ def chain_rule(subject: Subject) -> Metrics:
 
 def _check_loss_scales(subject: Subject, step: Step) -> float:
     """Check gradients of the loss of any size. The step has passed with ordinary ones."""
-    with _cause("grad_output is changed if it is large: a clamp, a cast to float16 or a scale"):
+    with _cause("grad_output is changed if it is large: a clamp, a cast to float16, or a scale"):
         worst = check_chain_rule(subject, step, LARGE_SCALES)
     with _cause("grad_output is changed if it is small: a threshold, or a cast to float16"):
         worst = max(worst, check_chain_rule(subject, step, SMALL_SCALES))
@@ -55,7 +55,7 @@ def _check_loss_scales(subject: Subject, step: Step) -> float:
         if finite:
             raise Fail(
                 f"parameter {finite[0]!r}, gradient of the loss {go}: expected infinite or NaN"
-                " gradients, by which GradScaler knows that it must skip the step; found finite"
+                " gradients, because GradScaler then skips the step; found finite"
                 " ones",
                 cause="grad_output is changed if it is not finite (nan_to_num, clamp, where)",
             )
@@ -83,7 +83,7 @@ def kernels(subject: Subject) -> Step:
 
 @contextmanager
 def _cause(cause: str) -> Iterator[None]:
-    """Replace the cause of a failure by a better known one."""
+    """Give a failure in the block this cause."""
     try:
         yield
     except Fail as failure:
@@ -138,9 +138,6 @@ def _of_one_buffer(gradients: Tensor) -> list[Tensor]:
     flat = gradients.reshape(len(gradients), -1)
     rows, size = torch.cat([flat, flat], dim=1), flat.shape[1]
     return [row[size:].view(gradients.shape[1:]) for row in rows]
-
-
-# Buffers, chunks and tables often have a power of two as their size.
 
 
 def check_chain_rule(

@@ -81,7 +81,7 @@ def _shared(one: Combination, other: Combination) -> str:
 
 
 def _check_frozen_copies(original: Combination) -> None:
-    """Check that copies keep which parameters are frozen, and the mode of eval()."""
+    """Check that copies of a frozen combination in eval mode are frozen and in eval mode."""
     original.requires_grad_(False).eval()
     for how, other in _copies(original).items():
         if other.training or any(param.requires_grad for param in other.parameters()):

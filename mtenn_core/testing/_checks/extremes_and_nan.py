@@ -14,7 +14,7 @@ from mtenn_core.testing._probe.kinks import KINK, at_kink
 from mtenn_core.testing._probe.poses import Poses, listed
 from mtenn_core.testing._probe.subject import Subject
 
-# Large numbers that an infinite one is compared with. A combination may overflow for some of them.
+# An infinite prediction is compared with these. A combination may overflow for some of them.
 LARGE = (1e4, 1e8, 1e30, 1e100, 1e300)
 
 
@@ -104,7 +104,7 @@ def _selects_around_nan(subject: Subject, broken: Poses, value: Tensor) -> bool:
 
 
 def _check_infinity(subject: Subject) -> None:
-    """Check that finite numbers for an infinite prediction are limits for a large prediction."""
+    """Check that finite results for an infinite prediction are limits for large predictions."""
     domain = subject.combination.domain
     poses = subject.probes.poses(4)
     for sign, end in zip((-1.0, 1.0), domain, strict=True):
@@ -140,7 +140,7 @@ def _check_infinity(subject: Subject) -> None:
 def _limits(
     subject: Subject, poses: Poses, pose: int, sign: float
 ) -> list[tuple[float, tuple[Tensor, Tensor]]]:
-    """Return value and weights for large predictions of one pose, if they are numbers."""
+    """Return large predictions of one pose, each with value and weights, if they are no NaN."""
     found = []
     for size in LARGE:
         large = _with_prediction(poses, pose, sign * size)

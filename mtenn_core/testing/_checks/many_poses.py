@@ -20,12 +20,13 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import DispatchMode, is_in_place, tensors_of
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
+# Buffers, chunks and tables often have a power of two as their size.
 NUMBERS_OF_POSES = (
     *(2**k + more for k in range(3, 9) for more in (-1, 0, 1)),
     *(512, 513, 1024, 1025, 2048),
 )
-# A forward of its own is slow for more poses, because it gets a list of tensors.
-MOST = 1025
+# For more poses, a forward of its own is slow, because it gets a list of tensors.
+MOST_FOR_FORWARD = 1025
 # No weight is negligible for a scale of up to 1000 per unit.
 SPREAD = 3e-3
 # With this step, a central difference is right to five digits for a scale of up to 1000 per unit.
@@ -58,7 +59,9 @@ def _check_numbers_of_poses(subject: Subject) -> None:
     eps = resolution(subject.values(torch.stack([subject.probes.poses(9).row() for _ in range(4)])))
     shapes: dict[str, tuple[int, ...]] = {"w": (3,), "b": ()}
     for n_poses in NUMBERS_OF_POSES:
-        if n_poses < subject.combination.min_poses or (subject.full_depth and n_poses > MOST):
+        if n_poses < subject.combination.min_poses or (
+            subject.full_depth and n_poses > MOST_FOR_FORWARD
+        ):
             continue
         step = subject.probes.step(shapes, n_poses, SPREAD)
         weights = subject.weights(step.poses)
@@ -78,7 +81,7 @@ def _only_for(n_poses: int, cause: str) -> str:
 
 
 def _differs_from_value(subject: Subject, poses: Poses, weights: Tensor, eps: float) -> bool:
-    """Compare weights with one central difference, which is cheap but has no error bar."""
+    """Return whether weights differ from one central difference, which has no error bar."""
     y = poses.predictions
     direction = directions_for(subject, len(y))[0]
     step = min(SCREENING_STEP, subject.probes.first_step(y))
@@ -90,7 +93,7 @@ def _differs_from_value(subject: Subject, poses: Poses, weights: Tensor, eps: fl
 
 
 def _differs_from_sum(subject: Subject, step: Step, weights: Tensor) -> bool:
-    """Compare backward with Σ_i w_i g_i, to a few digits."""
+    """Return whether backward differs from Σ_i w_i g_i in the first few digits."""
     for name, found in subject.gradients(step).items():
         gradients = step.gradients[name]
         error = (found - torch.tensordot(weights, gradients, 1)).abs()
@@ -100,12 +103,12 @@ def _differs_from_sum(subject: Subject, step: Step, weights: Tensor) -> bool:
 
 
 def _growth_of_work(subject: Subject) -> float:
-    """Return how much more work four times as many poses are."""
-    few, of_few = _work(subject, 32)
-    many, of_many = _work(subject, 128)
-    growth = many / max(few, 1)
+    """Return the factor by which the work grows for four times as many poses."""
+    work_of_few, n_of_few = _work(subject, 32)
+    work_of_many, n_of_many = _work(subject, 128)
+    growth = work_of_many / max(work_of_few, 1)
     # The core leaves out poses with a weight of zero, of which there may be many by chance.
-    return min(growth, growth * 4 * max(of_few, 1) / max(of_many, 1))
+    return min(growth, growth * 4 * max(n_of_few, 1) / max(n_of_many, 1))
 
 
 class _Elements(DispatchMode):
@@ -129,10 +132,7 @@ class _Elements(DispatchMode):
 
 
 def _work(subject: Subject, n_poses: int) -> tuple[int, int]:
-    """Return the number of additional elements for 256 more entries of a parameter.
-
-    The second number is that of the poses with nonzero weight.
-    """
+    """Return the additional elements for 256 more entries, and the poses with nonzero weight."""
     poses = subject.probes.poses(n_poses)
     counts = []
     for size in (16, 272):

@@ -21,7 +21,7 @@ from mtenn_core.testing._probe.training_step import Step, gradients_of
 @check("A7", "it works without gradients, and with frozen and unused parameters")
 def modes(subject: Subject) -> Metrics:
     """Call without gradients, without parameters, and with frozen and unused parameters."""
-    # The first calls of new instances; with a large spread, a sharp rule would be a hard maximum.
+    # The spread is small, because a large one makes a sharp rule a hard maximum.
     near = subject.probes.step(spread=1e-3)
     _check_eval(subject, near)
     _check_after_validation(subject, near)
@@ -74,7 +74,7 @@ _ERRORS_OF_AUTOGRAD = (
 def _check_same(
     expected: dict[str, Tensor], make: Callable[[], dict[str, Tensor]], when: str, cause: str
 ) -> None:
-    """Check the numbers that ``make`` returns. Frozen parameters have none."""
+    """Compare the numbers that ``make`` returns. Frozen parameters have no gradient there."""
     try:
         found = make()
     except RuntimeError as error:
@@ -92,7 +92,7 @@ def _check_same(
 
 
 def _check_frozen_rows(subject: Subject) -> None:
-    """Freeze several parameters in a row, the first, the last, and all but one."""
+    """Freeze some parameters of the model: several in a row, the first, the last, all but one."""
     # Equal shapes, because autograd would notice a wrong one.
     step = subject.probes.step({f"w{i}": (2,) for i in range(6)})
     expected = _numbers(subject, step, subject.combination)
@@ -112,12 +112,15 @@ def _with_frozen(step: Step, names: Collection[str]) -> Step:
 
 
 def _check_frozen_own(subject: Subject, step: Step) -> None:
-    """Freeze each of the combination's own parameters, all of them, and all of the model's."""
+    """Freeze each of the combination's own parameters, all of these, and all of the model's."""
     own = [name for name, p in subject.combination.named_parameters() if p.requires_grad]
     if not own:
         return
     expected = _numbers(subject, step, subject.copy(torch.float64))
-    for frozen in [[name] for name in own[:4]] + [own][: len(own) > 1]:
+    choices = [[name] for name in own[:4]]
+    if len(own) > 1:
+        choices.append(own)
+    for frozen in choices:
         combination = subject.copy(torch.float64)
         for name in frozen:
             combination.get_parameter(name).requires_grad_(False)
@@ -134,7 +137,7 @@ def _check_frozen_own(subject: Subject, step: Step) -> None:
 
 
 def _check_after_validation(subject: Subject, step: Step) -> None:
-    """Check a call without gradients, and training with an instance whose first call it was."""
+    """Check a call without gradients, and then training with the same instance."""
     expected = _numbers(subject, step, subject.copy(torch.float64))
     for name, mode in (("no_grad", torch.no_grad), ("inference_mode", torch.inference_mode)):
         combination = subject.copy(torch.float64)
@@ -162,8 +165,8 @@ def _check_after_validation(subject: Subject, step: Step) -> None:
 def _check_eval(subject: Subject, step: Step) -> None:
     """Check the numbers in eval mode and after it.
 
-    In eval mode, random numbers may be missing, and running statistics, which training changes,
-    may be used in another way. Nothing else may depend on the mode.
+    A stochastic combination may draw no random numbers in eval mode, and running statistics may be
+    used in another way. Nothing else may depend on the mode.
     """
     combination = subject.copy(torch.float64).train()
     before = [buffer.clone() for buffer in combination.buffers()]
@@ -178,19 +181,19 @@ def _check_eval(subject: Subject, step: Step) -> None:
         found = partial(_numbers, subject, step, combination)
         _check_same(expected, found, "in eval()", cause)
         combination.train()
-        _check_same(expected, found, *_RETURN)
+        _check_same(expected, found, *_AFTER_EVAL)
     combination = subject.copy(torch.float64).train().eval().train()
-    _check_same(expected, partial(_numbers, subject, step, combination), *_RETURN)
+    _check_same(expected, partial(_numbers, subject, step, combination), *_AFTER_EVAL)
 
 
-_RETURN = (
+_AFTER_EVAL = (
     "after eval() and train() again",
     "train() and eval() change more than self.training, or a call in eval mode leaves state",
 )
 
 
 def _check_compiled(subject: Subject, step: Step) -> None:
-    """Check that the numbers are the same for code that asks whether torch compiles it.
+    """Check that code which asks whether torch compiles it gives the same numbers.
 
     Nothing is compiled.
     """
@@ -216,8 +219,7 @@ def _check_without_elements(subject: Subject) -> None:
 
 def _check_frozen(subject: Subject, step: Step) -> None:
     expected = subject.gradients(step)
-    params = {n: p.detach().requires_grad_(n != "w2") for n, p in step.params.items()}
-    found = subject.gradients(Step(step.poses, step.gradients, params))
+    found = subject.gradients(_with_frozen(step, ["w2"]))
     for name, gradient in found.items():
         if not torch.allclose(gradient, expected[name], rtol=1e-12, atol=0):
             raise Fail(

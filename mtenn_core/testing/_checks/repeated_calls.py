@@ -137,7 +137,7 @@ def _check_pose_inputs_without_state(subject: Subject) -> None:
 
 
 def _check_reused_memory(subject: Subject) -> None:
-    """Check that a call reads new numbers, if the caller wrote them over those of the last call."""
+    """Check that a call sees new numbers that the caller wrote into the memory of the old ones."""
     step = subject.probes.step(spread=1e-3)
     batch = step.poses.predictions.clone()
     memory = {name: gradients.clone() for name, gradients in step.gradients.items()}
@@ -150,8 +150,8 @@ def _check_reused_memory(subject: Subject) -> None:
         # Views may be added in another order than tensors with memory of their own.
         if not all(torch.allclose(*pair, rtol=1e-9) for pair in zip(expected, found, strict=True)):
             raise Fail(
-                "a call must read the numbers that it gets; found those of the last call, whose"
-                " memory holds new numbers by now",
+                "a call must use the numbers that it gets; found the results of the last call,"
+                " although the caller wrote new numbers into the same memory",
                 cause="a cache finds its entries by the address or the identity of a tensor"
                 " (data_ptr, id)",
             )
@@ -162,7 +162,7 @@ def _check_reused_memory(subject: Subject) -> None:
             gradients.copy_(step.gradients[name])
 
 
-# Fewer for a combination that runs many operations: the time would depend on the machine.
+# A combination with many operations takes fewer steps. A limit on time would depend on the machine.
 MOST_STEPS = 400
 MOST_OPERATIONS = 32_000
 
@@ -199,13 +199,13 @@ def _check_many_calls(subject: Subject) -> None:
             raise Fail(
                 f"{n_steps} training steps must not change the numbers of later calls; found other"
                 f" numbers after {when}",
-                cause="calls are counted, or collected in a cache that is full: the numbers may"
-                " depend only on the arguments",
+                cause="calls are counted, or a cache is full. The numbers may depend only on the"
+                " arguments",
             )
 
 
 def _validate(subject: Subject, n_poses: int) -> None:
-    """Call the combination with two sets of new predictions. This costs less than a training."""
+    """Call the combination with two sets of new predictions. This costs less than training."""
     with torch.no_grad():
         for _ in range(2):
             _forward(subject, subject.probes.poses(n_poses, 0.0, 1e-3))

@@ -20,7 +20,7 @@ from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
 
-# Each row is (poses, base, spread). Spreads are small, too, because a sharp combination has
+# Each row is (poses, base, spread). Some spreads are small, because a sharp combination has
 # constant weights unless the predictions are near each other.
 PROBES = (
     (2, 0.0, 1.0),
@@ -87,16 +87,16 @@ def _check_combine(subject: Subject) -> Metrics:
     )
 
 
-def _by_predictions(subject: Subject, poses: Poses, of: int) -> list[Comparison]:
-    """Compare the derivatives of the weight of pose ``of`` with respect to the predictions."""
+def _by_predictions(subject: Subject, poses: Poses, pose: int) -> list[Comparison]:
+    """Compare the derivatives of the weight of a pose with respect to the predictions."""
     directions = directions_for(subject, len(poses))
-    unit = f"autograd of combine, twice: derivative of the weight of pose {of}, by pose"
+    unit = f"autograd of combine, twice: derivative of the weight of pose {pose}, by pose"
 
     def weights_at(rows: Tensor) -> Tensor:
-        return _weights(subject, poses, rows)[:, of]
+        return _weights(subject, poses, rows)[:, pose]
 
     def derivative_at(predictions: Tensor) -> Tensor:
-        return _derivative_of_weight(subject, of, poses.at(predictions))
+        return _derivative_of_weight(subject, pose, poses.at(predictions))
 
     step = subject.probes.first_step(poses.predictions)
     return _compare(weights_at, derivative_at, poses.predictions, directions, step, unit, poses)
@@ -105,8 +105,8 @@ def _by_predictions(subject: Subject, poses: Poses, of: int) -> list[Comparison]
 def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
     """Return the weights for many rows of predictions, shape (batch, n_poses).
 
-    They are computed as one batch, which is ten times as fast, if a comparison of three rows shows
-    that the batch is right.
+    One batch for all rows is ten times as fast as a loop. A comparison of three rows shows whether
+    the batch is right.
     """
 
     def one_by_one(rows: Tensor) -> Tensor:
@@ -133,8 +133,8 @@ def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
     return batch if is_right else one_by_one(rows)
 
 
-def _by_parameter(subject: Subject, poses: Poses, of: int, name: str) -> list[Comparison]:
-    """Compare the derivatives of the weight of pose ``of`` with respect to an own parameter."""
+def _by_parameter(subject: Subject, poses: Poses, pose: int, name: str) -> list[Comparison]:
+    """Compare the derivatives of the weight of a pose with respect to an own parameter."""
     param = subject.combination.get_parameter(name)
     before = param.detach().clone()
 
@@ -144,18 +144,18 @@ def _by_parameter(subject: Subject, poses: Poses, of: int, name: str) -> list[Co
 
     def weight_at(setting: Tensor) -> Tensor:
         put_in(setting)
-        return subject.autograd_weights(poses)[of]
+        return subject.autograd_weights(poses)[pose]
 
     def weights_at(settings: Tensor) -> Tensor:
         return torch.stack([weight_at(setting) for setting in settings])
 
     def derivative_at(setting: Tensor) -> Tensor:
         put_in(setting)
-        return _derivative_of_weight(subject, of, poses, name).reshape(-1)
+        return _derivative_of_weight(subject, pose, poses, name).reshape(-1)
 
     unit = (
-        f"autograd of combine, twice: derivative of the weight of pose {of}, by a random direction"
-        f" of parameter {name!r}, {poses}"
+        f"autograd of combine, twice: derivative of the weight of pose {pose}, by a random"
+        f" direction of parameter {name!r}, {poses}"
     )
     point = before.reshape(-1)
     direction = subject.probes.randn(1, len(point)).sign()
@@ -198,12 +198,13 @@ def _compare(
 
 
 def _derivative_of_weight(
-    subject: Subject, of: int, poses: Poses, name: str | None = None
+    subject: Subject, pose: int, poses: Poses, name: str | None = None
 ) -> Tensor:
-    """Return the derivative of the weight of pose ``of``, which is ∂h/∂ŷ_of.
+    """Return the derivative of the weight ∂h/∂ŷ_i of pose i.
 
     Parameters
     ----------
+    pose : the index i
     name : the own parameter by which to differentiate; None for the predictions
     """
     with subject.restored_state(), torch.inference_mode(False), torch.enable_grad():
@@ -215,5 +216,5 @@ def _derivative_of_weight(
         (weights,) = torch.autograd.grad(value, y, create_graph=True)
         if not weights.requires_grad:  # it is constant, or detached
             return torch.zeros_like(by)
-        (found,) = torch.autograd.grad(weights[of], by, materialize_grads=True)
+        (found,) = torch.autograd.grad(weights[pose], by, materialize_grads=True)
         return found

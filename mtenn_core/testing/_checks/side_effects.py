@@ -31,7 +31,7 @@ from mtenn_core.testing._probe.training_step import Step, gradients_of
 def purity(subject: Subject) -> Metrics:
     """Check inputs, parameters, ``.grad``, random states and settings after a call.
 
-    The gate does not check ``.grad``, shared memory, and other numbers of a batch.
+    The gate does not check ``.grad``, shared memory, or other numbers of a batch.
     """
     # Any call may change a setting, and a second call may then leave it as it is.
     settings = {name: value for name, value in process_state().items() if name in SETTINGS}
@@ -55,7 +55,7 @@ def purity(subject: Subject) -> Metrics:
 
 
 def _check_batch_unchanged(subject: Subject) -> None:
-    """Check that a call leaves a batch unchanged, of which the predictions are a part."""
+    """Check that a call leaves the batch unchanged of which its predictions are a part."""
     step = subject.probes.step(n_poses=5)
     others = subject.probes.poses(5).predictions
     batch = torch.cat([others, step.poses.predictions, others])
@@ -69,7 +69,7 @@ def _check_batch_unchanged(subject: Subject) -> None:
     if not equal_with_nan(batch, before):
         raise Fail(
             "predictions that are a part of a batch: a call must leave the batch unchanged; found"
-            " a change, in the predictions of other compounds, too",
+            " changed numbers",
             cause="an operation in place on ._base or on the memory of the predictions",
         )
 
@@ -97,7 +97,7 @@ def _check_poses_unchanged(subject: Subject, combination: Combination, dtype: to
 def _check_call(
     subject: Subject, combination: Combination, dtype: torch.dtype, settings: Mapping[str, Any]
 ) -> None:
-    """Check what a call of ``forward``, and backward, change."""
+    """Check that a call of ``forward`` and its backward change no inputs and no global state."""
     shapes = None if subject.thorough else {"w1": (2,), "w2": (2, 3), "scalar": ()}
     step = subject.probes.step(shapes, n_poses=5).to(dtype)  # fewer poses may be sorted by chance
     step.params["w2"].requires_grad_(False)
@@ -300,7 +300,7 @@ def _check_freed(subject: Subject, when: str, use: Callable[[Tensor], None]) -> 
         f"predictions, pose inputs and gradients must be freed {when}; found"
         f" {alive or 'all'} of {len(inputs)} alive"
         f"{'' if alive else ' until the garbage collector runs'}",
-        cause=_keeper(when) if alive else _CYCLE,
+        cause=_cause_if_alive(when) if alive else _CYCLE,
     )
 
 
@@ -312,7 +312,7 @@ def _has_graph(value: weakref.ref[Tensor]) -> bool:
     return tensor is not None and tensor.grad_fn is not None
 
 
-def _keeper(when: str) -> str:
+def _cause_if_alive(when: str) -> str:
     if when == "after backward":
         return "self, the class or a cache keeps them"
     return (
@@ -321,8 +321,9 @@ def _keeper(when: str) -> str:
     )
 
 
-WINDOW = 12
-MANY = 2000
+CALLS_OF_WINDOW = 12
+# A cache of limited size is full after so many calls.
+CALLS_TO_FILL = 2000
 
 
 def _check_growth(subject: Subject) -> float:
@@ -340,16 +341,16 @@ def _check_growth(subject: Subject) -> float:
 
     worst = 0.0
     with subject.restored_state():
-        for what, call in {"a validation (no_grad)": validate, "a training": train}.items():
+        for what, call in {"validation (under no_grad)": validate, "training": train}.items():
             growth = _growth(subject, call)
             if growth:
-                for _ in range(MANY):  # a cache of limited size may fill first
+                for _ in range(CALLS_TO_FILL):
                     call()
                 growth = _growth(subject, call)
             if growth:
                 raise Fail(
-                    f"the calls of {what} must not collect memory; found that {growth:.3g} entries"
-                    " or numbers stay with each call",
+                    f"{what} must not collect memory; found that each call adds {growth:.3g}"
+                    " entries or numbers",
                     cause="a list or dict on self, the class or the module grows with every call:"
                     " let the caller keep numbers",
                 )
@@ -358,13 +359,13 @@ def _check_growth(subject: Subject) -> float:
 
 
 def _growth(subject: Subject, call: Callable[[], None]) -> float:
-    """Return by how much the state of a combination grows with each call, in each of windows."""
+    """Return the growth of the combination's state per call, the smallest of some windows."""
     sizes = []
     for _ in range(4):
-        for _ in range(WINDOW):
+        for _ in range(CALLS_OF_WINDOW):
             call()
         sizes.append(state_size(subject.combination))
-    return max(0.0, min(after - before for before, after in pairwise(sizes)) / WINDOW)
+    return max(0.0, min(after - before for before, after in pairwise(sizes)) / CALLS_OF_WINDOW)
 
 
 @check("A8q", "gradients of the poses are freed by backward", "quality")

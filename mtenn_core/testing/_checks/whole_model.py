@@ -82,9 +82,9 @@ def _cause_in_a_model(
     if at_kink(subject, poses):
         return KINK
     if wrong:
-        return f"the gradient of {_listed(wrong)} is off"
+        return f"the gradient of {_listed(wrong)} is wrong"
     return (
-        f"the gradient of {_listed(wrong_with_both)} is off, but only if the loss also uses the"
+        f"the gradient of {_listed(wrong_with_both)} is wrong, but only if the loss also uses the"
         " pose predictions: does a hook change their gradient?"
     )
 
@@ -149,7 +149,7 @@ def loss_of_both(value: Tensor, predictions: Tensor) -> Tensor:
 
 
 def _gradient_of_loss_of_poses(network: _Network, features: Tensor) -> Tensor:
-    # The combination has no part in it, so that autograd is right.
+    # This loss does not use the combination, so the gradient of autograd is right.
     gradients = torch.autograd.grad(_loss_of_poses(network(features)), list(network.parameters()))
     return torch.cat([gradient.flatten() for gradient in gradients])
 

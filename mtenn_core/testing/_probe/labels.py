@@ -1,7 +1,7 @@
 """Pose inputs that are labels, such as the number of a cluster or of a chain.
 
-No declaration is needed. A label shows itself: random fractions have no effect, because no two of
-them are equal, or they raise an error, because they are no indices. Small integers work.
+No declaration is needed. For a label, random fractions have no effect, because no two of them are
+equal, or they raise an error, because they are no indices. Small integers work.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ Labels = Mapping[str, tuple[float, ...]]
 def random_labels(choice: Sequence[float], n_poses: int, generator: torch.Generator) -> Tensor:
     """Return labels in random order, shape (n_poses,), float64.
 
-    They are equally frequent. If there are fewer poses than labels, the first labels are used, so
-    that no label below the highest one is missing.
+    All labels are equally frequent. Fewer poses than labels get the first labels, so that no label
+    below the highest one is missing.
     """
     each = torch.tensor(choice, dtype=torch.float64).repeat(-(-n_poses // len(choice)))[:n_poses]
     return each[torch.randperm(n_poses, generator=generator)]
@@ -45,12 +45,12 @@ def find_labels(
     """
     trial = _Trial(names, value, predictions, torch.Generator().manual_seed(seed))
     if trial.works({}):
-        floats_shown = {name: trial.has_effect(name, {}) for name in names}
+        fractions_matter = {name: trial.has_effect(name, {}) for name in names}
     else:
-        floats_shown = dict.fromkeys(names, False)
-    if all(floats_shown.values()):
+        fractions_matter = dict.fromkeys(names, False)
+    if all(fractions_matter.values()):
         return {}
-    suspects = [name for name, shown in floats_shown.items() if not shown]
+    suspects = [name for name, matter in fractions_matter.items() if not matter]
     for choice in CHOICES:
         labels = dict.fromkeys(suspects, choice)
         if trial.works(labels):

@@ -14,7 +14,7 @@ from torch.nn import Module
 from mtenn_core.combination import Combination
 
 CONTAINERS = (list, tuple, dict, set, frozenset, deque)
-# A long table is counted, but not searched. So are objects that are nested deeper.
+# Longer containers, and containers that are nested deeper, are counted but not searched.
 LONGEST = 1000
 DEEPEST = 5
 
@@ -22,7 +22,7 @@ DEEPEST = 5
 def state_size(combination: Combination) -> int:
     """Return the number of entries, numbers and letters in all containers, tensors and texts.
 
-    The size is exact for each container, so it grows exactly if one of them grows.
+    The sizes of all containers are exact, so their sum grows if one of them grows.
     """
     total = 0
     seen: dict[int, Any] = {}  # keeps the objects alive, so that no other object gets their id

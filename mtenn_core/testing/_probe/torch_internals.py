@@ -59,8 +59,8 @@ class OperationCount(DispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-# Functions by which code asks whether torch compiles, exports or traces it, by module. A name that
-# was imported with "from torch.compiler import is_compiling" reads the flag. Seen in torch 2.13.
+# Functions by which code asks whether torch compiles, exports or traces it. A name that was
+# imported with "from torch.compiler import is_compiling" reads the flag. Seen in torch 2.13.
 # Without a flag: only questions that are asked through the module are answered.
 _QUESTIONS = {
     "torch.compile": (("is_compiling", "is_dynamo_compiling"), ("_is_compiling_flag",)),
@@ -73,7 +73,7 @@ _QUESTIONS = {
 
 @contextmanager
 def pretended(what: str) -> Iterator[None]:
-    """Answer code that asks whether it runs under ``torch.compile``, export or trace with yes.
+    """Tell code that asks that it runs under ``torch.compile``, export or trace.
 
     Nothing is compiled, because torch's compiler takes seconds.
     """

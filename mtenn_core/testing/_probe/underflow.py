@@ -1,4 +1,4 @@
-"""Poses of which one has a weight that underflows: a subnormal number, or exactly 0."""
+"""Poses with one weight that underflows: it is a subnormal number, or exactly 0."""
 
 from __future__ import annotations
 
