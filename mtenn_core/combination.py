@@ -63,7 +63,7 @@ class Combination(torch.nn.Module):
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # The predictions for several compounds would be taken for those for one. The method may come
+        # The method would take the predictions for several compounds for those for one. It may come
         # from a mixin.
         own = inspect.getattr_static(cls, "pose_weights")
         is_checked = own is Combination.pose_weights or hasattr(own, "refuses_several")

@@ -123,13 +123,17 @@ def propagated_error(
     """
     compounds = _compounds(pose_weights, sizes, ptr)
     weights = _checked_weights(pose_weights, compounds)
+    dtype = weights.dtype
+    if weights.device.type != "mps":  # it has no float64
+        # Squares of energies in joules underflow in float32.
+        weights = weights.to(torch.float64)
     blocks = covariance_blocks(errors, compounds)
     if blocks is None:
         deviations = checked_deviations(errors, compounds).to(weights)
         variances = compounds.sum((weights * deviations).square())
     else:
         variances = weighted_variances(weights, blocks, compounds)
-    return compounds.shaped(_root(variances))
+    return compounds.shaped(_root(variances)).to(dtype)
 
 
 def jackknife_error(
@@ -166,6 +170,7 @@ def jackknife_error(
     Raises
     ------
     PredictionError : the arguments do not fit together, or a prediction is NaN or infinite
+    ValueError : ``combination`` is stochastic
 
     References
     ----------
@@ -175,6 +180,11 @@ def jackknife_error(
         raise TypeError(
             "combination must be an instance of Combination, such as model.combination; found"
             f" {combination!r}"
+        )
+    if combination.stochastic:
+        raise ValueError(
+            f"{type(combination).__name__} is stochastic. The jackknife would show its random"
+            " numbers, and not the effect of the poses."
         )
     own_sizes, inputs = checked_poses(
         combination, pose_predictions, given_sizes(sizes, ptr), pose_inputs

@@ -529,3 +529,23 @@ def test_the_jackknife_of_exp_is_its_closed_form(y):
     torch.testing.assert_close(
         jackknife_error(ExponentialAverage(), y), expected, rtol=1e-10, atol=0
     )
+
+
+@pytest.mark.parametrize("unit", [1e-30, 1e-21, 1e30])
+@pytest.mark.parametrize("shape", ["deviations", "covariance"])
+def test_the_unit_of_the_errors_does_not_matter(unit, shape):
+    weights = torch.tensor([0.25, 0.75])
+    deviations = torch.tensor([3.0, 4.0])
+    scaled = unit * deviations.double()
+    errors = scaled if shape == "deviations" else torch.diag(scaled**2)
+    found = propagated_error(weights, errors)
+    assert found.dtype == torch.float32
+    assert found.item() == pytest.approx(unit * propagated_error(weights, deviations).item())
+
+
+def test_a_stochastic_combination_has_no_jackknife(y):
+    class Noisy(Mean):
+        stochastic = True
+
+    with pytest.raises(ValueError, match="Noisy is stochastic"):
+        jackknife_error(Noisy(), y)
