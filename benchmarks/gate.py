@@ -23,7 +23,7 @@ from mtenn_core import registry
 
 GUIDE = "guide's class (full depth)"
 GATE_LIMIT_MS = 50
-FULL_LIMIT_S = 1.5
+FULL_LIMIT_S = 3
 N_WARM = 5
 MEASURE = """
 import json, sys, time
