@@ -18,6 +18,7 @@ from mtenn_core._engine.compounds import (
 )
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
+    PoseInputs,
     check_finite,
     combined_prediction,
     inputs_like,
@@ -212,17 +213,13 @@ class MultiPoseModel(torch.nn.Module):
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
         if options.check_finite:
             check_finite(predictions, inputs, n_poses)
-        combination, closed_form = options.combination, mode.uses_closed_form
+        given = options.combination, predictions, inputs, n_poses
         if gradients is not None:
-            combined = combine_full_depth(combination, predictions, inputs, n_poses, gradients)
+            combined = combine_full_depth(*given, gradients)
         elif sizes is None:
-            # A view, so that torch raises an error if the combination changes it in place.
-            (own,) = predictions.split(n_poses)
-            combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
+            combined = _of_one_compound(*given, closed_form=mode.uses_closed_form)
         else:
-            combined = combine_compounds(
-                combination, predictions, inputs, n_poses, closed_form=closed_form
-            )
+            combined = combine_compounds(*given, closed_form=mode.uses_closed_form)
         if sizes is None:
             combined = combined.reshape(())
         elif len(n_poses) > 1:
@@ -317,6 +314,20 @@ class MultiPoseModel(torch.nn.Module):
         )
         _check_options(options)
         return options
+
+
+def _of_one_compound(
+    combination: Combination,
+    predictions: Tensor,
+    inputs: PoseInputs,
+    sizes: list[int],
+    *,
+    closed_form: bool,
+) -> Tensor:
+    """Return the combined prediction of the only compound, shape ()."""
+    # A view, so that torch raises an error if the combination changes it in place.
+    (own,) = predictions.split(sizes)
+    return combined_prediction(combination, own, inputs, closed_form=closed_form)
 
 
 def _combination(combination: str | Combination) -> Combination:

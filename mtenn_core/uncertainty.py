@@ -225,7 +225,8 @@ def _compounds(pose_weights: Tensor, sizes: Sizes, ptr: Sizes) -> CompoundIndex:
     of_call = noted_sizes(pose_weights)
     if of_call is not None and of_call != own_sizes:
         raise PredictionError(
-            f"these are the weights of {len(of_call)} compounds. Pass the sizes of that call."
+            "sizes must be those of the call that made these pose weights, for"
+            f" {len(of_call)} compounds; found other sizes, or none. Pass the sizes of that call."
         )
     if 0 in own_sizes:
         compound = own_sizes.index(0)

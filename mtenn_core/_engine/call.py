@@ -110,7 +110,8 @@ def checked_poses(
     of_call = noted_sizes(predictions)
     if of_call is not None and of_call != own_sizes:
         raise PredictionError(
-            f"these are the predictions for {len(of_call)} compounds. Pass the sizes of that call."
+            "sizes must be those of the call that made these pose predictions, for"
+            f" {len(of_call)} compounds; found other sizes, or none. Pass the sizes of that call."
         )
     inputs = _checked_inputs(combination, pose_inputs or {}, len(predictions))
     total_sizes(combination, [own_sizes], sizes)
@@ -211,7 +212,9 @@ def given_sizes(sizes: Sizes, ptr: Sizes) -> Sizes:
     if ptr is None:
         return sizes
     if sizes is not None:
-        raise PredictionError("sizes and ptr say the same. Pass only one of them.")
+        raise PredictionError(
+            "sizes and ptr both describe the compounds; found both. Pass only one of them."
+        )
     return sizes_between(ptr)
 
 

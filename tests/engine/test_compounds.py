@@ -817,7 +817,7 @@ def test_a_combination_refuses_the_predictions_for_several_compounds(
     with pytest.raises(PredictionError, match="Pass the sizes of that call"):
         model.pose_weights(out.pose_predictions, [4, 3])
     weights = model.pose_weights(out.pose_predictions, [3, 4])
-    with pytest.raises(PredictionError, match="these are the weights of 2 compounds"):
+    with pytest.raises(PredictionError, match="made these pose weights, for 2 compounds"):
         effective_poses(weights)
     combination.pose_weights(out.pose_predictions[:3])  # the first compound
     combination.pose_weights(model(poses).pose_predictions)
