@@ -18,7 +18,6 @@ from mtenn_core._engine.compounds import (
 )
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
-    PoseInputs,
     check_finite,
     combined_prediction,
     inputs_like,
@@ -217,7 +216,11 @@ class MultiPoseModel(torch.nn.Module):
         if gradients is not None:
             combined = combine_full_depth(*given, gradients)
         elif sizes is None:
-            combined = _of_one_compound(*given, closed_form=mode.uses_closed_form)
+            # A view, so that torch raises an error if the combination changes it in place.
+            (own,) = predictions.split(n_poses)
+            combined = combined_prediction(
+                options.combination, own, inputs, closed_form=mode.uses_closed_form
+            )
         else:
             combined = combine_compounds(*given, closed_form=mode.uses_closed_form)
         if sizes is None:
@@ -314,20 +317,6 @@ class MultiPoseModel(torch.nn.Module):
         )
         _check_options(options)
         return options
-
-
-def _of_one_compound(
-    combination: Combination,
-    predictions: Tensor,
-    inputs: PoseInputs,
-    sizes: list[int],
-    *,
-    closed_form: bool,
-) -> Tensor:
-    """Return the combined prediction of the only compound, shape ()."""
-    # A view, so that torch raises an error if the combination changes it in place.
-    (own,) = predictions.split(sizes)
-    return combined_prediction(combination, own, inputs, closed_form=closed_form)
 
 
 def _combination(combination: str | Combination) -> Combination:
