@@ -2507,6 +2507,54 @@ class BesideSubnormal(FullDepth):
         return only_if(subnormal, weights * 1.001, weights)
 
 
+# Numbers that are exactly 0. C1.
+
+
+@wrong("a prediction of 0 is taken as padding", "C1", "exactly 0")
+class ZeroIsPadding(Plain):
+    def combine(self, predictions):
+        poses = predictions[predictions != 0]
+        return smooth_max(poses if len(poses) else predictions, self.t)
+
+
+@wrong("weights leave out a prediction of 0", "C1", "exactly 0")
+class WeightsWithoutZero(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return weights * (predictions != 0)
+
+
+@wrong("weights count a pose whose mask is 0, the value does not", "C1", "exactly 0")
+class MaskOfZero(Scaled):
+    pose_inputs = ("mask",)
+
+    def combine(self, predictions, mask):
+        poses = (mask > 0).to(predictions)
+        return self.t * (poses * predictions).sum() / (poses.sum() + 1)
+
+    def pose_weights(self, predictions, mask):
+        poses = (mask >= 0).to(predictions)
+        return self.t * poses / (poses.sum() + 1)
+
+
+@wrong("a score of 0 is taken as padding, but not by the weights", "C1", "exactly 0")
+class ScoreOfZero(Scaled):
+    pose_inputs = ("score",)
+
+    def combine(self, predictions, score):
+        weights = torch.softmax(-self.t * score, 0) * (score != 0)
+        return (weights * predictions).sum()
+
+    def pose_weights(self, predictions, score):
+        return torch.softmax(-self.t * score, 0)
+
+
+@wrong("a kink at exactly 0, said to be smooth", "C1", "kink")
+class KinkAtZero(Plain):
+    def combine(self, predictions):
+        return super().combine(predictions) + predictions.relu().mean()
+
+
 # Infinite predictions. D3.
 
 
