@@ -2208,6 +2208,24 @@ class OwnWithoutGo(LearnableFullDepth):
         return super().own_gradient(torch.ones_like(go), y)
 
 
+@wrong("grad_output clamped for the own parameter only", "B1", "large")
+class OwnOfClampedGo(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go.clamp(-1e3, 1e3), y)
+
+
+@wrong("a small grad_output is 0 for the own parameter only", "B1", "small")
+class OwnOfThresholdGo(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go * (go.abs() > 1e-6), y)
+
+
+@wrong("an infinite grad_output is 0 for the own parameter only", "B1", "not finite")
+class OwnOfFiniteGo(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go.nan_to_num(0, 0, 0), y)
+
+
 @wrong("own gradient is that of t, not of ln t", "C3", "log_t", make=away_from_one)
 class NotTheLogarithm(LearnableFullDepth):
     def own_gradient(self, go, y):
