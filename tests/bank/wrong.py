@@ -2248,6 +2248,19 @@ class OwnOfTheFirst(LearnableFullDepth):
         return gradient if len(y) <= 100 else gradient * self.weights(y)[:100].sum()
 
 
+@wrong("gradient of the own parameter wrong from 200 poses on", "C3", "above")
+class OwnFromTwoHundred(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go, y) * (1 + 0.1 * (len(y) >= 200))
+
+
+@wrong("gradient of the own parameter from the first thousand poses", "C3", "above")
+class OwnOfTheFirstThousand(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        gradient = super().own_gradient(go, y)
+        return gradient if len(y) <= 1000 else 0.9 * gradient
+
+
 @wrong("scale of the own parameter detached above ten poses, depth 1", "C3", "above")
 class DetachedAboveTen(Learnable):
     def combine(self, predictions):

@@ -26,6 +26,8 @@ NUMBERS_OF_POSES = (
 )
 # A forward of its own is slow for more poses, because it gets a list of tensors.
 MOST = 1025
+# So is a loop over the poses in Python.
+MOST_IN_A_LOOP = 513
 # No weight is negligible for a scale of up to 1000 per unit.
 SPREAD = 3e-3
 # With this step, a central difference is right to five digits for a scale of up to 1000 per unit.
@@ -57,8 +59,11 @@ def _check_numbers_of_poses(subject: Subject) -> None:
     """Check the weights of many numbers of poses, and the chain rule of a ``forward``."""
     eps = resolution(subject.values(torch.stack([subject.probes.poses(9).row() for _ in range(4)])))
     shapes: dict[str, tuple[int, ...]] = {"w": (3,), "b": ()}
+    most = MOST if subject.full_depth else max(NUMBERS_OF_POSES)
+    if loops_over_poses(subject):
+        most = MOST_IN_A_LOOP
     for n_poses in NUMBERS_OF_POSES:
-        if n_poses < subject.combination.min_poses or (subject.full_depth and n_poses > MOST):
+        if not subject.combination.min_poses <= n_poses <= most:
             continue
         step = subject.probes.step(shapes, n_poses, SPREAD)
         weights = subject.weights(step.poses)
@@ -108,12 +113,25 @@ def _growth_of_work(subject: Subject) -> float:
     return min(growth, growth * 4 * max(of_few, 1) / max(of_many, 1))
 
 
-class _Elements(DispatchMode):
-    """Counts the elements that operations make or read. Views do not count."""
+def loops_over_poses(subject: Subject) -> bool:
+    """Return True if the value takes at least one more operation for each further pose."""
+    few, many = (_operations(subject, n_poses) for n_poses in (32, 128))
+    return many - few >= 128 - 32
+
+
+def _operations(subject: Subject, n_poses: int) -> int:
+    poses = subject.probes.poses(n_poses)
+    with _Work() as work:
+        subject.value(poses)
+    return work.operations
+
+
+class _Work(DispatchMode):
+    """Counts operations, and the elements that they make or read. Views do not count."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.count = 0
+        self.elements = self.operations = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         result = func(*args, **(kwargs or {}))
@@ -122,9 +140,10 @@ class _Elements(DispatchMode):
         outputs = tensors_of(result)
         views = all(tensor.untyped_storage().data_ptr() in storages for tensor in outputs)
         if not views or is_in_place(func):
-            self.count += sum(tensor.numel() for tensor in (*inputs, *outputs))
+            self.operations += 1
+            self.elements += sum(tensor.numel() for tensor in (*inputs, *outputs))
         if func in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default):
-            self.count += inputs[0].numel() * inputs[1].shape[-1]
+            self.elements += inputs[0].numel() * inputs[1].shape[-1]
         return result
 
 
@@ -138,7 +157,7 @@ def _work(subject: Subject, n_poses: int) -> tuple[int, int]:
     for size in (16, 272):
         step = replace(subject.probes.step({"w": (size,)}, n_poses), poses=poses)
         pred_list, grad_dict = step.pred_list(), step.grad_dict()
-        with _Elements() as elements:
+        with _Work() as work:
             gradients_of(subject.call(step, pred_list=pred_list, grad_dict=grad_dict), step.params)
-        counts.append(elements.count)
+        counts.append(work.elements)
     return counts[1] - counts[0], int(subject.weights(poses).count_nonzero())

@@ -18,6 +18,7 @@ from mtenn_core.testing._checks.derivatives import (
     directions_for,
     probes_of,
 )
+from mtenn_core.testing._checks.many_poses import SPREAD, loops_over_poses
 from mtenn_core.testing._checks.whole_model import (
     BOTH,
     loss_of_both,
@@ -95,10 +96,12 @@ def _cause_in_own_parameters(subject: Subject, comparisons: list[Comparison]) ->
 
 def _more_poses(subject: Subject) -> list[Poses]:
     """Return more than a handful of poses, and poses of which one has a population of 0."""
+    numbers = () if loops_over_poses(subject) else (257, 1025)
     return [
         subject.probes.poses(9, 0.0, 0.3),
         subject.probes.poses(20, 0.0, 0.3),
         subject.probes.poses(130, 0.0, 0.02),
+        *(subject.probes.poses(n_poses, 0.0, SPREAD) for n_poses in numbers),
         *underflowing_weights(subject),
     ]
 
