@@ -21,7 +21,7 @@ from mtenn_core._engine.evaluation import (
 )
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.forward_only import ForwardOnly
-from mtenn_core.testing._probe.instances import independent_copy
+from mtenn_core.testing._probe.instances import independent_copy, own_parameter
 from mtenn_core.testing._probe.labels import Labels, find_labels, n_poses_of_trials
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import Probes
@@ -209,7 +209,7 @@ class Subject:
         shape (batch,)
         """
         module, _, own = name.rpartition(".")
-        param = self.combination.get_parameter(name)
+        param = own_parameter(self.combination, name)
         row = poses.row()
 
         def value(combination: Combination, setting: Tensor) -> Tensor:
@@ -230,7 +230,7 @@ class Subject:
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
         """Return the flattened gradient of one of its own parameters, as training uses it."""
-        param = self.combination.get_parameter(name)
+        param = own_parameter(self.combination, name)
         value = self.call(Step(poses, {}, {}))
         gradient = None
         if value.requires_grad:
