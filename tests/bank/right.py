@@ -989,4 +989,90 @@ class ClustersAndScores(Combination):
         return (torch.softmax(-docking_score, 0) * (same @ predictions) / same.sum(1)).sum()
 
 
+@right("label as a pose input: 0 or 1, and nothing else")
+class CrystalPosesCountMore(Combination):
+    pose_inputs = ("is_crystal",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions, is_crystal):
+        if not set(is_crystal.tolist()) <= {0.0, 1.0}:
+            raise ValueError("is_crystal must be 0 or 1")
+        weights = 1 + 2 * is_crystal.to(predictions)
+        return (weights * predictions).sum() / weights.sum()
+
+
+@right("label as a pose input: ranks from 1 on")
+class InverseRank(Combination):
+    pose_inputs = ("rank",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions, rank):
+        if (rank < 1).any():
+            raise ValueError("ranks start at 1")
+        weights = 1 / rank.to(predictions)
+        return (weights * predictions).sum() / weights.sum()
+
+
+@right("label as a pose input: probabilities, which are refused outside of 0 to 1")
+class Probabilities(Combination):
+    pose_inputs = ("probability",)
+
+    def combine(self, predictions, probability):
+        if ((probability < 0) | (probability > 1)).any():
+            raise ValueError("probability must be in [0, 1]")
+        weights = probability.to(predictions)
+        return (weights * predictions).sum() / (weights.sum() + 1e-3)
+
+
+@right("label as a pose input: weights that are not negative, with a sum that is not 0")
+class NonNegativeWeights(Combination):
+    pose_inputs = ("weight",)
+
+    def combine(self, predictions, weight):
+        if (weight < 0).any():
+            raise ValueError("weight must not be negative")
+        return (weight * predictions).sum() / weight.sum()
+
+
+@right("label as a pose input: mean of the means of all clusters, by a loop")
+class MeanOfClusters(Combination):
+    pose_inputs = ("cluster",)
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions, cluster):
+        means = [predictions[cluster == label].mean() for label in cluster.unique()]
+        return torch.stack(means).mean()
+
+
+@right("label as a pose input: mean of the means of all clusters, by unique and index_add")
+class MeanOfClustersByIndex(MeanOfClusters):
+    def combine(self, predictions, cluster):
+        labels, index = torch.unique(cluster, return_inverse=True)
+        zeros = predictions.new_zeros(len(labels))
+        sums = zeros.index_add(0, index, predictions)
+        counts = zeros.index_add(0, index, torch.ones_like(predictions))
+        return (sums / counts).mean()
+
+
+@right("label as a pose input: each pose has one share of its cluster")
+class InverseSizeOfClusters(MeanOfClusters):
+    def combine(self, predictions, cluster):
+        sizes = (cluster[:, None] == cluster[None, :]).sum(1)
+        weights = 1 / sizes.to(predictions)
+        return (weights * predictions).sum() / weights.sum()
+
+
+@right("a label and a score as pose inputs, where the score counts only within a group")
+class WeightsWithinChains(Combination):
+    pose_inputs = ("chain", "score")
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions, chain, score):
+        means = []
+        for label in chain.unique():
+            mine = chain == label
+            means.append((torch.softmax(-score[mine], 0) * predictions[mine]).sum())
+        return torch.stack(means).mean()
+
+
 RIGHT: tuple[Right, ...] = tuple(_zoo)

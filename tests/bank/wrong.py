@@ -2208,6 +2208,24 @@ class OwnWithoutGo(LearnableFullDepth):
         return super().own_gradient(torch.ones_like(go), y)
 
 
+@wrong("grad_output clamped for the own parameter only", "B1", "large")
+class OwnOfClampedGo(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go.clamp(-1e3, 1e3), y)
+
+
+@wrong("a small grad_output is 0 for the own parameter only", "B1", "small")
+class OwnOfThresholdGo(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go * (go.abs() > 1e-6), y)
+
+
+@wrong("an infinite grad_output is 0 for the own parameter only", "B1", "not finite")
+class OwnOfFiniteGo(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go.nan_to_num(0, 0, 0), y)
+
+
 @wrong("own gradient is that of t, not of ln t", "C3", "log_t", make=away_from_one)
 class NotTheLogarithm(LearnableFullDepth):
     def own_gradient(self, go, y):
@@ -2228,6 +2246,19 @@ class OwnOfTheFirst(LearnableFullDepth):
     def own_gradient(self, go, y):
         gradient = super().own_gradient(go, y)
         return gradient if len(y) <= 100 else gradient * self.weights(y)[:100].sum()
+
+
+@wrong("gradient of the own parameter wrong from 200 poses on", "C3", "above")
+class OwnFromTwoHundred(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        return super().own_gradient(go, y) * (1 + 0.1 * (len(y) >= 200))
+
+
+@wrong("gradient of the own parameter from the first thousand poses", "C3", "above")
+class OwnOfTheFirstThousand(LearnableFullDepth):
+    def own_gradient(self, go, y):
+        gradient = super().own_gradient(go, y)
+        return gradient if len(y) <= 1000 else 0.9 * gradient
 
 
 @wrong("scale of the own parameter detached above ten poses, depth 1", "C3", "above")
@@ -2505,6 +2536,54 @@ class BesideSubnormal(FullDepth):
         weights = super().weights(y)
         subnormal = bool((tiny(weights) & (weights != 0)).any())
         return only_if(subnormal, weights * 1.001, weights)
+
+
+# Numbers that are exactly 0. C1.
+
+
+@wrong("a prediction of 0 is taken as padding", "C1", "exactly 0")
+class ZeroIsPadding(Plain):
+    def combine(self, predictions):
+        poses = predictions[predictions != 0]
+        return smooth_max(poses if len(poses) else predictions, self.t)
+
+
+@wrong("weights leave out a prediction of 0", "C1", "exactly 0")
+class WeightsWithoutZero(ClosedForm):
+    def pose_weights(self, predictions):
+        weights = super().pose_weights(predictions)
+        return weights * (predictions != 0)
+
+
+@wrong("weights count a pose whose mask is 0, the value does not", "C1", "exactly 0")
+class MaskOfZero(Scaled):
+    pose_inputs = ("mask",)
+
+    def combine(self, predictions, mask):
+        poses = (mask > 0).to(predictions)
+        return self.t * (poses * predictions).sum() / (poses.sum() + 1)
+
+    def pose_weights(self, predictions, mask):
+        poses = (mask >= 0).to(predictions)
+        return self.t * poses / (poses.sum() + 1)
+
+
+@wrong("a score of 0 is taken as padding, but not by the weights", "C1", "exactly 0")
+class ScoreOfZero(Scaled):
+    pose_inputs = ("score",)
+
+    def combine(self, predictions, score):
+        weights = torch.softmax(-self.t * score, 0) * (score != 0)
+        return (weights * predictions).sum()
+
+    def pose_weights(self, predictions, score):
+        return torch.softmax(-self.t * score, 0)
+
+
+@wrong("a kink at exactly 0, said to be smooth", "C1", "kink")
+class KinkAtZero(Plain):
+    def combine(self, predictions):
+        return super().combine(predictions) + predictions.relu().mean()
 
 
 # Infinite predictions. D3.

@@ -184,6 +184,48 @@ def test_the_likely_cause_of_a_mistake_in_the_bank_is_the_mistake(name, cause):
     assert cause in record.cause
 
 
+class Loop(Combination):
+    """Keeps the largest number of poses."""
+
+    most = 0
+
+    def combine(self, predictions):
+        Loop.most = max(Loop.most, len(predictions))
+        return sum(predictions, torch.zeros_like(predictions[0])) / len(predictions)
+
+
+class Batch(Loop):
+    def combine(self, predictions):
+        Loop.most = max(Loop.most, len(predictions))
+        return predictions.mean()
+
+
+@pytest.mark.parametrize(("combination", "most"), [(Loop, 1000), (Batch, 2048)])
+def test_a_loop_over_the_poses_is_not_run_for_the_largest_numbers_of_poses(
+    monkeypatch, combination, most
+):
+    monkeypatch.setattr(Loop, "most", 0)
+    assert check_combination(combination, only=["B3"]).passed
+    assert Loop.most == most
+
+
+class ScriptedLayer(Combination):
+    def __init__(self):
+        super().__init__()
+        self.layer = torch.jit.script(torch.nn.Linear(1, 2))
+
+    def combine(self, predictions):
+        scores = self.layer(predictions[:, None].to(self.layer.weight.dtype))
+        return torch.tanh(scores).mean().to(predictions) + predictions.mean()
+
+
+# Newer versions of torch deprecate TorchScript, and modules of older plugins still use it.
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+def test_parameters_of_a_torchscript_module_are_own_parameters():
+    report = check_combination(ScriptedLayer, only=["B1", "C2", "C3", "A7", "A10"])
+    assert [record.status for record in report.records] == ["pass"] * 5, str(report)
+
+
 def test_a_pretended_compilation_ends_with_its_context():
     def answers():
         return torch.compiler.is_compiling(), torch.compiler.is_exporting()

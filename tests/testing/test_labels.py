@@ -3,7 +3,18 @@
 import pytest
 import torch
 from bank import RIGHT, make_right
-from bank.right import BestDocked, ClustersAndScores, LowestOfClusters, ScoreWeighted
+from bank.right import (
+    BestDocked,
+    ClustersAndScores,
+    CrystalPosesCountMore,
+    InverseSizeOfClusters,
+    LowestOfClusters,
+    MeanOfClusters,
+    MeanOfClustersByIndex,
+    NonNegativeWeights,
+    ScoreWeighted,
+    WeightsWithinChains,
+)
 from tiers import slow
 
 from mtenn_core import Combination
@@ -53,6 +64,32 @@ def test_a_label_that_is_compared_gets_integers():
     assert integers(LowestOfClusters(), "cluster") == [0, 1, 2]
 
 
+@pytest.mark.parametrize(
+    "combination", [MeanOfClusters, MeanOfClustersByIndex, InverseSizeOfClusters]
+)
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("min_poses", [1, 8, 9])
+def test_a_label_that_only_groups_poses_gets_integers(combination, seed, min_poses):
+    combination = type("Grouping", (combination,), {"min_poses": min_poses})()
+    assert integers(combination, "cluster", seed) == [0, 1, 2]
+
+
+def test_weights_whose_sum_must_not_be_0_get_integers_from_1_on():
+    assert integers(NonNegativeWeights(), "weight") == [1, 2, 3]
+
+
+def test_labels_are_not_changed_by_a_digit_in_low_precision():
+    seen = set()
+
+    class Watched(CrystalPosesCountMore):
+        def combine(self, predictions, is_crystal):
+            seen.update(is_crystal.tolist())
+            return super().combine(predictions, is_crystal)
+
+    assert check_combination(Watched(), only=["D4"]).passed
+    assert not any(0 < abs(number - round(number)) < 1e-5 for number in seen)
+
+
 @pytest.mark.parametrize("combination", [ScoreWeighted, BestDocked])
 @pytest.mark.parametrize("seed", range(5))
 def test_a_number_gets_fractions(combination, seed):
@@ -62,6 +99,11 @@ def test_a_number_gets_fractions(combination, seed):
 def test_a_label_and_a_score_are_told_apart():
     assert integers(ClustersAndScores(), "cluster") == [0, 1, 2]
     assert integers(ClustersAndScores(), "docking_score") is None
+
+
+def test_a_score_that_has_no_effect_without_a_label_gets_fractions():
+    assert integers(WeightsWithinChains(), "chain") == [0, 1, 2]
+    assert integers(WeightsWithinChains(), "score") is None
 
 
 def test_no_label_below_the_highest_is_missing():

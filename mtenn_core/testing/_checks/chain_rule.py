@@ -27,6 +27,9 @@ GRAD_OUTPUTS = (1.0, -3.7, 0.25, 1e3, -1e-6, 0.0)
 # GradScaler starts with a scale of 65,536 and raises it. A mean over many numbers divides the loss.
 LARGE_SCALES = (65536.0, -(2.0**24))
 SMALL_SCALES = (1e-8, -1e-12)
+# For gradients of own parameters: a power of two changes no digit, also of a sum in float32.
+LARGE_POWERS = (2.0**16, -(2.0**24))
+SMALL_POWERS = (2.0**-27, -(2.0**-40))
 GradDict = dict[str, list[Tensor]]
 
 
@@ -47,19 +50,65 @@ def _check_loss_scales(subject: Subject, step: Step) -> float:
     """Check gradients of the loss of any size. The step has passed with ordinary ones."""
     with _cause("grad_output is changed if it is large: a clamp, a cast to float16, or a scale"):
         worst = check_chain_rule(subject, step, LARGE_SCALES)
+        _check_own_gradients(subject, LARGE_POWERS)
     with _cause("grad_output is changed if it is small: a threshold, or a cast to float16"):
         worst = max(worst, check_chain_rule(subject, step, SMALL_SCALES))
+        _check_own_gradients(subject, SMALL_POWERS)
     for go in (math.inf, math.nan):
         found = gradients_of(subject.call(step) * go, step.params)
-        finite = [name for name, gradient in found.items() if gradient.isfinite().any()]
-        if finite:
+        _check_not_finite(go, "parameter", found)
+        for near in _own_steps(subject):
+            usual, found = _own_gradients(subject, near, 1.0), _own_gradients(subject, near, go)
+            _check_not_finite(go, "own parameter", {n: g[usual[n] != 0] for n, g in found.items()})
+    return worst
+
+
+def _check_not_finite(go: float, what: str, gradients: dict[str, Tensor]) -> None:
+    for name, gradient in gradients.items():
+        if gradient.isfinite().any():
             raise Fail(
-                f"parameter {finite[0]!r}, gradient of the loss {go}: expected infinite or NaN"
+                f"{what} {name!r}, gradient of the loss {go}: expected infinite or NaN"
                 " gradients, because GradScaler then skips the step; found finite"
                 " ones",
                 cause="grad_output is changed if it is not finite (nan_to_num, clamp, where)",
             )
-    return worst
+
+
+def _own_steps(subject: Subject) -> list[Step]:
+    """Return steps to compare gradients of own parameters; none if there are no such gradients."""
+    if not _own(subject):
+        return []
+    # If a combination is sharp, the gradient may be 0 for predictions that are far apart.
+    return [subject.probes.step({"w": (2,)}, spread=spread) for spread in (1.0, 1e-3)]
+
+
+def _own(subject: Subject) -> dict[str, Tensor]:
+    return {n: p for n, p in subject.combination.named_parameters() if p.requires_grad}
+
+
+def _own_gradients(subject: Subject, step: Step, go: float) -> dict[str, Tensor]:
+    """Return the gradients of the combination's own parameters for a gradient of the loss."""
+    return gradients_of(subject.call(step) * go, _own(subject))
+
+
+def _check_own_gradients(subject: Subject, grad_outputs: Sequence[float]) -> None:
+    """Check that gradients of own parameters are proportional to the gradient of the loss.
+
+    C3 checks them for a usual gradient of the loss.
+    """
+    for step in _own_steps(subject):
+        usual = _own_gradients(subject, step, 1.0)
+        for go in grad_outputs:
+            for name, found in _own_gradients(subject, step, go).items():
+                if torch.allclose(found, go * usual[name], rtol=1e-9, atol=0, equal_nan=True):
+                    continue
+                error = (found - go * usual[name]).abs()
+                at = int(error.nan_to_num(math.inf).argmax())
+                raise Fail(
+                    f"own parameter {name!r}, entry {at}, gradient of the loss {go:g}:\n"
+                    f"    your backward        {found.flatten()[at]:.10g}\n"
+                    f"    {go:g} · that for 1    {go * usual[name].flatten()[at]:.10g}"
+                )
 
 
 def _check_kernels(subject: Subject) -> float:

@@ -71,7 +71,8 @@ MORE_PROBES = (
 def pose_weights(subject: Subject) -> Metrics:
     """Compare all weights of a few poses, for predictions of many sizes and spreads.
 
-    Thorough checks add poses of which one has a weight that underflows.
+    Thorough checks add poses of which one has a weight that underflows, and poses with a number
+    that is exactly 0.
     """
     points = probes_of(subject)
     if subject.thorough:
@@ -88,7 +89,35 @@ def probes_of(subject: Subject) -> list[Poses]:
         points += [poses[ascending], poses[ascending[::-1]]]
         if subject.combination.smooth:
             points += [poses[[0, *range(len(poses) - 1)]], poses.tied()]
+        for spread in (1.0, 1e-3):  # if a combination is sharp, only one of many poses counts
+            points += _with_a_zero(subject, subject.probes.poses(4, 0.0, spread))
     return points
+
+
+def _with_a_zero(subject: Subject, poses: Poses) -> list[Poses]:
+    """Return poses with one prediction, or one entry of a pose input, that is exactly 0.
+
+    Random fractions do not show that ``> 0`` and ``>= 0`` differ, or that 0 counts as padding.
+    """
+    low, high = subject.combination.domain
+    found = []
+    if low < 0 < high and subject.combination.smooth:  # there may be a kink at 0
+        y = poses.predictions
+        found.append(poses.at(torch.cat([y.new_zeros(1), y[1:]])))
+    for name, numbers in poses.inputs.items():
+        if name in subject.probes.labels():
+            continue
+        with_zero = poses.with_input(name, torch.cat([numbers.new_zeros(1), numbers[1:]]))
+        if _has_finite_value(subject, with_zero):
+            found.append(with_zero)
+    return found
+
+
+def _has_finite_value(subject: Subject, poses: Poses) -> bool:
+    try:
+        return bool(subject.value(poses).isfinite())
+    except Exception:  # 0 may be invalid
+        return False
 
 
 def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Comparison], str]:
@@ -149,7 +178,8 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
     """Return the likely cause, from the probes at which all weights were compared."""
     if any(not math.isfinite(c.analytic) for comparisons, _ in known for c in comparisons):
         return NOT_FINITE
-    if cause := kink_cause(subject, [c for comparisons, _ in known for c in comparisons]):
+    found = [c for comparisons, _ in known for c in comparisons]
+    if cause := kink_cause(subject, found) or _cause_at_zero(subject, found):
         return cause
     points = []
     for comparisons, numerical in known:
@@ -164,12 +194,27 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
                 "autograd cannot differentiate all of combine (a part is detached, or does not use"
                 " the predictions), but gradients='graph' needs this derivative"
             )
-        found = torch.tensor([c.analytic for c in ours], dtype=torch.float64)
+        analytic = torch.tensor([c.analytic for c in ours], dtype=torch.float64)
         tolerance = max(c.tolerance for c in ours)
         if math.isfinite(tolerance):
             wrong = any(c.wrong for c in ours)
-            points.append(Point(poses, found, numerical.derivative, tolerance, wrong))
+            points.append(Point(poses, analytic, numerical.derivative, tolerance, wrong))
     return cause_in_weights(points, subject.weights, scales_of(subject.combination))
+
+
+def _cause_at_zero(subject: Subject, comparisons: list[Comparison]) -> str:
+    """Return the cause if weights are wrong only where a number is exactly 0, else ""."""
+    names = {"predictions", *subject.combination.pose_inputs} - {*subject.probes.labels()}
+    for name in sorted(names):
+        at_zero = [c for c in comparisons if (c.poses.named()[name] == 0).any()]
+        elsewhere = len(comparisons) - len(at_zero)
+        if elsewhere and sum(c.wrong for c in at_zero) == sum(c.wrong for c in comparisons):
+            what = "a prediction" if name == "predictions" else f"pose input {name!r}"
+            return (
+                f"wrong only where {what} is exactly 0: > 0 in one place and >= 0 in another, or 0"
+                " taken as padding"
+            )
+    return ""
 
 
 def scales_of(combination: Combination) -> dict[str, float]:

@@ -13,6 +13,7 @@ from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import equal_with_nan
+from mtenn_core.testing._probe.instances import own_parameter
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.torch_internals import pretended
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -123,7 +124,7 @@ def _check_frozen_own(subject: Subject, step: Step) -> None:
     for frozen in choices:
         combination = subject.copy(torch.float64)
         for name in frozen:
-            combination.get_parameter(name).requires_grad_(False)
+            own_parameter(combination, name).requires_grad_(False)
         found = partial(_numbers, subject, step, combination)
         cause = (
             "a frozen parameter of the combination is left out of what backward returns, or its"

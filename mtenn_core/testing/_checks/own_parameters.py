@@ -18,6 +18,7 @@ from mtenn_core.testing._checks.derivatives import (
     directions_for,
     probes_of,
 )
+from mtenn_core.testing._checks.many_poses import SPREAD, loops_over_poses
 from mtenn_core.testing._checks.whole_model import (
     BOTH,
     loss_of_both,
@@ -33,6 +34,7 @@ from mtenn_core.testing._probe.finite_differences import (
     directional_derivatives,
     resolution,
 )
+from mtenn_core.testing._probe.instances import own_parameter
 from mtenn_core.testing._probe.kinks import kink_cause
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
@@ -95,10 +97,12 @@ def _cause_in_own_parameters(subject: Subject, comparisons: list[Comparison]) ->
 
 def _more_poses(subject: Subject) -> list[Poses]:
     """Return more than a handful of poses, and poses of which one has a population of 0."""
+    numbers = () if loops_over_poses(subject) else (257, 1025)
     return [
         subject.probes.poses(9, 0.0, 0.3),
         subject.probes.poses(20, 0.0, 0.3),
         subject.probes.poses(130, 0.0, 0.02),
+        *(subject.probes.poses(n_poses, 0.0, SPREAD) for n_poses in numbers),
         *underflowing_weights(subject),
     ]
 
@@ -111,7 +115,7 @@ def _of_own_parameters(
     eps = resolution(subject.values(torch.stack([subject.probes.poses(3).row() for _ in range(4)])))
     for poses in points:
         for name in names:
-            param = subject.combination.get_parameter(name)
+            param = own_parameter(subject.combination, name)
             directions = directions_for(subject, param.numel())[:n_directions]
             fd = _derivatives_of_parameter(subject, name, poses, directions, eps)
             gradient_at = partial(subject.gradient_of_parameter, name)
@@ -128,7 +132,7 @@ def _derivatives_of_parameter(
     function: Callable[[Tensor], Tensor] = lambda values: values,
 ) -> Estimate:
     """Return the derivatives of a function of the value with respect to an own parameter."""
-    param = subject.combination.get_parameter(name)
+    param = own_parameter(subject.combination, name)
     return directional_derivatives(
         lambda settings: function(subject.values_of_parameter(name, poses, settings)),
         param.detach().reshape(1, -1).repeat(len(directions), 1),
@@ -143,7 +147,7 @@ def _own_parameters_in_a_model(subject: Subject, names: list[str]) -> list[Compa
     poses = subject.probes.poses(5, 0.0, 0.3)
     comparisons = []
     for name in names:
-        directions = directions_for(subject, subject.combination.get_parameter(name).numel())[:1]
+        directions = directions_for(subject, own_parameter(subject.combination, name).numel())[:1]
         fd = _derivatives_of_parameter(
             subject,
             name,
@@ -160,7 +164,7 @@ def _own_parameters_in_a_model(subject: Subject, names: list[str]) -> list[Compa
 
 def _gradient_in_a_model(subject: Subject, name: str, mode: str, poses: Poses) -> Tensor:
     """Return the flattened gradient of an own parameter, as an optimizer sees it."""
-    param = subject.combination.get_parameter(name)
+    param = own_parameter(subject.combination, name)
     param.grad = None
     loss_of_both(*outputs_of(subject, _Factor(), poses.predictions, poses, mode)).backward()
     gradient, param.grad = param.grad, None

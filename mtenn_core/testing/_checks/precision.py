@@ -123,7 +123,7 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
     weights = subject.weights(wide.poses)
     few = len(poses) <= 30
     # This is slow. For many poses, compute it only if it is needed.
-    moved = _change_by_last_digit(subject.weights, wide.poses, weights) if few else None
+    moved = _change_by_last_digit(subject, subject.weights, wide.poses, weights) if few else None
     # A small weight may have the roundoff of a usual weight. For example, the derivative of tanh is
     # computed as 1 - tanh².
     usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
@@ -139,7 +139,7 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
         allowed = beyond | ~expected[name].isfinite()
         if not ((error <= tolerance) | allowed).all():  # the value may be stiff here
             if moved is None:
-                moved = _change_by_last_digit(subject.weights, wide.poses, weights)
+                moved = _change_by_last_digit(subject, subject.weights, wide.poses, weights)
             tolerance = limits.tiny + torch.tensordot(slack + 8 * moved, sizes, dims=1)
         if not ((error <= tolerance) | allowed).all():
             at = int((error - tolerance).nan_to_num(math.inf).argmax())
@@ -166,7 +166,7 @@ def _check_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     """Return error / tolerance of a value in low precision."""
     expected = subject.value(poses)
     size = max(float(poses.predictions.abs().amax()), abs(float(expected)))
-    moved = float(_change_by_last_digit(subject.value, poses, expected))
+    moved = float(_change_by_last_digit(subject, subject.value, poses, expected))
     limits = torch.finfo(value.dtype)
     if abs(float(expected)) > limits.max / 2:
         return 0.0
@@ -184,15 +184,21 @@ def _check_value(subject: Subject, value: Tensor, poses: Poses) -> float:
     return off
 
 
-def _change_by_last_digit(function: Callable[[Poses], Tensor], poses: Poses, at: Tensor) -> Tensor:
-    """Return the change of a result if the last digit of its inputs in float32 changes."""
+def _change_by_last_digit(
+    subject: Subject, function: Callable[[Poses], Tensor], poses: Poses, at: Tensor
+) -> Tensor:
+    """Return the change of a result if the last digit of its inputs in float32 changes.
+
+    Labels stay as they are: they are exact in every dtype, and others may raise an error.
+    """
+    fixed = {name: poses.inputs[name] for name in subject.probes.labels()}
 
     def nearby(numbers: Tensor, sign: int) -> Tensor:
         by = sign * torch.finfo(torch.float32).eps * numbers.abs()
         odd = torch.arange(len(numbers)) % 2 == 1
         return numbers + torch.where(odd, by, -by)
 
-    near = [poses.map(partial(nearby, sign=sign)) for sign in (-1, 1)]
+    near = [poses.map(partial(nearby, sign=sign)).with_inputs(fixed) for sign in (-1, 1)]
     return torch.stack([(function(each) - at).abs() for each in near]).amax(0)
 
 

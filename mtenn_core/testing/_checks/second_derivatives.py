@@ -15,7 +15,7 @@ from mtenn_core.testing._checks.derivatives import directions_for
 from mtenn_core.testing._outcomes import Advice, Metrics
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import directional_derivatives
-from mtenn_core.testing._probe.instances import independent_copy
+from mtenn_core.testing._probe.instances import independent_copy, own_parameter
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
@@ -135,7 +135,7 @@ def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
 
 def _by_parameter(subject: Subject, poses: Poses, pose: int, name: str) -> list[Comparison]:
     """Compare the derivatives of the weight of a pose with respect to an own parameter."""
-    param = subject.combination.get_parameter(name)
+    param = own_parameter(subject.combination, name)
     before = param.detach().clone()
 
     def put_in(setting: Tensor) -> None:
@@ -209,7 +209,7 @@ def _derivative_of_weight(
     """
     with subject.restored_state(), torch.inference_mode(False), torch.enable_grad():
         y = poses.predictions.detach().clone().requires_grad_()
-        by = y if name is None else subject.combination.get_parameter(name)
+        by = y if name is None else own_parameter(subject.combination, name)
         value = combined_prediction(
             subject.combination, y, poses.copied_inputs(), closed_form=False
         )

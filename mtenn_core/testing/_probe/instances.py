@@ -58,6 +58,9 @@ def independent_copy(combination: Combination) -> Combination:
     device.
     """
     made: Combination = copy.deepcopy(combination)
+    for param in made.parameters():
+        if not param.is_leaf:  # a copy of a TorchScript module has the original in its graph
+            param.detach_().requires_grad_()
     if not shares_with(made, combination):
         return made
     # deepcopy looks into this dict first, so it asks no parameter, buffer or module for a copy.
@@ -102,3 +105,11 @@ def _tensors(combination: Combination) -> list[tuple[str, Tensor]]:
         attributes = {k: v for k, v in vars(module).items() if not k.startswith("_")}
         named += [([*attributes][i], t) for i, t in tensors_in([*attributes.values()])]
     return named
+
+
+def own_parameter(combination: Combination, name: str) -> torch.nn.Parameter:
+    """Return a parameter of a combination.
+
+    ``get_parameter`` raises an error for a parameter of a TorchScript module.
+    """
+    return dict(combination.named_parameters())[name]

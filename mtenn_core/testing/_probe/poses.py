@@ -53,7 +53,11 @@ class Poses:
 
     def with_input(self, name: str, numbers: Tensor) -> Poses:
         """Return the same poses with other numbers for one of the inputs."""
-        return Poses(self.predictions, {**self.inputs, name: numbers})
+        return self.with_inputs({name: numbers})
+
+    def with_inputs(self, numbers: PoseInputs) -> Poses:
+        """Return the same poses with other numbers for some of the inputs."""
+        return Poses(self.predictions, {**self.inputs, **numbers})
 
     def fixed(self, function: Callable[[Poses], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return ``function`` as a function of predictions, with the pose inputs of these poses."""

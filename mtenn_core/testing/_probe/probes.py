@@ -36,7 +36,7 @@ class Probes:
         self, combination: Combination, seed: int, find_labels: Callable[[], Labels] = dict
     ) -> None:
         self.combination = combination
-        self._labels = cache(find_labels)
+        self.labels = cache(find_labels)
         self._generator = torch.Generator().manual_seed(seed)
 
     def n_poses(self, n_poses: int) -> int:
@@ -68,7 +68,7 @@ class Probes:
         return Poses(predictions, {name: self._input(name, n_poses, spread) for name in names})
 
     def _input(self, name: str, n_poses: int, spread: float) -> Tensor:
-        if name in (labels := self._labels()):
+        if name in (labels := self.labels()):
             return random_labels(labels[name], n_poses, self._generator)
         return (spread or 1.0) * self.randn(n_poses)
 

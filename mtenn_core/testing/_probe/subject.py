@@ -21,8 +21,8 @@ from mtenn_core._engine.evaluation import (
 )
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.forward_only import ForwardOnly
-from mtenn_core.testing._probe.instances import independent_copy
-from mtenn_core.testing._probe.labels import N_POSES, Labels, find_labels
+from mtenn_core.testing._probe.instances import independent_copy, own_parameter
+from mtenn_core.testing._probe.labels import Labels, find_labels, n_poses_of_trials
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import Probes
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -67,8 +67,10 @@ class Subject:
         trial = copy.copy(self)
         trial.combination = independent_copy(self.combination)
         probes = Probes(trial.combination, self.seed)
-        predictions = probes.predictions(probes.n_poses(N_POSES))
-        return find_labels(self.combination.pose_inputs, trial.value, predictions, self.seed)
+        fewest = self.combination.min_poses
+        predictions = probes.predictions(n_poses_of_trials(fewest))
+        names = self.combination.pose_inputs
+        return find_labels(names, trial.value, predictions, self.seed, fewest)
 
     def copy(self, dtype: torch.dtype | None = None) -> Combination:
         """Return another copy on the CPU. ``dtype`` is that of its parameters and buffers."""
@@ -207,7 +209,7 @@ class Subject:
         shape (batch,)
         """
         module, _, own = name.rpartition(".")
-        param = self.combination.get_parameter(name)
+        param = own_parameter(self.combination, name)
         row = poses.row()
 
         def value(combination: Combination, setting: Tensor) -> Tensor:
@@ -228,7 +230,7 @@ class Subject:
 
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
         """Return the flattened gradient of one of its own parameters, as training uses it."""
-        param = self.combination.get_parameter(name)
+        param = own_parameter(self.combination, name)
         value = self.call(Step(poses, {}, {}))
         gradient = None
         if value.requires_grad:
