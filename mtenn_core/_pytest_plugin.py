@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from mtenn_core.testing import Report
+    from mtenn_core.testing import Record, Report
 
 # The word for each status in the summary, in this order.
 WORDS = {
@@ -59,9 +59,15 @@ def add_result(report: Report, name: str, *, whole_class: bool) -> None:
         test function
     """
     statuses = {record.id: record.status for record in report.records}
-    advice = {record.id: record.cause or record.reason for record in report.advice}
+    advice = {record.id: _advice(record) for record in report.advice}
     result = {"n_expected": report.n_expected, "statuses": statuses, "advice": advice}
     _results.append((name, whole_class, result))
+
+
+def _advice(record: Record) -> str:
+    """Return the hazard in one line, and the code that removes it in another."""
+    hazard = record.reason.partition("\n")[0].rstrip(":")
+    return f"{hazard}\n    to do: {record.cause}" if record.cause else hazard
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -98,7 +104,7 @@ def _scope(item: pytest.Item, whole_class: bool) -> str:
 class ConformanceSummary:
     """A pytest plugin that collects the results of all tests, and prints a line about them.
 
-    Below it, a line for each advice names the combination, the check and the code to change.
+    Below it, each advice names the combination, the check, the hazard and the code to change.
     """
 
     def __init__(self) -> None:

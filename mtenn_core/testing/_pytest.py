@@ -67,7 +67,8 @@ class BoundCheck:
             pytest.xfail(record.reason)
         if record.status not in ("pass", "advice"):
             message = f"{report.name}, {report.combination}\n{record}"
-            short = record.cause or record.reason.partition("\n")[0]
+            hazard = record.reason.partition("\n")[0]
+            short = hazard if record.is_advice else record.cause or hazard
             if record.status == "xpass":
                 short = f"the check passes; remove {record.id!r} from expected_failures"
                 message += f"\n    {short}"

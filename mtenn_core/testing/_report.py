@@ -36,6 +36,7 @@ class Record:
     seed : seed of the random numbers that the check used
     duration : in seconds
     repro : shell command that runs this check again
+    is_advice : True for advice, also if it is a failure at the level ``"quality"``
     """
 
     id: str
@@ -48,6 +49,7 @@ class Record:
     seed: int = 0
     duration: float = 0.0
     repro: str = ""
+    is_advice: bool = False
 
     @property
     def failed(self) -> bool:
@@ -57,10 +59,9 @@ class Record:
     def __str__(self) -> str:
         lines = [f"{self.status:<12} {self.id}  {self.title}"]
         lines += [textwrap.indent(self.reason, "    ")] if self.reason else []
-        if self.status == "advice":
-            lines += [f"    to do: {self.cause}"] if self.cause else []
+        if self.cause and (self.failed or self.status == "advice"):
+            lines += [f"    {'to do' if self.is_advice else 'likely cause'}: {self.cause}"]
         if self.failed:
-            lines += [f"    likely cause: {self.cause}"] if self.cause else []
             lines += [f"    again: {self.repro}"]
         return "\n".join(lines)
 

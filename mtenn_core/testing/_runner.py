@@ -180,6 +180,7 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
         seed=seed,
         duration=time.perf_counter() - start,
         repro=again,
+        is_advice=status == "advice",
     )
 
 

@@ -65,7 +65,16 @@ def test_advice_is_a_failure_at_the_level_quality():
     assert ids(report.failures) == ADVISED
     assert report.advice == []
     for record in report.failures:
+        assert record.is_advice
+        assert f"    to do: {record.cause}" in str(record)
         assert record.repro.endswith(f" --only {record.id} --seed 0 --level quality")
+
+
+def test_the_page_of_advice_that_fails_says_what_to_do():
+    report = check_combination(GuideWordForWord, level="quality", only=["A11"])
+    page = render([report])
+    assert "To do:" in page
+    assert "Likely cause:" not in page
 
 
 def test_the_command_of_a_class_that_cannot_be_imported_has_the_level():

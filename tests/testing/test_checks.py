@@ -108,6 +108,19 @@ class WithoutProductRule(Combination):
         return torch.softmax(-predictions, dim=0)
 
 
+class DetachedScale(Combination):
+    def combine(self, predictions):
+        scale = 1 + predictions.std(unbiased=False).detach()
+        return torch.logsumexp(scale * predictions, 0) / scale
+
+
+class LogarithmOfInput(Combination):
+    pose_inputs = ("weight",)
+
+    def combine(self, predictions, weight):
+        return predictions.mean() + weight[0].log()
+
+
 class CastToFloat32(Combination):
     def combine(self, predictions):
         return -torch.logsumexp(-predictions, dim=0)
@@ -138,7 +151,9 @@ class InPlace(Combination):
     ("combination", "check", "cause"),
     [
         (HiddenScale, "C1", "value: the factor 1.667 in the exponent is missing"),
-        (WithoutProductRule, "C1", "of the populations is missing (product rule)"),
+        (WithoutProductRule, "C1", "the derivative of the populations (product rule)"),
+        (DetachedScale, "C1", "or that of a detached scale"),
+        (LogarithmOfInput, "D3", "for these pose inputs, whatever the predictions are"),
         (CastToFloat32, "C1", "the predictions are cast to torch.float32"),
         (InPlace, "A5", "grad_output is changed in place"),
     ],

@@ -454,7 +454,8 @@ def test_reports_of_workers_come_together_in_the_controller(pytest_on, pytester)
     )
 
 
-ADVICE = "A10: decorate backward with torch.autograd.function.once_differentiable"
+HAZARD = "A10: a loss that contains gradients, such as a gradient penalty, trains with wrong*"
+TO_DO = "    to do: decorate backward with torch.autograd.function.once_differentiable"
 
 
 def test_advice_is_a_passed_test_and_a_line_of_the_summary(pytest_on):
@@ -463,15 +464,19 @@ def test_advice_is_a_passed_test_and_a_line_of_the_summary(pytest_on):
     result.stdout.fnmatch_lines(
         [
             f"conformance: 1 combination, 2 of {len(FULL)} checks: 1 passed, 1 with advice",
-            f"advice: test_rules.py::TestRule Advised, {ADVICE}",
+            f"advice: test_rules.py::TestRule Advised, {HAZARD}",
+            TO_DO,
         ]
     )
 
 
 def test_advice_is_a_failed_test_at_the_level_quality(pytest_on):
-    result = pytest_on(of_class("combination = Advised", "quality"), "-k", "a10_")
+    tests = of_class("combination = Advised", "quality")
+    result = pytest_on(tests, "-k", "a10_", "-vv")
     assert counted(result)["failed"] == 1
-    result.stdout.fnmatch_lines(["*again: mtenn check rules.py:Advised * --level quality"])
+    result.stdout.fnmatch_lines([TO_DO, "*again: mtenn check rules.py:Advised * --level quality"])
+    (line,) = [line for line in result.outlines if line.startswith("FAILED")]
+    assert " - A10 fail: a loss that contains" in line
     result.stdout.no_fnmatch_line("advice: *")
 
 
@@ -484,7 +489,8 @@ def test_advice_of_workers_is_in_the_summary(pytest_on, pytester):
     result.stdout.fnmatch_lines(
         [
             f"conformance: 1 combination, 2 of {len(FULL)} checks: * with advice",
-            f"advice: test_rules.py::TestRule Advised, {ADVICE}",
+            f"advice: test_rules.py::TestRule Advised, {HAZARD}",
+            TO_DO,
         ]
     )
 

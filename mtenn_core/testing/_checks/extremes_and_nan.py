@@ -41,7 +41,7 @@ def extremes(subject: Subject) -> Metrics:
             raise Fail(
                 f"{what}, {poses}: expected finite numbers; found the value {value.item():g}"
                 f" and the weights [{listed(weights)}]",
-                cause=_infinite_cause(what, value),
+                cause=_infinite_cause(subject, what, poses, value),
             )
     poses = subject.probes.poses(n)
     for turn in range(n):  # so that the best pose has each index once
@@ -50,7 +50,13 @@ def extremes(subject: Subject) -> Metrics:
     return {}
 
 
-def _infinite_cause(what: str, value: Tensor) -> str:
+def _infinite_cause(subject: Subject, what: str, poses: Poses, value: Tensor) -> str:
+    usual = poses.at(subject.probes.predictions(len(poses)))
+    if poses.inputs and not subject.value(usual).isfinite():
+        return (
+            "the value is not finite for these pose inputs, whatever the predictions are: is there"
+            " a division by a sum of weights that is 0, or a logarithm of a number below 0?"
+        )
     if "1e4" in what:
         return (
             "exp() of a large number, or its logarithm: shift by the extreme first, as"

@@ -79,7 +79,9 @@ def _check_numbers_of_poses(subject: Subject) -> None:
 
 def _cause_of_many(subject: Subject, poses: Poses, cause: str) -> str:
     # Many predictions are so close to one another that each step crosses a kink at ties.
-    if cause == KINK or (subject.combination.smooth and at_kink(subject, poses[:9].tied())):
+    if cause == KINK or (
+        subject.combination.smooth and at_kink(subject, poses[[*range(9)]].tied())
+    ):
         return KINK
     only = f"if C1 passes: wrong only for {len(poses)} poses or more"
     return "; ".join(filter(None, [cause, only]))
@@ -118,15 +120,21 @@ def _growth_of_work(subject: Subject) -> float:
 
 def loops_over_poses(subject: Subject) -> bool:
     """Return True if the value takes at least one more operation for each further pose."""
-    few, many = (_operations(subject, n_poses) for n_poses in (32, 128))
-    return many - few >= 128 - 32
+    few, many = (_work_of_value(subject, n_poses) for n_poses in (32, 128))
+    return many.operations - few.operations >= 128 - 32
 
 
-def _operations(subject: Subject, n_poses: int) -> int:
+def has_pairs_of_poses(subject: Subject) -> bool:
+    """Return True if the work of the value grows with the square of the number of poses."""
+    few, many = (_work_of_value(subject, n_poses) for n_poses in (32, 128))
+    return many.elements > 8 * few.elements
+
+
+def _work_of_value(subject: Subject, n_poses: int) -> _Work:
     poses = subject.probes.poses(n_poses)
     with _Work() as work:
         subject.value(poses)
-    return work.operations
+    return work
 
 
 class _Work(DispatchMode):

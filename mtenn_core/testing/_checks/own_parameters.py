@@ -18,7 +18,7 @@ from mtenn_core.testing._checks.derivatives import (
     directions_for,
     probes_of,
 )
-from mtenn_core.testing._checks.many_poses import SPREAD, loops_over_poses
+from mtenn_core.testing._checks.many_poses import SPREAD, has_pairs_of_poses, loops_over_poses
 from mtenn_core.testing._checks.whole_model import (
     BOTH,
     loss_of_both,
@@ -97,7 +97,8 @@ def _cause_in_own_parameters(subject: Subject, comparisons: list[Comparison]) ->
 
 def _more_poses(subject: Subject) -> list[Poses]:
     """Return more than a handful of poses, and poses of which one has a population of 0."""
-    numbers = () if loops_over_poses(subject) else (257, 1025)
+    is_slow = loops_over_poses(subject) or has_pairs_of_poses(subject)
+    numbers = () if is_slow else (257, 1025)
     return [
         subject.probes.poses(9, 0.0, 0.3),
         subject.probes.poses(20, 0.0, 0.3),

@@ -265,8 +265,8 @@ def _structure(points: Sequence[Point]) -> str:
         return f"the temperature of the weights differs from that of the value{scale}"
     if several and all(_is_softmax(p, p.found) for p in several):
         return (
-            "the weights are only the softmax of the predictions: the derivative of the populations"
-            " is missing (product rule)"
+            "the weights are only a softmax of the predictions, and a term is missing: the"
+            " derivative of the populations (product rule), or that of a detached scale"
         )
     if all(p.fits(_projected(p)) for p in points):
         return "normalisation: the weights have the right proportions, but a wrong sum"
