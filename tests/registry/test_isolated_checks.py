@@ -228,7 +228,8 @@ def test_an_allocation_beyond_the_limit_is_an_error_that_names_the_limit(write, 
             id="writes to every file",
             marks=ALIKE,
         ),
-        pytest.param("os.fork()", id="a fork that goes on with the checks"),
+        # Once: with a fork in each of n calls, there would be 2^n processes.
+        pytest.param("once() and os.fork()", id="a fork that goes on with the checks"),
     ],
 )
 def test_a_plugin_cannot_disturb_the_pipes_of_its_process(write, code):
