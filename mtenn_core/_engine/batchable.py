@@ -47,7 +47,7 @@ class Batchability:
 
     def verdict(self, combination: Combination) -> bool | None:
         """Return whether the combination can run in batches; None if it must be found out."""
-        if self._n_refusals == MOST_REFUSALS:
+        if self._n_refusals >= MOST_REFUSALS:
             return False
         return self._verdict if self._key == _attributes(combination) else None
 
