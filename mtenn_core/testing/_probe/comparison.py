@@ -188,10 +188,10 @@ def judge(
     if wrong:
         worst = max(wrong, key=_display_priority)
         raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
-    # Half of the probes of a value in float32 may be inconclusive, and of few probes even more. The
+    # Half of the probes of a value in float32 may be inconclusive, and of few probes nearly all. The
     # other probes still decide.
-    limit = 0.6 if len(comparisons) >= 20 else 0.75
-    if metrics["inconclusive"] > limit * len(comparisons):
+    n = len(comparisons)
+    if metrics["inconclusive"] > (0.6 * n if n >= 20 else max(n - 2, 0.75 * n)):
         raise Inconclusive(
             f"at {metrics['inconclusive']} of {len(comparisons)} points, finite differences are too"
             " uncertain to show an error of 1 %. There, the value hardly depends on the"
