@@ -188,8 +188,8 @@ def judge(
     if wrong:
         worst = max(wrong, key=_display_priority)
         raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
-    # Half of the probes of a value in float32 may be inconclusive, and of few probes nearly all. The
-    # other probes still decide.
+    # Half of the probes of a value in float32 may be inconclusive, and of few probes all but two.
+    # The others still decide.
     n = len(comparisons)
     if metrics["inconclusive"] > (0.6 * n if n >= 20 else max(n - 2, 0.75 * n)):
         raise Inconclusive(
