@@ -293,7 +293,7 @@ def test_nothing_from_a_plugin_controls_the_terminal(
 
 
 @pytest.mark.parametrize("charset", ["ascii", "cp1252"])
-@pytest.mark.parametrize("command", ["info healthy", "check healthy --only A1", "list --all"])
+@pytest.mark.parametrize("command", ["info greek", "check greek --only A1", "list --all"])
 def test_a_terminal_without_unicode_gets_escape_sequences(
     places, monkeypatch, tmp_path, charset, command
 ):
@@ -307,8 +307,9 @@ def test_a_terminal_without_unicode_gets_escape_sequences(
             def combine(self, predictions):
                 return predictions.mean()
     """
+    # Another version of demo-healthy would stay loaded in the registry of the process.
     write_distribution(
-        places.front, "demo-healthy", {"healthy": "demo_healthy:Good"}, module, version="1.0Δ"
+        places.front, "demo-greek", {"greek": "demo_greek:Good"}, module, version="1.0Δ"
     )
     registry.refresh()
     result = CliRunner(charset=charset).invoke(main, command.split())

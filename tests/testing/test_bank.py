@@ -39,7 +39,7 @@ ALONE = {
     "B3": "weights wrong above fifty poses",
     "C1": "weights wrong far from zero",
     "C2": "parameters that an optimizer trains decay, plain tensors do not",
-    "C3": "own parameter detached",
+    "C3": "own gradient is that of t, not of ln t",
     "D1": "last pose dropped from value and weights",
     "D2": "bounded, and grows by ln M",
     "D3": "NaN taken for zero",
