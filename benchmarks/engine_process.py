@@ -24,7 +24,7 @@ PINNED = {
     "MALLOC_TRIM_THRESHOLD_": "65536",
     "MALLOC_ARENA_MAX": "1",
 }
-# What users may set, by name; another allocator is preloaded by its path.
+# Settings of the allocator, by name. Another allocator is preloaded by its path.
 DEFAULTS, THRESHOLD = "defaults", "threshold"
 SETTINGS = {
     DEFAULTS: {},

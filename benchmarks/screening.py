@@ -78,7 +78,7 @@ def make_ways(model: MultiPoseModel, batch: list[Compound]) -> dict[str, Way]:
 
 @torch.inference_mode()
 def add_pairs(ways: dict[str, Way], pairs: dict[str, list[tuple[float, float]]]) -> None:
-    """Time each way right after or right before the pose model alone, and note both CPU times."""
+    """Time each way next to the pose model alone. Record both CPU times."""
     for name in COMPARED:
         for names in ((COMPARED[name], name), (name, COMPARED[name])):
             seconds = {}
@@ -92,7 +92,7 @@ def add_pairs(ways: dict[str, Way], pairs: dict[str, list[tuple[float, float]]])
 def timed_pairs(
     model: MultiPoseModel, max_poses: int, repeats: int, *, ragged: bool
 ) -> dict[str, list[tuple[float, float]]]:
-    """Return for each way pairs of CPU times: of the way, and of the pose model alone."""
+    """Return pairs of CPU times for each way: its own, and that of the pose model alone."""
     compounds = with_poses(read_measurements()[:TIMED_MOLECULES], ragged=ragged)
     ways = [make_ways(model, batch) for batch in batches(compounds, max_poses)]
     pairs: dict[str, list[tuple[float, float]]] = {name: [] for name in COMPARED}

@@ -31,7 +31,20 @@ class CannotBatchError(Exception):
     """A combination cannot run in batches. The message is the reason."""
 
 
-def first_difference(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> str:
+class DifferentNumbersError(CannotBatchError):
+    """A batch gives other numbers than a loop over the compounds.
+
+    Attributes
+    ----------
+    what : the number that differs
+    """
+
+    def __init__(self, what: str) -> None:
+        super().__init__(f"a batch gives a different {what}")
+        self.what = what
+
+
+def _first_difference(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> str:
     """Return what differs between a batch of compounds and a loop over them; "" if nothing does.
 
     Two numbers are equal if half of their digits are. A batch may add numbers in another order, but
@@ -78,12 +91,13 @@ def check_can_batch(combination: Combination, predictions: Tensor, inputs: PoseI
 
     Raises
     ------
-    CannotBatchError : the numbers differ; or the combination is stochastic, catches errors, changes
-        attributes, buffers or predictions, or keeps a tensor; or vmap does not support it, as with
-        control flow that depends on numbers
+    DifferentNumbersError : the numbers differ
+    CannotBatchError : the numbers differ only at ties; or the combination is stochastic, catches
+        errors, changes attributes, buffers or predictions, or keeps a tensor; or vmap does not
+        support it, as with control flow that depends on numbers
     """
-    if what := first_difference(combination, predictions, inputs):
-        raise CannotBatchError(f"a batch gives a different {what}")
+    if what := _first_difference(combination, predictions, inputs):
+        raise DifferentNumbersError(what)
     # The last call repeats the first. If a call changes the next one, the two differ.
     again = _rows(predictions, inputs, [0, -1, 0])
     values = _results_of_copy(from_rows, combination, *again)["value"]
@@ -93,7 +107,7 @@ def check_can_batch(combination: Combination, predictions: Tensor, inputs: PoseI
     tied = torch.arange(predictions.shape[1], device=predictions.device)
     ties = torch.stack([predictions[0, tied // 2], predictions[0, 0 * tied]])
     try:
-        what = first_difference(combination, ties, _rows(predictions, inputs, [0, 0])[1])
+        what = _first_difference(combination, ties, _rows(predictions, inputs, [0, 0])[1])
     except Exception as error:  # the author may refuse ties
         raise CannotBatchError(f"equal predictions are an error: {error_text(error)}") from error
     if what:

@@ -27,7 +27,7 @@ class Batchability:
     """Whether one combination can run in batches.
 
     This holds until an attribute of the combination changes, and after three refusals for good. The
-    first batch compares copies of the combination, which takes a few milliseconds.
+    first batch compares copies of the combination, which takes about 10 ms.
 
     Parameters
     ----------

@@ -4,7 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from mtenn_core._engine.batch_probe import CannotBatchError, check_can_batch, first_difference
+from mtenn_core._engine.batch_probe import (
+    CannotBatchError,
+    DifferentNumbersError,
+    check_can_batch,
+)
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.subject import Subject
@@ -26,16 +30,14 @@ def batches(subject: Subject) -> Metrics:
         predictions = torch.stack([each.predictions for each in poses])
         inputs = {n: torch.stack([each.inputs[n] for each in poses]) for n in poses[0].inputs}
         try:
-            different = first_difference(combination, predictions, inputs)
-            if not different:
-                check_can_batch(combination, predictions, inputs)
-        except CannotBatchError as reason:
-            raise Skip(f"the core combines one compound after the other: {reason}") from None
-        if different:
+            check_can_batch(combination, predictions, inputs)
+        except DifferentNumbersError as error:
             raise Fail(
                 f"{n_compounds} compounds with {size} poses each: the batch must give the numbers"
-                f" of a loop over the compounds; found a different {different}",
+                f" of a loop over the compounds; found a different {error.what}",
                 cause="the rule for vmap of an autograd function is wrong (a sum over the"
                 " compounds, len() of the wrong axis): write generate_vmap_rule = True instead",
-            )
+            ) from None
+        except CannotBatchError as reason:
+            raise Skip(f"the core combines one compound after the other: {reason}") from None
     return {}
