@@ -339,8 +339,8 @@ def autograd_weights(
         # The compounds of a batch do not depend on one another.
         if value.dim() != y.dim() - prediction_dims(combination):
             raise CombinationContractError(
-                f"{type(combination).__name__} returns a vector, and pose weights are the derivative"
-                " of one number. The derivative of the vector is"
+                f"{type(combination).__name__} returns a vector, and pose weights are the"
+                " derivative of one number. The derivative of the vector is"
                 " torch.func.jacrev(combination.combine)(predictions)."
             )
         (weights,) = torch.autograd.grad(value.sum(), y)

@@ -23,11 +23,6 @@ Spare = dict[Key, torch.UntypedStorage]
 _SPARE: WeakKeyDictionary[torch.nn.Module, Spare] = WeakKeyDictionary()
 
 
-def spare_memory(pose_model: torch.nn.Module) -> Spare:
-    """Return the memory that is kept for the next call of a pose model."""
-    return _SPARE.setdefault(pose_model, {})
-
-
 def forget_memory(pose_model: torch.nn.Module) -> None:
     """Free the memory that is kept for the next call of a pose model."""
     _SPARE.pop(pose_model, None)
@@ -47,19 +42,28 @@ class GradientBuffer(NamedTuple):
     matrix: Tensor
 
 
-def allocate(params: Params, n_rows: int, spare: Spare) -> list[GradientBuffer]:
-    """Return uninitialized buffers for ``n_rows`` gradients, those of all predictions.
+Memory = tuple[Spare, list[GradientBuffer]]
+
+
+def allocate(
+    pose_model: torch.nn.Module, params: Params, n_poses: int, n_predictions: int
+) -> Memory:
+    """Return memory for the next call of a pose model, and uninitialized buffers for this call.
+
+    The buffers use the memory of earlier calls first.
 
     Parameters
     ----------
-    spare : memory from earlier calls. It is used first, and used parts are removed from ``spare``.
+    n_predictions : the number of predictions per pose; each has its own gradient
     """
+    spare = _SPARE.setdefault(pose_model, {})
+    n_rows = n_poses * n_predictions
     # With one matrix per device and dtype, a sum over poses is a product of a vector and a matrix.
     layouts: dict[Key, dict[str, tuple[torch.Size, torch.dtype]]] = {}
     for name, param in params.items():
         key = param.device, at_least_float32(param.dtype)
         layouts.setdefault(key, {})[name] = (param.shape, param.dtype)
-    return [
+    return spare, [
         GradientBuffer(layout, _matrix(spare, key, n_rows, layout))
         for key, layout in layouts.items()
     ]

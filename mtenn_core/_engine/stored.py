@@ -32,10 +32,10 @@ from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core._engine.gradient_buffers import (
     GradientBuffer,
+    Memory,
     Params,
     Spare,
     allocate,
-    spare_memory,
     split_columns,
     weighted_sum,
 )
@@ -216,10 +216,10 @@ class StoredGradients:
         params = own.params | shared.tensors
         self._spare: Spare = {}
         self._buffers: list[GradientBuffer] = []
-        self._allocate = partial(self._allocate_rows, pose_model, params, len(runs))
+        memory = partial(allocate, pose_model, params, len(runs))
         with in_place:
             self._inner = _InnerGradients(own.leaves, shared.replacements, gate, kept, lock)
-            self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
+            self.predictions = torch.cat([self._store(*each, memory) for each in enumerate(runs)])
         used = self._inner.used
         self.params = {name: param for name, param in params.items() if name in used}
 
@@ -248,24 +248,23 @@ class StoredGradients:
             views |= split_columns(buffer.matrix[rows], buffer.layout)
         return {name: list(views[name]) for name in self.params}
 
-    def _allocate_rows(
-        self, pose_model: torch.nn.Module, params: Params, n_poses: int, n_columns: int
-    ) -> None:
-        """Allocate one row for each prediction. The first pose shows how many there are."""
-        _check_columns(n_columns)
-        self._spare = spare_memory(pose_model)
-        self._buffers = allocate(params, n_poses * n_columns, self._spare)
-
-    def _store(self, pose: int, run: Run) -> Tensor:
+    def _store(self, pose: int, run: Run, memory: Callable[[int], Memory]) -> Tensor:
         """Run a pose and write its rows of gradients. Return its prediction, detached.
 
         The graph of the pose is freed here, unless the pose model keeps a part of it.
+
+        Parameters
+        ----------
+        memory : returns the memory for all rows. It gets the number of predictions per pose, which
+            the first pose shows.
         """
         prediction = run()
         # A view of each number would add a node to the graph.
         numbers = [prediction] if prediction.dim() == 1 else list(prediction[0])
         if pose == 0:
-            self._allocate(len(numbers))
+            if len(numbers) > MOST_COLUMNS:
+                raise GradientError(_TOO_MANY.format(len(numbers)), pose=pose)
+            self._spare, self._buffers = memory(len(numbers))
         for column, number in enumerate(numbers):
             more = column + 1 < len(numbers)
             gradients, scale = self._inner.of(number, pose, retains=more)
@@ -460,16 +459,6 @@ def _flat(name: str, gradient: Tensor | None, param: Tensor) -> Tensor:
     return gradient.flatten()
 
 
-def _check_columns(n_columns: int) -> None:
-    """Raise a GradientError if a pose has too many predictions."""
-    if n_columns > MOST_COLUMNS:
-        raise GradientError(
-            "gradients='stored' takes one backward for each number of a pose, and keeps one"
-            f" gradient for it. It takes at most {MOST_COLUMNS} numbers per pose; found"
-            f" {n_columns}. Use gradients='recomputed', whose memory does not grow with them."
-        )
-
-
 _FREED = (
     "the prediction uses a part of a graph that an earlier backward has freed, such as a receptor"
     " that the pose model embedded for another pose. Give the part that all poses of a compound"
@@ -480,6 +469,11 @@ _OLD = (
     " optimizer's step). Its gradient would belong to the old value. Compute the tensor again in"
     " each call. If all poses of a compound use it, give its module to MultiPoseModel as shared=…."
     " If the value has not changed, use gradients='graph'."
+)
+_TOO_MANY = (
+    "gradients='stored' takes one backward for each number of a pose, and keeps its gradient."
+    f" It takes at most {MOST_COLUMNS} numbers per pose; found {{}}. Use gradients='recomputed',"
+    " whose memory does not grow with them."
 )
 _COMPILED = (
     "the pose model is compiled, and a compiled module cannot repeat its backward for another"
