@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
+from mtenn_core._engine.autograd_nodes import base_of
 from mtenn_core._engine.call import checked_call, checked_poses, given_sizes, total_sizes
 from mtenn_core._engine.columns import Columns, are_columns, columns_of
 from mtenn_core._engine.compounds import (
@@ -238,19 +239,21 @@ class MultiPoseModel(torch.nn.Module):
             combined = combine_tasks(
                 options.combinations, *given, gradients, closed_form=closed_form
             )
+            combined = combined[0] if sizes is None else combined
         elif gradients is not None:
             combined = combine_full_depth(combination, *given, gradients)
+            combined = combined[0] if sizes is None else combined
         elif sizes is None:
             # A view, so that torch raises an error if the combination changes it in place.
             (own,) = predictions.split(n_poses)
             combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
-            return MultiPoseOutput(combined, predictions)
         else:
             combined = combine_compounds(combination, *given, closed_form=closed_form)
-        if sizes is None:
-            combined = combined.squeeze(0)
-        elif len(n_poses) > 1:
+        if len(n_poses) > 1:
             note_sizes(predictions, n_poses)
+        if base_of(combined) is not None:
+            # If the caller changed a view in place, fully_shard would lose its hooks (torch 2.13).
+            combined = combined.clone()
         return MultiPoseOutput(combined, predictions)
 
     def pose_weights(
