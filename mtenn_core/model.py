@@ -19,6 +19,7 @@ from mtenn_core._engine.compounds import (
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
     check_finite,
+    check_kinds,
     combined_prediction,
     inputs_like,
     note_sizes,
@@ -212,6 +213,8 @@ class MultiPoseModel(torch.nn.Module):
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
         if options.check_finite:
             check_finite(predictions, inputs, n_poses)
+            if inputs:
+                check_kinds(options.combination, inputs, n_poses)
         given = options.combination, predictions, inputs, n_poses
         if gradients is not None:
             combined = combine_full_depth(*given, gradients)

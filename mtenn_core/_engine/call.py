@@ -254,7 +254,7 @@ def _checked_inputs(
     combination: Combination, given: Mapping[str, Any], n_poses: int
 ) -> dict[str, Tensor]:
     """Return the pose inputs, in the order of ``combination.pose_inputs``."""
-    who, names = type(combination).__name__, combination.pose_inputs
+    who, names = type(combination).__name__, tuple(combination.pose_inputs)
     for name in given:
         if name not in names:
             raise PredictionError(
