@@ -2987,7 +2987,7 @@ class NoneForInput(ScoredFullDepth):
         return None
 
 
-@wrong("backward of forward ignores grad_output for a pose input", "C4", "constant factor")
+@wrong("backward of forward ignores grad_output for a pose input", "C4", "grad_output")
 class InputWithoutGradOutput(ScoredFullDepth):
     def of_score(self, go, score):
         return super().of_score(torch.ones_like(go), score)

@@ -48,7 +48,7 @@ class OneByOne(ScoreWeighted):
     """Control flow that depends on numbers, so that no batch of compounds is possible."""
 
     def combine(self, predictions: Tensor, score: Tensor) -> Tensor:
-        return super().combine(predictions, score if float(score[0]) > 0 else 2 * score)
+        return super().combine(predictions, score if score[0] > 0 else 2 * score)
 
 
 class FullDepth(ScoreWeightedFullDepth):

@@ -245,8 +245,11 @@ def _mistake(name: str, wrong: list[_Found], entries: list[Comparison]) -> str:
         return torch.allclose(ours, other.to(ours), rtol=0, atol=scale)
 
     factor = float(ours @ right / (right @ right))
-    if is_ours(factor * right):
-        return f"too large by a constant factor of {factor:.6g}"
+    # Any number is a multiple of one other number.
+    if is_ours(factor * right) and (right.abs() > scale).sum() > 1:
+        if math.isclose(factor * GO, 1.0, rel_tol=1e-4):
+            return "wrong: backward does not multiply it by grad_output"
+        return f"wrong by a constant factor of {factor:.6g}"
     if torch.allclose(ours.sort().values, right.sort().values, rtol=0, atol=scale):
         return "that of another pose"
     if len(right) == len(numbers) and is_ours(numbers * right):
