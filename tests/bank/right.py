@@ -1145,6 +1145,8 @@ class Microstates(Combination):
     def __init__(self, kT=0.593, pH_above_pKa=0.7):
         super().__init__()
         self.kT = positive("kT", kT)
+        if not math.isfinite(pH_above_pKa):
+            raise ValueError(f"pH_above_pKa must be finite; found {pH_above_pKa}")
         self.pH_above_pKa = pH_above_pKa
 
     def combine(self, predictions, charge):

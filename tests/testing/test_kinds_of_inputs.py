@@ -2,8 +2,10 @@
 
 import re
 from functools import partial
+from pathlib import Path
 from typing import ClassVar
 
+import bank
 import pytest
 from bank import make_right
 from bank.bases import smooth_max, soft_weights
@@ -17,8 +19,10 @@ from bank.right import (
     TableAndStrain,
 )
 from bank.wrong import InputDetached, InputOfAnotherPose, NoneForInput
+from click.testing import CliRunner
 
 from mtenn_core import Combination
+from mtenn_core._cli import main
 from mtenn_core.combination import InputKind, as_mtenn_combination
 from mtenn_core.errors import CombinationContractError
 from mtenn_core.testing import check_combination
@@ -61,6 +65,12 @@ def test_the_report_shows_the_kinds():
     report = check_combination(TableAndStrain(), only=["A2"])
     assert report.facts["pose_inputs"] == {"kind": "label", "strain": "real"}
     assert report.to_json()["facts"]["pose_inputs"] == {"kind": "label", "strain": "real"}
+
+
+def test_the_command_shows_the_kinds():
+    target = f"{Path(bank.__file__).parent / 'right.py'}:TableAndStrain"
+    shown = CliRunner().invoke(main, ["check", target, "--only", "A2"]).stdout
+    assert "pose_inputs=(kind: label, strain: real)" in shown
 
 
 def test_messages_show_names_and_no_kinds():

@@ -24,8 +24,10 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._probe.training_step import Step
 
 # Each row is (poses, base, spread). The spread is also that of the pose inputs.
-PROBES = ((3, 0.0, 1.0), (3, 0.0, 0.1), (3, -8.0, 1e-3))
+PROBES = ((3, 0.0, 0.5), (3, -8.0, 1e-3))
 MORE_PROBES = (
+    (3, 0.0, 1.0),
+    (3, 0.0, 0.05),
     (1, 0.0, 1.0),
     (2, 0.0, 1.0),
     (3, 0.0, 30.0),
