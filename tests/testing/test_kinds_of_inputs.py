@@ -147,6 +147,7 @@ def test_a_declared_label_ends_a_false_alarm():
     undeclared = with_inputs(Microstates, ("charge",))
     (record,) = check_combination(undeclared(), only=["D5"]).failures
     assert "argument 'kT' must change the value" in record.reason
+    assert "declare the groups' pose input: 'label'" in record.cause
     assert check_combination(Microstates(), only=["D5"]).passed
 
 
