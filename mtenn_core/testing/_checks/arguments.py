@@ -62,9 +62,7 @@ def _or_a_label(subject: Subject) -> str:
     """Return a hint if a pose input may be a label that the probes do not recognize, else ""."""
     if not subject.probes.real_inputs() or declared_kinds(subject.combination):
         return ""
-    return (
-        ". If it counts only within groups of poses, declare the pose input of the groups: 'label'"
-    )
+    return ". If it counts only within groups of poses, declare the groups' pose input: 'label'"
 
 
 def _input_shows(subject: Subject, name: str) -> bool:
