@@ -474,8 +474,8 @@ def test_the_derivative_of_ln_t_keeps_its_digits_in_float32(n_poses, shape, norm
             y = n * shape(n_poses) * (spread / math.exp(log_scale))
             found = log_scale_gradient(combination, y)
             expected = exact_log_scale_gradient(cls, log_scale, normalize, y)
-            # t is right to |ln t| eps. Above the spread of 4, the sum of the terms about the extreme
-            # is right to a few eps of ln M, in units of 1/t.
+            # t is right to |ln t| eps. Above the spread of 4, the sum of the terms about the
+            # extreme is right to a few eps of ln M, in units of 1/t.
             relative = 4 * eps * (4 + abs(log_scale))
             absolute = 4 * eps / math.exp(log_scale)
             if normalize and spread <= 3:
