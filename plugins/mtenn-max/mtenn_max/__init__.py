@@ -222,7 +222,9 @@ class MinCombination(MaxCombination):
     def __init__(
         self, pred_scale: float = 1.0, normalize: bool = False, learnable: bool = False
     ) -> None:
-        super().__init__(True, pred_scale, normalize, learnable)
+        super().__init__(
+            negate_preds=True, pred_scale=pred_scale, normalize=normalize, learnable=learnable
+        )
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return -1/t · ln Σ_i exp(-t y_i) without a shift. If normalized, add 1/t · ln M."""

@@ -522,6 +522,14 @@ def test_a_failed_pose_does_not_disturb_the_derivative_of_ln_t(kind, normalize, 
     assert found == pytest.approx(log_scale_gradient(combination, y) + more, rel=0, abs=1e-14)
 
 
+@NORMALIZE
+def test_a_float32_scale_is_computed_in_the_dtype_of_the_predictions(normalize):
+    combination = learned(MaxCombination, 95.0, normalize).float()  # exp(95) is inf in float32
+    y = torch.tensor([0.0, math.log(2) * math.exp(-95)], dtype=torch.float64)
+    expected = math.log(3 / 2 if normalize else 3)
+    assert combination.combine(y).item() * math.exp(95) == pytest.approx(expected, rel=1e-12)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 def test_the_exponential_beyond_its_line_keeps_its_digits(dtype):
     x = torch.cat([torch.logspace(-12, 0.6, 200), -torch.logspace(-12, 3, 200)]).to(dtype)

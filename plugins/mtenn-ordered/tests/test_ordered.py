@@ -2,6 +2,7 @@ import copy
 import itertools
 import math
 import pickle
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,18 +18,18 @@ from mtenn_core import MultiPoseModel, registry
 from mtenn_core.testing import CombinationConformance, check_combination
 
 CASES = {
-    "top 1": (TopKMeanCombination, {"k": 1}),
-    "top 3": (TopKMeanCombination, {}),
-    "top 1, largest": (TopKMeanCombination, {"k": 1, "largest": True}),
-    "top 4, largest": (TopKMeanCombination, {"k": 4, "largest": True}),
-    "trimmed, 0": (TrimmedMeanCombination, {"proportion": 0.0}),
-    "trimmed, 0.25": (TrimmedMeanCombination, {}),
-    "trimmed, 0.49": (TrimmedMeanCombination, {"proportion": 0.49}),
-    "median": (MedianCombination, {}),
-    "quantile, 0": (QuantileCombination, {"q": 0.0}),
-    "quantile, 0.25": (QuantileCombination, {}),
-    "quantile, 0.9": (QuantileCombination, {"q": 0.9}),
-    "quantile, 1": (QuantileCombination, {"q": 1.0}),
+    "top 1": partial(TopKMeanCombination, k=1),
+    "top 3": TopKMeanCombination,
+    "top 1, largest": partial(TopKMeanCombination, k=1, largest=True),
+    "top 4, largest": partial(TopKMeanCombination, k=4, largest=True),
+    "trimmed, 0": partial(TrimmedMeanCombination, proportion=0.0),
+    "trimmed, 0.25": TrimmedMeanCombination,
+    "trimmed, 0.49": partial(TrimmedMeanCombination, proportion=0.49),
+    "median": MedianCombination,
+    "quantile, 0": partial(QuantileCombination, q=0.0),
+    "quantile, 0.25": QuantileCombination,
+    "quantile, 0.9": partial(QuantileCombination, q=0.9),
+    "quantile, 1": partial(QuantileCombination, q=1.0),
 }
 NAMES = {
     "median": MedianCombination,
@@ -38,7 +39,7 @@ NAMES = {
 }
 RARE = pytest.mark.slow("a gate that is shut by mistake is rare")
 SEEDS = [*range(2), *(pytest.param(seed, marks=RARE) for seed in range(2, 50))]
-EVERY = pytest.mark.parametrize(("cls", "arguments"), CASES.values(), ids=CASES)
+EVERY = pytest.mark.parametrize("make", CASES.values(), ids=CASES)
 HALF = pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 
 
@@ -99,8 +100,8 @@ def by_differences(combination, y, step):
 
 @pytest.mark.parametrize("seed", SEEDS)
 @EVERY
-def test_the_gate_opens_at_every_seed(cls, arguments, seed):
-    report = check_combination(cls(**arguments), level="gate", seed=seed)
+def test_the_gate_opens_at_every_seed(make, seed):
+    report = check_combination(make(), level="gate", seed=seed)
     assert report.passed, str(report)
 
 
@@ -131,8 +132,8 @@ def test_worked_by_hand():
 
 @EVERY
 @pytest.mark.parametrize("n_poses", [1, 2, 3, 4, 5, 10, 41])
-def test_values_are_those_of_numpy(cls, arguments, n_poses):
-    combination = cls(**arguments)
+def test_values_are_those_of_numpy(make, n_poses):
+    combination = make()
     for y in (torch.randn(n_poses, dtype=torch.float64), torch.randint(3, (n_poses,)).double()):
         # Sums of up to 41 numbers, in another order.
         assert combination.combine(y).item() == pytest.approx(
@@ -157,8 +158,8 @@ def test_the_largest_proportion_leaves_one_or_two_poses(n_poses):
 
 @EVERY
 @pytest.mark.parametrize("n_poses", [1, 2, 3, 6, 9])
-def test_weights_agree_with_autograd_and_finite_differences(cls, arguments, n_poses):
-    combination = cls(**arguments)
+def test_weights_agree_with_autograd_and_finite_differences(make, n_poses):
+    combination = make()
     y = (torch.randperm(n_poses) + torch.rand(n_poses) / 2).double()
     weights = combination.pose_weights(y)
     assert torch.equal(by_autograd(combination, y), weights)
@@ -168,9 +169,9 @@ def test_weights_agree_with_autograd_and_finite_differences(cls, arguments, n_po
 
 
 @EVERY
-def test_weights_of_ties_are_the_mean_over_the_orders_of_the_tied_poses(cls, arguments):
+def test_weights_of_ties_are_the_mean_over_the_orders_of_the_tied_poses(make):
     """The order is that of tiny changes of the tied predictions."""
-    combination = cls(**arguments)
+    combination = make()
     for y in ([1.0, 1.0, 1.0, 5.0], [0.0, 2.0, 2.0, 2.0, 2.0], [1.0, 3.0, 1.0, 3.0, 2.0, 3.0]):
         y = torch.tensor(y, dtype=torch.float64)
         orders = [
@@ -183,8 +184,8 @@ def test_weights_of_ties_are_the_mean_over_the_orders_of_the_tied_poses(cls, arg
 
 
 @EVERY
-def test_a_common_change_of_ties_changes_the_value_by_their_weights(cls, arguments):
-    combination = cls(**arguments)
+def test_a_common_change_of_ties_changes_the_value_by_their_weights(make):
+    combination = make()
     y = torch.tensor([1.0, 3.0, 1.0, 3.0, 2.0, 3.0], dtype=torch.float64)
     for tied in (y == 1, y == 3):
         step = 0.25 * tied
@@ -194,8 +195,8 @@ def test_a_common_change_of_ties_changes_the_value_by_their_weights(cls, argumen
 
 @EVERY
 @pytest.mark.parametrize("n_poses", [1, 2, 3, 7, 30])
-def test_equal_predictions_share_the_weight_equally(cls, arguments, n_poses):
-    combination = cls(**arguments)
+def test_equal_predictions_share_the_weight_equally(make, n_poses):
+    combination = make()
     y = torch.full((n_poses,), 0.1)
     assert combination.combine(y) == y[0]
     weights = combination.pose_weights(y)
@@ -205,8 +206,8 @@ def test_equal_predictions_share_the_weight_equally(cls, arguments, n_poses):
 
 
 @EVERY
-def test_weights_add_up_to_one_and_follow_their_poses(cls, arguments):
-    combination = cls(**arguments)
+def test_weights_add_up_to_one_and_follow_their_poses(make):
+    combination = make()
     for y in (torch.randn(9), torch.randint(4, (9,)).float()):
         y = y.double()
         weights = combination.pose_weights(y)
@@ -232,10 +233,10 @@ def test_the_median_of_two_is_their_mean_and_not_the_lower_one():
 
 
 @EVERY
-def test_one_pose_gives_its_own_value(cls, arguments):
+def test_one_pose_gives_its_own_value(make):
     y = torch.tensor([-7.3])
-    assert cls(**arguments).combine(y) == y[0]
-    assert cls(**arguments).pose_weights(y).tolist() == [1.0]
+    assert make().combine(y) == y[0]
+    assert make().pose_weights(y).tolist() == [1.0]
 
 
 INFINITE = {
@@ -286,19 +287,19 @@ def test_a_rank_that_is_whole_but_for_rounding_is_whole():
 
 @EVERY
 @pytest.mark.parametrize("broken", range(4))
-def test_nan_in_gives_nan_out(cls, arguments, broken):
+def test_nan_in_gives_nan_out(make, broken):
     y = torch.tensor([1.0, 4.0, 2.0, 3.0])
     y[broken] = math.nan
-    assert cls(**arguments).combine(y).isnan()
-    assert cls(**arguments).pose_weights(y).isnan().all()
-    assert by_autograd(cls(**arguments), y).isnan().all()
+    assert make().combine(y).isnan()
+    assert make().pose_weights(y).isnan().all()
+    assert by_autograd(make(), y).isnan().all()
 
 
 @EVERY
 @HALF
-def test_half_precision_is_that_of_float32_rounded_once(cls, arguments, dtype):
+def test_half_precision_is_that_of_float32_rounded_once(make, dtype):
     y = torch.randn(64).to(dtype)
-    combination = cls(**arguments)
+    combination = make()
     value, weights = combination.combine(y), combination.pose_weights(y)
     assert value.dtype == weights.dtype == dtype
     assert torch.equal(value, combination.combine(y.float()).to(dtype))
@@ -307,21 +308,21 @@ def test_half_precision_is_that_of_float32_rounded_once(cls, arguments, dtype):
 
 @EVERY
 @HALF
-def test_numbers_near_the_end_of_half_precision_do_not_overflow(cls, arguments, dtype):
+def test_numbers_near_the_end_of_half_precision_do_not_overflow(make, dtype):
     y = torch.full((100,), 6e4).to(dtype)
-    assert cls(**arguments).combine(y) == y[0]
+    assert make().combine(y) == y[0]
 
 
 @EVERY
-def test_the_largest_numbers_do_not_overflow(cls, arguments):
+def test_the_largest_numbers_do_not_overflow(make):
     y = torch.full((64,), 3e38)
-    torch.testing.assert_close(cls(**arguments).combine(y), y[0], rtol=1e-6, atol=0)
+    torch.testing.assert_close(make().combine(y), y[0], rtol=1e-6, atol=0)
 
 
 @EVERY
-def test_a_million_poses_in_float32_give_the_digits_of_float64(cls, arguments):
+def test_a_million_poses_in_float32_give_the_digits_of_float64(make):
     y = torch.randn(1_000_000, generator=torch.Generator().manual_seed(0)) - 8
-    combination = cls(**arguments)
+    combination = make()
     eps = torch.finfo(torch.float32).eps
     # One rounding, and the coefficients of a quantile, which are rounded once.
     found, exact = combination.combine(y).double(), combination.combine(y.double())
@@ -332,18 +333,18 @@ def test_a_million_poses_in_float32_give_the_digits_of_float64(cls, arguments):
 
 
 @EVERY
-def test_second_derivatives_are_zero(cls, arguments):
+def test_second_derivatives_are_zero(make):
     y = torch.tensor([1.0, 3.0, 1.0, math.inf, 2.0, -4.0], dtype=torch.float64)
-    found = torch.autograd.functional.hessian(cls(**arguments).combine, y)
+    found = torch.autograd.functional.hessian(make().combine, y)
     assert torch.equal(found, torch.zeros(6, 6, dtype=torch.float64))
 
 
 @EVERY
 @pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
-def test_a_ragged_batch_gives_the_numbers_of_each_compound(cls, arguments, gradients):
+def test_a_ragged_batch_gives_the_numbers_of_each_compound(make, gradients):
     """With ties: some poses are the same."""
     torch.manual_seed(0)
-    model = MultiPoseModel(torch.nn.Linear(4, 1).double(), cls(**arguments), gradients=gradients)
+    model = MultiPoseModel(torch.nn.Linear(4, 1).double(), make(), gradients=gradients)
     sizes = [3, 1, 5, 3, 1, 5, 3, 2, 5, 3]
     poses = torch.randint(2, (sum(sizes), 4)).double()
     together = model(poses, sizes)
@@ -360,8 +361,8 @@ def test_a_ragged_batch_gives_the_numbers_of_each_compound(cls, arguments, gradi
 
 
 @EVERY
-def test_vmap_gives_the_numbers_of_a_loop(cls, arguments):
-    combination = cls(**arguments)
+def test_vmap_gives_the_numbers_of_a_loop(make):
+    combination = make()
     rows = torch.randint(4, (20, 6)).double()
     for in_dims, batch in ((0, rows), (1, rows.t().contiguous())):
         for function in (combination.combine, combination.pose_weights):
