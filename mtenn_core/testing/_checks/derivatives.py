@@ -272,8 +272,27 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
             points.append(Point(poses, analytic, numerical.derivative, tolerance, wrong))
     scales = scales_of(subject.combination)
     if subject.probes.columns is not None:
-        return cause_in_columns(points, subject.probes.columns, scales)
+        return _jacobian_cause(subject, points) or cause_in_columns(
+            points, subject.probes.columns, scales
+        )
     return cause_in_weights(points, subject.weights, scales)
+
+
+def _jacobian_cause(subject: Subject, points: list[Point]) -> str:
+    """Return the cause if the derivative of a vector is that of the swapped entries, else ""."""
+    wrong = [point for point in points if point.wrong]
+    n_columns = subject.probes.shape(1)[-1]
+    if subject.factors is None or len(subject.factors) != n_columns or not wrong:
+        return ""
+    factors = torch.tensor(subject.factors, dtype=torch.float64)
+    for point in wrong:
+        jacobian = subject.weights_of_results(point.poses)  # (result, pose, column)
+        if not point.expects(torch.einsum("r,cpr->pc", factors, jacobian).flatten()):
+            return ""
+    return (
+        "the Jacobian is transposed: the derivative of result i with respect to column j is that of"
+        " result j with respect to column i"
+    )
 
 
 def _cause_at_zero(subject: Subject, comparisons: list[Comparison]) -> str:
@@ -309,14 +328,16 @@ def scales_of(combination: Combination) -> dict[str, float]:
     }
 
 
-# With columns, a few poses have more numbers than without.
+# With columns, a few poses have more numbers than without. They are evaluated in batches.
 FEW_ENTRIES = 24
 
 
 def directions_for(subject: Subject, n: int) -> Tensor:
     """Return all axes for few inputs, else two random directions: shape (n_directions, n)."""
     few = 6 if subject.thorough else 4
-    if n <= (few if subject.probes.columns is None else FEW_ENTRIES):
+    if subject.probes.columns is not None and subject.may_batch:
+        few = FEW_ENTRIES
+    if n <= few:
         return torch.eye(n, dtype=torch.float64)
     # The entries are ±1/2 and ±1, so that steps along the directions are exact.
     return subject.probes.randn(2, n).sign() * (3 + subject.probes.randn(2, n).sign()) / 4

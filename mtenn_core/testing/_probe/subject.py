@@ -84,6 +84,11 @@ class Subject:
         names = self.combination.pose_inputs
         return find_labels(names, trial.value, predictions, self.seed, fewest)
 
+    @property
+    def may_batch(self) -> bool:
+        """True if many values may be computed in one batch: no call depends on another."""
+        return not (self.combination.stochastic or self._buffers)
+
     def _use_one_number(self) -> None:
         """If the value is a vector, let the combination return one number."""
         try:
@@ -152,7 +157,7 @@ class Subject:
         inputs : shape (batch, size)
         rows : the numbers that are combined for each of the inputs, shape (batch, any)
         """
-        if self.combination.stochastic or self._buffers:
+        if not self.may_batch:
             return loop(inputs)
         try:
             # Use a copy, because a tensor that forward keeps on self belongs to vmap and cannot
