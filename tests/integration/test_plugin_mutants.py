@@ -22,7 +22,8 @@ mutation = sys.modules["mutation"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(mutation)
 
 PLUGINS = {
-    name: importlib.util.find_spec(f"mtenn_{name}").origin for name in ("mean", "max", "boltzmann")
+    name: importlib.util.find_spec(f"mtenn_{name}").origin
+    for name in ("mean", "max", "boltzmann", "ordered")
 }
 SOURCES = {name: Path(path).read_text(encoding="utf-8") for name, path in PLUGINS.items()}
 MUTANTS = {m.change: (name, m) for name in PLUGINS for m in mutation.mutants(SOURCES[name])}
@@ -31,18 +32,28 @@ ALL_CHECKS = [check.id for check in CHECKS]  # of every level
 # What nobody can tell from the plugin itself: why, and which.
 EQUIVALENT = {
     "at the ends of the range of the arithmetic, the value has reached its limit": [
-        "MaxCombination._signed_scale: 1 -> 2",
+        "MaxCombination._scale_and_growth: 1 -> 2",
         "BoltzmannCombination._kT_within_range: 1 -> 2",
     ],
     "min and max take their arguments in any order": [
-        "MaxCombination._signed_scale: max(self.pred_scale, 1 / highest)"
-        " -> max(1 / highest, self.pred_scale)",
-        "MaxCombination._signed_scale: min(max(self.pred_scale, 1 / highest), highest)"
-        " -> min(highest, max(self.pred_scale, 1 / highest))",
+        "MaxCombination._scale_and_growth: max(self._pred_scale, 1 / highest)"
+        " -> max(1 / highest, self._pred_scale)",
+        "MaxCombination._scale_and_growth: min(max(self._pred_scale, 1 / highest), highest)"
+        " -> min(highest, max(self._pred_scale, 1 / highest))",
+        "TopKMeanCombination.reference: min(self.k, len(predictions))"
+        " -> min(len(predictions), self.k)",
+        "TopKMeanCombination._ranks: min(self.k, n_poses) -> min(n_poses, self.k)",
         "BoltzmannCombination._kT_within_range: max(self._kT, 1 / highest)"
         " -> max(1 / highest, self._kT)",
         "BoltzmannCombination._kT_within_range: min(max(self._kT, 1 / highest), highest)"
         " -> min(highest, max(self._kT, 1 / highest))",
+    ],
+    "isclose takes its arguments in any order": [
+        "QuantileCombination._ranks: math.isclose(rank, round(rank), rel_tol=1e-15)"
+        " -> math.isclose(round(rank), rank, rel_tol=1e-15)",
+    ],
+    "a tolerance of a few roundings may be twice as large": [
+        "QuantileCombination._ranks: 1e-15 -> 2e-15",
     ],
     "promote_types takes its arguments in any order": [
         "MaxCombination._exponents: torch.promote_types(predictions.dtype, torch.float32)"
@@ -61,12 +72,52 @@ BEYOND_THE_SUITE = {
             "MinCombination.__init__: 1.0 -> 2.0",
             "MinCombination.__init__: False -> True",
             "BoltzmannCombination.__init__: 1.0 -> 2.0",
+            "TopKMeanCombination.__init__: 3 -> 4",
+            "TopKMeanCombination.__init__: False -> True",
+            "QuantileCombination.__init__: 0.25 -> 0.5",
+        ],
+        "test_a_fixed_scale_is_no_parameter": [
+            "MaxCombination.__init__: False -> True #3",
+            "MinCombination.__init__: False -> True #2",
+        ],
+        "test_a_learned_scale_shows_as_it_is_now": [
+            "MaxCombination.__init__: math.log(pred_scale) -> math.exp(pred_scale)",
+            "MaxCombination.extra_repr: re.sub('pred_scale=[^,]*', now, arguments)"
+            " -> re.sub('pred_scale=[^,]*', arguments, now)",
         ],
         "test_a_fixed_temperature_is_no_parameter": [
             "BoltzmannCombination.__init__: False -> True",
         ],
         "test_arguments_show_and_survive_copies": [
             "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)",
+        ],
+    },
+    "any error is enough for a bad argument, also one from a later call": {
+        "test_a_number_of_poses_that_is_not_whole_and_positive_is_refused": [
+            "TopKMeanCombination.__init__: 1 <= k < math.inf and k == int(k)"
+            " -> 1 <= k < math.inf or k == int(k)",
+            "TopKMeanCombination.__init__: 1 -> 0",
+            "TopKMeanCombination.__init__: raise ValueError(f'k must be a whole number of at least"
+            " 1; found k = {k}') -> pass",
+        ],
+        "test_a_proportion_that_leaves_nothing_is_refused": [
+            "TrimmedMeanCombination.__init__: 0.5 -> 1.0",
+            "TrimmedMeanCombination.__init__: raise ValueError(f'proportion must be at least 0 and"
+            " below 0.5; found proportion = {proportion}') -> pass",
+        ],
+        "test_a_quantile_outside_of_zero_to_one_is_refused": [
+            "QuantileCombination.__init__: 1 -> 2",
+            "QuantileCombination.__init__: raise ValueError(f'q must be between 0 and 1; found q ="
+            " {q}') -> pass",
+        ],
+    },
+    "no number of poses of a probe gives a rank that is nearly whole": {
+        "test_a_rank_that_is_whole_but_for_rounding_is_whole": [
+            "QuantileCombination._ranks: rank = round(rank) -> pass",
+        ],
+        "test_a_rank_just_above_a_whole_one_is_not_whole": [
+            "QuantileCombination._ranks: math.isclose(rank, round(rank), rel_tol=1e-15)"
+            " -> math.isclose(rank, round(rank))",
         ],
     },
     "what a combination shows once it has been trained": {
@@ -77,8 +128,7 @@ BEYOND_THE_SUITE = {
     },
     "the core calls combine and pose_weights in float32 at least": {
         "test_half_precision_is_that_of_float32_rounded_once": [
-            "MaxCombination.combine: (extreme + log / scale).to(predictions.dtype)"
-            " -> extreme + log / scale",
+            "MaxCombination.combine: value.to(predictions.dtype) -> value",
             "MaxCombination.pose_weights: (factors / factors.sum()).to(predictions.dtype)"
             " -> factors / factors.sum()",
             "MaxCombination._exponents:"
@@ -123,10 +173,13 @@ BEYOND_THE_SUITE = {
         ],
         "test_a_scale_that_underflows_gives_the_mean_if_normalized": [
             "MaxCombination.__init__: 1 -> 2",
-            "MaxCombination._signed_scale: 1 -> 0",
+            "MaxCombination._scale_and_growth: 1 -> 0",
+        ],
+        "test_a_learned_scale_has_a_finite_derivative_everywhere": [
+            "MaxCombination._scale_and_growth: log_scale.detach() -> log_scale",
         ],
         "test_a_scale_that_overflows_gives_the_hard_extreme": [
-            "MaxCombination._signed_scale: torch.finfo(dtype).max / FAR"
+            "MaxCombination._scale_and_growth: torch.finfo(dtype).max / FAR"
             " -> torch.finfo(dtype).max * FAR",
         ],
         "test_a_temperature_that_is_not_positive_and_finite_is_refused": [
@@ -143,6 +196,10 @@ BEYOND_THE_SUITE = {
         "test_an_infinite_temperature_gives_the_mean": [
             "BoltzmannCombination._kT_within_range: torch.finfo(dtype).max / WIDE"
             " -> torch.finfo(dtype).max * WIDE",
+        ],
+        "test_a_float32_scale_is_computed_in_the_dtype_of_the_predictions": [
+            "MaxCombination._scale_and_growth: self.log_pred_scale.to(dtype)"
+            " -> self.log_pred_scale",
         ],
         "test_a_float32_temperature_is_computed_in_the_dtype_of_the_predictions": [
             "BoltzmannCombination._kT_within_range: self.log_kT.to(dtype) -> self.log_kT",

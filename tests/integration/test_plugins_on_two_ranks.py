@@ -25,6 +25,8 @@ COMBINATIONS = {
     "max": {},
     "min": {"pred_scale": 1000.0},
     "boltzmann": {"kT": 0.593, "learnable": True},
+    "min, learnable": {"pred_scale": 1.7, "normalize": True, "learnable": True},
+    "top_k_mean": {"k": 2},
 }
 WRAPS = [DistributedDataParallel, fully_shard]
 # By rank: the poses of compounds of its own, and its share of the poses of the same compounds.
@@ -74,7 +76,7 @@ def check(how, name, mode, wrap):
     layers = [torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)]
     pose_model = torch.nn.Sequential(*layers).double()
     poses = [torch.randn(sum(sizes), 1, 4, dtype=torch.float64) for sizes in SIZES[how]]
-    rule = registry.create(name, **COMBINATIONS[name]).double()
+    rule = registry.create(name.split(",")[0], **COMBINATIONS[name]).double()
     expected = by_plain_autograd(copy.deepcopy(pose_model), copy.deepcopy(rule), poses, how)
     model = wrap(MultiPoseModel(pose_model, rule, gradients=mode))
     torch.manual_seed(rank)

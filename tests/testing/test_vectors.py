@@ -205,6 +205,7 @@ def test_only_inapplicable_checks_are_skipped():
     assert reasons == {
         "A1": "it has no forward of its own",
         "C3": "it has no parameters of its own",
+        "C4": "it has no pose inputs, or all of them are labels",
         "D5": "it has no arguments for which the check can guess other values",
     }
 

@@ -130,7 +130,7 @@ def _with_a_zero(subject: Subject, poses: Poses) -> list[Poses]:
         y.view(-1)[0] = 0
         found.append(poses.at(y))
     for name, numbers in poses.inputs.items():
-        if name in subject.probes.labels():
+        if name in subject.probes.labels() or subject.probes.is_positive(name):
             continue
         with_zero = poses.with_input(name, torch.cat([numbers.new_zeros(1), numbers[1:]]))
         if _has_finite_value(subject, with_zero):
