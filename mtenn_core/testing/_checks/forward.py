@@ -69,7 +69,7 @@ def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
     return "the sum is over another axis than that of the poses"
 
 
-@check("A2", "the output is a scalar with a gradient", "gate")
+@check("A2", "the output has the right shape and a gradient", "gate")
 def output(subject: Subject) -> Metrics:
     """Check the shape, the dtype and the graph of the output."""
     _check_signatures(subject.combination)
