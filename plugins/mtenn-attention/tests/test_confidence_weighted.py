@@ -36,7 +36,8 @@ def test_it_is_the_formula(temperature, learnable):
     for n_poses in (1, 2, 6):
         poses = some_poses(n_poses)
         # A learned ln τ is rounded to float32 in __init__.
-        expected = written_out(poses, torch.as_tensor(combination.temperature, dtype=torch.float64).item())
+        own = torch.as_tensor(combination.temperature, dtype=torch.float64)
+        expected = written_out(poses, own.item())
         close(combination.combine(poses).item(), expected)
         close(combination.reference(poses).item(), expected)
 
