@@ -28,6 +28,8 @@ COMBINATIONS = {
     "attention": {"n_features": 3, "n_hidden": 5, "learnable": True},
     "gated_attention": {"n_features": 3, "n_hidden": 5, "dropout": 0.3, "readout": True},
     "confidence_weighted": {"temperature": 0.5, "learnable": True},
+    "min, learnable": {"pred_scale": 1.7, "normalize": True, "learnable": True},
+    "top_k_mean": {"k": 2},
 }
 N_COLUMNS = {"attention": 3, "gated_attention": 3, "confidence_weighted": 2}
 WRAPS = [DistributedDataParallel, fully_shard]
@@ -84,7 +86,7 @@ def check(how, name, mode, wrap):
     arguments = dict(COMBINATIONS[name])
     if how == "shared":  # each rank would draw its own dropout of the combination
         arguments.pop("dropout", None)
-    rule = registry.create(name, **arguments).double()
+    rule = registry.create(name.split(",")[0], **arguments).double()
     n_columns = N_COLUMNS.get(name, 1)
     layers = [torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Dropout(0.5)]
     pose_model = torch.nn.Sequential(*layers, torch.nn.Linear(8, n_columns)).double()
