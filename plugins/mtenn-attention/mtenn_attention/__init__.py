@@ -1,6 +1,7 @@
 """Combinations that weight each pose by a softmax: attention, and weighting by confidences."""
 
 import math
+import re
 from collections.abc import Sequence
 
 import torch
@@ -53,12 +54,13 @@ class SoftmaxCombination(Combination):
         return self.log_temperature.exp().squeeze(0) if self.learnable else self._temperature
 
     def extra_repr(self) -> str:
-        """Return the arguments and the learned temperature, for ``repr``."""
+        """Return the arguments with the current temperature, for ``repr``."""
         arguments = super().extra_repr()
         # After fully_shard, one process alone cannot read the parameter.
         if not self.learnable or hasattr(self.log_temperature, "device_mesh"):
             return arguments
-        return f"{arguments}; temperature is now {self.log_temperature.exp().item():.6g}"
+        now = f"temperature={self.log_temperature.exp().item():.6g}"
+        return re.sub(r"temperature=[^,]*", now, arguments)
 
     def _softmax(self, scores: Tensor) -> Tensor:
         """Return softmax(scores/τ), shape (n_poses,), in the dtype of the scores.
@@ -109,6 +111,7 @@ class AttentionCombination(SoftmaxCombination):
     ValueError : an argument is out of its range
     """
 
+    pose_columns: int | str = "any"  # of an instance: n_features
     examples = (
         {"n_features": 3, "n_hidden": 4},
         {"n_features": 3, "n_hidden": 4, "readout": True, "temperature": 0.5},
