@@ -7,11 +7,38 @@ from mtenn_attention import AttentionCombination, GatedAttentionCombination
 
 from mtenn_core import MultiPoseModel, registry
 from mtenn_core.errors import CheckpointError
+from mtenn_core.testing import CombinationConformance, check_combination
 
 RULES = {"attention": AttentionCombination, "gated": GatedAttentionCombination}
 BOTH = pytest.mark.parametrize("rule", RULES.values(), ids=RULES)
 READOUT = pytest.mark.parametrize("readout", [False, True], ids=["embedding", "readout"])
 SIZES = [4, 1, 4, 7, 4, 2]
+RARE = pytest.mark.slow("a gate that is shut by mistake is rare")
+SEEDS = [0, *(pytest.param(seed, marks=RARE) for seed in range(1, 30))]
+ONE_BY_ONE = pytest.mark.slow("with dropout, the checks draw random numbers again for each value")
+*PLAIN, WITH_DROPOUT = AttentionCombination.examples
+EXAMPLES = [*PLAIN, pytest.param(WITH_DROPOUT, marks=ONE_BY_ONE)]
+
+
+@ONE_BY_ONE
+class TestAttention(CombinationConformance):
+    combination = AttentionCombination
+    level = "quality"
+
+
+@ONE_BY_ONE
+class TestGatedAttention(CombinationConformance):
+    combination = GatedAttentionCombination
+    level = "quality"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("arguments", EXAMPLES, ids=str)
+@BOTH
+def test_the_gate_opens_at_every_seed(rule, arguments, seed):
+    torch.manual_seed(seed)
+    report = check_combination(rule(**arguments), level="gate", seed=seed)
+    assert report.passed, str(report)
 
 
 def made(rule, **arguments):

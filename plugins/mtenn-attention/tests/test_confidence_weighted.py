@@ -7,10 +7,26 @@ import torch
 from mtenn_attention import ConfidenceWeightedCombination
 
 from mtenn_core import MultiPoseModel, registry
+from mtenn_core.testing import CombinationConformance, check_combination
 
 LEARNABLE = pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 SIZES = [4, 1, 4, 7, 4, 2]
+ARGUMENTS = [{}, {"temperature": 0.1}, {"temperature": 0.5, "learnable": True}]
+RARE = pytest.mark.slow("a gate that is shut by mistake is rare")
+SEEDS = [*range(5), *(pytest.param(seed, marks=RARE) for seed in range(5, 100))]
+
+
+class TestConfidenceWeighted(CombinationConformance):
+    combination = ConfidenceWeightedCombination
+    level = "quality"
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+def test_the_gate_opens_at_every_seed(seed):
+    arguments = ARGUMENTS[seed % len(ARGUMENTS)]
+    report = check_combination(ConfidenceWeightedCombination(**arguments), level="gate", seed=seed)
+    assert report.passed, str(report)
 
 
 def some_poses(n_poses=6, seed=0):
