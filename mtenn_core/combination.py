@@ -37,6 +37,11 @@ class Combination(torch.nn.Module):
         passes the numbers in ``model(poses, pose_inputs={"docking_score": …})``. ``combine``,
         ``pose_weights`` and ``reference`` receive them by name, as in
         ``combine(self, predictions, docking_score)``.
+    pose_columns : None if ``combine`` takes one number per pose, shape (n_poses,). If it takes
+        several, shape (n_poses, n_columns): their number, a tuple of their names, or ``"any"``.
+        ``__init__`` may set it, for example from an argument. ``combine`` then returns shape () or
+        a vector, which has the same shape for every compound. Such a class cannot override
+        ``forward``.
     """
 
     min_poses: ClassVar[int] = 1
@@ -46,6 +51,7 @@ class Combination(torch.nn.Module):
     properties: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[Sequence[dict[str, Any]]] = ({},)
     pose_inputs: ClassVar[tuple[str, ...]] = ()
+    pose_columns: int | str | tuple[str, ...] | None = None
 
     split_grad_dict = staticmethod(split_grad_dict)
     join_grad_dict = staticmethod(join_grad_dict)
@@ -91,13 +97,15 @@ class Combination(torch.nn.Module):
 
         Parameters
         ----------
-        predictions : shape (n_poses,); float32 or wider when the core calls this method
+        predictions : shape (n_poses,), or (n_poses, n_columns) with ``pose_columns``; float32 or
+            wider when the core calls this method
         **pose_inputs : one tensor for each name in ``pose_inputs``, shape (n_poses,), with the
             dtype and device of ``predictions``
 
         Returns
         -------
-        shape (), in the unit, dtype and device of ``predictions``
+        shape (), in the unit, dtype and device of ``predictions``; with ``pose_columns`` shape ()
+        or (n_results,)
         """
         raise CombinationContractError(
             f"{type(self).__name__} defines only forward and has no combine(predictions)"
@@ -108,16 +116,21 @@ class Combination(torch.nn.Module):
 
         If you override this method with the closed form, training uses the closed form. This
         implementation derives the weights from :meth:`combine` by autograd. If there is no
-        ``combine``, it derives them from the backward of :meth:`forward`.
+        ``combine``, it derives them from the backward of :meth:`forward`. If the result of
+        ``combine`` is a vector, training uses autograd, and this implementation raises an error.
 
         Parameters
         ----------
-        predictions : shape (n_poses,)
-        **pose_inputs : as for :meth:`combine`
+        predictions, **pose_inputs : as for :meth:`combine`
 
         Returns
         -------
-        shape (n_poses,), dimensionless, dtype and device of ``predictions``
+        the shape, dtype and device of ``predictions``
+
+        Raises
+        ------
+        PredictionError : ``predictions`` has the predictions for several compounds
+        CombinationContractError : the result of ``combine`` is a vector
         """
         from mtenn_core._engine.evaluation import check_one_compound, derived_weights  # as above
 
@@ -132,12 +145,12 @@ class Combination(torch.nn.Module):
 
         Parameters
         ----------
-        predictions : shape (n_poses,), float64
+        predictions : float64, in the shape that :meth:`combine` takes
         **pose_inputs : as for :meth:`combine`
 
         Returns
         -------
-        shape ()
+        the shape of the result of :meth:`combine`
         """
         raise CombinationContractError(f"{type(self).__name__} declares no reference(predictions)")
 
@@ -153,16 +166,28 @@ class Combination(torch.nn.Module):
 
         Parameters
         ----------
-        pred_list, grad_dict, param_names, *model_params : see :func:`mtenn_core.attach_gradients`
+        pred_list, grad_dict, param_names, *model_params : see :func:`mtenn_core.attach_gradients`.
+            With ``pose_columns``, each prediction has shape (n_columns,), and each gradient has one
+            more dimension of n_columns before those of the parameter.
         **pose_inputs : as for :meth:`combine`
 
         Returns
         -------
-        shape (), dtype and device of the predictions
+        the shape of the result of :meth:`combine`; dtype and device of the predictions
         """
         from mtenn_core._engine.evaluation import combined_prediction  # needs this class
 
+        n_poses = len(pred_list)
+        if self.pose_columns is not None:
+            # Each number of a pose has its own gradient.
+            pred_list = [number for of_pose in pred_list for number in of_pose]
+            grad_dict = {
+                name: [gradient for of_pose in gradients for gradient in of_pose]
+                for name, gradients in grad_dict.items()
+            }
         predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
+        if self.pose_columns is not None:
+            predictions = predictions.view(n_poses, -1)
         return combined_prediction(self, predictions, pose_inputs)
 
 
@@ -178,8 +203,9 @@ def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
     Raises
     ------
     TypeError : ``combination`` is no instance of :class:`Combination`
-    ValueError : the combination needs pose inputs, or it has trainable parameters. ``GroupedModel``
-        does not pass on pose inputs. It expects a gradient per pose for every trainable parameter.
+    ValueError : the combination needs pose inputs or takes several numbers per pose, or it has
+        trainable parameters. ``GroupedModel`` passes on only one prediction per pose, and expects a
+        gradient per pose for every trainable parameter.
     """
     from mtenn_core._engine.mtenn_adapter import MtennCombination  # needs Combination
 
@@ -189,10 +215,12 @@ def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
             " write registry.create(name)."
         )
     trainable = [name for name, param in combination.named_parameters() if param.requires_grad]
-    if trainable or combination.pose_inputs:
+    if trainable or combination.pose_inputs or combination.pose_columns is not None:
         what = f"trainable parameters {trainable}"
         if combination.pose_inputs:
             what = f"pose_inputs {combination.pose_inputs}"
+        elif combination.pose_columns is not None:
+            what = f"pose_columns {combination.pose_columns!r}"
         raise ValueError(
             f"{type(combination).__name__} has {what}. mtenn's GroupedModel cannot handle them. Use"
             " mtenn_core.MultiPoseModel instead."

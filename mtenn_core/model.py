@@ -11,10 +11,13 @@ from torch import Tensor
 
 from mtenn_core._engine import checkpoint
 from mtenn_core._engine.call import checked_call, checked_poses, given_sizes, total_sizes
+from mtenn_core._engine.columns import are_columns, columns_of
 from mtenn_core._engine.compounds import (
     combine_compounds,
     combine_full_depth,
+    combine_tasks,
     weights_of_compounds,
+    weights_of_tasks,
 )
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
@@ -40,8 +43,11 @@ class MultiPoseOutput(NamedTuple):
 
     Attributes
     ----------
-    prediction : the combined prediction, shape (); with ``sizes``, shape (n_compounds,)
-    pose_predictions : shape (n_poses,); the poses are in the order of the call
+    prediction : the combined prediction, shape (); with ``sizes``, shape (n_compounds,). With
+        ``tasks``, it has n_tasks as its last dimension. So it has n_results if the combination
+        returns a vector.
+    pose_predictions : shape (n_poses,); the poses are in the order of the call. With ``tasks``, or
+        if the combination declares ``pose_columns``, shape (n_poses, n_columns).
     """
 
     prediction: Tensor
@@ -51,11 +57,16 @@ class MultiPoseOutput(NamedTuple):
 class MultiPoseModel(torch.nn.Module):
     """A model that predicts one number for a compound from many of its poses.
 
+    With ``tasks``, it predicts several numbers for a compound. With a combination of vectors, it
+    predicts what the combination makes of several numbers per pose, such as an embedding.
+
     Parameters
     ----------
     pose_model : a module that maps one pose to one number. With ``collate``, it maps a batch of n
-        poses to shape (n,).
-    combination : the combination's name in the registry, or an instance
+        poses to shape (n,). With ``tasks``, or if the combination declares ``pose_columns``, it
+        maps a pose to shape (n_columns,) and a batch to (n, n_columns).
+    combination : the combination's name in the registry, or an instance. With ``tasks``, it may be
+        a list with one for each task.
     gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
         ``"stored"`` runs pose by pose. It keeps the gradient of each pose and frees the graph of
         the pose. It needs memory for one graph and n_poses gradients. On a CPU, it keeps this
@@ -90,6 +101,9 @@ class MultiPoseModel(torch.nn.Module):
         output is summed over the poses of the compound, and then goes through the shared part
         once. The graph of the shared part stays in memory until backward. ``"stored"`` also stores
         the gradient of the output for each pose.
+    tasks : the number of tasks, or their names. The pose model then predicts one number for each
+        task, and each task is combined on its own. None means that the pose model predicts one
+        number, or the numbers that the combination declares.
 
     Raises
     ------
@@ -100,7 +114,7 @@ class MultiPoseModel(torch.nn.Module):
     def __init__(
         self,
         pose_model: torch.nn.Module,
-        combination: str | Combination,
+        combination: str | Combination | Sequence[str | Combination],
         *,
         gradients: GradientMode = "graph",
         collate: Collate | None = None,
@@ -108,18 +122,20 @@ class MultiPoseModel(torch.nn.Module):
         skip_below: float | None = 0.0,
         check_finite: bool = True,
         shared: torch.nn.Module | None = None,
+        tasks: int | Sequence[str] | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(pose_model, torch.nn.Module):
             raise TypeError(f"pose_model must be a torch.nn.Module; found {pose_model!r}")
         self.pose_model = pose_model
-        self.combination = _combination(combination)
+        self.combination = _combinations(combination, tasks)
         self.gradients = gradients
         self.collate = collate
         self.chunk_size = chunk_size
         self.skip_below = skip_below
         self.check_finite = check_finite
         self.shared = shared
+        self.tasks = tasks
         options = self._options()
         MODES[options.gradients].check_options(options)
 
@@ -162,7 +178,8 @@ class MultiPoseModel(torch.nn.Module):
         Raises
         ------
         PredictionError : there is no pose, or another argument does not fit, or a
-            prediction is not one finite number. The message names the pose and the compound.
+            prediction is not one finite number, or has another number of columns. The message
+            names the pose, the compound and the column.
         GradientError : the mode would lose a gradient of the pose model. The message names it.
         ChangedBeforeBackwardError : in backward of ``"recomputed"``, poses cannot run again under
             the same conditions
@@ -202,7 +219,7 @@ class MultiPoseModel(torch.nn.Module):
 
             mode.check_group(options)
             call, shares = exchange_sizes(arguments, group)
-        n_poses = total_sizes(options.combination, shares, sizes)
+        n_poses = total_sizes(options.combinations, shares, sizes)
         if options.shared is not None:
             call = run_shared(options.shared, call)
         predictions, gradients = mode.predict(options, call)
@@ -211,20 +228,24 @@ class MultiPoseModel(torch.nn.Module):
             predictions = torch.cat(gather_poses(predictions, shares, group))
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
         if options.check_finite:
-            check_finite(predictions, inputs, n_poses)
-        given = options.combination, predictions, inputs, n_poses
-        if gradients is not None:
-            combined = combine_full_depth(*given, gradients)
+            check_finite(predictions, inputs, n_poses, options.columns)
+        combination, closed_form = options.combinations[0], mode.uses_closed_form
+        given = predictions, inputs, n_poses
+        if options.tasks is not None:
+            combined = combine_tasks(
+                options.combinations, *given, gradients, closed_form=closed_form
+            )
+        elif gradients is not None:
+            combined = combine_full_depth(combination, *given, gradients)
         elif sizes is None:
             # A view, so that torch raises an error if the combination changes it in place.
             (own,) = predictions.split(n_poses)
-            combined = combined_prediction(
-                options.combination, own, inputs, closed_form=mode.uses_closed_form
-            )
+            combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
+            return MultiPoseOutput(combined, predictions)
         else:
-            combined = combine_compounds(*given, closed_form=mode.uses_closed_form)
+            combined = combine_compounds(combination, *given, closed_form=closed_form)
         if sizes is None:
-            combined = combined.reshape(())
+            combined = combined.squeeze(0)
         elif len(n_poses) > 1:
             note_sizes(predictions, n_poses)
         return MultiPoseOutput(combined, predictions)
@@ -239,26 +260,36 @@ class MultiPoseModel(torch.nn.Module):
     ) -> Tensor:
         """Return the derivative of each combined prediction with respect to its pose predictions.
 
+        With ``tasks``, these are the pose predictions of the same task.
+
         A compound's weights show which poses its prediction comes from. They are the same in all
         modes, and need no gradients. The combination's parameters have their current values.
 
         Parameters
         ----------
-        pose_predictions : the ``pose_predictions`` of a call, shape (n_poses,)
+        pose_predictions : the ``pose_predictions`` of a call
         sizes, pose_inputs, ptr : the arguments of that call. With ``group``, those of all ranks
             together: the ranks' poses of one compound follow one another.
 
         Returns
         -------
-        shape (n_poses,), dimensionless, without a graph; dtype and device of ``pose_predictions``
+        dimensionless, without a graph; shape, dtype and device of ``pose_predictions``
 
         Raises
         ------
         PredictionError : the arguments do not fit together
+        CombinationContractError : the combination returns a vector
         """
         sizes = given_sizes(sizes, ptr)
-        n_poses, inputs = checked_poses(self.combination, pose_predictions, sizes, pose_inputs)
-        weights = weights_of_compounds(self.combination, pose_predictions, inputs, n_poses)
+        options = self._options()
+        n_poses, inputs = checked_poses(
+            options.combinations, options.columns, pose_predictions, sizes, pose_inputs
+        )
+        given = pose_predictions, inputs, n_poses
+        if options.tasks is not None:
+            weights = weights_of_tasks(options.combinations, *given)
+        else:
+            weights = weights_of_compounds(options.combinations[0], *given)
         if len(n_poses) > 1:
             note_sizes(weights, n_poses)
         return weights
@@ -297,26 +328,50 @@ class MultiPoseModel(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the combination's identity for a checkpoint: JSON, a byte in each entry."""
-        return checkpoint.identity_tensor(self.combination)
+        return checkpoint.identity_tensor(self._combinations())
 
     def set_extra_state(self, state: Any) -> None:
         """Raise a ``CheckpointError`` if the checkpoint was made with another combination."""
-        checkpoint.check(state, self.combination)
+        checkpoint.check(state, self._combinations())
+
+    def _combinations(self) -> tuple[Combination, ...]:
+        """Return the one combination, or the combination of each task."""
+        combination: Any = self.combination
+        is_list = isinstance(combination, torch.nn.ModuleList)
+        return tuple(combination) if is_list else (combination,)
 
     def _options(self) -> Options:
         """Check the options and return them. Users may set them between two calls."""
+        combinations, tasks = self._combinations(), self.tasks
+        declared = combinations[0].pose_columns if tasks is None else tasks
         options = Options(
             self.pose_model,
-            self.combination,
+            combinations,
             self.gradients,
             self.collate,
             self.chunk_size,
             self.skip_below,
             self.check_finite,
             self.shared,
+            tasks,
+            None if declared is None else columns_of(declared),
         )
         _check_options(options)
         return options
+
+
+def _combinations(
+    combination: str | Combination | Sequence[str | Combination], tasks: object
+) -> Combination | torch.nn.ModuleList:
+    """Return the given combination, or a list with the combination of each task."""
+    if isinstance(combination, str) or not isinstance(combination, Sequence):
+        return _combination(combination)
+    if tasks is None:
+        raise ValueError(
+            "several combinations need the argument tasks, with one task for each of them; found"
+            f" {combination!r}"
+        )
+    return torch.nn.ModuleList(map(_combination, combination))
 
 
 def _combination(combination: str | Combination) -> Combination:
@@ -360,3 +415,27 @@ def _check_options(options: Options) -> None:
             )
         if chunk_size > 1 and collate is None:
             raise ValueError("chunk_size > 1 needs collate, which makes a batch from several poses")
+    if options.tasks is not None:
+        _check_tasks(options.tasks, options.combinations)
+
+
+def _check_tasks(tasks: int | Sequence[str], combinations: Sequence[Combination]) -> None:
+    """Raise a ValueError if tasks are no tasks, or if the combinations do not fit them."""
+    if isinstance(tasks, str) or not are_columns(tasks):
+        raise ValueError(
+            "tasks must be a whole number above 0, a sequence of different names, or None; found"
+            f" {tasks!r}"
+        )
+    n_tasks = columns_of(tasks).number
+    if len(combinations) not in (1, n_tasks):
+        raise ValueError(
+            f"combination must be one for all tasks, or a list with one for each of the {n_tasks}"
+            f" tasks; found {len(combinations)}"
+        )
+    for combination in combinations:
+        if combination.pose_columns is not None:
+            raise ValueError(
+                f"{type(combination).__name__} takes several numbers per pose (pose_columns ="
+                f" {combination.pose_columns!r}), and tasks are for combinations of one number."
+                " Leave out tasks."
+            )

@@ -170,7 +170,7 @@ def jackknife_error(
     Raises
     ------
     PredictionError : the arguments do not fit together, or a prediction is NaN or infinite
-    ValueError : ``combination`` is stochastic
+    ValueError : ``combination`` is stochastic, or takes several numbers per pose
 
     References
     ----------
@@ -186,8 +186,13 @@ def jackknife_error(
             f"{type(combination).__name__} is stochastic. The jackknife would show its random"
             " numbers, and not the effect of the poses."
         )
+    if combination.pose_columns is not None:
+        raise ValueError(
+            f"{type(combination).__name__} takes several numbers per pose, and jackknife_error only"
+            f" combinations of one number; found pose_columns = {combination.pose_columns!r}"
+        )
     own_sizes, inputs = checked_poses(
-        combination, pose_predictions, given_sizes(sizes, ptr), pose_inputs
+        (combination,), None, pose_predictions, given_sizes(sizes, ptr), pose_inputs
     )
     several = sizes is not None or ptr is not None
     of_pose = compound_of_pose(own_sizes).to(pose_predictions.device)

@@ -52,7 +52,7 @@ def _first_difference(combination: Combination, predictions: Tensor, inputs: Pos
 
     Parameters
     ----------
-    predictions, inputs : shape (n_compounds, n_poses)
+    predictions, inputs : shape (n_compounds, n_poses); with columns, predictions have these, too
 
     Raises
     ------
@@ -174,7 +174,7 @@ def _results_of_copy(
             if version_of(given):
                 raise CannotBatchError("it changes the predictions in place")
             # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
-            factors = torch.arange(1, len(values) + 1, device=values.device)
+            factors = torch.arange(1, values.numel() + 1, device=values.device).view_as(values)
             gradients = torch.autograd.grad(
                 (factors * values).sum(), [y, *own.values()], allow_unused=True
             )

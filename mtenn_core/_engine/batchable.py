@@ -39,7 +39,7 @@ class Batchability:
         self._key: Any = None
         self._verdict: bool | None = None
         self._n_refusals = 0
-        self._warm: set[tuple[int, torch.dtype, torch.device]] = set()
+        self._warm: set[tuple[torch.Size, torch.dtype, torch.device]] = set()
 
     def belongs_to(self, combination: Combination) -> bool:
         """Return whether this object is that of a combination, by identity."""
@@ -61,7 +61,7 @@ class Batchability:
 
         Parameters
         ----------
-        rows : predictions and pose inputs of some compounds, shape (n_compounds, n_poses)
+        rows : predictions and pose inputs of some compounds, shape (n_compounds, n_poses, …)
         """
         predictions, inputs = rows
         if current_transform() is not None or forward_ad_level() >= 0 or predictions.is_meta:
@@ -88,7 +88,7 @@ class Batchability:
         vmap makes, which no later call can use.
         """
         predictions, inputs = rows
-        key = predictions.shape[1], predictions.dtype, predictions.device
+        key = predictions.shape[1:], predictions.dtype, predictions.device
         if key not in self._warm:
             with torch.no_grad():
                 from_rows(combined_prediction, combination, predictions[:1], _first(inputs))
@@ -100,7 +100,7 @@ def _some(rows: Tensor) -> Tensor:
     if rows.shape[1] > 1:
         return rows.detach()[[0, len(rows) // 2, -1]]
     places = torch.arange(12, device=rows.device) % len(rows)
-    return rows.detach()[places, 0].view(3, 4)
+    return rows.detach()[places, 0].unflatten(0, (3, 4))
 
 
 def _first(inputs: PoseInputs) -> dict[str, Tensor]:

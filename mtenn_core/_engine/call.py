@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.chunk import Chunk
+from mtenn_core._engine.columns import Columns
 from mtenn_core._engine.evaluation import check_n_poses, inputs_like, noted_sizes
 from mtenn_core._engine.mode import Options
 from mtenn_core.combination import Combination
@@ -73,9 +74,9 @@ def checked_call(
             f" {type(given).__name__}"
         )
     n_poses = sum(own_sizes)
-    inputs = _checked_inputs(options.combination, given, n_poses)
+    inputs = _checked_inputs(options.combinations, given, n_poses)
     if collated:
-        chunks = [Chunk(options.pose_model, poses[0], 0, n_poses, None)]
+        chunks = [Chunk(options.pose_model, poses[0], 0, n_poses, None, options.columns)]
     else:
         chunks = _chunks(options, poses, chunk_size or n_poses)
     shared = _checked_shared(options, shared_inputs, len(own_sizes))
@@ -83,7 +84,8 @@ def checked_call(
 
 
 def checked_poses(
-    combination: Combination,
+    combinations: Sequence[Combination],
+    columns: Columns | None,
     predictions: Tensor,
     sizes: Sizes,
     pose_inputs: Mapping[str, Any] | None,
@@ -92,19 +94,23 @@ def checked_poses(
 
     Parameters
     ----------
-    predictions : shape (n_poses,)
+    combinations, columns : see :class:`Options`
+    predictions : shape (n_poses,), or (n_poses, n_columns)
     sizes, pose_inputs : see :meth:`mtenn_core.MultiPoseModel.pose_weights`
 
     Raises
     ------
     PredictionError : two arguments disagree
     """
-    is_vector = isinstance(predictions, Tensor) and predictions.dim() == 1
-    if not (is_vector and predictions.is_floating_point()):
-        found = tuple(predictions.shape) if isinstance(predictions, Tensor) else type(predictions)
+    shape = tuple(predictions.shape) if isinstance(predictions, Tensor) else ()
+    fits = len(shape) == 1 if columns is None else shape[1:] == (columns.number or shape[-1],)
+    if not (fits and predictions.is_floating_point()):
+        rule = "a vector of floating-point numbers, one per pose,"
+        if columns is not None:
+            rule = f"floating-point numbers, {columns.number or 'some'} per pose,"
+        found = shape if isinstance(predictions, Tensor) else type(predictions)
         raise PredictionError(
-            "pose_predictions must be a vector of floating-point numbers, one per pose, like the"
-            f" pose_predictions of a call; found {found}"
+            f"pose_predictions must be {rule} like the pose_predictions of a call; found {found}"
         )
     own_sizes = checked_sizes(len(predictions), sizes)
     of_call = noted_sizes(predictions)
@@ -113,21 +119,23 @@ def checked_poses(
             "sizes must be those of the call that made these pose predictions, for"
             f" {len(of_call)} compounds; found other sizes, or none. Pass the sizes of that call."
         )
-    inputs = _checked_inputs(combination, pose_inputs or {}, len(predictions))
-    total_sizes(combination, [own_sizes], sizes)
+    inputs = _checked_inputs(combinations, pose_inputs or {}, len(predictions))
+    total_sizes(combinations, [own_sizes], sizes)
     return own_sizes, inputs_like(predictions, inputs)
 
 
 def _chunks(options: Options, poses: list[Any], chunk_size: int) -> list[Chunk]:
-    pose_model, collate = options.pose_model, options.collate
+    pose_model, collate, columns = options.pose_model, options.collate, options.columns
     if collate is None:
-        return [Chunk(pose_model, pose, index, 1, None) for index, pose in enumerate(poses)]
+        return [
+            Chunk(pose_model, pose, index, 1, None, columns) for index, pose in enumerate(poses)
+        ]
     parts = [(poses[i : i + chunk_size], i) for i in range(0, len(poses), chunk_size)]
-    return [Chunk(pose_model, part, first, len(part), collate) for part, first in parts]
+    return [Chunk(pose_model, part, first, len(part), collate, columns) for part, first in parts]
 
 
 def total_sizes(
-    combination: Combination, shares: Sequence[Sequence[int]], sizes: Sizes
+    combinations: Sequence[Combination], shares: Sequence[Sequence[int]], sizes: Sizes
 ) -> list[int]:
     """Return the number of poses of each compound, summed over all ranks.
 
@@ -137,9 +145,11 @@ def total_sizes(
     sizes : the argument of the call; None for one compound
     """
     totals = list(map(sum, zip(*shares, strict=True))) if len(shares) > 1 else list(shares[0])
-    if min(totals) < max(1, combination.min_poses):
-        for compound, size in enumerate(totals):
-            check_n_poses(combination, size, None if sizes is None else compound)
+    fewest = min(totals)
+    for combination in combinations:
+        if fewest < max(1, combination.min_poses):
+            for compound, size in enumerate(totals):
+                check_n_poses(combination, size, None if sizes is None else compound)
     return totals
 
 
@@ -251,10 +261,13 @@ def _whole_numbers(values: Any) -> list[int]:
 
 
 def _checked_inputs(
-    combination: Combination, given: Mapping[str, Any], n_poses: int
+    combinations: Sequence[Combination], given: Mapping[str, Any], n_poses: int
 ) -> dict[str, Tensor]:
-    """Return the pose inputs, in the order of ``combination.pose_inputs``."""
-    who, names = type(combination).__name__, combination.pose_inputs
+    """Return the pose inputs of all combinations, in the order in which these declare them."""
+    who, names = type(combinations[0]).__name__, tuple(combinations[0].pose_inputs)
+    if len(combinations) > 1:
+        who = " or ".join({type(each).__name__: None for each in combinations})
+        names = tuple({name: None for each in combinations for name in each.pose_inputs})
     for name in given:
         if name not in names:
             raise PredictionError(

@@ -6,6 +6,7 @@ import json
 import math
 import warnings
 import zlib
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -60,8 +61,10 @@ def identity(combination: Combination) -> dict[str, Any]:
 
 
 @without_modes(process_wide=False)
-def identity_tensor(combination: Combination) -> Tensor:
-    """Return the identity of a combination as JSON in a tensor: one byte in each entry.
+def identity_tensor(combinations: Sequence[Combination]) -> Tensor:
+    """Return the identities of combinations as JSON in a tensor: one byte in each entry.
+
+    The JSON is one object for one combination, and a list of objects for several.
 
     It is a tensor because some formats of checkpoints (safetensors, distributed checkpoints) hold
     only tensors. The dtype is int32, so that the sum of several checkpoints does not overflow and
@@ -71,7 +74,8 @@ def identity_tensor(combination: Combination) -> Tensor:
     checkpoint's tensor into the model's tensor. Without blanks, the two tensors could have
     different lengths.
     """
-    text = json.dumps(identity(combination)).encode()
+    identities = list(map(identity, combinations))
+    text = json.dumps(identities[0] if len(identities) == 1 else identities).encode()
     text += b"\n" + _checksum(text)
     n_bytes = _BLOCK * math.ceil(len(text) / _BLOCK)
     # The device is given, because the default device may have no memory ("meta").
@@ -79,8 +83,8 @@ def identity_tensor(combination: Combination) -> Tensor:
 
 
 @without_modes(process_wide=False)
-def check(state: object, combination: Combination) -> None:
-    """Compare the checkpoint's combination with the model's combination.
+def check(state: object, combinations: Sequence[Combination]) -> None:
+    """Compare the checkpoint's combinations with those of the model.
 
     A checkpoint without numbers (on the meta device) says nothing of its combination.
 
@@ -89,7 +93,7 @@ def check(state: object, combination: Combination) -> None:
 
     Raises
     ------
-    CheckpointError : the combination or its arguments differ
+    CheckpointError : a combination, its arguments, or the number of combinations differ
 
     Warns
     -----
@@ -97,7 +101,18 @@ def check(state: object, combination: Combination) -> None:
     """
     if isinstance(state, Tensor) and not has_numbers(state):
         return
-    then, now = _read(state), json.loads(json.dumps(identity(combination)))
+    before = _read(state)
+    if len(before) != len(combinations):
+        raise CheckpointError(
+            f"the checkpoint has {len(before)} combination(s), and this model has"
+            f" {len(combinations)}: one for all tasks, or one for each{_REMEDY}"
+        )
+    for then, combination in zip(before, combinations, strict=True):
+        _check_one(then, json.loads(json.dumps(identity(combination))))
+
+
+def _check_one(then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Compare one identity of the checkpoint with that of the model."""
     if not _same_combination(then, now):
         raise CheckpointError(
             f"the checkpoint is of {_description(then)}, and this model has {_description(now)}"
@@ -109,7 +124,7 @@ def check(state: object, combination: Combination) -> None:
             f"the checkpoint is of {_description(then)}, and version {now['version']} is installed."
             " The predictions may differ.",
             PluginWarning,
-            stacklevel=2,
+            stacklevel=3,
         )
 
 
@@ -160,15 +175,16 @@ def _checksum(text: bytes) -> bytes:
     return f"{zlib.crc32(text):08x}".encode()
 
 
-def _read(state: object) -> dict[str, Any]:
-    """Return the identity in a checkpoint. Its entries may have been rounded or averaged."""
+def _read(state: object) -> list[dict[str, Any]]:
+    """Return the identities in a checkpoint. Its entries may have been rounded or averaged."""
     try:
         numbers = state.cpu().tolist()  # type: ignore[attr-defined]
         text, _, checksum = bytes(map(round, numbers)).rstrip().rpartition(b"\n")
         if checksum != _checksum(text):
             raise ValueError("its checksum is wrong")
-        then: dict[str, Any] = json.loads(text)
-        missing = [field for field in _FIELDS if field not in then]
+        found = json.loads(text)
+        identities: list[dict[str, Any]] = found if isinstance(found, list) else [found]
+        missing = [field for field in _FIELDS for each in identities if field not in each]
         if missing:
             raise ValueError(f"it has no {', '.join(missing)}")
     except Exception as error:
@@ -177,7 +193,7 @@ def _read(state: object) -> dict[str, Any]:
             " calculated with state dicts, for example averaged them, take this entry from one of"
             f" them{_REMEDY}"
         ) from error
-    return then
+    return identities
 
 
 def _description(identity: dict[str, Any]) -> str:

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import Columns
 from mtenn_core._engine.mode import Collate
 from mtenn_core._engine.precision import at_least_float32
 from mtenn_core.errors import PredictionError
@@ -21,6 +22,7 @@ class Chunk(NamedTuple):
     poses : one pose, or one batch; with ``collate``, a list of poses
     first_pose, n_poses : index of the first pose in the call, and number of poses
     collate : makes a batch from the list; None if ``poses`` is ready for the pose model
+    columns : the columns of the output; None if it has one number per pose
     shared : the second argument of the pose model, if the model has a shared part
     """
 
@@ -29,14 +31,15 @@ class Chunk(NamedTuple):
     first_pose: int
     n_poses: int
     collate: Collate | None
+    columns: Columns | None = None
     shared: tuple[Any, ...] = ()
 
     def run(self) -> Tensor:
-        """Return the predictions, shape (n_poses,), in float32 at least.
+        """Return the predictions, shape (n_poses,) or (n_poses, n_columns), in float32 at least.
 
         Raises
         ------
-        PredictionError : the output is not one floating-point number per pose
+        PredictionError : the output does not have the right number of floating-point numbers
         """
         try:
             poses = self.poses if self.collate is None else self.collate(self.poses)
@@ -44,32 +47,63 @@ class Chunk(NamedTuple):
         except Exception as error:
             error.add_note(f"raised by the pose model on {self.named()}")
             raise
-        self._check(predictions)
-        predictions = predictions.to(at_least_float32(predictions.dtype))
-        shape = (self.n_poses,)
-        # reshape would add a node to the graph even if the shape is already right.
-        return predictions if predictions.shape == shape else predictions.reshape(shape)
+        return self._checked(predictions)
 
-    def _check(self, predictions: object) -> None:
-        """Raise unless the pose model's output is one floating-point number per pose."""
-        n_poses = self.n_poses
-        rule = "one number" if n_poses == 1 else f"{n_poses} numbers, one per pose,"
-        if not isinstance(predictions, Tensor):
-            raise PredictionError(
-                f"{self.named()}: the pose model must return {rule} in a tensor;"
-                f" found {type(predictions).__name__}",
-                pose=self.first_pose,
-            )
-        shapes = ((n_poses,), (n_poses, 1))
-        fits = predictions.numel() == 1 if n_poses == 1 else predictions.shape in shapes
-        if not (fits and predictions.is_floating_point()):
-            raise PredictionError(
-                f"{self.named()}: the pose model must return {rule} in floating point;"
-                f" found shape {tuple(predictions.shape)}, {predictions.dtype}",
-                pose=self.first_pose,
-            )
+    def _checked(self, output: object) -> Tensor:
+        """Return the pose model's output as predictions. Raise an error if it does not fit."""
+        if isinstance(output, Tensor):
+            predictions = _in_columns(output, self.n_poses, self.columns)
+            if predictions is not None and output.is_floating_point():
+                return predictions.to(at_least_float32(output.dtype))
+        found = type(output).__name__
+        kind = "in a tensor"
+        if isinstance(output, Tensor):
+            found, kind = f"shape {tuple(output.shape)}, {output.dtype}", "in floating point"
+        raise PredictionError(
+            f"{self.named()}: the pose model must return {_rule_for(self.n_poses, self.columns)}"
+            f" {kind}; found {found}",
+            pose=self.first_pose,
+        )
 
     def named(self) -> str:
         """Return the poses in words, for messages."""
         first, last = self.first_pose, self.first_pose + self.n_poses - 1
         return f"pose {first}" if first == last else f"poses {first} to {last}"
+
+
+def _in_columns(predictions: Tensor, n_poses: int, columns: Columns | None) -> Tensor | None:
+    """Return the output of a pose model in the shape of pose predictions; None if it does not fit.
+
+    Parameters
+    ----------
+    predictions : the output for ``n_poses`` poses; for one pose, it may lack the first dimension
+    columns : None if the pose model returns one number per pose
+
+    Returns
+    -------
+    shape (n_poses,), or (n_poses, n_columns)
+    """
+    if columns is None:
+        fits = (
+            predictions.shape in ((n_poses,), (n_poses, 1)) or predictions.numel() == n_poses == 1
+        )
+        shape: tuple[int, ...] = (n_poses,)
+    else:
+        found = (1, *predictions.shape) if predictions.dim() == n_poses == 1 else predictions.shape
+        fits = len(found) == 2 and found[0] == n_poses and found[1] == (columns.number or found[1])
+        fits = fits and found[1] > 0
+        shape = tuple(found)
+    if not fits:
+        return None
+    # reshape would add a node to the graph even if the shape is already right.
+    return predictions if predictions.shape == shape else predictions.reshape(shape)
+
+
+def _rule_for(n_poses: int, columns: Columns | None) -> str:
+    """Return in words what a pose model must return for some poses, for messages."""
+    if columns is None:
+        return "one number" if n_poses == 1 else f"{n_poses} numbers, one per pose,"
+    number = "n" if columns.number is None else columns.number
+    names = f" ({', '.join(columns.names)})" if columns.names else ""
+    shape = f"({number},)" if n_poses == 1 else f"({n_poses}, {number})"
+    return f"{'some' if columns.number is None else number} numbers per pose{names}, shape {shape},"

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtenn_core._engine.batch_probe import from_rows
 from mtenn_core._engine.batchable import Rows, attributes_unchanged, batchability
+from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import (
     PoseGradients,
     PoseInputs,
@@ -21,10 +22,11 @@ from mtenn_core._engine.evaluation import (
     pose_weights,
 )
 from mtenn_core.combination import Combination
+from mtenn_core.errors import CombinationContractError
 
 # A loop over fewer compounds takes as long as a batch.
 SMALLEST_BATCH = 3
-# A batch has at most so many pairs of poses.
+# A batch has at most so many pairs of poses, counted in each column.
 LARGEST_BATCH = 2**24
 
 Function = Callable[[Combination, Tensor, PoseInputs], Tensor]
@@ -35,7 +37,8 @@ class Batches(NamedTuple):
 
     Attributes
     ----------
-    rows : for each batch, predictions and pose inputs, shape (n_compounds, n_poses)
+    rows : for each batch, predictions and pose inputs, shape (n_compounds, n_poses); predictions
+        with columns have these as one more dimension
     compounds, poses : for each compound and each pose in the batches, its place in the call. None
         if the batches have the order of the call
     """
@@ -53,11 +56,12 @@ def combine_compounds(
     *,
     closed_form: bool,
 ) -> Tensor:
-    """Return the combined prediction of each compound, shape (n_compounds,).
+    """Return the combined prediction of each compound, shape (n_compounds,) or (n_compounds, n).
 
     Parameters
     ----------
-    predictions, inputs : the numbers of all poses, shape (n_poses,)
+    predictions, inputs : the numbers of all poses, shape (n_poses,). Predictions have shape
+        (n_poses, n_columns) if the combination declares columns.
     sizes : the number of poses of each compound
     closed_form : see :func:`~mtenn_core._engine.evaluation.combined_prediction`
     """
@@ -66,7 +70,61 @@ def combine_compounds(
     if results is not None:
         values, batches = results
         return _in_call_order(torch.cat(values), batches.compounds)
-    return torch.stack(_from_loop(function, combination, predictions, inputs, sizes))
+    values = _from_loop(function, combination, predictions, inputs, sizes)
+    if len({value.shape for value in values}) > 1:
+        raise CombinationContractError(
+            f"{type(combination).__name__} must return the same shape for every compound; found"
+            f" {[tuple(value.shape) for value in values]}"
+        )
+    return torch.stack(values)
+
+
+def combine_tasks(
+    combinations: Sequence[Combination],
+    predictions: Tensor,
+    inputs: PoseInputs,
+    sizes: list[int],
+    gradients: Sequence[PoseGradients] | None,
+    *,
+    closed_form: bool,
+) -> Tensor:
+    """Return the combined prediction of each compound for each task, shape (n_compounds, n_tasks).
+
+    Parameters
+    ----------
+    combinations : one combination for all tasks, or one for each
+    predictions : shape (n_poses, n_tasks)
+    inputs, sizes : as for :func:`combine_compounds`
+    gradients : the gradients of each compound if a combination overrides ``forward``; those of the
+        first task come first
+    """
+    values: list[Tensor] = []
+    for combination, own, own_inputs, own_sizes in _by_task(
+        combinations, predictions, inputs, sizes
+    ):
+        given = combination, own, own_inputs, own_sizes
+        if gradients is not None and overrides(type(combination), "forward"):
+            first = len(sizes) * len(values)
+            own_gradients = gradients[first : first + len(own_sizes)]
+            values.append(combine_full_depth(*given, own_gradients))
+        else:
+            values.append(combine_compounds(*given, closed_form=closed_form))
+    return torch.cat(values).view(-1, len(sizes)).T
+
+
+def _by_task(
+    combinations: Sequence[Combination], predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Iterator[tuple[Combination, Tensor, PoseInputs, list[int]]]:
+    """Yield each combination with the numbers of its tasks. A task's compounds are compounds."""
+    n_tasks = predictions.shape[1]
+    if len(combinations) == 1:
+        repeated = {name: numbers.repeat(n_tasks) for name, numbers in inputs.items()}
+        yield combinations[0], predictions.T.flatten(), repeated, sizes * n_tasks
+        return
+    # contiguous makes a copy, which a combination may not change unnoticed, either
+    columns = predictions.T.contiguous().unbind()
+    for combination, own in zip(combinations, columns, strict=True):
+        yield combination, own, {name: inputs[name] for name in combination.pose_inputs}, sizes
 
 
 def combine_full_depth(
@@ -101,7 +159,7 @@ def combine_full_depth(
 def weights_of_compounds(
     combination: Combination, predictions: Tensor, inputs: PoseInputs, sizes: list[int]
 ) -> Tensor:
-    """Return the pose weights of all compounds, shape (n_poses,), without a graph.
+    """Return the pose weights of all compounds, in the shape of ``predictions``, without a graph.
 
     Parameters
     ----------
@@ -111,8 +169,24 @@ def weights_of_compounds(
     results = _from_batches(*given)
     if results is not None:
         weights, batches = results
-        return _in_call_order(torch.cat([rows.flatten() for rows in weights]), batches.poses)
+        return _in_call_order(torch.cat([rows.flatten(0, 1) for rows in weights]), batches.poses)
     return torch.cat(_from_loop(*given))
+
+
+def weights_of_tasks(
+    combinations: Sequence[Combination], predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Tensor:
+    """Return the pose weights of all compounds for each task, shape (n_poses, n_tasks).
+
+    Parameters
+    ----------
+    combinations, predictions, inputs, sizes : as for :func:`combine_tasks`
+    """
+    weights = [
+        weights_of_compounds(*given)
+        for given in _by_task(combinations, predictions.detach(), inputs, sizes)
+    ]
+    return torch.cat(weights).view(-1, len(predictions)).T
 
 
 def batches_by_size(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> Batches:
@@ -126,7 +200,7 @@ def batches_by_size(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -
     if sizes.count(n_poses) == n_compounds:
         shape = n_compounds, n_poses
         own_inputs = {name: numbers.view(shape) for name, numbers in inputs.items()}
-        return Batches([(predictions.view(shape), own_inputs)], None, None)
+        return Batches([(predictions.view(shape + predictions.shape[1:]), own_inputs)], None, None)
     in_call = torch.frombuffer(array("q", sizes), dtype=torch.int64)  # faster than torch.tensor
     in_order, order = in_call.sort(stable=True)
     starts = (in_call.cumsum(0) - in_call)[order]
@@ -149,7 +223,8 @@ def batches_by_size(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -
 
 def _split(numbers: Tensor, poses: Tensor, shapes: list[tuple[int, int]]) -> Iterator[Tensor]:
     parts = numbers.index_select(0, poses).split([math.prod(shape) for shape in shapes])
-    return (part.view(shape) for part, shape in zip(parts, shapes, strict=True))
+    columns = numbers.shape[1:]
+    return (part.view(shape + columns) for part, shape in zip(parts, shapes, strict=True))
 
 
 def _in_call_order(numbers: Tensor, places: Tensor | None) -> Tensor:
@@ -203,8 +278,9 @@ def _of_batch(
     """Return the results of a function for the compounds of a batch, in the fastest way."""
     if len(predictions) < SMALLEST_BATCH:
         return from_rows(function, combination, predictions, inputs)
-    # A combination may compare all poses with one another.
-    most = max(SMALLEST_BATCH, LARGEST_BATCH // predictions.shape[1] ** 2)
+    # A combination may compare all poses with one another, in each column.
+    n_pairs = predictions.shape[1] ** 2 * predictions.shape[2:].numel()
+    most = max(SMALLEST_BATCH, LARGEST_BATCH // n_pairs)
     if len(predictions) <= most:
         return function(combination, predictions, inputs)
     columns = zip(

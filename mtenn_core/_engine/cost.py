@@ -47,7 +47,8 @@ class StepTotals(NamedTuple):
     largest_chunk : bytes that the graph of the largest chunk saves
     largest_bare : bytes of the nodes of the largest graph of one pose
     gradient : bytes of the gradient, and of the next gradient that is added to it
-    stored_gradient : bytes of one pose's stored gradient
+    stored_gradient : bytes of one pose's stored gradient; with columns, of one gradient for each
+    n_columns : number of predictions per pose
     """
 
     n_poses: int
@@ -59,6 +60,7 @@ class StepTotals(NamedTuple):
     largest_bare: float
     gradient: int
     stored_gradient: int
+    n_columns: int = 1
 
 
 def step_totals(
@@ -67,13 +69,14 @@ def step_totals(
     chunk_size: int,
     gradient: int,
     stored_gradient: int,
+    n_columns: int = 1,
 ) -> StepTotals:
     """Return the totals for poses that run in chunks of ``chunk_size`` poses.
 
     Parameters
     ----------
     graphs, has_weight : one entry per pose
-    gradient, stored_gradient : see :class:`StepTotals`
+    gradient, stored_gradient, n_columns : see :class:`StepTotals`
     """
     runs = [weight or graph.never_skipped for weight, graph in zip(has_weight, graphs, strict=True)]
     chunks = [slice(first, first + chunk_size) for first in range(0, len(graphs), chunk_size)]
@@ -87,4 +90,5 @@ def step_totals(
         largest_bare=max(graph.bare for graph in graphs),
         gradient=gradient,
         stored_gradient=stored_gradient,
+        n_columns=n_columns,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import inspect
 from typing import Any
 
+from mtenn_core._engine.columns import ANY, are_columns
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationContractError
 
@@ -51,11 +52,17 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
 def check_facts(combination: Combination) -> None:
     """Raise a :class:`~mtenn_core.errors.CombinationContractError` for an impossible fact."""
     fewest, domain, properties = combination.min_poses, combination.domain, combination.properties
+    columns = combination.pose_columns
     rules = (
         ("min_poses", "an int above 0", isinstance(fewest, int) and fewest > 0),
         ("domain", "(low, high) with low < high", _is_interval(domain)),
         ("properties", "a set of names", isinstance(properties, frozenset | set)),
         ("pose_inputs", "a tuple of names", _are_names(combination.pose_inputs)),
+        (
+            "pose_columns",
+            'None, a whole number above 0, a tuple of different names or "any"',
+            columns in (None, ANY) or are_columns(columns),
+        ),
     )
     for fact, rule, holds in rules:
         if not holds:
@@ -63,6 +70,11 @@ def check_facts(combination: Combination) -> None:
                 f"{type(combination).__name__}.{fact} must be {rule};"
                 f" found {getattr(combination, fact)!r}"
             )
+    if columns is not None and overrides(type(combination), "forward"):
+        raise CombinationContractError(
+            f"{type(combination).__name__} overrides forward, whose pose predictions have one"
+            f" number each; found pose_columns = {columns!r}. Write combine(predictions) instead."
+        )
 
 
 def _is_interval(found: Any) -> bool:

@@ -16,10 +16,14 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
 from mtenn_core._engine.call import Call, checked_call, total_sizes
 from mtenn_core._engine.chunk import Chunk
-from mtenn_core._engine.compounds import weights_of_compounds
+from mtenn_core._engine.compounds import (
+    combine_compounds,
+    weights_of_compounds,
+    weights_of_tasks,
+)
 from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import inputs_like
+from mtenn_core._engine.evaluation import PoseInputs, inputs_like
 from mtenn_core._engine.mode import Mode, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, copied, lock_of
@@ -89,25 +93,25 @@ def estimate(
     poses, sizes, pose_inputs, shared_inputs, collated : see
         :meth:`mtenn_core.MultiPoseModel.estimate`
     """
-    combination = options.combination
     chunk_size = MODES[options.gradients].chunk_size(options)
     call = checked_call(options, chunk_size, poses, sizes, pose_inputs, shared_inputs, collated)
-    n_poses = total_sizes(combination, [call.sizes], sizes)
-    modes = _possible_modes(options, collated)
+    n_poses = total_sizes(options.combinations, [call.sizes], sizes)
     predictions, graphs, shared = _measure(options, call)
+    modes = _possible_modes(options, collated, predictions.shape[1:].numel())
     inputs = inputs_like(predictions, call.inputs)
-    weights = weights_of_compounds(combination, predictions, inputs, n_poses)
+    weights = loss_weights(options, predictions, inputs, n_poses)
     has_weight = with_weight(weights, options.skip_below).tolist()
     modules = torch.nn.ModuleList(filter(None, (options.pose_model, options.shared)))
     params = [param for param in modules.parameters() if param.requires_grad]
     gradient = sum(param.nbytes for param in params)
     of_pose_model = [param for param in options.pose_model.parameters() if param.requires_grad]
-    stored = sum(map(_stored_bytes, of_pose_model)) + shared.largest_output
+    n_columns = predictions.shape[1:].numel()
+    stored = n_columns * (sum(map(_stored_bytes, of_pose_model)) + shared.largest_output)
     costs = []
     for mode in modes:
         size = (None if collated else mode.chunk_size(options)) or len(graphs)
         # Count the gradient twice, because the next one needs memory until it is added.
-        cost = mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored))
+        cost = mode.cost(step_totals(graphs, has_weight, size, 2 * gradient, stored, n_columns))
         costs.append(cost._replace(memory=cost.memory + shared.saved))
     free = free_memory(weights.device)
     return Estimate(
@@ -121,13 +125,36 @@ def estimate(
     )
 
 
-def _possible_modes(options: Options, collated: bool) -> list[Mode]:
-    """Return the modes that work with the combination and, if ``collated``, with one batch."""
-    has_combine = overrides(type(options.combination), "combine")
+def loss_weights(
+    options: Options, predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Tensor:
+    """Return the weights of all poses in a loss, in the shape of ``predictions``.
+
+    If a combined prediction is a vector, the loss is a sum with a different factor for each number.
+    """
+    given = predictions, inputs, sizes
+    if options.tasks is not None:
+        return weights_of_tasks(options.combinations, *given)
+    (combination,) = options.combinations
+    if combination.pose_columns is None:
+        return weights_of_compounds(combination, *given)
+    with torch.enable_grad():
+        y = predictions.detach().clone().requires_grad_()
+        values = combine_compounds(combination, y, inputs, sizes, closed_form=False)
+        factors = torch.linspace(1, 2, values.numel(), dtype=values.dtype, device=values.device)
+        (weights,) = torch.autograd.grad(values.flatten() @ factors, y)
+    return weights
+
+
+def _possible_modes(options: Options, collated: bool, n_columns: int) -> list[Mode]:
+    """Return the modes that work with combinations, columns and, if ``collated``, one batch."""
+    has_combine = all(overrides(type(each), "combine") for each in options.combinations)
     modes = [
         mode
         for mode in MODES.values()
-        if (has_combine or not mode.needs_combine) and (mode.takes_batches or not collated)
+        if (has_combine or not mode.needs_combine)
+        and (mode.takes_batches or not collated)
+        and n_columns <= (mode.most_columns or n_columns)
     ]
     if not modes:
         raise ValueError(NOT_IN_A_BATCH)
@@ -142,7 +169,7 @@ class _SharedGraphs(NamedTuple):
 
 
 def _measure(options: Options, call: Call) -> tuple[Tensor, list[PoseGraph], _SharedGraphs]:
-    """Return the predictions of all poses, shape (n_poses,), and the graph of each.
+    """Return the predictions of all poses, shape (n_poses, …), and the graph of each.
 
     The graphs do not keep their saved tensors. At the end, buffers, plain attributes of modules and
     random states are restored. The bytes of a chunk's graph are divided equally among its poses.

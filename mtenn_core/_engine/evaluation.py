@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_transform, over_rows
+from mtenn_core._engine.columns import Columns, named_column
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
@@ -56,7 +57,13 @@ def noted_sizes(predictions: Tensor) -> list[int] | None:
     if not _SIZES or current_transform() is not None:
         return None
     sizes = _SIZES.get(predictions.untyped_storage())
-    return sizes if sizes is not None and predictions.numel() == sum(sizes) else None
+    has_all = sizes is not None and predictions.dim() > 0 and len(predictions) == sum(sizes)
+    return sizes if has_all else None
+
+
+def prediction_dims(combination: Combination) -> int:
+    """Return the number of dimensions of one compound's pose predictions: 1 or 2."""
+    return 1 if combination.pose_columns is None else 2
 
 
 def check_one_compound(combination: Combination, predictions: Any) -> None:
@@ -72,6 +79,23 @@ def check_one_compound(combination: Combination, predictions: Any) -> None:
             f" found those for {len(sizes)} compounds. Call model.pose_weights(pose_predictions,"
             " sizes) of the MultiPoseModel, which keeps the compounds apart."
         )
+    _check_dims(combination, predictions, f"{type(combination).__name__}.pose_weights")
+
+
+def _check_dims(combination: Combination, predictions: Tensor, who: str) -> None:
+    """Raise a PredictionError if the predictions for one compound have another shape.
+
+    Parameters
+    ----------
+    who : the function that gets the predictions, for the message
+    """
+    dims = prediction_dims(combination)
+    if isinstance(predictions, Tensor) and predictions.dim() != dims:
+        shape = "(n_poses,)" if dims == 1 else "(n_poses, n_columns)"
+        raise PredictionError(
+            f"{who} takes the predictions for one compound, shape {shape}; found shape"
+            f" {tuple(predictions.shape)}"
+        )
 
 
 def of_one_compound(pose_weights: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -86,13 +110,17 @@ def of_one_compound(pose_weights: Callable[..., Tensor]) -> Callable[..., Tensor
     return checked
 
 
-def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> None:
+def check_finite(
+    predictions: Tensor, inputs: PoseInputs, sizes: list[int], columns: Columns | None = None
+) -> None:
     """Raise an error that names the pose of the first NaN or infinite number, if there is one.
 
     Parameters
     ----------
-    predictions, inputs : shape (n_poses,)
+    predictions : shape (n_poses,), or (n_poses, n_columns)
+    inputs : shape (n_poses,)
     sizes : the number of poses of each compound
+    columns : the columns of the predictions, if they have columns
     """
     named = {"the prediction": predictions}
     named |= {f"pose_inputs[{name!r}]": values for name, values in inputs.items()}
@@ -104,15 +132,18 @@ def check_finite(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> N
         except RuntimeError as error:  # torch.func.vmap
             error.add_note("inside torch.func.vmap, pass check_finite=False to MultiPoseModel")
             raise
-        pose = int((~finite).nonzero()[0])
+        place = (~finite).nonzero()[0].tolist()
+        pose = place[0]
         within, compound = pose, 0
         while within >= sizes[compound]:
             within -= sizes[compound]
             compound += 1
         where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
+        if len(place) > 1:
+            where += named_column(columns, place[1])
         raise PredictionError(
-            f"pose {pose}{where}: {what} is {values[pose].item()}. This number would spoil the"
-            " gradients of all other poses. Leave the pose out, or pass check_finite=False to"
+            f"pose {pose}{where}: {what} is {values[tuple(place)].item()}. This number would spoil"
+            " the gradients of all other poses. Leave the pose out, or pass check_finite=False to"
             " combine it anyway.",
             pose=pose,
             compound=compound,
@@ -129,17 +160,20 @@ def combined_prediction(
     """Return the combined prediction for a differentiable vector of pose predictions.
 
     The value comes from ``combine``, in float32 at least. If the combination overrides
-    ``pose_weights``, the derivative comes from ``pose_weights``.
+    ``pose_weights`` and its value is a scalar, the derivative comes from ``pose_weights``.
 
     Parameters
     ----------
-    predictions : shape (n_poses,); or a batch of compounds, shape (n_compounds, n_poses)
-    pose_inputs : for each name in ``combination.pose_inputs``, the shape of ``predictions``
+    predictions : shape (n_poses,), or (n_poses, n_columns) if the combination declares columns. A
+        batch of compounds has n_compounds as one more first dimension.
+    pose_inputs : for each name in ``combination.pose_inputs``, shape (n_poses,); for a batch,
+        (n_compounds, n_poses)
     closed_form : if False, autograd always derives the derivative from ``combine``
 
     Returns
     -------
-    shape (), or (n_compounds,) for a batch; dtype and device of ``predictions``
+    shape (), or (n_results,) if the value is a vector; for a batch, (n_compounds,) or (n_compounds,
+    n_results). Dtype and device of ``predictions``.
 
     Raises
     ------
@@ -151,7 +185,7 @@ def combined_prediction(
             return combined_prediction(
                 combination, predictions, pose_inputs, closed_form=closed_form
             )
-    check_n_poses(combination, predictions.shape[-1])
+    check_n_poses(combination, predictions.shape[-prediction_dims(combination)])
     wide = predictions.to(at_least_float32(predictions.dtype))
     pose_inputs = {name: numbers.to(wide.dtype) for name, numbers in pose_inputs.items()}
     overridden = type(combination).pose_weights is not Combination.pose_weights
@@ -168,9 +202,9 @@ def _value(combination: Combination, predictions: Tensor, pose_inputs: PoseInput
     """Return the checked result of ``combine`` for one compound, or for a batch of compounds."""
 
     def combine(predictions: Tensor, **pose_inputs: Tensor) -> Tensor:
-        return _checked_scalar(combination, combination.combine(predictions, **pose_inputs))
+        return _checked_value(combination, combination.combine(predictions, **pose_inputs))
 
-    if predictions.dim() == 1:
+    if predictions.dim() == prediction_dims(combination):
         return combine(predictions, **pose_inputs)
     return over_rows(combine, predictions, pose_inputs)
 
@@ -189,7 +223,7 @@ def _closed_form_weights(
             )
         return weights
 
-    if predictions.dim() == 1:
+    if predictions.dim() == prediction_dims(combination):
         return pose_weights(predictions, **pose_inputs)
     return over_rows(pose_weights, predictions, pose_inputs)
 
@@ -202,6 +236,8 @@ def _with_closed_form(
     # parameters. The predictions get their gradient from the weights, and not a second time.
     detached = predictions.detach()
     value = _value(combination, detached, pose_inputs)
+    if value.dim() != predictions.dim() - prediction_dims(combination):
+        return _value(combination, predictions, pose_inputs)  # a vector, which has no closed form
     # The weights are computed in forward and cloned below. Before backward, an optimizer may change
     # the combination's parameters.
     with torch.no_grad():
@@ -212,8 +248,8 @@ def _with_closed_form(
 class _ClosedForm(torch.autograd.Function):
     """Values whose derivatives with respect to the predictions are known.
 
-    Predictions and weights have one more dimension than the values: the poses. The gradient also
-    goes to ``value``, whose graph leads to the combination's own parameters.
+    Predictions and weights have more dimensions than the values: the poses and the columns. The
+    gradient also goes to ``value``, whose graph leads to the combination's own parameters.
     """
 
     @staticmethod
@@ -225,7 +261,8 @@ class _ClosedForm(torch.autograd.Function):
     def backward(ctx: Any, grad_output: Tensor) -> tuple[Tensor | None, ...]:
         refuse_double_backward()
         (weights,) = ctx.saved_tensors
-        return grad_output, grad_output.unsqueeze(-1) * weights, None
+        added = (1,) * (weights.dim() - grad_output.dim())
+        return grad_output, grad_output.reshape(grad_output.shape + added) * weights, None
 
 
 def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: Any) -> Tensor:
@@ -237,7 +274,7 @@ def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: A
     """
     pred_list, *_ = args
     with no_autocast(pred_list[0].device.type):
-        return _checked_scalar(combination, first_of_pair(combination(*args, **pose_inputs)))
+        return _checked_value(combination, first_of_pair(combination(*args, **pose_inputs)))
 
 
 def first_of_pair(value: Any) -> Any:
@@ -277,7 +314,7 @@ def pose_weights(
 def derived_weights(
     combination: Combination, predictions: Tensor, pose_inputs: PoseInputs = NO_INPUTS
 ) -> Tensor:
-    """Return pose weights without the use of a closed form, shape (n_poses,)."""
+    """Return pose weights without the use of a closed form, in the shape of ``predictions``."""
     if overrides(type(combination), "combine"):
         return autograd_weights(combination, predictions, pose_inputs)
     return backward_weights(combination, predictions, pose_inputs)
@@ -300,7 +337,13 @@ def autograd_weights(
         y = predictions.detach().clone().requires_grad_()
         value = combined_prediction(combination, y, pose_inputs, closed_form=False)
         # The compounds of a batch do not depend on one another.
-        (weights,) = torch.autograd.grad(value if value.dim() == 0 else value.sum(), y)
+        if value.dim() != y.dim() - prediction_dims(combination):
+            raise CombinationContractError(
+                f"{type(combination).__name__} returns a vector, and pose weights are the"
+                " derivative of one number. The derivative of the vector is"
+                " torch.func.jacrev(combination.combine)(predictions)."
+            )
+        (weights,) = torch.autograd.grad(value.sum(), y)
     return weights
 
 
@@ -334,12 +377,13 @@ def check_n_poses(combination: Combination, n_poses: int, compound: int | None =
         )
 
 
-def _checked_scalar(combination: Combination, value: Tensor) -> Tensor:
-    """Return the ``value`` of a combination. Raise an error if it is not a tensor of shape ()."""
-    if not isinstance(value, Tensor) or value.shape != ():
+def _checked_value(combination: Combination, value: Tensor) -> Tensor:
+    """Return the ``value`` of a combination. Raise an error if it has a wrong shape."""
+    most = prediction_dims(combination) - 1  # only pose_columns allow for a vector
+    if not isinstance(value, Tensor) or value.dim() > most or not value.numel():
+        rule = "a scalar tensor, shape ()" + (", or a vector, shape (n_results,)" if most else "")
         raise CombinationContractError(
-            f"{type(combination).__name__} must return a scalar tensor, shape ();"
-            f" found {_shape_or_type(value)}"
+            f"{type(combination).__name__} must return {rule}; found {_shape_or_type(value)}"
         )
     return value
 

@@ -34,7 +34,7 @@ class Fingerprint(NamedTuple):
 
     Attributes
     ----------
-    predictions : the result, shape (n_poses,), detached
+    predictions : the result, shape (n_poses,) or (n_poses, n_columns), detached
     n_saved : the number of tensors that the run saves for backward
     marks : for each of these tensors, a value that depends on its numbers and their order; None if
         the tensors are not compared
@@ -143,9 +143,10 @@ def difference(
         room = _room(eps, predictions)
         same = torch.isclose(predictions, first.predictions, room, room, equal_nan=True)
         if not same.all():
-            pose = int((~same).int().argmax())
-            one, other = predictions[pose].item(), first.predictions[pose].item()
-            return pose, f"It predicted {one!r} instead of {other!r}."
+            place = (~same).nonzero()[0].tolist()
+            one, other = predictions[*place].item(), first.predictions[*place].item()
+            where = f" in column {place[1]}" if len(place) > 1 else ""
+            return place[0], f"It predicted {one!r} instead of {other!r}{where}."
     if len(saved) != first.n_saved:
         return None, f"It saved {len(saved)} tensors instead of {first.n_saved}."
     if first.marks is not None:

@@ -1,4 +1,4 @@
-"""Memory for the gradients of all poses: one matrix for each device and dtype, one row per pose."""
+"""Memory for the gradients of all predictions: one matrix per device and dtype, one row each."""
 
 from __future__ import annotations
 
@@ -23,11 +23,6 @@ Spare = dict[Key, torch.UntypedStorage]
 _SPARE: WeakKeyDictionary[torch.nn.Module, Spare] = WeakKeyDictionary()
 
 
-def spare_memory(pose_model: torch.nn.Module) -> Spare:
-    """Return the memory that is kept for the next call of a pose model."""
-    return _SPARE.setdefault(pose_model, {})
-
-
 def forget_memory(pose_model: torch.nn.Module) -> None:
     """Free the memory that is kept for the next call of a pose model."""
     _SPARE.pop(pose_model, None)
@@ -39,39 +34,49 @@ class GradientBuffer(NamedTuple):
     Attributes
     ----------
     layout : name, shape and dtype of each parameter, in the order of the columns
-    matrix : shape (n_poses, n_columns); each parameter has one column per entry
+    matrix : shape (n_rows, n_columns). Each prediction has one row, and each parameter one column
+        per entry.
     """
 
     layout: Layout
     matrix: Tensor
 
 
-def allocate(params: Params, n_poses: int, spare: Spare) -> list[GradientBuffer]:
-    """Return uninitialized buffers for the gradients of ``n_poses`` poses.
+Memory = tuple[Spare, list[GradientBuffer]]
+
+
+def allocate(
+    pose_model: torch.nn.Module, params: Params, n_poses: int, n_predictions: int
+) -> Memory:
+    """Return memory for the next call of a pose model, and uninitialized buffers for this call.
+
+    The buffers use the memory of earlier calls first.
 
     Parameters
     ----------
-    spare : memory from earlier calls. It is used first, and used parts are removed from ``spare``.
+    n_predictions : the number of predictions per pose; each has its own gradient
     """
+    spare = _SPARE.setdefault(pose_model, {})
+    n_rows = n_poses * n_predictions
     # With one matrix per device and dtype, a sum over poses is a product of a vector and a matrix.
     layouts: dict[Key, dict[str, tuple[torch.Size, torch.dtype]]] = {}
     for name, param in params.items():
         key = param.device, at_least_float32(param.dtype)
         layouts.setdefault(key, {})[name] = (param.shape, param.dtype)
-    return [
-        GradientBuffer(layout, _matrix(spare, key, n_poses, layout))
+    return spare, [
+        GradientBuffer(layout, _matrix(spare, key, n_rows, layout))
         for key, layout in layouts.items()
     ]
 
 
-def _matrix(spare: Spare, key: Key, n_poses: int, layout: Layout) -> Tensor:
+def _matrix(spare: Spare, key: Key, n_rows: int, layout: Layout) -> Tensor:
     device, dtype = key
     n_columns = sum(shape.numel() for shape, _ in layout.values())
     fresh = torch.empty(0, dtype=dtype, device=device)
     storage = spare.pop(key, None)
-    if storage is None or storage.nbytes() < n_poses * n_columns * dtype.itemsize:
-        return fresh.resize_(n_poses, n_columns)
-    return fresh.set_(storage, 0, (n_poses, n_columns), (n_columns, 1))
+    if storage is None or storage.nbytes() < n_rows * n_columns * dtype.itemsize:
+        return fresh.resize_(n_rows, n_columns)
+    return fresh.set_(storage, 0, (n_rows, n_columns), (n_columns, 1))
 
 
 def split_columns(rows: Tensor, layout: Layout) -> dict[str, Tensor]:
@@ -95,12 +100,14 @@ def weighted_sum(
 
     Parameters
     ----------
-    weights : shape (n_poses,)
+    weights : shape (n_rows,), or the shape of the predictions whose gradients are the rows
     matrices, layouts : the matrix and the layout of each buffer
     names : the names of the parameters; the gradients are returned in this order
     spare : receives the memory of the matrices after backward has used them
     """
     sums: dict[str, Tensor] = {}
+    if weights.dim() > 1:
+        weights = weights.reshape(-1)
     for matrix, layout in zip(matrices, layouts, strict=True):
         sums |= split_columns(_product(weights.to(matrix.device, matrix.dtype), matrix), layout)
         # Keep memory only on a CPU, because the allocator of an accelerator itself keeps memory.
@@ -111,7 +118,7 @@ def weighted_sum(
 
 
 def _product(weights: Tensor, matrix: Tensor) -> Tensor:
-    """Return Σ_i w_i row_i over poses with nonzero weight, because 0 · inf would be NaN."""
+    """Return Σ_i w_i row_i over rows with nonzero weight, because 0 · inf would be NaN."""
     with no_autocast(weights.device.type):
         if is_batched(weights):  # its values cannot be read
             return weights @ matrix

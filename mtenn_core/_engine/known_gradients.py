@@ -25,7 +25,7 @@ def attach(
 
     Parameters
     ----------
-    predictions : shape (n_poses,)
+    predictions : shape (n_poses,), or any that ``weighted_sum`` takes for the weights
     gradients : tensors to save for backward, in any layout that ``weighted_sum`` understands
     weighted_sum : ``weighted_sum(weights, gradients)`` returns one gradient per parameter
     model_params : the parameters, which receive the gradients

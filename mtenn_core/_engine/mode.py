@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import Columns
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core.combination import Combination
@@ -21,27 +22,36 @@ Collate = Callable[[list[Any]], Any]
 
 
 class Options(NamedTuple):
-    """The options of a :class:`~mtenn_core.MultiPoseModel` at the time of one call."""
+    """The options of a :class:`~mtenn_core.MultiPoseModel` at the time of one call.
+
+    Attributes
+    ----------
+    combinations : one combination, or one for each task
+    tasks : the number or the names of the tasks
+    columns : the columns of the pose model's output; None if it has one number per pose
+    """
 
     pose_model: torch.nn.Module
-    combination: Combination
+    combinations: tuple[Combination, ...]
     gradients: str
     collate: Collate | None
     chunk_size: int | None
     skip_below: float | None
     check_finite: bool
     shared: torch.nn.Module | None
+    tasks: int | Sequence[str] | None
+    columns: Columns | None
 
 
 def check_has_combine(options: Options) -> None:
-    """Raise a ValueError if the combination defines only ``forward``."""
-    combination = type(options.combination)
-    if not overrides(combination, "combine"):
-        raise ValueError(
-            f"{combination.__name__} defines only forward, which works on stored gradients. Use"
-            f" gradients='stored' instead of {options.gradients!r}, or define"
-            " combine(predictions), too."
-        )
+    """Raise a ValueError if a combination defines only ``forward``."""
+    for combination in map(type, options.combinations):
+        if not overrides(combination, "combine"):
+            raise ValueError(
+                f"{combination.__name__} defines only forward, which works on stored gradients. Use"
+                f" gradients='stored' instead of {options.gradients!r}, or define"
+                " combine(predictions), too."
+            )
 
 
 class Mode(ABC):
@@ -52,6 +62,7 @@ class Mode(ABC):
     name : the value of the option ``gradients``
     needs_combine : False if the mode also works with a combination that defines only ``forward``
     takes_batches : False if the mode needs the poses one by one
+    most_columns : the largest number of predictions per pose; None if there is no limit
     uses_closed_form : False if autograd takes the derivative of ``combine``, even if the
         combination has ``pose_weights``
     """
@@ -59,6 +70,7 @@ class Mode(ABC):
     name: ClassVar[str]
     needs_combine: ClassVar[bool] = True
     takes_batches: ClassVar[bool] = True
+    most_columns: ClassVar[int | None] = None
     uses_closed_form: ClassVar[bool] = True
 
     @abstractmethod
@@ -79,9 +91,9 @@ class Mode(ABC):
 
         Returns
         -------
-        predictions : shape (n_poses,), differentiable, in float32 at least
-        gradients : the gradients of each compound if the combination overrides ``forward``, else
-            None
+        predictions : shape (n_poses,) or (n_poses, n_columns), differentiable, in float32 at least
+        gradients : the gradients of each compound if a combination overrides ``forward``, else
+            None. With tasks, the compounds of the first task come first.
         """
 
     @abstractmethod

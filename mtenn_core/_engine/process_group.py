@@ -70,7 +70,7 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
 
     Parameters
     ----------
-    own : the numbers of this rank, shape (n_poses,)
+    own : the numbers of this rank, shape (n_poses,) or (n_poses, n_columns)
     shares : the second result of :func:`exchange_sizes`
 
     Returns
@@ -79,7 +79,8 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
     """
     longest = max(map(sum, shares))
     # gloo and nccl need tensors of the same shape on all ranks.
-    gathered = _GatherRanks.apply(pad(own, (0, longest - len(own))), group)
+    padding = (0, 0) * (own.dim() - 1) + (0, longest - len(own))  # the last dimension is first
+    gathered = _GatherRanks.apply(pad(own, padding), group)
     parts = [
         of_rank[: sum(share)].split(list(share))
         for of_rank, share in zip(gathered, shares, strict=True)

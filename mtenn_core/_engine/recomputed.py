@@ -47,8 +47,9 @@ class Recomputed(Mode):
     name = "recomputed"
 
     def check_options(self, options: Options) -> None:
-        if type(options.combination).combine is Combination.combine:  # a shortcut for each call
-            check_has_combine(options)
+        for combination in options.combinations:
+            if type(combination).combine is Combination.combine:  # a shortcut for each call
+                check_has_combine(options)
 
     def check_group(self, options: Options) -> None:
         """Accept all groups, because each process takes the gradients of its own poses."""
@@ -174,7 +175,7 @@ class RecomputedGraphs:
 
         Returns
         -------
-        shape (n_poses,)
+        shape (n_poses,) or (n_poses, n_columns)
         """
         compared = self._record.compared(len(chunks))
         graphs = list(map(partial(RecomputedGraph, self), chunks, compared))

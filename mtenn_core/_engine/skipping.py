@@ -32,14 +32,14 @@ def join_chunks(
     skip_below: float | None = 0.0,
     shared: Collection[Any] = (),
 ) -> Tensor:
-    """Return the predictions of all chunks of poses as one vector, shape (n_poses,).
+    """Return the predictions of all chunks of poses in one tensor, shape (n_poses, …).
 
-    The vector's backward skips a chunk if all weights of the chunk are zero. This saves time. It
-    also avoids NaN from 0 · inf if a pose without weight has an infinite gradient.
+    Its backward skips a chunk if all weights of the chunk are zero. This saves time. It also avoids
+    NaN from 0 · inf if a pose without weight has an infinite gradient.
 
     Parameters
     ----------
-    predictions : one tensor per chunk
+    predictions : one tensor per chunk, shape (n_poses,) or (n_poses, n_columns)
     chunks : objects whose ``skipped_in`` is set in backward; empty if it is not needed
     skip_below : also skip weights up to this fraction of the largest weight; None skips nothing
     shared : the nodes of tensors that the poses of a compound share
@@ -55,8 +55,14 @@ def with_weight(weights: Tensor, skip_below: float | None) -> Tensor:
     """Return which poses have a weight above the limit, shape (n_poses,), bool.
 
     The result is True for a weight that is NaN or infinite.
+
+    Parameters
+    ----------
+    weights : shape (n_poses,), or (n_poses, n_columns). Then the largest weight of a pose counts.
     """
     sizes = weights.abs()
+    if sizes.dim() > 1:
+        sizes = sizes.amax(1)
     if skip_below is None:
         return torch.ones_like(sizes, dtype=torch.bool)
     # Not "sizes > …": every comparison with NaN is false.

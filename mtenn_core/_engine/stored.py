@@ -31,9 +31,11 @@ from mtenn_core._engine.call import Call
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core._engine.gradient_buffers import (
+    GradientBuffer,
+    Memory,
     Params,
+    Spare,
     allocate,
-    spare_memory,
     split_columns,
     weighted_sum,
 )
@@ -47,6 +49,9 @@ from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
 
 Run = Callable[[], Tensor]
+
+# Each number of a pose takes one backward, and memory for one gradient.
+MOST_COLUMNS = 16
 
 # No loss scaler has multiplied the gradient of a single prediction. Its entries may be below 6e-8,
 # the smallest float16, so the prediction is scaled first. The scale is a power of two, so that it
@@ -65,6 +70,7 @@ class Stored(Mode):
     name = "stored"
     needs_combine = False
     takes_batches = False
+    most_columns = MOST_COLUMNS
 
     def check_options(self, options: Options) -> None:
         if options.skip_below:
@@ -79,22 +85,24 @@ class Stored(Mode):
             )
 
     def check_group(self, options: Options) -> None:
-        if _needs_gradients(options.combination) and torch.is_grad_enabled():
+        at_full_depth = [type(c).__name__ for c in options.combinations if _needs_gradients(c)]
+        if at_full_depth and torch.is_grad_enabled():
             raise ValueError(
-                f"{type(options.combination).__name__} overrides forward, which needs all gradients"
-                " of a compound in one process. But group= shares the poses of a compound among"
-                " several processes. Give one process the whole compound, or write"
-                " combine(predictions) and use gradients='recomputed'."
+                f"{at_full_depth[0]} overrides forward, which needs all gradients of a compound in"
+                " one process. But group= shares the poses of a compound among several processes."
+                " Give one process the whole compound, or write combine(predictions) and use"
+                " gradients='recomputed'."
             )
 
     def chunk_size(self, options: Options) -> int:
         return 1
 
     def predict(self, options: Options, call: Call) -> tuple[Tensor, list[PoseGradients] | None]:
-        needs_gradients = _needs_gradients(options.combination)
+        needs_gradients = any(map(_needs_gradients, options.combinations))
         if not torch.is_grad_enabled():
-            nothing = [PoseGradients({}, dict)] * len(call.sizes)
             predictions = torch.cat([chunk.run() for chunk in call.chunks])
+            n_columns = predictions.shape[1:].numel()
+            nothing = [PoseGradients({}, dict)] * (len(call.sizes) * n_columns)
             return predictions, nothing if needs_gradients else None
         if call.collated:
             raise ValueError(NOT_IN_A_BATCH)
@@ -105,12 +113,21 @@ class Stored(Mode):
         # A combination may keep the grad_dict that it gets, so its memory must not be used again.
         vectors = [part.attach(reuse=not needs_gradients) for part in parts]
         predictions = vectors[0] if len(vectors) == 1 else torch.cat(vectors)
-        return predictions, _of_compounds(parts, call.sizes) if needs_gradients else None
+        if not needs_gradients:
+            return predictions, None
+        # Only a combination of one number per pose, or of one per task, overrides forward.
+        n_columns = predictions.shape[1:].numel()
+        return predictions, [
+            of_compound
+            for column in range(n_columns)
+            for of_compound in _of_compounds(parts, call.sizes, column, n_columns)
+        ]
 
     def cost(self, totals: StepTotals) -> ModeCost:
         graph = totals.largest_chunk + totals.largest_bare
         memory = totals.gradient + graph + totals.n_poses * totals.stored_gradient
-        return ModeCost(self.name, totals.n_chunks, totals.n_chunks, round(memory))
+        backwards = totals.n_chunks * totals.n_columns
+        return ModeCost(self.name, totals.n_chunks, backwards, round(memory))
 
 
 def _needs_gradients(combination: Combination) -> bool:
@@ -130,35 +147,45 @@ def _by_compound(pose_model: torch.nn.Module, call: Call) -> Iterator[StoredGrad
             yield StoredGradients(pose_model, own, shared, gate)
 
 
-def _of_compounds(parts: Sequence[StoredGradients], sizes: Sequence[int]) -> list[PoseGradients]:
-    """Return the gradients of each compound, from those of all compounds or of one each."""
-    first = [0, *itertools.accumulate(sizes)]
+def _of_compounds(
+    parts: Sequence[StoredGradients], sizes: Sequence[int], column: int, n_columns: int
+) -> list[PoseGradients]:
+    """Return the gradients of a column for each compound.
+
+    Parameters
+    ----------
+    parts : the gradients of all compounds, or of one compound each
+    """
+    first = [n_columns * start for start in (0, *itertools.accumulate(sizes))]
     if len(parts) == 1:
-        return [
-            PoseGradients(parts[0].params, partial(parts[0].grad_dict, slice(*poses)))
-            for poses in itertools.pairwise(first)
-        ]
-    return [PoseGradients(part.params, partial(part.grad_dict, slice(None))) for part in parts]
+        rows = [slice(start + column, end, n_columns) for start, end in itertools.pairwise(first)]
+        return [PoseGradients(parts[0].params, partial(parts[0].grad_dict, own)) for own in rows]
+    own = slice(column, None, n_columns)
+    return [PoseGradients(part.params, partial(part.grad_dict, own)) for part in parts]
 
 
 class StoredGradients:
     """Pose predictions and ∂ŷ_i/∂θ, for every trainable parameter that at least one pose uses.
 
+    If a pose has several predictions, each has its own row of gradients. The rows of a pose follow
+    one another.
+
     Parameters
     ----------
     pose_model : the module that has the parameters θ
-    runs : for each pose, a function that returns its prediction, shape (1,)
+    runs : for each pose, a function that returns its prediction, shape (1,) or (1, n_columns)
     shared, gate : the output of the shared part, whose tensors count as parameters, and the gate
         through which the runs get these tensors
 
     Attributes
     ----------
-    predictions : shape (n_poses,), detached
+    predictions : shape (n_poses,) or (n_poses, n_columns), detached
     params : the parameters by name
 
     Raises
     ------
-    GradientError : the pose model is sharded, or a gradient would be lost
+    GradientError : the pose model is sharded, a gradient would be lost, or a pose has too many
+        predictions
     """
 
     def __init__(
@@ -186,17 +213,18 @@ class StoredGradients:
         lock = lock_of(pose_model)
         in_place = own.in_place()
         kept = KeptTensors(pose_model.modules())
-        self._spare = spare_memory(pose_model)
         params = own.params | shared.tensors
-        self._buffers = allocate(params, len(runs), self._spare)
+        self._spare: Spare = {}
+        self._buffers: list[GradientBuffer] = []
+        memory = partial(allocate, pose_model, params, len(runs))
         with in_place:
             self._inner = _InnerGradients(own.leaves, shared.replacements, gate, kept, lock)
-            self.predictions = torch.cat([self._store(pose, run) for pose, run in enumerate(runs)])
+            self.predictions = torch.cat([self._store(*each, memory) for each in enumerate(runs)])
         used = self._inner.used
         self.params = {name: param for name, param in params.items() if name in used}
 
     def attach(self, *, reuse: bool = True) -> Tensor:
-        """Return the predictions as one differentiable vector, shape (n_poses,).
+        """Return the predictions as one differentiable tensor, in their shape.
 
         Parameters
         ----------
@@ -213,25 +241,39 @@ class StoredGradients:
         matrices = [buffer.matrix for buffer in self._buffers]
         return attach(self.predictions, matrices, total, list(self.params.values()))
 
-    def grad_dict(self, poses: slice) -> dict[str, list[Tensor]]:
-        """Return views of the gradients of some poses, for a combination's ``forward``."""
+    def grad_dict(self, rows: slice) -> dict[str, list[Tensor]]:
+        """Return views of some rows of gradients, for a combination's ``forward``."""
         views: dict[str, Tensor] = {}
         for buffer in self._buffers:
-            views |= split_columns(buffer.matrix[poses], buffer.layout)
+            views |= split_columns(buffer.matrix[rows], buffer.layout)
         return {name: list(views[name]) for name in self.params}
 
-    def _store(self, pose: int, run: Run) -> Tensor:
-        """Run a pose and write its row of gradients. Return its prediction, shape (1,), detached.
+    def _store(self, pose: int, run: Run, memory: Callable[[int], Memory]) -> Tensor:
+        """Run a pose and write its rows of gradients. Return its prediction, detached.
 
         The graph of the pose is freed here, unless the pose model keeps a part of it.
+
+        Parameters
+        ----------
+        memory : returns the memory for all rows. It gets the number of predictions per pose, which
+            the first pose shows.
         """
         prediction = run()
-        gradients, scale = self._inner.of(prediction, pose)
-        for layout, matrix in self._buffers:
-            row = [_flat(name, gradients.get(name), self._inner.inputs[name]) for name in layout]
-            torch.cat(row, out=matrix[pose])  # it converts half precision to float32
-            if scale != 1:
-                matrix[pose] /= scale
+        # A view of each number would add a node to the graph.
+        numbers = [prediction] if prediction.dim() == 1 else list(prediction[0])
+        if pose == 0:
+            if len(numbers) > MOST_COLUMNS:
+                raise GradientError(_TOO_MANY.format(len(numbers)), pose=pose)
+            self._spare, self._buffers = memory(len(numbers))
+        for column, number in enumerate(numbers):
+            more = column + 1 < len(numbers)
+            gradients, scale = self._inner.of(number, pose, retains=more)
+            row = pose * len(numbers) + column
+            for layout, matrix in self._buffers:
+                parts = [_flat(n, gradients.get(n), self._inner.inputs[n]) for n in layout]
+                torch.cat(parts, out=matrix[row])  # it converts half precision to float32
+                if scale != 1:
+                    matrix[row] /= scale
         # Clone the prediction, because a view would keep the tensor of its base alive.
         return prediction.detach().clone()
 
@@ -272,20 +314,31 @@ class _InnerGradients:
         # Nodes of leaves in the graphs of earlier poses, and the version of each leaf. This dict
         # keeps the nodes alive, so that each leaf has the same node in the graph of the next pose.
         self._known: dict[Any, int] = {}
+        self._takes_several = False
         # Both are set at the first pose.
         self._scale: float | None = None
         self._outside_autocast: AbstractContextManager[object] = nullcontext()
 
-    def of(self, prediction: Tensor, pose: int) -> tuple[dict[str, Tensor], float]:
-        """Return scale · ∂ŷ/∂θ for the parameters θ that affect ŷ, and the scale."""
+    def of(
+        self, prediction: Tensor, pose: int, *, retains: bool = False
+    ) -> tuple[dict[str, Tensor], float]:
+        """Return scale · ∂ŷ/∂θ for the parameters θ that affect ŷ, and the scale.
+
+        Parameters
+        ----------
+        retains : True if the graph of the pose must stay whole for another prediction
+        """
         if not prediction.requires_grad:
             return {}, 1.0
         node_classes = self._check_nodes(prediction, pose)
         self._search_for_kept_tensors()
         # If the pose model keeps a part of the graph (a penalty, a receptor that all poses share),
         # it must stay whole. Otherwise, memory shrinks during the backward.
-        retains = self._kept.found or bool(self._ends)
+        self._takes_several |= retains
+        retains |= self._kept.found or bool(self._ends)
         compiled = any(map(is_compiled, node_classes))
+        if compiled and self._takes_several:
+            raise GradientError(f"pose {pose}: {_COMPILED}", pose=pose)
         self._gate.closed = True
         try:
             gradients, scale = self._scaled(prediction, retains, compiled)
@@ -416,6 +469,15 @@ _OLD = (
     " optimizer's step). Its gradient would belong to the old value. Compute the tensor again in"
     " each call. If all poses of a compound use it, give its module to MultiPoseModel as shared=…."
     " If the value has not changed, use gradients='graph'."
+)
+_TOO_MANY = (
+    "gradients='stored' takes one backward for each number of a pose, and keeps its gradient."
+    f" It takes at most {MOST_COLUMNS} numbers per pose; found {{}}. Use gradients='recomputed',"
+    " whose memory does not grow with them."
+)
+_COMPILED = (
+    "the pose model is compiled, and a compiled module cannot repeat its backward for another"
+    " number of the pose. Use gradients='recomputed' or 'graph'."
 )
 _OVERFLOW = (
     "a gradient of the compiled pose model overflows in float16, and a compiled module cannot"
