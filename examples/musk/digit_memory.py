@@ -49,15 +49,14 @@ def _measure(way: str, size: int) -> int:
     """Return the result of :func:`peak_memory` for this process."""
     # Imported here, so that a Ctrl-C in the seconds that it takes is caught below.
     import torch
+    from attention import GatedAttentionCombination
     from bags import Bag
     from digit_bags import N_FEATURES, DigitNetwork, draw_bags, loss_gradients
-
-    from mtenn_core import registry
 
     torch.set_num_threads(1)
     _, bag = draw_bags(2, size, part=slice(None), seed=0)
     network = DigitNetwork(ENLARGE)
-    combination = registry.create("gated_attention", n_features=N_FEATURES, n_hidden=N_FEATURES)
+    combination = GatedAttentionCombination(N_FEATURES, N_FEATURES)
 
     # Kernels and lazy imports are not what is measured.
     loss_gradients(network, combination, Bag(bag.conformers[:2], bag.label), way)
