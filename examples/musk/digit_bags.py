@@ -14,6 +14,7 @@ from mtenn_core import Combination, MultiPoseModel
 
 PLAIN = "plain autograd"
 N_FEATURES = 64
+CHUNK_SIZE = 8  # images that run at the same time
 POSITIVE = 9  # a bag with this digit is positive
 LEARNING_RATE = 1e-3
 
@@ -75,13 +76,18 @@ class DigitNetwork(torch.nn.Module):
         return self.layers(images)
 
 
+def new_model(network: DigitNetwork, combination: Combination, gradients: str) -> MultiPoseModel:
+    """Return a model of bags that runs ``CHUNK_SIZE`` images at a time."""
+    options = {"collate": torch.stack, "chunk_size": CHUNK_SIZE}
+    return MultiPoseModel(network, combination, gradients=gradients, **options)
+
+
 def logit(network: DigitNetwork, combination: Combination, images: Tensor, way: str) -> Tensor:
     """Return the logit of one bag, shape (); a ``way`` is ``PLAIN`` or a mode."""
     if way == PLAIN:
-        # One image at a time, as the modes do, so that dropout draws the same random numbers.
-        return combination.combine(torch.cat([network(image[None]) for image in images]))
-    model = MultiPoseModel(network, combination, gradients=way, collate=torch.stack)
-    return model(list(images)).prediction
+        # In the chunks of the modes, so that dropout draws the same random numbers.
+        return combination.combine(torch.cat([network(part) for part in images.split(CHUNK_SIZE)]))
+    return new_model(network, combination, way)(list(images)).prediction
 
 
 def loss_gradients(

@@ -21,6 +21,7 @@ from digit_bags import (
     DigitNetwork,
     draw_bags,
     loss_gradients,
+    new_model,
     train,
 )
 from digit_memory import peak_memory
@@ -29,11 +30,11 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from mtenn_core import Combination, MultiPoseModel
+from mtenn_core import Combination
 from mtenn_core.errors import MtennError
 
 MODES = ("graph", "recomputed")
-SIZES = (1, 16, 64, 256)
+SIZES = (8, 16, 64, 256)
 TRAINING_IMAGES, TEST_IMAGES = slice(0, 1200), slice(1200, None)
 N_TRAINING, N_TEST, BAG_SIZE = 200, 200, 10
 
@@ -114,9 +115,7 @@ def show_memory(sizes: Sequence[int]) -> dict[str, dict[int, float | None]]:
 def show_accuracy(epochs: int) -> float:
     """Train on bags of some images, print and return the accuracy on bags of other images."""
     torch.manual_seed(0)
-    model = MultiPoseModel(
-        DigitNetwork(), gated_attention(), gradients="recomputed", collate=torch.stack
-    )
+    model = new_model(DigitNetwork(), gated_attention(), "recomputed")
     training = draw_bags(N_TRAINING, BAG_SIZE, part=TRAINING_IMAGES, seed=1)
     for _ in track(train(model, training, epochs=epochs), "training", epochs, console=console):
         pass
@@ -143,7 +142,7 @@ def _options(argv: Sequence[str] | None) -> argparse.Namespace:
         type=int,
         default=SIZES,
         metavar="N",
-        help="of the bags whose memory is measured (default: 1 16 64 256)",
+        help="of the bags whose memory is measured (default: 8 16 64 256)",
     )
     parser.add_argument(
         "--epochs", type=int, default=20, metavar="N", help="of training (default: %(default)s)"
