@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
+from mtenn_core._engine.autograd_nodes import base_of
 from mtenn_core._engine.call import checked_call, checked_poses, given_sizes, total_sizes
-from mtenn_core._engine.columns import are_columns, columns_of
+from mtenn_core._engine.columns import Columns, are_columns, columns_of
 from mtenn_core._engine.compounds import (
     combine_compounds,
     combine_full_depth,
@@ -19,6 +20,7 @@ from mtenn_core._engine.compounds import (
     weights_of_compounds,
     weights_of_tasks,
 )
+from mtenn_core._engine.declarations import check_facts
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
     check_finite,
@@ -136,6 +138,8 @@ class MultiPoseModel(torch.nn.Module):
         self.check_finite = check_finite
         self.shared = shared
         self.tasks = tasks
+        for each in self._combinations():
+            check_facts(each)
         options = self._options()
         MODES[options.gradients].check_options(options)
 
@@ -235,19 +239,21 @@ class MultiPoseModel(torch.nn.Module):
             combined = combine_tasks(
                 options.combinations, *given, gradients, closed_form=closed_form
             )
+            combined = combined[0] if sizes is None else combined
         elif gradients is not None:
             combined = combine_full_depth(combination, *given, gradients)
+            combined = combined[0] if sizes is None else combined
         elif sizes is None:
             # A view, so that torch raises an error if the combination changes it in place.
             (own,) = predictions.split(n_poses)
             combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
-            return MultiPoseOutput(combined, predictions)
         else:
             combined = combine_compounds(combination, *given, closed_form=closed_form)
-        if sizes is None:
-            combined = combined.squeeze(0)
-        elif len(n_poses) > 1:
+        if len(n_poses) > 1:
             note_sizes(predictions, n_poses)
+        if base_of(combined) is not None:
+            # If the caller changed a view in place, fully_shard would lose its hooks (torch 2.13).
+            combined = combined.clone()
         return MultiPoseOutput(combined, predictions)
 
     def pose_weights(
@@ -343,7 +349,11 @@ class MultiPoseModel(torch.nn.Module):
     def _options(self) -> Options:
         """Check the options and return them. Users may set them between two calls."""
         combinations, tasks = self._combinations(), self.tasks
-        declared = combinations[0].pose_columns if tasks is None else tasks
+        columns = None
+        if tasks is not None:
+            columns = _columns_of_tasks(tasks, combinations)
+        elif (declared := combinations[0].pose_columns) is not None:
+            columns = columns_of(declared)
         options = Options(
             self.pose_model,
             combinations,
@@ -354,7 +364,7 @@ class MultiPoseModel(torch.nn.Module):
             self.check_finite,
             self.shared,
             tasks,
-            None if declared is None else columns_of(declared),
+            columns,
         )
         _check_options(options)
         return options
@@ -415,22 +425,20 @@ def _check_options(options: Options) -> None:
             )
         if chunk_size > 1 and collate is None:
             raise ValueError("chunk_size > 1 needs collate, which makes a batch from several poses")
-    if options.tasks is not None:
-        _check_tasks(options.tasks, options.combinations)
 
 
-def _check_tasks(tasks: int | Sequence[str], combinations: Sequence[Combination]) -> None:
-    """Raise a ValueError if tasks are no tasks, or if the combinations do not fit them."""
+def _columns_of_tasks(tasks: int | Sequence[str], combinations: Sequence[Combination]) -> Columns:
+    """Return one column for each task. Raise a ValueError if the combinations do not fit them."""
     if isinstance(tasks, str) or not are_columns(tasks):
         raise ValueError(
             "tasks must be a whole number above 0, a sequence of different names, or None; found"
             f" {tasks!r}"
         )
-    n_tasks = columns_of(tasks).number
-    if len(combinations) not in (1, n_tasks):
+    columns = columns_of(tasks)
+    if len(combinations) not in (1, columns.number):
         raise ValueError(
-            f"combination must be one for all tasks, or a list with one for each of the {n_tasks}"
-            f" tasks; found {len(combinations)}"
+            "combination must be one for all tasks, or a list with one for each of the"
+            f" {columns.number} tasks; found {len(combinations)}"
         )
     for combination in combinations:
         if combination.pose_columns is not None:
@@ -439,3 +447,4 @@ def _check_tasks(tasks: int | Sequence[str], combinations: Sequence[Combination]
                 f" {combination.pose_columns!r}), and tasks are for combinations of one number."
                 " Leave out tasks."
             )
+    return columns

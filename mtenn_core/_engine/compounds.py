@@ -69,14 +69,21 @@ def combine_compounds(
     results = _from_batches(function, combination, predictions, inputs, sizes)
     if results is not None:
         values, batches = results
+        _check_same([own[0] for own in values], combination)
         return _in_call_order(torch.cat(values), batches.compounds)
     values = _from_loop(function, combination, predictions, inputs, sizes)
-    if len({value.shape for value in values}) > 1:
+    _check_same(values, combination)
+    return torch.stack(values)
+
+
+def _check_same(values: Sequence[Tensor], combination: Combination) -> None:
+    """Raise an error if the values of two compounds have different shapes."""
+    shapes = {tuple(value.shape): None for value in values}
+    if len(shapes) > 1:
         raise CombinationContractError(
             f"{type(combination).__name__} must return the same shape for every compound; found"
-            f" {[tuple(value.shape) for value in values]}"
+            f" {' and '.join(map(str, shapes))}"
         )
-    return torch.stack(values)
 
 
 def combine_tasks(

@@ -99,10 +99,39 @@ class FullDepth(Combination):
         return Learnable()(pred_list, grad_dict, param_names, *model_params)
 
 
-def new_pose_model(*, frozen: bool = False) -> torch.nn.Sequential:
-    """Return the same on all ranks: it maps a pose of 4 numbers to one number."""
+class Attention(Combination):
+    """Pools embeddings, with parameters of its own, and returns a vector."""
+
+    pose_columns = 3
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.score = torch.nn.Linear(3, 1, dtype=torch.float64)
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return torch.softmax(self.score(predictions).squeeze(-1), dim=0) @ predictions
+
+
+class Confident(Combination):
+    """Weights the first column by the second, with its derivative in closed form."""
+
+    pose_columns = ("affinity", "confidence")
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        affinities, confidences = predictions.unbind(-1)
+        return (torch.softmax(confidences, dim=0) * affinities).sum()
+
+    def pose_weights(self, predictions: Tensor) -> Tensor:
+        affinities, confidences = predictions.unbind(-1)
+        p = torch.softmax(confidences, dim=0)
+        return torch.stack([p, p * (affinities - (p * affinities).sum())], dim=-1)
+
+
+def new_pose_model(*, frozen: bool = False, n_columns: int = 1) -> torch.nn.Sequential:
+    """Return the same on all ranks: it maps a pose of 4 numbers to ``n_columns`` numbers."""
     torch.manual_seed(0)
-    layers = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, 1)]
+    layers = [torch.nn.Linear(4, 8), torch.nn.Linear(8, 8), torch.nn.Linear(8, n_columns)]
     tanh = torch.nn.Tanh()
     model = torch.nn.Sequential(layers[0], tanh, layers[1], tanh, layers[2]).double()
     model[:4].requires_grad_(not frozen)
@@ -126,12 +155,15 @@ def combined_loss(prediction: Tensor, pose_predictions: Tensor) -> Tensor:
 
 def plain_output(model, poses, sizes, **inputs):
     """Combined and pose predictions by plain autograd, in one process."""
-    y = torch.cat([model.pose_model(pose).reshape(1) for pose in poses])
+    y = torch.cat([model.pose_model(pose) for pose in poses])
+    if model.tasks is None and model.combination.pose_columns is None:
+        y = y.flatten()
     split = {name: values.split(sizes) for name, values in inputs.items()}
-    combined = [
-        model.combination.combine(part, **{name: parts[i] for name, parts in split.items()})
-        for i, part in enumerate(y.split(sizes))
-    ]
+    combined = []
+    for i, part in enumerate(y.split(sizes)):
+        combine = partial(model.combination.combine, **{n: parts[i] for n, parts in split.items()})
+        tasks = [combine(part)] if model.tasks is None else map(combine, part.unbind(1))
+        combined.append(torch.stack(list(tasks)).squeeze(0))
     return torch.stack(combined), y
 
 
@@ -212,6 +244,18 @@ def ddp_averages_the_gradients_of_plain_autograd(mode, wrap):
         poses = new_poses(map(sum, SIZES), seed)
         expected = plain_gradients(model, poses)
         wrapped.zero_grad()
+        loss_of(*wrapped(poses[rank], SIZES[rank])).backward()
+        check_same(gradients(wrapped), expected)
+
+
+@case(mode=MODES, wrap=DDP)
+def ddp_averages_the_gradients_of_poses_with_several_numbers(mode, wrap):
+    rank, poses = dist.get_rank(), new_poses(map(sum, SIZES))
+    for combination, tasks in [(Attention(), None), (Learnable(), 3)]:
+        pose_model = new_pose_model(n_columns=3)
+        model = MultiPoseModel(pose_model, combination, gradients=mode, tasks=tasks)
+        expected = plain_gradients(model, poses)
+        wrapped = wrap(model)
         loss_of(*wrapped(poses[rank], SIZES[rank])).backward()
         check_same(gradients(wrapped), expected)
 
@@ -297,9 +341,9 @@ SHARDED_INSIDE = [nested, first_layer, pose_model_and_root, pose_model_alone]
 NOT_STORED = ["graph", "recomputed"]
 
 
-def check_sharded(mode, shard, combination, loss, **options):
+def check_sharded(mode, shard, combination, loss, tasks=None, **options):
     rank, poses = dist.get_rank(), new_poses(map(sum, SIZES))
-    model = MultiPoseModel(new_pose_model(**options), combination, gradients=mode)
+    model = MultiPoseModel(new_pose_model(**options), combination, gradients=mode, tasks=tasks)
     expected = plain_gradients(model, poses, loss)
     sharded = shard(model)
     loss(*sharded(poses[rank], SIZES[rank])).backward()
@@ -309,6 +353,12 @@ def check_sharded(mode, shard, combination, loss, **options):
 @case(mode=NOT_STORED, shard=LAYOUTS)
 def fully_shard_averages_the_gradients_of_plain_autograd(mode, shard):
     check_sharded(mode, shard, Learnable(), loss_of)
+
+
+@case(mode=NOT_STORED, shard=LAYOUTS)
+def poses_with_several_numbers_may_be_sharded(mode, shard):
+    check_sharded(mode, shard, Attention(), loss_of, n_columns=3)
+    check_sharded(mode, shard, Learnable(), loss_of, tasks=3, n_columns=3)
 
 
 @case(mode=NOT_STORED, shard=LAYOUTS)
@@ -443,10 +493,11 @@ def shared_data():
     return poses, scores, together
 
 
-def check_shared(mode, combination, loss, wrap=DistributedDataParallel, **options):
+def check_shared(mode, combination, loss, wrap=DistributedDataParallel, n_columns=1, **options):
     rank, total = dist.get_rank(), [sum(parts) for parts in zip(*SHARES, strict=True)]
     poses, scores, (all_poses, all_scores) = shared_data()
-    model = MultiPoseModel(new_pose_model(), combination, gradients=mode, **options)
+    pose_model = new_pose_model(n_columns=n_columns)
+    model = MultiPoseModel(pose_model, combination, gradients=mode, **options)
     needed = combination.pose_inputs
     reference = copy.deepcopy(model)
     expected = plain_output(reference, all_poses, total, **dict.fromkeys(needed, all_scores))
@@ -467,6 +518,18 @@ def shared_poses_give_what_one_process_gives(mode, combination, loss):
 @case(mode=NOT_STORED, wrap=DDP)
 def shared_poses_run_in_batches(mode, wrap):
     check_shared(mode, Learnable(), loss_of, wrap, collate=torch.cat, chunk_size=2)
+
+
+@case(mode=MODES, loss=[loss_of, combined_loss])
+def shared_poses_may_have_several_numbers(mode, loss):
+    check_shared(mode, Attention(), loss, n_columns=3)
+    check_shared(mode, Confident(), loss, n_columns=2)
+    check_shared(mode, Learnable(), loss, n_columns=3, tasks=3)
+
+
+@case(mode=NOT_STORED, shard=[root, nested])
+def poses_with_several_numbers_may_be_shared_and_sharded(mode, shard):
+    check_shared(mode, Attention(), loss_of, shard, n_columns=3)
 
 
 @case(mode=NOT_STORED, shard=[root, nested])

@@ -82,9 +82,10 @@ def mutants(source: str) -> list[Mutant]:
 
 
 def unchanged(source: str) -> list[Mutant]:
-    """Return the module without a mistake, once for each of its classes."""
+    """Return the module without a mistake, once for each of its classes that has methods."""
     tree = ast.parse(source)
-    return [Mutant(cls.name, "", tree) for cls in tree.body if isinstance(cls, ast.ClassDef)]
+    owners = dict.fromkeys(cls.name for cls, _ in _methods(tree))
+    return [Mutant(owner, "", tree) for owner in owners]
 
 
 def subclasses(module: ModuleType, owner: str) -> list[type]:

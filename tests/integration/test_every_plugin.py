@@ -15,6 +15,22 @@ COMBINATIONS = {
     "min, free energy": {"pred_scale": 1 / 0.593, "normalize": True},
     "boltzmann": {"kT": 0.593},
     "boltzmann, learnable": {"kT": 0.593, "learnable": True},
+    "max, learnable": {"learnable": True},
+    "min, free energy, learnable": {"pred_scale": 1.7, "normalize": True, "learnable": True},
+    "median": {},
+    "quantile": {"q": 0.3},
+    "top_k_mean": {"k": 2},
+    "trimmed_mean": {"proportion": 0.3},
+}
+SHIPPED = {
+    "boltzmann": "mtenn-boltzmann",
+    "max": "mtenn-max",
+    "mean": "mtenn-mean",
+    "median": "mtenn-ordered",
+    "min": "mtenn-max",
+    "quantile": "mtenn-ordered",
+    "top_k_mean": "mtenn-ordered",
+    "trimmed_mean": "mtenn-ordered",
 }
 SIZES = [1, 5, 3]
 
@@ -127,19 +143,14 @@ def test_every_shipped_combination_trains_in_the_model_of_mtenn(combination):
         assert (gradient - expected).abs().max() <= 1e-10 * expected.abs().max()
 
 
-@pytest.mark.parametrize("name", ["mean", "max", "min", "boltzmann"])
+@pytest.mark.parametrize("name", SHIPPED)
 def test_every_shipped_plugin_is_found_and_validated(name):
     assert name in registry
-    assert registry.get(name).__name__.lower().startswith(name)
+    assert registry.get(name).__name__ == f"{name.title().replace('_', '')}Combination"
 
 
 def test_the_shipped_plugins_are_what_the_registry_lists():
-    assert [(r.name, r.distribution) for r in registry.records()] == [
-        ("boltzmann", "mtenn-boltzmann"),
-        ("max", "mtenn-max"),
-        ("mean", "mtenn-mean"),
-        ("min", "mtenn-max"),
-    ]
+    assert {r.name: r.distribution for r in registry.records()} == SHIPPED
 
 
 @pytest.mark.parametrize("gradients", ["graph", "recomputed"])

@@ -22,7 +22,8 @@ mutation = sys.modules["mutation"] = importlib.util.module_from_spec(_SPEC)
 _SPEC.loader.exec_module(mutation)
 
 PLUGINS = {
-    name: importlib.util.find_spec(f"mtenn_{name}").origin for name in ("mean", "max", "boltzmann")
+    name: importlib.util.find_spec(f"mtenn_{name}").origin
+    for name in ("mean", "max", "boltzmann", "ordered")
 }
 SOURCES = {name: Path(path).read_text(encoding="utf-8") for name, path in PLUGINS.items()}
 MUTANTS = {m.change: (name, m) for name in PLUGINS for m in mutation.mutants(SOURCES[name])}
@@ -31,14 +32,14 @@ ALL_CHECKS = [check.id for check in CHECKS]  # of every level
 # What nobody can tell from the plugin itself: why, and which.
 EQUIVALENT = {
     "at the ends of the range of the arithmetic, the value has reached its limit": [
-        "MaxCombination._signed_scale: 1 -> 2",
+        "MaxCombination._scale_and_growth: 1 -> 2",
         "BoltzmannCombination._kT_within_range: 1 -> 2",
     ],
     "min and max take their arguments in any order": [
-        "MaxCombination._signed_scale: max(self.pred_scale, 1 / highest)"
-        " -> max(1 / highest, self.pred_scale)",
-        "MaxCombination._signed_scale: min(max(self.pred_scale, 1 / highest), highest)"
-        " -> min(highest, max(self.pred_scale, 1 / highest))",
+        "MaxCombination._scale_and_growth: max(self._pred_scale, 1 / highest)"
+        " -> max(1 / highest, self._pred_scale)",
+        "MaxCombination._scale_and_growth: min(max(self._pred_scale, 1 / highest), highest)"
+        " -> min(highest, max(self._pred_scale, 1 / highest))",
         "BoltzmannCombination._kT_within_range: max(self._kT, 1 / highest)"
         " -> max(1 / highest, self._kT)",
         "BoltzmannCombination._kT_within_range: min(max(self._kT, 1 / highest), highest)"
@@ -62,6 +63,15 @@ BEYOND_THE_SUITE = {
             "MinCombination.__init__: False -> True",
             "BoltzmannCombination.__init__: 1.0 -> 2.0",
         ],
+        "test_a_fixed_scale_is_no_parameter": [
+            "MaxCombination.__init__: False -> True #3",
+            "MinCombination.__init__: False -> True #2",
+        ],
+        "test_a_learned_scale_shows_as_it_is_now": [
+            "MaxCombination.__init__: math.log(pred_scale) -> math.exp(pred_scale)",
+            "MaxCombination.extra_repr: re.sub('pred_scale=[^,]*', now, arguments)"
+            " -> re.sub('pred_scale=[^,]*', arguments, now)",
+        ],
         "test_a_fixed_temperature_is_no_parameter": [
             "BoltzmannCombination.__init__: False -> True",
         ],
@@ -77,8 +87,7 @@ BEYOND_THE_SUITE = {
     },
     "the core calls combine and pose_weights in float32 at least": {
         "test_half_precision_is_that_of_float32_rounded_once": [
-            "MaxCombination.combine: (extreme + log / scale).to(predictions.dtype)"
-            " -> extreme + log / scale",
+            "MaxCombination.combine: value.to(predictions.dtype) -> value",
             "MaxCombination.pose_weights: (factors / factors.sum()).to(predictions.dtype)"
             " -> factors / factors.sum()",
             "MaxCombination._exponents:"
@@ -123,10 +132,13 @@ BEYOND_THE_SUITE = {
         ],
         "test_a_scale_that_underflows_gives_the_mean_if_normalized": [
             "MaxCombination.__init__: 1 -> 2",
-            "MaxCombination._signed_scale: 1 -> 0",
+            "MaxCombination._scale_and_growth: 1 -> 0",
+        ],
+        "test_a_learned_scale_has_a_finite_derivative_everywhere": [
+            "MaxCombination._scale_and_growth: log_scale.detach() -> log_scale",
         ],
         "test_a_scale_that_overflows_gives_the_hard_extreme": [
-            "MaxCombination._signed_scale: torch.finfo(dtype).max / FAR"
+            "MaxCombination._scale_and_growth: torch.finfo(dtype).max / FAR"
             " -> torch.finfo(dtype).max * FAR",
         ],
         "test_a_temperature_that_is_not_positive_and_finite_is_refused": [
@@ -143,6 +155,10 @@ BEYOND_THE_SUITE = {
         "test_an_infinite_temperature_gives_the_mean": [
             "BoltzmannCombination._kT_within_range: torch.finfo(dtype).max / WIDE"
             " -> torch.finfo(dtype).max * WIDE",
+        ],
+        "test_a_float32_scale_is_computed_in_the_dtype_of_the_predictions": [
+            "MaxCombination._scale_and_growth: self.log_pred_scale.to(dtype)"
+            " -> self.log_pred_scale",
         ],
         "test_a_float32_temperature_is_computed_in_the_dtype_of_the_predictions": [
             "BoltzmannCombination._kT_within_range: self.log_kT.to(dtype) -> self.log_kT",

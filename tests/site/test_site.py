@@ -24,7 +24,14 @@ ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs/_build/html"
 # Without the source code, which sphinx.ext.viewcode shows.
 PAGES = sorted({*SITE.rglob("*.html")} - {*(SITE / "_modules").rglob("*.html")})
-PUBLIC = ("mtenn_core", "mtenn_core.testing", "mtenn_mean", "mtenn_max", "mtenn_boltzmann")
+PUBLIC = (
+    "mtenn_core",
+    "mtenn_core.testing",
+    "mtenn_mean",
+    "mtenn_max",
+    "mtenn_boltzmann",
+    "mtenn_ordered",
+)
 # Of torch.nn.Module: what a repr shows.
 NOT_OURS = ("extra_repr",)
 LOADED = {("script", "src"), ("img", "src"), ("link", "href"), ("source", "src")}

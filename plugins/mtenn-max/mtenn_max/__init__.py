@@ -1,6 +1,7 @@
 """Smooth maximum and minimum of the pose predictions: a scaled log-sum-exp."""
 
 import math
+import re
 
 import torch
 from torch import Tensor
@@ -9,6 +10,10 @@ from mtenn_core import Combination
 
 # In units of 1/t. A pose this far from the extreme has the weight 0: exp(-1000) is 0 in float64.
 FAR = 1000.0
+# The highest exponent minus their mean, up to which a learned scale uses the formula about the mean
+NEAR = 4.0
+# Below this size, exp(x) - 1 - x is a series. Eight terms after the first are enough for float64.
+SMALL = 1 / 16
 
 
 class MaxCombination(Combination):
@@ -19,7 +24,8 @@ class MaxCombination(Combination):
     image: there a pose at +inf has the weight 0.
 
     The arithmetic is in float32 or float64. A ``pred_scale`` outside 3e-36 to 3e35 (in float64,
-    6e-306 to 2e305) counts as the nearer end of this range.
+    6e-306 to 2e305) counts as the nearer end of this range, and the derivative with respect to
+    ln t is 0 there.
 
     Parameters
     ----------
@@ -27,6 +33,7 @@ class MaxCombination(Combination):
     pred_scale : the sharpness t. Its unit is one over the unit of the predictions. t and 1/t are
         positive and finite.
     normalize : subtract n/t · ln M. M equal predictions then give their own value (log-mean-exp).
+    learnable : train ln t with the rest of the model; training starts at ``pred_scale``
 
     Raises
     ------
@@ -38,10 +45,15 @@ class MaxCombination(Combination):
         {},
         {"pred_scale": 10.0, "normalize": True},
         {"negate_preds": True, "pred_scale": 10.0, "normalize": True},
+        {"pred_scale": 0.5, "learnable": True},
     )
 
     def __init__(
-        self, negate_preds: bool = False, pred_scale: float = 1.0, normalize: bool = False
+        self,
+        negate_preds: bool = False,
+        pred_scale: float = 1.0,
+        normalize: bool = False,
+        learnable: bool = False,
     ) -> None:
         super().__init__()
         if not (0 < pred_scale < math.inf and 1 / pred_scale < math.inf):
@@ -50,14 +62,42 @@ class MaxCombination(Combination):
                 f" {pred_scale}"
             )
         self.negate_preds = negate_preds
-        self.pred_scale = pred_scale
         self.normalize = normalize
+        self.learnable = learnable
+        if learnable:
+            # It has one dimension because fully_shard does not accept parameters of shape ().
+            self.log_pred_scale = torch.nn.Parameter(torch.tensor([math.log(pred_scale)]))
+        else:
+            self._pred_scale = float(pred_scale)
+
+    @property
+    def pred_scale(self) -> float | Tensor:
+        """The sharpness t. If learnable, a tensor of shape ()."""
+        return self.log_pred_scale.exp().squeeze(0) if self.learnable else self._pred_scale
+
+    def extra_repr(self) -> str:
+        """Return the arguments with the current pred_scale, for ``repr``."""
+        arguments = super().extra_repr()
+        # After fully_shard, one process alone cannot read the parameter. Show the initial value.
+        if not self.learnable or hasattr(self.log_pred_scale, "device_mesh"):
+            return arguments
+        now = f"pred_scale={self.log_pred_scale.exp().item():.6g}"
+        return re.sub("pred_scale=[^,]*", now, arguments)
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the smooth extreme of the predictions, shape (), in their unit."""
-        extreme, exponents, scale = self._exponents(predictions)
-        log = log_mean_exp(exponents) if self.normalize else torch.logsumexp(exponents, dim=0)
-        return (extreme + log / scale).to(predictions.dtype)
+        extreme, exponents, scale, growth = self._exponents(predictions)
+        if not self.normalize:
+            log = torch.logsumexp(growth * exponents, dim=0) / growth
+        elif isinstance(growth, Tensor):
+            log = scaled_log_mean_exp(exponents, growth)
+        else:
+            log = log_mean_exp(exponents)
+        # h does not depend on the shift by the extreme, so autograd need not differentiate it. An
+        # infinite extreme is the exception: clamp has no derivative there. amax has one, and shares
+        # it equally among ties.
+        value = torch.where(extreme.isinf(), extreme, extreme.detach() + log / scale)
+        return value.to(predictions.dtype)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative, ∂h/∂y_i = exp(n t y_i) / Σ_j exp(n t y_j) = softmax(n t y)_i.
@@ -72,9 +112,9 @@ class MaxCombination(Combination):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        _, exponents, _ = self._exponents(predictions)
+        _, exponents, _, growth = self._exponents(predictions)
         # torch.softmax loses three digits in float32 for 10 million poses.
-        factors = exponents.exp()
+        factors = (growth * exponents).exp()
         return (factors / factors.sum()).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
@@ -83,26 +123,66 @@ class MaxCombination(Combination):
         log_m = math.log(len(predictions)) if self.normalize else 0.0
         return n / t * (torch.logsumexp(n * t * predictions, dim=0) - log_m)
 
-    def _exponents(self, predictions: Tensor) -> tuple[Tensor, Tensor, float]:
-        """Return the extreme y_*, each n t (y_i - y_*), and n t. All are float32 at least."""
+    def _exponents(
+        self, predictions: Tensor
+    ) -> tuple[Tensor, Tensor, float | Tensor, float | Tensor]:
+        """Return the extreme y_*, each n t (y_i - y_*), n t, and the growth of t.
+
+        The growth is 1. If t is learned, the growth is t over its present value. Only the growth
+        depends on the parameter for autograd. Its derivatives are in units of 1/t. They do not
+        overflow for any t. All are float32 at least. An exponent below -1000 is returned as -1000.
+        """
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         largest = torch.finfo(wide.dtype).max
         extreme = wide.amin() if self.negate_preds else wide.amax()
         # Subtract the extreme first: without this shift, n t y loses its last digits if |y| is
-        # large. h does not depend on the shift, so autograd need not differentiate the extreme.
-        # Infinite y count as the largest numbers, because inf - inf is NaN.
+        # large. Infinite y count as the largest numbers, because inf - inf is NaN.
         difference = wide.clamp(-largest, largest) - extreme.detach().clamp(-largest, largest)
-        # An infinite extreme is the exception. clamp has no derivative there. amax has one, and
-        # shares it equally among ties.
-        extreme = torch.where(extreme.isinf(), extreme, extreme.detach())
-        scale = self._signed_scale(wide.dtype)
-        return extreme, scale * difference, scale
+        scale, growth = self._scale_and_growth(wide.dtype)
+        # Times the derivative 0, an infinite exponent would be NaN in the derivative of the growth.
+        return extreme, (scale * difference).clamp(min=-FAR), scale, growth
 
-    def _signed_scale(self, dtype: torch.dtype) -> float:
-        """Return n t for arithmetic in ``dtype``. FAR * t and FAR / t do not overflow."""
+    def _scale_and_growth(self, dtype: torch.dtype) -> tuple[float | Tensor, float | Tensor]:
+        """Return n t for arithmetic in ``dtype``, and the growth. FAR / t does not overflow."""
         highest = torch.finfo(dtype).max / FAR
-        scale = min(max(self.pred_scale, 1 / highest), highest)
-        return -scale if self.negate_preds else scale
+        n = -1.0 if self.negate_preds else 1.0
+        if not self.learnable:
+            return n * min(max(self._pred_scale, 1 / highest), highest), 1.0
+        # Clamp ln t and not t: the derivative of a clamped exp(1000) would be 0 * inf.
+        bound = math.log(highest)
+        log_scale = self.log_pred_scale.to(dtype).clamp(-bound, bound).squeeze(0)
+        now = log_scale.detach()
+        return n * now.exp(), (log_scale - now).exp()
+
+
+def scaled_log_mean_exp(exponents: Tensor, growth: Tensor) -> Tensor:
+    """Return 1/u · ln a with a = Σ_i exp(u x_i) / M and the growth u = 1, shape ().
+
+    The derivative with respect to ln u is Σ_i p_i x_i - ln a. For small x, both terms are close to
+    the mean of x, and autograd of :func:`log_mean_exp` would give the rounding error of this mean.
+    About the mean c of x, with z = x - c and ψ(z) = exp(z) - 1 - z, the value is
+    c + 1/u · ln(1 + mean ψ(u z)), and the derivative is the variance of x minus half of it.
+
+    Where the highest z is above 4, the derivative is large enough for :func:`log_mean_exp`.
+    """
+    center = exponents.mean()
+    beyond = exponents - center
+    # The clamp acts where the result is not used, and exp would overflow.
+    logs = exp_beyond_line(growth * beyond.clamp(max=NEAR)).mean().log1p()
+    about_extreme = log_mean_exp(growth * exponents) / growth
+    return torch.where(beyond.amax() <= NEAR, center + logs / growth, about_extreme)
+
+
+def exp_beyond_line(x: Tensor) -> Tensor:
+    """Return exp(x) - 1 - x. The relative error, also of the derivative, is a few eps for small x.
+
+    The series is x²/2 (1 + x/3 (1 + x/4 (1 + …))).
+    """
+    small = x.clamp(-SMALL, SMALL)
+    series = torch.ones_like(x)
+    for k in range(10, 2, -1):
+        series = 1 + small / k * series
+    return torch.where(x.abs() < SMALL, small.square() / 2 * series, x.expm1() - x)
 
 
 def log_mean_exp(exponents: Tensor) -> Tensor:
@@ -129,13 +209,22 @@ class MinCombination(MaxCombination):
 
     Parameters
     ----------
-    pred_scale, normalize : see :class:`MaxCombination`
+    pred_scale, normalize, learnable : see :class:`MaxCombination`
     """
 
-    examples = ({}, {"pred_scale": 1000.0}, {"pred_scale": 10.0, "normalize": True})
+    examples = (
+        {},
+        {"pred_scale": 1000.0},
+        {"pred_scale": 10.0, "normalize": True},
+        {"pred_scale": 2.0, "normalize": True, "learnable": True},
+    )
 
-    def __init__(self, pred_scale: float = 1.0, normalize: bool = False) -> None:
-        super().__init__(negate_preds=True, pred_scale=pred_scale, normalize=normalize)
+    def __init__(
+        self, pred_scale: float = 1.0, normalize: bool = False, learnable: bool = False
+    ) -> None:
+        super().__init__(
+            negate_preds=True, pred_scale=pred_scale, normalize=normalize, learnable=learnable
+        )
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return -1/t · ln Σ_i exp(-t y_i) without a shift. If normalized, add 1/t · ln M."""

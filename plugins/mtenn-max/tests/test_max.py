@@ -4,9 +4,10 @@ import pickle
 
 import pytest
 import torch
-from mtenn_max import MaxCombination, MinCombination, log_mean_exp
+from mtenn_max import MaxCombination, MinCombination, exp_beyond_line, log_mean_exp
 
-from mtenn_core import registry
+from mtenn_core import MultiPoseModel, registry
+from mtenn_core.errors import CheckpointError
 from mtenn_core.testing import CombinationConformance, check_combination
 
 ARGUMENTS = [
@@ -15,6 +16,8 @@ ARGUMENTS = [
     {"pred_scale": 10.0},
     {"pred_scale": 1 / 0.593, "normalize": True},
     {"pred_scale": 1000.0},
+    {"pred_scale": 0.593, "learnable": True},
+    {"pred_scale": 1 / 0.593, "normalize": True, "learnable": True},
 ]
 RARE = pytest.mark.slow("a gate that is shut by mistake is rare")
 SEEDS = [*range(5), *(pytest.param(seed, marks=RARE) for seed in range(5, 100))]
@@ -349,8 +352,265 @@ def test_the_normalized_value_has_its_derivative_in_both_formulas(cls, below):
     torch.testing.assert_close(torch.stack(by_differences), weights, rtol=0, atol=1e-9)
 
 
+CLASSES = pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+LEARNED = {
+    "two poses": [0.0, 1.0986],
+    "spread": [-8.0, -7.4, -6.1, -5.0, 3.0],
+    "ties": [2.0, 2.0, 1.5],
+    "equal": [2.0, 2.0],
+    "one pose": [-7.25],
+}
+
+
+def learned(cls, log_scale, normalize):
+    """Return a combination with learnable ln t, set to a value that no start gives in float32."""
+    combination = cls(normalize=normalize, learnable=True).double()
+    with torch.no_grad():
+        combination.log_pred_scale.fill_(log_scale)
+    return combination
+
+
+def log_scale_gradient(combination, y):
+    (gradient,) = torch.autograd.grad(combination.combine(y), combination.log_pred_scale)
+    return gradient.item()
+
+
+def exact_log_scale_gradient(cls, log_scale, normalize, y):
+    """Return the derivative in float64, as n/t times a sum of terms that do not cancel.
+
+    Σ p y - h is -n/t times the entropy of p. With ``normalize``, it is n/t times
+    Σ p ln(M p) = mean(φ(ln(M p))) with φ(d) = d exp(d) - exp(d) + 1, which is never negative.
+    """
+    n = 1 if cls is MaxCombination else -1
+    t = math.exp(log_scale)
+    x = n * t * (y.double() - (y.amax() if n == 1 else y.amin()).double())
+    if not normalize:
+        log_p = torch.log_softmax(x, dim=0)
+        return n / t * (-(-log_p * log_p.exp()).sum()).item()
+    d = x - x.exp().mean().log() if t * (y.amax() - y.amin()) > 1e-3 else x - x.mean()
+    phi = torch.where(d.abs() < 1e-3, d**2 / 2 + d**3 / 3 + d**4 / 8, d * d.exp() - d.expm1())
+    return n / t * phi.mean().item()
+
+
+@CLASSES
+@NORMALIZE
+@pytest.mark.parametrize("log_scale", [-3.0, -0.3, 0.0, 1.1, 3.0])
+@pytest.mark.parametrize("y", LEARNED.values(), ids=LEARNED)
+def test_the_derivative_of_ln_t_is_the_mean_prediction_less_the_value(y, log_scale, normalize, cls):
+    """Closed form, autograd and finite differences: ∂h/∂ ln t = Σ p y - h, normalized or not."""
+    y = torch.tensor(y, dtype=torch.float64)
+    combination = learned(cls, log_scale, normalize)
+    value, weights = combination.combine(y), combination.pose_weights(y)
+    closed_form = ((weights * y).sum() - value).item()
+    found = log_scale_gradient(combination, y)
+    # Roundoff of the value, which is at most ln 2 / exp(-3) = 14 and cancels.
+    assert found == pytest.approx(closed_form, rel=0, abs=1e-13)
+    step = 1e-4
+    above, below = (
+        learned(cls, log_scale + by, normalize).combine(y).item() for by in (step, -step)
+    )
+    # The step squared times the third derivative, which is like the value, and roundoff / step.
+    assert found == pytest.approx((above - below) / (2 * step), rel=1e-6, abs=1e-6)
+
+
+@CLASSES
+def test_a_learned_scale_at_two_equal_poses_worked_by_hand(cls):
+    """h = y + n ln 2 / t, and its derivative with respect to ln t is -n ln 2 / t."""
+    n = 1 if cls is MaxCombination else -1
+    y = torch.full((2,), -7.5, dtype=torch.float64)
+    found = log_scale_gradient(learned(cls, math.log(2), False), y)
+    assert found == pytest.approx(-n * math.log(2) / 2, rel=1e-15)
+    assert log_scale_gradient(learned(cls, math.log(2), True), y) == 0
+
+
+@CLASSES
+@NORMALIZE
+def test_a_learned_scale_gives_the_values_and_weights_of_a_fixed_one(cls, normalize):
+    for log_scale in (-12.0, -1.0, 0.0, 2.0, 7.0):
+        y = torch.linspace(-8, -3, 7, dtype=torch.float64)
+        fixed = cls(pred_scale=math.exp(log_scale), normalize=normalize)
+        found = results(learned(cls, log_scale, normalize), y)
+        # exp of ln t rounds t, and the shift is by the mean. Both cost a few roundings.
+        torch.testing.assert_close(found, results(fixed, y), rtol=1e-14, atol=1e-14)
+
+
+@CLASSES
+@NORMALIZE
+def test_second_derivatives_of_a_learned_scale_are_those_of_the_formula(cls, normalize):
+    y = torch.tensor([-8.0, -7.4, -6.1, -5.0], dtype=torch.float64)
+    n = 1 if cls is MaxCombination else -1
+
+    def plain(log_scale, y):
+        t = log_scale.exp()
+        return n / t * (torch.logsumexp(n * t * y, 0) - math.log(len(y)) * int(normalize))
+
+    for start in (-3.0, 0.0, 1.5):  # about the mean, and about the extreme
+        combination = learned(cls, start, normalize)
+
+        def ours(log_scale, y, combination=combination):
+            parameters = {"log_pred_scale": log_scale[None]}
+            return torch.func.functional_call(combination, parameters, (y,))
+
+        combination.forward = combination.combine
+        at = (torch.tensor(start, dtype=torch.float64), y)
+        found = torch.autograd.functional.hessian(ours, at)
+        expected = torch.autograd.functional.hessian(plain, at)
+        # 1/t is 20, and the plain formula has no shift.
+        torch.testing.assert_close(found, expected, rtol=1e-10, atol=1e-11)
+
+
+@CLASSES
+@NORMALIZE
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
+@pytest.mark.parametrize("n_poses", [2, 10, 1000])
+def test_the_derivative_of_ln_t_keeps_its_digits_in_float32(n_poses, shape, normalize, cls):
+    """Plain autograd of a log-mean-exp has no right digit at a spread of 1e-6."""
+    n = 1 if cls is MaxCombination else -1
+    eps = torch.finfo(torch.float32).eps
+    for spread in SPREADS:
+        for log_scale in (-30.0, 0.0, 1.1, 30.0):
+            combination = learned(cls, log_scale, normalize).float()
+            log_scale = combination.log_pred_scale.item()
+            y = n * shape(n_poses) * (spread / math.exp(log_scale))
+            found = log_scale_gradient(combination, y)
+            expected = exact_log_scale_gradient(cls, log_scale, normalize, y)
+            # t is right to |ln t| eps. Above the spread of 4, the sum of the terms about the
+            # extreme is right to a few eps of ln M, in units of 1/t.
+            relative = 4 * eps * (4 + abs(log_scale))
+            absolute = 4 * eps / math.exp(log_scale)
+            if normalize and spread <= 3:
+                absolute = 1e-30
+            assert found == pytest.approx(expected, rel=relative, abs=absolute), (spread, log_scale)
+
+
+@CLASSES
+@NORMALIZE
+@FLOATS
+@pytest.mark.parametrize("log_scale", [-1000.0, -89.0, -80.0, -40.0, 40.0, 80.0, 89.0, 1000.0])
+@pytest.mark.parametrize(
+    "y",
+    [[3.0, -9.0, -5.0, -9.0], [3e38, -3e38, 1.0], [math.inf, 1.0, 2.0], [-math.inf, 1.0, 2.0]],
+    ids=str,
+)
+def test_a_learned_scale_has_a_finite_derivative_everywhere(y, log_scale, dtype, normalize, cls):
+    combination = learned(cls, log_scale, normalize).to(dtype)
+    y = torch.tensor(y, dtype=dtype, requires_grad=True)
+    value = combination.combine(y)
+    of_y, of_scale = torch.autograd.grad(value, [y, combination.log_pred_scale])
+    fixed = cls(pred_scale=math.exp(max(min(log_scale, 707.0), -707.0)), normalize=normalize)
+    # t is right to |ln t| eps.
+    few = 1000 * torch.finfo(dtype).eps
+    torch.testing.assert_close(value, fixed.combine(y), rtol=few, atol=0)
+    torch.testing.assert_close(of_y, fixed.pose_weights(y.detach()), rtol=few, atol=few)
+    assert math.isfinite(of_scale.item())
+    if value.isinf() or abs(log_scale) == 1000:
+        assert of_scale.item() == 0
+
+
+@CLASSES
+@NORMALIZE
+@pytest.mark.parametrize("kind", ["mark", "inf"])
+def test_a_failed_pose_does_not_disturb_the_derivative_of_ln_t(kind, normalize, cls):
+    """-n/t times the entropy of the others. Normalized, ln(5/4) / t more."""
+    n = 1 if cls is MaxCombination else -1
+    y = torch.tensor([-8.0, -7.4, -6.1, -5.0], dtype=torch.float64)
+    failed = torch.tensor([-n * {"mark": 1e300, "inf": math.inf}[kind]], dtype=torch.float64)
+    combination = learned(cls, 0.7, normalize)
+    more = n * math.log(5 / 4) / math.exp(0.7) if normalize else 0.0
+    found = log_scale_gradient(combination, torch.cat([y, failed]))
+    # A few roundings of numbers below 10.
+    assert found == pytest.approx(log_scale_gradient(combination, y) + more, rel=0, abs=1e-14)
+
+
+@NORMALIZE
+def test_a_float32_scale_is_computed_in_the_dtype_of_the_predictions(normalize):
+    combination = learned(MaxCombination, 95.0, normalize).float()  # exp(95) is inf in float32
+    y = torch.tensor([0.0, math.log(2) * math.exp(-95)], dtype=torch.float64)
+    expected = math.log(3 / 2 if normalize else 3)
+    assert combination.combine(y).item() * math.exp(95) == pytest.approx(expected, rel=1e-12)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_the_exponential_beyond_its_line_keeps_its_digits(dtype):
+    x = torch.cat([torch.logspace(-12, 0.6, 200), -torch.logspace(-12, 3, 200)]).to(dtype)
+    x.requires_grad_()
+    found = exp_beyond_line(x)
+    (slope,) = torch.autograd.grad(found.sum(), x)
+    wide = x.detach().double()
+    expected = sum(wide**k / float(math.factorial(k)) for k in range(2, 25))
+    expected = torch.where(wide.abs() < 2, expected, wide.expm1() - wide)
+    # expm1(x) - x loses a factor of 2 / |x| at 1/16, and a little more as the series is summed.
+    rounding = 64 * torch.finfo(dtype).eps
+    torch.testing.assert_close(found.double(), expected, rtol=rounding, atol=0)
+    torch.testing.assert_close(slope.double(), wide.expm1(), rtol=rounding, atol=0)
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@CLASSES
+def test_a_learnable_scale_trains_with_the_model(cls, gradients):
+    torch.manual_seed(0)
+    pose_model = torch.nn.Linear(4, 1).double()
+    poses = torch.randn(6, 4, dtype=torch.float64)
+    model = MultiPoseModel(pose_model, learned(cls, 0.3, True), gradients=gradients)
+    model(poses).prediction.square().backward()
+    log_scale = model.combination.log_pred_scale
+    y = pose_model(poses)[:, 0].detach()
+    value, weights = model.combination.combine(y), model.combination.pose_weights(y)
+    expected = 2 * value * ((weights * y).sum() - value)
+    torch.testing.assert_close(log_scale.grad[0], expected, rtol=1e-12, atol=0)
+    before = log_scale.item()
+    torch.optim.SGD(model.parameters(), lr=1e-3).step()
+    assert log_scale.item() != before
+
+
+@CLASSES
+def test_a_fixed_scale_is_no_parameter(cls):
+    assert list(cls(pred_scale=2.0).parameters()) == []
+    assert cls(pred_scale=2.0).pred_scale == 2.0
+
+
 def test_arguments_show_and_survive_copies():
     combination = MinCombination(pred_scale=2.0, normalize=True)
-    text = "MinCombination(pred_scale=2.0, normalize=True)"
+    text = "MinCombination(pred_scale=2.0, normalize=True, learnable=False)"
     for twin in (combination, copy.deepcopy(combination), pickle.loads(pickle.dumps(combination))):
         assert repr(twin) == text
+
+
+def test_a_learned_scale_shows_as_it_is_now():
+    combination = MaxCombination(pred_scale=3.0, normalize=True, learnable=True)
+    text = "MaxCombination(negate_preds=False, pred_scale={}, normalize=True, learnable=True)"
+    assert repr(combination) == text.format(3)
+    with torch.no_grad():
+        combination.log_pred_scale.fill_(math.log(0.5))
+    assert repr(combination) == repr(copy.deepcopy(combination)) == text.format(0.5)
+
+
+def model_of(cls, **arguments):
+    return MultiPoseModel(torch.nn.Linear(4, 1), cls(**arguments))
+
+
+@CLASSES
+def test_a_checkpoint_with_a_learned_scale_loads_with_another_start(cls):
+    trained = model_of(cls, pred_scale=4.0, normalize=True, learnable=True)
+    with torch.no_grad():
+        trained.combination.log_pred_scale.fill_(math.log(0.25))
+    fresh = model_of(cls, pred_scale=1.0, normalize=True, learnable=True)
+    fresh.load_state_dict(trained.state_dict())
+    # float32 holds ln 0.25 to 1e-7.
+    assert fresh.combination.pred_scale.item() == pytest.approx(0.25, rel=1e-6)
+    poses = torch.randn(3, 4)
+    assert fresh(poses).prediction == trained(poses).prediction
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"learnable": True}, {"pred_scale": 4.0, "normalize": True}, {"pred_scale": 1.0}],
+    ids=str,
+)
+def test_a_checkpoint_with_a_learned_scale_does_not_load_into_another_rule(other):
+    trained = model_of(MinCombination, pred_scale=4.0, normalize=True, learnable=True)
+    state = trained.state_dict()
+    if "learnable" not in other:
+        state.pop("combination.log_pred_scale")
+    with pytest.raises(CheckpointError, match="this model has other arguments"):
+        model_of(MinCombination, **other).load_state_dict(state)
