@@ -49,14 +49,15 @@ def _measure(way: str, size: int) -> int:
     """Return the result of :func:`peak_memory` for this process."""
     # Imported here, so that a Ctrl-C in the seconds that it takes is caught below.
     import torch
-    from attention import GatedAttentionCombination
     from bags import Bag
     from digit_bags import N_FEATURES, DigitNetwork, draw_bags, loss_gradients
+
+    from mtenn_core import registry
 
     torch.set_num_threads(1)
     _, bag = draw_bags(2, size, part=slice(None), seed=0)
     network = DigitNetwork(ENLARGE)
-    combination = GatedAttentionCombination(N_FEATURES, N_FEATURES)
+    combination = registry.create("gated_attention", n_features=N_FEATURES, readout=True)
 
     # Kernels and lazy imports are not what is measured, nor are the first calls of "recomputed",
     # which compare all saved tensors of the two runs.

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from attention import GatedAttentionCombination
 from digit_bags import (
     N_FEATURES,
     PLAIN,
@@ -30,7 +29,7 @@ from rich.markup import escape
 from rich.progress import track
 from rich.table import Table
 
-from mtenn_core import Combination
+from mtenn_core import Combination, registry
 from mtenn_core.errors import MtennError
 
 MODES = ("graph", "recomputed")
@@ -61,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def gated_attention() -> Combination:
     """Return a new gated attention over the features of an image."""
-    return GatedAttentionCombination(N_FEATURES, N_FEATURES)
+    return registry.create("gated_attention", n_features=N_FEATURES, readout=True)
 
 
 def show_differences() -> dict[str, dict[str, float]]:

@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from attention import AttentionCombination, GatedAttentionCombination
 from bags import N_FEATURES, Bag, folds, standardised
 from torch import Tensor
 from torch.nn.functional import binary_cross_entropy_with_logits
 
-from mtenn_core import Combination, MultiPoseModel, registry
+from mtenn_core import MultiPoseModel, registry
 
 # From the appendix of Ilse, Tomczak and Welling (2018), arXiv 1802.04712: three layers of 256, 128
 # and 64 units with ReLU and dropout, 64 hidden units in the gate, and Adam, one bag a step.
@@ -42,11 +41,11 @@ class Rule:
     takes_features: bool = False
 
 
-_ATTENTION = {"n_features": WIDTHS[-1], "n_hidden": N_HIDDEN}
+_ATTENTION = {"n_features": WIDTHS[-1], "n_hidden": N_HIDDEN, "readout": True}
 RULES = (
     Rule("mean", {}),
     Rule("max", {"normalize": True}),
-    Rule("top_k_mean", {"k": 3}),
+    Rule("top_k_mean", {"k": 3, "largest": True}),
     Rule("attention", _ATTENTION, takes_features=True),
     Rule("gated_attention", _ATTENTION, takes_features=True),
 )
@@ -70,23 +69,12 @@ class ConformerNetwork(torch.nn.Sequential):
         super().__init__(*layers)
 
 
-# No plugin has these two.
-OWN = {"attention": AttentionCombination, "gated_attention": GatedAttentionCombination}
-
-
-def new_combination(rule: Rule) -> Combination:
-    """Return a new combination: an own one, or one from the registry."""
-    if rule.name in OWN:
-        return OWN[rule.name](**rule.arguments)
-    return registry.create(rule.name, **rule.arguments)
-
-
 def new_model(rule: Rule, *, seed: int) -> MultiPoseModel:
     """Return a new model of bags, whose combined prediction is the logit of the class."""
     torch.manual_seed(seed)
     # The network comes first: a seed gives the same initial weights of its layers with every rule.
     network = ConformerNetwork(returns_features=rule.takes_features)
-    combination = new_combination(rule)
+    combination = registry.create(rule.name, **rule.arguments)
     return MultiPoseModel(network, combination, gradients="recomputed")
 
 

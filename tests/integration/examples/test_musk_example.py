@@ -11,7 +11,7 @@ import pytest
 import torch
 
 FOLDER = Path(__file__).parents[3] / "examples" / "musk"
-MODULES = ("bags", "attention", "training", "results", "plot", "demo")
+MODULES = ("bags", "training", "results", "plot", "demo")
 DIGIT_MODULES = ("bags", "digit_bags", "digit_memory", "digits")
 SHORT = ["--datasets", "musk1", "--rules", "mean", "--repeats", "1", "--epochs", "1"]
 
@@ -109,7 +109,7 @@ def test_features_are_standardised_over_the_training_conformers(example):
     assert [bag.label for bag in found] == [bag.label for bag in bags]
 
 
-@pytest.mark.parametrize("name", ["mean", "max", "attention", "gated_attention"])
+@pytest.mark.parametrize("name", ["mean", "max", "top_k_mean", "attention", "gated_attention"])
 def test_training_gives_the_parameters_of_plain_autograd(example, name):
     bags = [example.bags.Bag(bag.conformers.double(), bag.label) for bag in make_bags(example, 6)]
     (rule,) = (rule for rule in example.training.RULES if rule.name == name)
