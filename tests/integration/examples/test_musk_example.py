@@ -177,3 +177,52 @@ def test_a_short_run_draws_the_figure_and_another_one_goes_on_from_its_folds(
     assert example.demo.main([*arguments, "--json", str(figures_file)]) == 0
     assert "10 folds are in" in capsys.readouterr().out
     assert json.loads(figures_file.read_text()) == figures
+
+
+@pytest.mark.slow("it starts two processes, which import torch")
+def test_two_processes_give_the_results_of_one(example, tmp_path, capsys):
+    for n_processes in ("1", "2"):
+        folder = tmp_path / n_processes
+        arguments = [*SHORT, "--processes", n_processes, "--output", str(folder)]
+        assert example.demo.main(arguments) == 0, capsys.readouterr()
+    assert example.results.read(tmp_path / "1" / "folds.json") == example.results.read(
+        tmp_path / "2" / "folds.json"
+    )
+
+
+@pytest.mark.slow("it needs scikit-learn")
+def test_one_bag_of_digits_in_two_has_a_nine(digit_example):
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    nines = torch.tensor(digits.images[digits.target == 9], dtype=torch.float32) / 16
+    for bag in digit_example.digit_bags.draw_bags(6, 5, part=slice(None), seed=0):
+        is_nine = [(nines == image).all(dim=(1, 2)).any().item() for image in bag.conformers[:, 0]]
+        assert any(is_nine) == bag.label
+    assert bag.conformers.shape == (5, 1, 8, 8)
+
+
+@pytest.mark.slow("it needs scikit-learn")
+def test_digits_have_the_gradients_of_plain_autograd(digit_example):
+    for mode, difference in digit_example.digits.show_differences().items():
+        # float64; the gradients of the chunks are added in another order
+        assert difference["loss"] < 1e-10, mode
+        assert difference["gradient"] < 1e-10, mode
+
+
+@pytest.mark.slow("it starts four processes, which import torch")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="only Linux tells the peak")
+def test_recomputed_needs_the_memory_of_a_chunk(digit_example):
+    found = digit_example.digits.show_memory((16, 64))
+    # Four times the images: plain autograd keeps about four times the graphs.
+    plain, recomputed = found[digit_example.digits.PLAIN], found["recomputed"]
+    assert plain[64] > 2.5 * plain[16]
+    assert recomputed[64] < 1.3 * recomputed[16]
+
+
+@pytest.mark.slow("it trains a convolutional network")
+def test_a_short_run_of_digits_goes_through(digit_example, tmp_path, capsys):
+    arguments = ["--sizes", "8", "--epochs", "1", "--json", str(tmp_path / "figures.json")]
+    assert digit_example.digits.main(arguments) == 0, capsys.readouterr()
+    figures = json.loads((tmp_path / "figures.json").read_text())
+    assert 0 <= figures["accuracy"] <= 1
