@@ -75,7 +75,7 @@ def show_differences() -> dict[str, dict[str, float]]:
         return loss_gradients(network, combination, bag, way)
 
     plain_loss, plain = with_seed(PLAIN)
-    table = _table("mode", "loss", "gradient", title=f"Distance from {PLAIN}, 16 images")
+    table = _table("mode", "loss", "gradient", title=f"Distance from {PLAIN}")
     differences = {}
     for mode in MODES:
         loss, gradients = with_seed(mode)
