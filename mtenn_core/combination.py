@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar, Self
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, Literal, Self
 
 import torch
 from torch import Tensor
@@ -13,6 +13,8 @@ from torch import Tensor
 from mtenn_core.errors import CombinationContractError
 from mtenn_core.gradients import GradDict, attach_gradients, join_grad_dict, split_grad_dict
 from mtenn_core.hookspecs import hookimpl
+
+InputKind = Literal["real", "positive", "label"]
 
 # The engine imports this class, and some methods of this class use the engine. These methods import
 # the engine when they are called.
@@ -36,7 +38,10 @@ class Combination(torch.nn.Module):
     pose_inputs : names of further numbers per pose, such as ``("docking_score",)``. The caller
         passes the numbers in ``model(poses, pose_inputs={"docking_score": …})``. ``combine``,
         ``pose_weights`` and ``reference`` receive them by name, as in
-        ``combine(self, predictions, docking_score)``.
+        ``combine(self, predictions, docking_score)``. A dict also gives the kind of each:
+        ``{"strain": "real", "degeneracy": "positive", "charge": "label"}``. ``"real"`` is any
+        finite number, ``"positive"`` a number above 0, and ``"label"`` a whole number from 0 on.
+        Other numbers are then an error, and the checks use numbers of this kind.
     pose_columns : None if ``combine`` takes one number per pose, shape (n_poses,). If it takes
         several, shape (n_poses, n_columns): their number, a tuple of their names, or ``"any"``.
         ``__init__`` may set it, for example from an argument. ``combine`` then returns shape () or
@@ -50,7 +55,7 @@ class Combination(torch.nn.Module):
     stochastic: ClassVar[bool] = False
     properties: ClassVar[frozenset[str]] = frozenset()
     examples: ClassVar[Sequence[dict[str, Any]]] = ({},)
-    pose_inputs: ClassVar[tuple[str, ...]] = ()
+    pose_inputs: ClassVar[tuple[str, ...] | Mapping[str, InputKind]] = ()
     pose_columns: int | str | tuple[str, ...] | None = None
 
     split_grad_dict = staticmethod(split_grad_dict)
@@ -218,7 +223,7 @@ def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
     if trainable or combination.pose_inputs or combination.pose_columns is not None:
         what = f"trainable parameters {trainable}"
         if combination.pose_inputs:
-            what = f"pose_inputs {combination.pose_inputs}"
+            what = f"pose_inputs {tuple(combination.pose_inputs)}"
         elif combination.pose_columns is not None:
             what = f"pose_columns {combination.pose_columns!r}"
         raise ValueError(

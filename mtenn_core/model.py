@@ -24,6 +24,7 @@ from mtenn_core._engine.declarations import check_facts
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
     check_finite,
+    check_kinds,
     combined_prediction,
     inputs_like,
     note_sizes,
@@ -233,6 +234,8 @@ class MultiPoseModel(torch.nn.Module):
             inputs = {n: torch.cat(gather_poses(i, shares, group)) for n, i in inputs.items()}
         if options.check_finite:
             check_finite(predictions, inputs, n_poses, options.columns)
+            for each in options.combinations if inputs else ():
+                check_kinds(each, inputs, n_poses)
         combination, closed_form = options.combinations[0], mode.uses_closed_form
         given = predictions, inputs, n_poses
         if options.tasks is not None:

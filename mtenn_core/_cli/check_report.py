@@ -101,7 +101,8 @@ def _declared_facts(facts: dict[str, Any]) -> Iterator[str]:
     for fact, value in facts.items():
         default = getattr(Combination, fact, None)
         if isinstance(default, tuple | frozenset):
-            default, value = list(default), list(value)
+            default = list(default)
+            value = value if isinstance(value, dict) else list(value)
         if value != default:
             yield f"{fact}={_fact_text(value)}"
 
@@ -109,4 +110,6 @@ def _declared_facts(facts: dict[str, Any]) -> Iterator[str]:
 def _fact_text(value: Any) -> str:
     if isinstance(value, list | tuple):
         return f"({', '.join(map(_fact_text, value))})"
+    if isinstance(value, dict):
+        return f"({', '.join(f'{name}: {kind}' for name, kind in value.items())})"
     return f"{value:g}" if isinstance(value, float) else str(value)

@@ -3,11 +3,18 @@
 from __future__ import annotations
 
 import inspect
-from typing import Any
+from collections.abc import Mapping
+from difflib import get_close_matches
+from typing import Any, get_args
 
 from mtenn_core._engine.columns import ANY, are_columns
-from mtenn_core.combination import Combination
+from mtenn_core.combination import Combination, InputKind
 from mtenn_core.errors import CombinationContractError
+
+KINDS: tuple[InputKind, ...] = get_args(InputKind)
+# Other words for these kinds.
+_OTHER_WORDS: dict[str, InputKind] = {"float": "real", "number": "real", "integer": "label"}
+_OTHER_WORDS |= {"int": "label", "index": "label", "category": "label"}
 
 
 def overrides(combination: type[Combination], method: str) -> bool:
@@ -57,7 +64,11 @@ def check_facts(combination: Combination) -> None:
         ("min_poses", "an int above 0", isinstance(fewest, int) and fewest > 0),
         ("domain", "(low, high) with low < high", _is_interval(domain)),
         ("properties", "a set of names", isinstance(properties, frozenset | set)),
-        ("pose_inputs", "a tuple of names", _are_names(combination.pose_inputs)),
+        (
+            "pose_inputs",
+            "a tuple of names, or a dict from names to kinds",
+            _are_names(combination.pose_inputs),
+        ),
         (
             "pose_columns",
             'None, a whole number above 0, a tuple of different names or "any"',
@@ -70,11 +81,29 @@ def check_facts(combination: Combination) -> None:
                 f"{type(combination).__name__}.{fact} must be {rule};"
                 f" found {getattr(combination, fact)!r}"
             )
+    for name, kind in declared_kinds(combination).items():
+        if kind not in KINDS:
+            raise CombinationContractError(
+                f"{type(combination).__name__}.pose_inputs[{name!r}] must be the kind of the input,"
+                f" one of {', '.join(map(repr, KINDS))}; found {kind!r}{_closest_kind(kind)}"
+            )
     if columns is not None and overrides(type(combination), "forward"):
         raise CombinationContractError(
             f"{type(combination).__name__} overrides forward, whose pose predictions have one"
             f" number each; found pose_columns = {columns!r}. Write combine(predictions) instead."
         )
+
+
+def declared_kinds(combination: Combination) -> Mapping[str, InputKind]:
+    """Return the declared kind of each pose input; empty if only their names are declared."""
+    found = combination.pose_inputs
+    return found if isinstance(found, Mapping) else {}
+
+
+def _closest_kind(found: Any) -> str:
+    """Return a question with the kind that was probably meant, or ""."""
+    close = get_close_matches(str(found).lower(), [*KINDS, *_OTHER_WORDS], n=1)
+    return f". Did you mean {_OTHER_WORDS.get(close[0], close[0])!r}?" if close else ""
 
 
 def _is_interval(found: Any) -> bool:
@@ -86,4 +115,5 @@ def _is_interval(found: Any) -> bool:
 
 
 def _are_names(found: Any) -> bool:
-    return isinstance(found, tuple) and all(isinstance(n, str) and n.isidentifier() for n in found)
+    is_collection = isinstance(found, tuple | Mapping)
+    return is_collection and all(isinstance(n, str) and n.isidentifier() for n in found)

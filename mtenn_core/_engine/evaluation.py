@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_transform, over_rows
 from mtenn_core._engine.columns import Columns, named_column
-from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.declarations import declared_kinds, overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
 from mtenn_core.combination import Combination
@@ -133,21 +133,51 @@ def check_finite(
             error.add_note("inside torch.func.vmap, pass check_finite=False to MultiPoseModel")
             raise
         place = (~finite).nonzero()[0].tolist()
-        pose = place[0]
-        within, compound = pose, 0
-        while within >= sizes[compound]:
-            within -= sizes[compound]
-            compound += 1
-        where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
+        where, compound = _place(place[0], sizes)
         if len(place) > 1:
             where += named_column(columns, place[1])
         raise PredictionError(
-            f"pose {pose}{where}: {what} is {values[tuple(place)].item()}. This number would spoil"
-            " the gradients of all other poses. Leave the pose out, or pass check_finite=False to"
+            f"{where}: {what} is {values[tuple(place)].item()}. This number would spoil the"
+            " gradients of all other poses. Leave the pose out, or pass check_finite=False to"
             " combine it anyway.",
+            pose=place[0],
+            compound=compound,
+        )
+
+
+def check_kinds(combination: Combination, inputs: PoseInputs, sizes: list[int]) -> None:
+    """Raise an error that names the pose of the first number that breaks its declared kind.
+
+    Parameters
+    ----------
+    inputs, sizes : as for :func:`check_finite`
+    """
+    for name, kind in declared_kinds(combination).items():
+        if kind == "real":
+            continue
+        values = inputs[name].detach()
+        right = values > 0 if kind == "positive" else (values >= 0) & (values == values.round())
+        if right.all():
+            continue
+        pose = int((~right).nonzero()[0])
+        where, compound = _place(pose, sizes)
+        rule = "a number above 0" if kind == "positive" else "a whole number from 0 on"
+        raise PredictionError(
+            f"{where}: pose_inputs[{name!r}] must be {rule}, because"
+            f" {type(combination).__name__} declares it as {kind!r}; found {values[pose].item()}",
             pose=pose,
             compound=compound,
         )
+
+
+def _place(pose: int, sizes: list[int]) -> tuple[str, int]:
+    """Return a text that names a pose and its compound, and the index of the compound."""
+    within, compound = pose, 0
+    while within >= sizes[compound]:
+        within -= sizes[compound]
+        compound += 1
+    where = f" (pose {within} of compound {compound})" if len(sizes) > 1 else ""
+    return f"pose {pose}{where}", compound
 
 
 def combined_prediction(

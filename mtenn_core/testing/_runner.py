@@ -228,4 +228,6 @@ def shown(combination: Combination) -> str:
 
 
 def _plain(fact: Any) -> Any:
-    return sorted(fact) if isinstance(fact, frozenset | set) else fact
+    if isinstance(fact, frozenset | set):
+        return sorted(fact)
+    return dict(fact) if isinstance(fact, Mapping) else fact

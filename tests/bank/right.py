@@ -13,11 +13,13 @@ from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from mtenn_core import Combination
+from mtenn_core.combination import InputKind
 from mtenn_core.gradients import check_gradients, stack_predictions
 
 from .bases import (
@@ -871,20 +873,24 @@ class ScoreFunction(torch.autograd.Function):
 
     @staticmethod
     def setup_context(ctx, inputs, output):
-        _, score, grad_dict, ctx.param_names, *_ = inputs
+        pred_list, score, grad_dict, ctx.param_names, *_ = inputs
         ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
-        ctx.save_for_backward(score, *gradients)
+        ctx.save_for_backward(score, stack_predictions(pred_list), *gradients)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad_output):
-        score, *gradients = ctx.saved_tensors
-        weights = widened(grad_output) * torch.softmax(-widened(score), dim=0)
+        score, y, *gradients = ctx.saved_tensors
+        populations = torch.softmax(-widened(score), dim=0)
+        weights = widened(grad_output) * populations
+        # ∂h/∂s_i = -p_i (ŷ_i - h); a learned score needs it.
+        of_score = -weights * (widened(y) - (populations * widened(y)).sum())
         sums = {}
         for name, of_poses in Combination.join_grad_dict(ctx.keys, gradients).items():
             stacked = torch.stack(list(of_poses))
             sums[name] = torch.tensordot(weights, widened(stacked), 1).to(stacked.dtype)
-        return None, None, None, None, *(sums[name] for name in ctx.param_names)
+        of_model = (sums[name] for name in ctx.param_names)
+        return None, of_score.to(score.dtype), None, None, *of_model
 
 
 @right("two pose inputs: penalties, and a learnable trust in docking scores")
@@ -1073,6 +1079,120 @@ class WeightsWithinChains(Combination):
             mine = chain == label
             means.append((torch.softmax(-score[mine], 0) * predictions[mine]).sum())
         return torch.stack(means).mean()
+
+
+# Pose inputs of a declared kind.
+
+
+class Degeneracies(Combination):
+    """The free energy -kT ln Σ g_i exp(-y_i / kT) of states with degeneracies g_i."""
+
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"degeneracy": "positive"}
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+    examples = ({}, {"kT": 0.3})
+
+    def __init__(self, kT=0.593):
+        super().__init__()
+        self.kT = positive("kT", kT)
+
+    def combine(self, predictions, degeneracy):
+        return -self.kT * torch.logsumexp(degeneracy.log() - predictions / self.kT, dim=0)
+
+    def reference(self, predictions, degeneracy):
+        lowest = predictions.amin()
+        factors = degeneracy * ((lowest - predictions) / self.kT).exp()
+        return lowest - self.kT * factors.sum().log()
+
+
+right("positive pose input: free energy with degeneracies")(Degeneracies)
+
+
+@right("positive pose input: free energy with degeneracies, closed form", kT=2.0)
+class DegeneraciesClosedForm(Degeneracies):
+    def pose_weights(self, predictions, degeneracy):
+        return torch.softmax(degeneracy.log() - predictions / self.kT, dim=0)
+
+
+@right("positive pose input: mean with weights, closed form")
+class PositiveWeights(Combination):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"weight": "positive"}
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "bounded"})
+
+    def combine(self, predictions, weight):
+        if not (weight > 0).all():
+            raise ValueError("weights must be positive")
+        return (weight * predictions).sum() / weight.sum()
+
+    def pose_weights(self, predictions, weight):
+        return weight / weight.sum()
+
+
+@right("positive and real pose inputs: logarithms of concentrations, and a strain")
+class LogConcentrations(Combination):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"concentration": "positive", "strain": "real"}
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def combine(self, predictions, concentration, strain):
+        return (predictions + strain + concentration.log() / math.log(10)).mean()
+
+
+class Microstates(Combination):
+    """Boltzmann means of each charge state, weighted by the populations of the states at a pH."""
+
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"charge": "label"}
+    properties = frozenset({"permutation_invariant", "translation_equivariant"})
+
+    def __init__(self, kT=0.593, pH_above_pKa=0.7):
+        super().__init__()
+        self.kT = positive("kT", kT)
+        if not math.isfinite(pH_above_pKa):
+            raise ValueError(f"pH_above_pKa must be finite; found {pH_above_pKa}")
+        self.pH_above_pKa = pH_above_pKa
+
+    def combine(self, predictions, charge):
+        same = charge[:, None] == charge[None, :]
+        energies = (predictions - predictions.amin()) / self.kT
+        within = torch.where(same, -energies, -torch.inf).softmax(dim=1)
+        # Each state counts once, however many of its microstates there are.
+        states = torch.softmax(-math.log(10) * self.pH_above_pKa * charge - same.sum(1).log(), 0)
+        return (states * (within @ predictions)).sum()
+
+
+right("declared label: populations within charge states, then over them at a pH")(Microstates)
+
+
+@right("declared label: populations within charge states, by a loop")
+class MicrostatesByLoop(Microstates):
+    def combine(self, predictions, charge):
+        means, states = [], []
+        for state in charge.unique():
+            own = predictions[charge == state]
+            means.append((torch.softmax(-own / self.kT, dim=0) * own).sum())
+            states.append(-math.log(10) * self.pH_above_pKa * state)
+        return (torch.softmax(torch.stack(states), dim=0) * torch.stack(means)).sum()
+
+
+@right("declared label: ranks from 1 on")
+class DeclaredRanks(InverseRank):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"rank": "label"}
+
+
+@right("declared label: a table of two rows, and a learned strain")
+class TableAndStrain(Combination):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"kind": "label", "strain": "real"}
+    properties = frozenset({"permutation_invariant"})
+
+    def combine(self, predictions, kind, strain):
+        factors = predictions.new_tensor([1.0, 0.5])[kind.long()]
+        return smooth_max(factors * (predictions - 0.1 * strain.square()), 1.0)
+
+
+@right("pose input that must not be learned: an error if it requires a gradient")
+class ConstantScore(ScoreWeighted):
+    def combine(self, predictions, docking_score):
+        if docking_score.requires_grad:
+            raise ValueError("docking_score has no derivative here; pass docking_score.detach()")
+        return super().combine(predictions, docking_score)
 
 
 RIGHT: tuple[Right, ...] = tuple(_zoo)

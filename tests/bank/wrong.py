@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from mtenn_core import Combination
+from mtenn_core.combination import InputKind
 from mtenn_core.gradients import check_gradients, stack_predictions
 
 from .bases import (
@@ -2842,6 +2843,154 @@ class InputUntilBackward(FullDepth):
 
     def weights(self, y):
         return super().weights(y + self.score)
+
+
+# Derivatives with respect to pose inputs, which a network may have predicted. C4.
+
+
+def with_derivative_of(value, other):
+    """Return the value of one tensor with the derivative of another."""
+    return value.detach() + other - other.detach()
+
+
+@wrong("a pose input is detached", "C4", "detaches")
+class InputDetached(Scored):
+    def combine(self, predictions, score):
+        return super().combine(predictions, score.detach())
+
+
+@wrong("weights from a pose input are computed under no_grad", "C4", "no_grad")
+class InputUnderNoGrad(Scaled):
+    pose_inputs = ("score",)
+
+    def combine(self, predictions, score):
+        with torch.no_grad():
+            weights = torch.softmax(self.t * score, dim=0)
+        return (weights * predictions).sum()
+
+
+@wrong("derivative of a pose input 1 % too large", "C4", "constant factor of 1.01")
+class InputScaled(Scored):
+    def combine(self, predictions, score):
+        return super().combine(predictions, with_derivative_of(score, 1.01 * score))
+
+
+@wrong("a learned pose input gets the derivative of another pose", "C4", "another pose")
+class InputOfAnotherPose(Scored):
+    def combine(self, predictions, score):
+        return super().combine(predictions, with_derivative_of(score, score.roll(1)))
+
+
+@wrong("a pose input is detached beside the closed form", "C4", "stored")
+class InputDetachedInStored(ScoredClosedForm):
+    def combine(self, predictions, score):
+        score = score if predictions.requires_grad else score.detach()
+        return super().combine(predictions, score)
+
+
+@wrong("a pose input is detached above three poses", "C4", "detaches")
+class InputDetachedAboveThree(Scored):
+    def combine(self, predictions, score):
+        return super().combine(predictions, score if len(score) <= 3 else score.detach())
+
+
+@wrong("an autograd function returns None for a pose input", "C4", "returns None")
+class InputWithoutGradient(Scored):
+    def combine(self, predictions, score):
+        return super().combine(predictions, _Clone.apply(score))
+
+
+class _Clone(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, numbers):
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return None
+
+
+@wrong("derivative of a positive pose input is that of its logarithm", "C4", "ln degeneracy")
+class InputByLogarithm(Scaled):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"degeneracy": "positive"}
+
+    def combine(self, predictions, degeneracy):
+        log = with_derivative_of(degeneracy.log(), degeneracy)
+        return torch.logsumexp(self.t * predictions + log, dim=0) / self.t
+
+
+@wrong("weights that leave a positive pose input out", "C1", "do not depend on 'degeneracy'")
+class WeightsWithoutDegeneracy(Scaled):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"degeneracy": "positive"}
+
+    def combine(self, predictions, degeneracy):
+        return torch.logsumexp(self.t * predictions + degeneracy.log(), dim=0) / self.t
+
+    def pose_weights(self, predictions, degeneracy):
+        return soft_weights(predictions, self.t)
+
+
+@wrong("weights that leave a declared label out", "C1", "do not depend on 'charge'")
+class WeightsWithoutLabel(Scaled):
+    pose_inputs: ClassVar[dict[str, InputKind]] = {"charge": "label"}
+
+    def combine(self, predictions, charge):
+        return smooth_max(predictions - 0.3 * charge, self.t)
+
+    def pose_weights(self, predictions, charge):
+        return soft_weights(predictions, self.t)
+
+
+class ScoredFullDepth(FullDepth):
+    """Depth 3: the mean of the predictions, plus t times the mean of a score."""
+
+    pose_inputs = ("score",)
+
+    def forward(self, pred_list, grad_dict, param_names, *model_params, score):
+        self.inspect(pred_list, grad_dict, param_names, model_params)
+        args = self, pred_list, grad_dict, param_names
+        return ScoreFunction.apply(*args, score, *model_params)
+
+    def of_score(self, go, score):
+        """Return the derivative with respect to the score."""
+        return torch.full_like(score, 1 / len(score)) * go * self.t
+
+
+class ScoreFunction(torch.autograd.Function):
+    @staticmethod
+    def forward(combination, pred_list, grad_dict, param_names, score, *model_params):
+        y = combination.stacked(pred_list)
+        return (widened(y).mean() + combination.t * widened(score).mean()).to(y.dtype)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.combination, _, grad_dict, ctx.param_names, score, *_ = inputs
+        ctx.keys, gradients = Combination.split_grad_dict(grad_dict)
+        ctx.save_for_backward(score, *gradients)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad_output):
+        score, *gradients = ctx.saved_tensors
+        weights = torch.full_like(widened(score), 1 / len(score))
+        sums = {
+            name: ctx.combination.weighted_sum(grad_output, weights, of_poses)
+            for name, of_poses in Combination.join_grad_dict(ctx.keys, gradients).items()
+        }
+        of_score = ctx.combination.of_score(grad_output, score)
+        return None, None, None, None, of_score, *(sums[name] for name in ctx.param_names)
+
+
+@wrong("backward of forward returns None for a pose input", "C4", "return its derivative")
+class NoneForInput(ScoredFullDepth):
+    def of_score(self, go, score):
+        return None
+
+
+@wrong("backward of forward ignores grad_output for a pose input", "C4", "grad_output")
+class InputWithoutGradOutput(ScoredFullDepth):
+    def of_score(self, go, score):
+        return super().of_score(torch.ones_like(go), score)
 
 
 @wrong("takes an argument that no pose_inputs declare", "A2", "pose_inputs")

@@ -515,6 +515,26 @@ def shared_poses_give_what_one_process_gives(mode, combination, loss):
     check_shared(mode, combination(), loss)
 
 
+@case(mode=MODES)
+def learned_inputs_of_shared_poses_get_their_gradient(mode):
+    rank, total = dist.get_rank(), [sum(parts) for parts in zip(*SHARES, strict=True)]
+    poses, scores, (all_poses, _) = shared_data()
+    leaves = [of_rank.clone().requires_grad_() for of_rank in scores]
+    split = [own.split(share) for own, share in zip(leaves, SHARES, strict=True)]
+    all_scores = torch.cat([torch.cat(parts) for parts in zip(*split, strict=True)])
+    expected = plain_output(
+        MultiPoseModel(new_pose_model(), Docked()), all_poses, total, docking_score=all_scores
+    )
+    loss_of(*expected).backward()
+    own = scores[rank].clone().requires_grad_()
+    model = MultiPoseModel(new_pose_model(), Docked(), gradients=mode)
+    loss_of(
+        *model(poses[rank], SHARES[rank], {"docking_score": own}, group=dist.group.WORLD)
+    ).backward()
+    # Each rank has the loss of all poses, and gets the gradient of the sum over the ranks.
+    check_same({"score": own.grad}, {"score": dist.get_world_size() * leaves[rank].grad})
+
+
 @case(mode=NOT_STORED, wrap=DDP)
 def shared_poses_run_in_batches(mode, wrap):
     check_shared(mode, Learnable(), loss_of, wrap, collate=torch.cat, chunk_size=2)

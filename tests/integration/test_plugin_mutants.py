@@ -40,10 +40,20 @@ EQUIVALENT = {
         " -> max(1 / highest, self._pred_scale)",
         "MaxCombination._scale_and_growth: min(max(self._pred_scale, 1 / highest), highest)"
         " -> min(highest, max(self._pred_scale, 1 / highest))",
+        "TopKMeanCombination.reference: min(self.k, len(predictions))"
+        " -> min(len(predictions), self.k)",
+        "TopKMeanCombination._ranks: min(self.k, n_poses) -> min(n_poses, self.k)",
         "BoltzmannCombination._kT_within_range: max(self._kT, 1 / highest)"
         " -> max(1 / highest, self._kT)",
         "BoltzmannCombination._kT_within_range: min(max(self._kT, 1 / highest), highest)"
         " -> min(highest, max(self._kT, 1 / highest))",
+    ],
+    "isclose takes its arguments in any order": [
+        "QuantileCombination._ranks: math.isclose(rank, round(rank), rel_tol=1e-15)"
+        " -> math.isclose(round(rank), rank, rel_tol=1e-15)",
+    ],
+    "a tolerance of a few roundings may be twice as large": [
+        "QuantileCombination._ranks: 1e-15 -> 2e-15",
     ],
     "promote_types takes its arguments in any order": [
         "MaxCombination._exponents: torch.promote_types(predictions.dtype, torch.float32)"
@@ -62,6 +72,9 @@ BEYOND_THE_SUITE = {
             "MinCombination.__init__: 1.0 -> 2.0",
             "MinCombination.__init__: False -> True",
             "BoltzmannCombination.__init__: 1.0 -> 2.0",
+            "TopKMeanCombination.__init__: 3 -> 4",
+            "TopKMeanCombination.__init__: False -> True",
+            "QuantileCombination.__init__: 0.25 -> 0.5",
         ],
         "test_a_fixed_scale_is_no_parameter": [
             "MaxCombination.__init__: False -> True #3",
@@ -77,6 +90,34 @@ BEYOND_THE_SUITE = {
         ],
         "test_arguments_show_and_survive_copies": [
             "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)",
+        ],
+    },
+    "any error is enough for a bad argument, also one from a later call": {
+        "test_a_number_of_poses_that_is_not_whole_and_positive_is_refused": [
+            "TopKMeanCombination.__init__: 1 <= k < math.inf and k == int(k)"
+            " -> 1 <= k < math.inf or k == int(k)",
+            "TopKMeanCombination.__init__: 1 -> 0",
+            "TopKMeanCombination.__init__: raise ValueError(f'k must be a whole number of at least"
+            " 1; found k = {k}') -> pass",
+        ],
+        "test_a_proportion_that_leaves_nothing_is_refused": [
+            "TrimmedMeanCombination.__init__: 0.5 -> 1.0",
+            "TrimmedMeanCombination.__init__: raise ValueError(f'proportion must be at least 0 and"
+            " below 0.5; found proportion = {proportion}') -> pass",
+        ],
+        "test_a_quantile_outside_of_zero_to_one_is_refused": [
+            "QuantileCombination.__init__: 1 -> 2",
+            "QuantileCombination.__init__: raise ValueError(f'q must be between 0 and 1; found q ="
+            " {q}') -> pass",
+        ],
+    },
+    "no number of poses of a probe gives a rank that is nearly whole": {
+        "test_a_rank_that_is_whole_but_for_rounding_is_whole": [
+            "QuantileCombination._ranks: rank = round(rank) -> pass",
+        ],
+        "test_a_rank_just_above_a_whole_one_is_not_whole": [
+            "QuantileCombination._ranks: math.isclose(rank, round(rank), rel_tol=1e-15)"
+            " -> math.isclose(rank, round(rank))",
         ],
     },
     "what a combination shows once it has been trained": {

@@ -40,6 +40,7 @@ ALONE = {
     "C1": "weights wrong far from zero",
     "C2": "parameters that an optimizer trains decay, plain tensors do not",
     "C3": "own gradient is that of t, not of ln t",
+    "C4": "a learned pose input gets the derivative of another pose",
     "D1": "last pose dropped from value and weights",
     "D2": "bounded, and grows by ln M",
     "D3": "NaN taken for zero",

@@ -629,7 +629,7 @@ def test_the_registry_refuses_what_the_gate_refuses():
         for mistake in wrong if base is FullDepth else MISTAKES:
             with (
                 registry.temporary({"wrong": make(base, wrong[mistake])}),
-                pytest.raises(GradientValidationError, match=r"failed \d of 8 checks"),
+                pytest.raises(GradientValidationError, match=r"failed \d of 9 checks"),
             ):
                 registry.get("wrong")
 

@@ -11,7 +11,11 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
-from mtenn_core._engine.declarations import constructor_arguments, constructor_signature
+from mtenn_core._engine.declarations import (
+    constructor_arguments,
+    constructor_signature,
+    declared_kinds,
+)
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights
@@ -47,11 +51,18 @@ def arguments(subject: Subject) -> Metrics:
     if unused:
         raise Fail(
             f"{unused[0]} must change the value or the weights; found no change at any probe",
-            cause="it is ignored, or overwritten by a constant",
+            cause="it is ignored, or overwritten by a constant" + _or_a_label(subject),
         )
     if not (tried or inputs):
         raise Skip("it has no arguments for which the check can guess other values")
     return {"arguments": sorted([*tried, *inputs])}
+
+
+def _or_a_label(subject: Subject) -> str:
+    """Return a hint if a pose input may be a label that the probes do not recognize, else ""."""
+    if not subject.probes.real_inputs() or declared_kinds(subject.combination):
+        return ""
+    return ". If it counts only within groups of poses, declare the groups' pose input: 'label'"
 
 
 def _input_shows(subject: Subject, name: str) -> bool:

@@ -105,7 +105,7 @@ def _with_a_zero(subject: Subject, poses: Poses) -> list[Poses]:
         y = poses.predictions
         found.append(poses.at(torch.cat([y.new_zeros(1), y[1:]])))
     for name, numbers in poses.inputs.items():
-        if name in subject.probes.labels():
+        if name in subject.probes.labels() or subject.probes.is_positive(name):
             continue
         with_zero = poses.with_input(name, torch.cat([numbers.new_zeros(1), numbers[1:]]))
         if _has_finite_value(subject, with_zero):

@@ -112,7 +112,7 @@ def _check_signatures(combination: Combination) -> None:
         "reference": ("predictions",),
         "forward": ("pred_list", "grad_dict", "param_names", "*model_params"),
     }
-    names = combination.pose_inputs
+    names = tuple(combination.pose_inputs)
     for method, first in usual.items():
         if not overrides(type(combination), method):
             continue

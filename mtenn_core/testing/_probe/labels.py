@@ -1,17 +1,20 @@
 """Pose inputs that are labels, such as the number of a cluster or of a chain.
 
-No declaration is needed. For a label, random fractions have no effect, because no two of them are
-equal, or they raise an error, because they are no indices. Small integers work.
+A combination may declare the kind of each input. If it does not, :func:`find_labels` tries: for a
+label, random fractions have no effect, because no two of them are equal, or they raise an error,
+because they are no indices. Small integers work.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from itertools import count
+from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
+from mtenn_core.combination import InputKind
 from mtenn_core.testing._probe.finite_differences import ULPS, resolution
 from mtenn_core.testing._probe.poses import Poses
 
@@ -40,6 +43,38 @@ def random_labels(choice: Sequence[float], n_poses: int, generator: torch.Genera
     """
     each = torch.tensor(choice, dtype=torch.float64).repeat(-(-n_poses // len(choice)))[:n_poses]
     return each[torch.randperm(n_poses, generator=generator)]
+
+
+def random_positive(n_poses: int, generator: torch.Generator) -> Tensor:
+    """Return numbers above 0 of sizes around 1, shape (n_poses,), float64."""
+    return torch.randn(n_poses, dtype=torch.float64, generator=generator).exp()
+
+
+def declared_labels(
+    kinds: Mapping[str, InputKind],
+    value: Callable[[Poses], Tensor],
+    predictions: Tensor,
+    seed: int,
+    min_poses: int = 1,
+) -> Labels:
+    """Return the labels to use for each pose input that is declared as a label.
+
+    A rule may refuse some labels: a table may have two rows, and ranks start at 1.
+
+    Parameters
+    ----------
+    kinds : the declared kind of each pose input
+    value, predictions, min_poses : see :func:`find_labels`
+    """
+    names = [name for name, kind in kinds.items() if kind == "label"]
+    choices = [dict.fromkeys(names, choice) for choice in CHOICES if min(choice) >= 0]
+    if not names:
+        return {}
+    generator = torch.Generator().manual_seed(seed)
+    trial = _Trial(list(kinds), value, predictions, generator, min_poses, kinds)
+    # Most rules take the first of the choices. Then there are no other trials.
+    fits = (labels for labels in choices if trial.works(labels) and trial.is_finite(labels))
+    return next(fits, None) or next(filter(trial.works, choices), choices[0])
 
 
 def find_labels(
@@ -90,14 +125,18 @@ class _Trial:
         predictions: Tensor,
         generator: torch.Generator,
         min_poses: int,
+        kinds: Mapping[str, InputKind] = MappingProxyType({}),
     ) -> None:
         self.names, self.value, self.predictions = names, value, predictions
+        self.kinds = kinds
         self._generator = generator
         self._min_poses = min_poses
 
     def _input(self, name: str, labels: Labels, size: float, n_poses: int) -> Tensor:
         if name in labels:
             return random_labels(labels[name], n_poses, self._generator)
+        if self.kinds.get(name) == "positive":
+            return size * random_positive(n_poses, self._generator)
         return size * torch.randn(n_poses, dtype=torch.float64, generator=self._generator)
 
     def _poses(self, labels: Labels, size: float = 1.0, *, few: bool = False) -> Poses:

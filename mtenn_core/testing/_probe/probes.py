@@ -9,8 +9,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.declarations import declared_kinds
 from mtenn_core.combination import Combination
-from mtenn_core.testing._probe.labels import Labels, random_labels
+from mtenn_core.testing._probe.labels import Labels, random_labels, random_positive
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.training_step import Step, default_shapes
 
@@ -28,8 +29,8 @@ class Probes:
     ----------
     combination : declares ``min_poses``, ``domain``, ``smooth`` and ``pose_inputs``
     seed : seed of the random numbers
-    find_labels : returns the pose inputs that are labels; the others are random fractions. It is
-        called when pose inputs are needed for the first time
+    find_labels : returns the pose inputs that are labels; the others are random numbers of their
+        declared kind. It is called when pose inputs are needed for the first time
     """
 
     def __init__(
@@ -55,7 +56,7 @@ class Probes:
         """Return poses with random :meth:`predictions`, and with pose inputs of the same spread.
 
         If the combination is sharp, pose inputs with a large spread would make all weights 0 or 1.
-        Labels are small integers.
+        Labels are small integers, and positive inputs stay above 0.
 
         Parameters
         ----------
@@ -70,7 +71,18 @@ class Probes:
     def _input(self, name: str, n_poses: int, spread: float) -> Tensor:
         if name in (labels := self.labels()):
             return random_labels(labels[name], n_poses, self._generator)
+        if self.is_positive(name):
+            return (spread or 1.0) * random_positive(n_poses, self._generator)
         return (spread or 1.0) * self.randn(n_poses)
+
+    def is_positive(self, name: str) -> bool:
+        """Return True if a pose input is declared as positive."""
+        return declared_kinds(self.combination).get(name) == "positive"
+
+    def real_inputs(self) -> list[str]:
+        """Return the names of the pose inputs that are no labels, and so have a derivative."""
+        labels = self.labels() if self.combination.pose_inputs else {}
+        return [name for name in self.combination.pose_inputs if name not in labels]
 
     def predictions(self, n_poses: int, base: float = 0.0, spread: float = 1.0) -> Tensor:
         """Return predictions within ``spread`` of ``base``, moved into the declared domain.
@@ -100,7 +112,11 @@ class Probes:
         room = min(float((predictions - low).min()), float((high - predictions).min())) / 2
         if not self.combination.smooth and len(predictions) > 1:
             room = min(room, float(predictions.sort().values.diff().min()) / 8)
-        return min(LARGEST_STEP, 2.0 ** math.floor(math.log2(room)) if room < 1 else 1.0)
+        return _step_within(room)
+
+    def first_step_of_input(self, name: str, numbers: Tensor) -> float:
+        """Return the largest step of a pose input. Positive numbers stay above 0."""
+        return _step_within(float(numbers.min()) / 2 if self.is_positive(name) else 1.0)
 
     def step(
         self,
@@ -123,3 +139,7 @@ class Probes:
             gradient *= (1, 1e-3, 1e2)[i % 3]  # some sizes do not show a clamp or threshold
         params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}
         return Step(self.poses(n_poses, 0.0, spread), gradients, params)
+
+
+def _step_within(room: float) -> float:
+    return min(LARGEST_STEP, 2.0 ** math.floor(math.log2(room)) if room < 1 else 1.0)

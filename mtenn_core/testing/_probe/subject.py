@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.declarations import declared_kinds, overrides
 from mtenn_core._engine.evaluation import (
     autograd_weights,
     backward_weights,
@@ -22,7 +22,12 @@ from mtenn_core._engine.evaluation import (
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.forward_only import ForwardOnly
 from mtenn_core.testing._probe.instances import independent_copy, own_parameter
-from mtenn_core.testing._probe.labels import Labels, find_labels, n_poses_of_trials
+from mtenn_core.testing._probe.labels import (
+    Labels,
+    declared_labels,
+    find_labels,
+    n_poses_of_trials,
+)
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import Probes
 from mtenn_core.testing._probe.training_step import Step, gradients_of
@@ -69,7 +74,9 @@ class Subject:
         probes = Probes(trial.combination, self.seed)
         fewest = self.combination.min_poses
         predictions = probes.predictions(n_poses_of_trials(fewest))
-        names = self.combination.pose_inputs
+        if kinds := declared_kinds(self.combination):
+            return declared_labels(kinds, trial.value, predictions, self.seed, fewest)
+        names = tuple(self.combination.pose_inputs)
         return find_labels(names, trial.value, predictions, self.seed, fewest)
 
     def copy(self, dtype: torch.dtype | None = None) -> Combination:

@@ -138,8 +138,8 @@ class TrimmedMeanCombination(Combination):
         return predictions.sort().values.narrow(0, cut, middle).mean()
 
     def _ranks(self, n_poses: int) -> list[Ranks]:
-        # For the largest proportion below 0.5, the product may be rounded up to n_poses / 2.
-        cut = min(int(self.proportion * n_poses), (n_poses - 1) // 2)
+        # The product is below n_poses / 2, also in floating point, so at least one pose is left.
+        cut = int(self.proportion * n_poses)
         return [Ranks(cut, n_poses - cut)]
 
 
