@@ -28,7 +28,7 @@ def save_figure(path: Path, accuracies: Mapping[tuple[str, str], Accuracy]) -> N
         of = {rule: found for (name, rule), found in accuracies.items() if name == dataset}
         axes.set_title(dataset.upper(), fontweight="bold")
         _draw(axes, dataset, of)
-    # The axis begins at the accuracy of guessing.
+    # The axis begins at the accuracy of a coin toss.
     plots[0].set(ylim=(0.5, 1.0), ylabel="accuracy, 10-fold cross-validation")
     figure.legend(*plots[0].get_legend_handles_labels(), loc="outside lower center", ncols=2)
     figure.savefig(path, dpi=110)
@@ -48,6 +48,7 @@ def _draw(axes: Axes, dataset: str, accuracies: Mapping[str, Accuracy]) -> None:
         places = [place + WIDTH / 2 for place in published]
         label = "published (Ilse, Tomczak, Welling 2018)"
         axes.bar(places, values, WIDTH, yerr=errors, capsize=4, color=THEIRS, label=label)
-    axes.set_xticks(range(len(accuracies)), [rule.replace("_", "\n") for rule in accuracies])
+    labels = [rule.replace("_attention", "\nattention") for rule in accuracies]
+    axes.set_xticks(range(len(accuracies)), labels)
     axes.grid(axis="y", alpha=0.3)
     axes.set_axisbelow(True)
