@@ -47,12 +47,12 @@ def measure(
 
     Parameters
     ----------
-    what : ``"times"``, ``"peak"``, ``"training"``, ``"estimated"`` or ``"thousand_steps"``, a
-        function of this file
+    what : ``"times"``, ``"peak"``, ``"training"``, ``"differences"``, ``"estimated"`` or
+        ``"thousand_steps"``, a function of this file
     checkout : folder whose ``mtenn_core`` is measured; None is the installed one
     allocator : a key of :data:`SETTINGS`, or the path of a library to preload; by default, the
         allocator is pinned for all but times
-    options : ``threads`` for all functions; ``seconds``, the duration of the timing
+    options : ``threads`` for all functions, and the other arguments of the function
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
     pinned = PINNED if what != "times" else {}
@@ -230,6 +230,33 @@ def small_step(setup: Setup, way: str) -> None:
     warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
     setup.steps(warm_up)[way]()
     setup.clear()
+
+
+def differences(setup: Setup, ways: Sequence[str], dtype: str) -> dict[str, float]:
+    """Return the largest difference of the loss and of all gradients from those of the first way.
+
+    Each tensor's difference is relative to its largest number.
+
+    Parameters
+    ----------
+    dtype : of the pose model and of the poses, a name in torch
+    """
+    import torch
+
+    setup.to(getattr(torch, dtype))
+    found = []
+    for way in ways:
+        setup.clear()
+        loss = setup.steps()[way]()
+        found.append([loss, *(p.grad for p in setup.params)])
+
+    def difference(tensor: Any, reference: Any) -> float:
+        return float((tensor - reference).abs().max() / reference.abs().max())
+
+    return {
+        way: max(map(difference, tensors, found[0]))
+        for way, tensors in zip(ways, found, strict=True)
+    }
 
 
 def estimated(setup: Setup, ways: Sequence[str]) -> dict[str, int]:
