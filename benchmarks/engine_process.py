@@ -30,6 +30,10 @@ SETTINGS = {
     DEFAULTS: {},
     THRESHOLD: {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
 }
+# Of many poses, the small blocks of the graphs that stay lie between the holes that larger blocks
+# left. With this threshold, the larger blocks leave no holes.
+NO_HOLES = "no holes"
+ALL_SETTINGS = {**SETTINGS, NO_HOLES: {**PINNED, "MALLOC_MMAP_THRESHOLD_": "16384"}}
 ALLOCATOR_VARIABLES = (*PINNED, "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
@@ -50,7 +54,7 @@ def measure(
     what : ``"times"``, ``"peak"``, ``"training"``, ``"differences"``, ``"estimated"`` or
         ``"thousand_steps"``, a function of this file
     checkout : folder whose ``mtenn_core`` is measured; None is the installed one
-    allocator : a key of :data:`SETTINGS`, or the path of a library to preload; by default, the
+    allocator : a key of :data:`ALL_SETTINGS`, or the path of a library to preload; by default, the
         allocator is pinned for all but times
     options : ``threads`` for all functions, and the other arguments of the function
     """
@@ -58,7 +62,7 @@ def measure(
     pinned = PINNED if what != "times" else {}
     command, environment = process(asked, checkout)
     if allocator:
-        pinned = SETTINGS.get(allocator, {"LD_PRELOAD": allocator})
+        pinned = ALL_SETTINGS.get(allocator, {"LD_PRELOAD": allocator})
         environment = {k: v for k, v in environment.items() if k not in ALLOCATOR_VARIABLES}
     done = subprocess.run(command, env=environment | pinned, stdout=subprocess.PIPE, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None
