@@ -459,8 +459,13 @@ def test_a_wrong_value_is_caught_by_its_check(combination, check, words):
     assert re.search(words, record.reason)
 
 
-class Buggy(Combination):
-    """Right for two columns, the number that is probed first; wrong for more."""
+def test_a_softmax_over_the_columns_is_suggested_where_a_mean_is_no_mean():
+    record = only("D2", ConfidenceOverColumns())
+    assert "over the columns (dim=1) instead of the poses (dim=0)" in record.cause
+
+
+class RightForTwoColumns(Combination):
+    """Wrong for more columns than the number that is probed first."""
 
     pose_columns = "any"
 
@@ -470,8 +475,8 @@ class Buggy(Combination):
 
 
 def test_a_rule_for_any_number_of_columns_is_checked_with_several():
-    assert only("C1", Buggy(), level="gate").status == "pass"
-    record = only("C1", Buggy())
+    assert only("C1", RightForTwoColumns(), level="gate").status == "pass"
+    record = only("C1", RightForTwoColumns())
     assert "wrong for 5 column(s)" in record.cause
 
 
