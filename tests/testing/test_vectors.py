@@ -311,6 +311,25 @@ def test_of_many_columns_the_wrong_one_is_found_by_halving():
     assert "your backward" in record.reason
 
 
+class MovingMean(Combination):
+    """Buffers that a call changes: every value is computed alone, along few directions."""
+
+    pose_columns = 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def combine(self, predictions):
+        self.mean = 0.9 * self.mean + 0.1 * predictions.detach().mean(0)
+        return (predictions - self.mean).tanh().mean(0).sum()
+
+
+def test_the_wrong_number_is_found_also_if_values_are_computed_one_by_one():
+    record = only("C1", MovingMean(), level="gate")
+    assert re.search(r"pose \d of [23456], column \d", record.reason)
+
+
 class _WrongRow(torch.autograd.Function):
     """y W, with a wrong entry in the derivative by y, or by W."""
 
