@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex
 
@@ -114,6 +115,9 @@ class MultiPoseModel(torch.nn.Module):
     CombinationNotFoundError, GradientValidationError : see :meth:`mtenn_core.Registry.create`
     """
 
+    # Models that were pickled before they had tasks have none.
+    tasks: int | Sequence[str] | None = None
+
     def __init__(
         self,
         pose_model: torch.nn.Module,
@@ -139,8 +143,6 @@ class MultiPoseModel(torch.nn.Module):
         self.check_finite = check_finite
         self.shared = shared
         self.tasks = tasks
-        for each in self._combinations():
-            check_facts(each)
         options = self._options()
         MODES[options.gradients].check_options(options)
 
@@ -172,9 +174,10 @@ class MultiPoseModel(torch.nn.Module):
             pose model then gets the batch unchanged.
         group : the processes that share the poses of each compound. Each process passes its own
             part of ``poses``, ``sizes`` and ``pose_inputs``, and the ``shared_inputs`` of all
-            compounds. The processes exchange only predictions. All processes get the same output;
-            the poses of a compound are in the order of the ranks. Gradients must be averaged over
-            the group, as ``DistributedDataParallel`` and ``fully_shard`` do.
+            compounds. The processes exchange only predictions, and a stochastic combination draws
+            the same random numbers in all of them. All processes get the same output; the poses of
+            a compound are in the order of the ranks. Gradients must be averaged over the group, as
+            ``DistributedDataParallel`` and ``fully_shard`` do.
 
         Returns
         -------
@@ -220,7 +223,11 @@ class MultiPoseModel(torch.nn.Module):
             shares = [call.sizes]
         else:
             # This import takes time, and most calls have no group.
-            from mtenn_core._engine.process_group import exchange_sizes, gather_poses
+            from mtenn_core._engine.process_group import (
+                exchange_sizes,
+                gather_poses,
+                same_random_numbers,
+            )
 
             mode.check_group(options)
             call, shares = exchange_sizes(arguments, group)
@@ -236,22 +243,26 @@ class MultiPoseModel(torch.nn.Module):
             check_finite(predictions, inputs, n_poses, options.columns)
             for each in options.combinations if inputs else ():
                 check_kinds(each, inputs, n_poses)
+        random_numbers: AbstractContextManager[None] = nullcontext()
+        if group is not None and any(each.stochastic for each in options.combinations):
+            random_numbers = same_random_numbers(predictions.device, group)
         combination, closed_form = options.combinations[0], mode.uses_closed_form
         given = predictions, inputs, n_poses
-        if options.tasks is not None:
-            combined = combine_tasks(
-                options.combinations, *given, gradients, closed_form=closed_form
-            )
-            combined = combined[0] if sizes is None else combined
-        elif gradients is not None:
-            combined = combine_full_depth(combination, *given, gradients)
-            combined = combined[0] if sizes is None else combined
-        elif sizes is None:
-            # A view, so that torch raises an error if the combination changes it in place.
-            (own,) = predictions.split(n_poses)
-            combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
-        else:
-            combined = combine_compounds(combination, *given, closed_form=closed_form)
+        with random_numbers:
+            if options.tasks is not None:
+                combined = combine_tasks(
+                    options.combinations, *given, gradients, closed_form=closed_form
+                )
+            elif gradients is not None:
+                combined = combine_full_depth(combination, *given, gradients)
+            elif sizes is None:
+                # A view, so that torch raises an error if the combination changes it in place.
+                own = predictions.split(n_poses)[0]
+                combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
+            else:
+                combined = combine_compounds(combination, *given, closed_form=closed_form)
+        if sizes is None and (options.tasks is not None or gradients is not None):
+            combined = combined[0]
         if len(n_poses) > 1:
             note_sizes(predictions, n_poses)
         if base_of(combined) is not None:
@@ -337,17 +348,20 @@ class MultiPoseModel(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the combination's identity for a checkpoint: JSON, a byte in each entry."""
-        return checkpoint.identity_tensor(self._combinations())
+        return checkpoint.identity_tensor(self._combinations(), self.tasks)
 
     def set_extra_state(self, state: Any) -> None:
         """Raise a ``CheckpointError`` if the checkpoint was made with another combination."""
-        checkpoint.check(state, self._combinations())
+        checkpoint.check(state, self._combinations(), self.tasks)
 
     def _combinations(self) -> tuple[Combination, ...]:
         """Return the one combination, or the combination of each task."""
         combination: Any = self.combination
-        is_list = isinstance(combination, torch.nn.ModuleList)
-        return tuple(combination) if is_list else (combination,)
+        if not isinstance(combination, torch.nn.ModuleList):
+            return (combination,)
+        if self.tasks is None:
+            raise ValueError(_NO_TASKS.format(list(combination)))
+        return tuple(_combination(each) for each in combination)
 
     def _options(self) -> Options:
         """Check the options and return them. Users may set them between two calls."""
@@ -356,6 +370,7 @@ class MultiPoseModel(torch.nn.Module):
         if tasks is not None:
             columns = _columns_of_tasks(tasks, combinations)
         elif (declared := combinations[0].pose_columns) is not None:
+            check_facts(combinations[0])
             columns = columns_of(declared)
         options = Options(
             self.pose_model,
@@ -377,17 +392,20 @@ def _combinations(
     combination: str | Combination | Sequence[str | Combination], tasks: object
 ) -> Combination | torch.nn.ModuleList:
     """Return the given combination, or a list with the combination of each task."""
-    if isinstance(combination, str) or not isinstance(combination, Sequence):
+    if isinstance(combination, str) or not isinstance(combination, Sequence | torch.nn.ModuleList):
         return _combination(combination)
     if tasks is None:
-        raise ValueError(
-            "several combinations need the argument tasks, with one task for each of them; found"
-            f" {combination!r}"
-        )
+        raise ValueError(_NO_TASKS.format(list(combination)))
     return torch.nn.ModuleList(map(_combination, combination))
 
 
-def _combination(combination: str | Combination) -> Combination:
+_NO_TASKS = (
+    "several combinations need the argument tasks, with one task for each of them; found the"
+    " combinations {}, and no tasks"
+)
+
+
+def _combination(combination: Any) -> Combination:
     """Return the given instance, or the combination with this name in the registry."""
     if isinstance(combination, str):
         # The registry is in a higher layer, so import it only here.
@@ -434,8 +452,8 @@ def _columns_of_tasks(tasks: int | Sequence[str], combinations: Sequence[Combina
     """Return one column for each task. Raise a ValueError if the combinations do not fit them."""
     if isinstance(tasks, str) or not are_columns(tasks):
         raise ValueError(
-            "tasks must be a whole number above 0, a sequence of different names, or None; found"
-            f" {tasks!r}"
+            "tasks must be a whole number above 0, a list or tuple of different names, or None;"
+            f" found {tasks!r}"
         )
     columns = columns_of(tasks)
     if len(combinations) not in (1, columns.number):
