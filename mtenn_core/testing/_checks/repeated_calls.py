@@ -174,8 +174,8 @@ def _check_many_calls(subject: Subject) -> None:
     probe = subject.probes.poses(n_poses, 0.0, 1e-3)
     with subject.restored_state():
         first = _value_and_weights(subject, probe)
-    # Not in the call before: under a dispatch mode, torch computes the derivative of prod in another
-    # way, with other roundoff.
+    # Not in the call before: under a dispatch mode, torch computes the derivative of a product in
+    # another way, with other roundoff.
     with subject.restored_state(), OperationCount() as operations:
         _value_and_weights(subject, probe)
         _validate(subject, n_poses)
