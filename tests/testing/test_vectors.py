@@ -493,9 +493,36 @@ def test_the_report_shows_the_columns():
     assert report.to_json()["facts"]["pose_columns"] == ["affinity", "confidence"]
 
 
-def test_the_factors_of_a_projection_are_never_zero():
+@pytest.mark.parametrize("n_results", [1, 2, 3, 7, 8, 64])
+def test_the_factors_of_a_projection_are_never_zero_and_never_equal(n_results):
     for seed in range(20):
-        assert {abs(factor) for factor in factors(9, seed)} <= {0.5, 1.0}
+        sizes = [abs(factor) for factor in factors(n_results, seed)]
+        assert len({*sizes}) == n_results
+        assert 0.5 < min(sizes) <= max(sizes) <= 1.0
+
+
+class _GradientOfFirst(torch.autograd.Function):
+    """A copy of two numbers, whose backward takes the gradient of the first for both."""
+
+    @staticmethod
+    def forward(ctx, numbers):
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output[0].expand_as(grad_output)
+
+
+class GradientOfFirst(Combination):
+    pose_columns = 2
+
+    def combine(self, predictions):
+        return _GradientOfFirst.apply(predictions.mean(0))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_gradient_of_another_entry_is_caught_with_every_seed(seed):
+    assert only("C1", GradientOfFirst(), level="gate", seed=seed).status == "fail"
 
 
 def test_a_subject_returns_one_number_and_knows_the_vector():
