@@ -249,10 +249,10 @@ class UndeclaredMaximum(Combination):
 
 @wrong("columns: Jacobian transposed", "C1", "Jacobian is transposed", make=default)
 class TransposedJacobian(Mapped):
-    """tanh, and then a matrix: the derivative takes the matrix and not its transpose."""
+    """A matrix, whose derivative is the matrix and not its transpose."""
 
     def combine(self, predictions):
-        return TransposedFunction.apply(torch.tanh(predictions), self.w).mean(0)
+        return TransposedFunction.apply(predictions, self.w).mean(0)
 
 
 class TransposedFunction(torch.autograd.Function):
@@ -309,7 +309,7 @@ class AbsoluteGradOutput(Mapped):
         return super().of_predictions(go.abs(), y, w)
 
 
-@wrong("columns: gradients of the entries clamped to ±100", "B1", "clamp", make=default)
+@wrong("columns: gradients of the entries clamped to ±100", "B1", "", make=default)
 class ClampedGradOutput(Mapped):
     def of_predictions(self, go, y, w):
         return super().of_predictions(go.clamp(-100, 100), y, w)
@@ -643,10 +643,9 @@ class IgnoredArgument(Shrunk):
     pose_weights = ConfidenceClosedForm.pose_weights
 
 
-@wrong("columns: a named column is ignored", "D5", "column 1 ('confidence')", make=default)
-class IgnoredColumn(Confidence):
-    examples = ({},)
-    reference = Combination.reference
+@wrong("columns: a named column is ignored", "D5", "column 1 ('weight')", make=default)
+class IgnoredColumn(PositiveColumn):
+    pose_weights = Combination.pose_weights
 
     def combine(self, predictions):
         return predictions[:, 0].mean()
@@ -697,7 +696,7 @@ class InputOfOtherPose(Strained):
         return super().combine(predictions, strain.roll(1))
 
 
-@wrong("columns: weights that leave a pose input out", "C1", "do not depend on 'strain'")
+@wrong("columns: weights that leave a pose input out", "C1")
 class WeightsWithoutInput(Strained):
     """One number: the sum of the pooled vector."""
 
@@ -732,7 +731,7 @@ class UndeclaredDropout(MeanOfColumns):
 
 @wrong(
     "columns: centred by a running mean that leaks from compound to compound",
-    "A5",
+    "A6",
     "state",
     make=default,
 )
@@ -811,7 +810,7 @@ class OtherColumnsInCopy(LogSumExp):
 class ReadsBase(MeanOfColumns):
     def combine(self, predictions):
         base = predictions if predictions._base is None else predictions._base
-        scale = 1 + 1e-3 * base.detach().double().mean().nan_to_num().tanh()
+        scale = 1 + 0.1 * base.detach().double().mean().nan_to_num().tanh()
         return super().combine(predictions) * scale.to(predictions)
 
 
