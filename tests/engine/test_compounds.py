@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from bank import RIGHT
+from bank.right import RIGHT  # one number for each pose
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, effective_poses
