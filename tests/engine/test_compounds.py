@@ -140,6 +140,7 @@ def test_most_right_combinations_run_in_batches():
         "closed form that starts from the derived one",
         "combine by an autograd function that refuses a second derivative",
         "scale that runs along with the predictions",
+        "positive pose input: mean with weights, closed form",
     ]
 
 
