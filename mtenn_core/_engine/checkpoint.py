@@ -132,7 +132,7 @@ def check(state: object, combinations: Sequence[Combination]) -> None:
         check_one(then, combination)
 
 
-def check_one(then: dict[str, Any], combination: Combination) -> None:
+def check_one(then: Mapping[str, Any], combination: Combination) -> None:
     """Compare one identity of the checkpoint with a combination, as :func:`check` does."""
     now = json.loads(json.dumps(identity(combination)))
     if not same_combination(then, now):
@@ -161,7 +161,7 @@ def _record(combination: Combination) -> PluginRecord | None:
         return None
 
 
-def same_combination(then: dict[str, Any], now: dict[str, Any]) -> bool:
+def same_combination(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether two identities have the same class, apart from its arguments."""
     distributions = {then["distribution"], now["distribution"]} - {None}
     if then["class"] == now["class"]:
@@ -183,7 +183,7 @@ def _in_script(one: str, other: str) -> bool:
     return name == other_name and "__main__" in (module, other_module)
 
 
-def _check_arguments(then: dict[str, Any], now: dict[str, Any]) -> None:
+def _check_arguments(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise a CheckpointError if the arguments differ in more than start values."""
     equal = then["arguments"] == now["arguments"]
     if equal and not (then["start_values"] or now["start_values"]):
@@ -232,7 +232,7 @@ def read_identities(state: object) -> list[dict[str, Any]]:
     return identities
 
 
-def description(identity: dict[str, Any]) -> str:
+def description(identity: Mapping[str, Any]) -> str:
     """Return an identity in words, for messages."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in identity["arguments"].items())
     name = repr(identity["name"] or identity["class"])

@@ -57,7 +57,7 @@ def make_again(
             f" arguments: {describe_error(error)}. {_version_to_install(identity)}"
         ) from error
     _load(combination, state, description(identity))
-    check_one(dict(identity), combination)
+    check_one(identity, combination)
     return combination
 
 
@@ -99,7 +99,7 @@ def _installed(
         ) from error
     cls = registry.get(record.qualified_name, validate=False)
     now = {**record.to_json(), "class": f"{cls.__module__}:{cls.__qualname__}"}
-    if not same_combination(dict(identity), now):
+    if not same_combination(identity, now):
         raise CheckpointError(
             f"the checkpoint is of {description(identity)} (class {identity['class']}), and"
             f" {record} has another class: {now['class']}. {_version_to_install(identity)}"
@@ -127,21 +127,20 @@ def _arguments(
 ) -> dict[str, Any]:
     """Return the values of the constructor arguments, without unreadable ones that are defaults."""
     from mtenn_core._engine.checkpoint import description
-    from mtenn_core._engine.exact_values import decode
 
     values = {}
     for name, described in identity["arguments"].items():
         if is_exact(identity, name):
             try:
-                values[name] = decode(identity.get("exact", {}).get(name, described), state)
+                values[name] = argument_value(identity, name, state)
             except ValueError as error:
                 raise CheckpointError(
-                    f"the checkpoint is of {description(dict(identity))}; its argument {name!r}"
+                    f"the checkpoint is of {description(identity)}; its argument {name!r}"
                     f" cannot be read: {error}. Make the combination yourself."
                 ) from error
         elif not _is_default(cls, name, described):
             raise CheckpointError(
-                f"the checkpoint is of {description(dict(identity))}. A checkpoint cannot hold the"
+                f"the checkpoint is of {description(identity)}. A checkpoint cannot hold the"
                 f" value of its argument {name!r}, only this description. Make the combination"
                 " yourself with the same arguments, and give it to MultiPoseModel. load_state_dict"
                 " then compares the arguments with the descriptions."
@@ -155,6 +154,18 @@ def is_exact(identity: Mapping[str, Any], name: str) -> bool:
         return name not in identity["inexact"]
     # An earlier version of mtenn-core wrote only descriptions. Text may describe something else.
     return isinstance(identity["arguments"][name], bool | int | float | None)
+
+
+def argument_value(identity: Mapping[str, Any], name: str, state: Mapping[str, Any]) -> Any:
+    """Return the exact value of an argument.
+
+    Raises
+    ------
+    ValueError : it cannot be read, for example because numpy is not installed
+    """
+    from mtenn_core._engine.exact_values import decode
+
+    return decode(identity.get("exact", {}).get(name, identity["arguments"][name]), state)
 
 
 def _is_default(cls: type[Combination], name: str, described: Any) -> bool:
@@ -182,5 +193,5 @@ def _load(combination: Combination, state: Mapping[str, Any], description: str) 
     except Exception as error:
         raise CheckpointError(
             f"the checkpoint is of {description}, and its parameters do not fit this combination:"
-            f" {describe_error(error)}"
+            f" {' '.join(describe_error(error).split())}"
         ) from error
