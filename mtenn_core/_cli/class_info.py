@@ -20,8 +20,13 @@ _COLUMN = 14
 
 def class_facts(cls: type[Combination]) -> dict[str, Any]:
     """Return what a combination class says of itself as JSON data."""
+    import torch
+
     from mtenn_core._engine.declarations import constructor_signature, overrides
 
+    # torch's own constructor takes anything, and refuses it.
+    has_own = cls.__init__ is not torch.nn.Module.__init__
+    parameters = constructor_signature(cls).parameters.items() if has_own else ()
     docstring = docstring_of(cls)
     columns = cls.pose_columns
     low, high = cls.domain
@@ -30,7 +35,7 @@ def class_facts(cls: type[Combination]) -> dict[str, Any]:
         "text": docstring.text,
         "arguments": [
             _argument(parameter, docstring.parameters.get(name, ""))
-            for name, parameter in constructor_signature(cls).parameters.items()
+            for name, parameter in parameters
         ],
         "pose_inputs": [
             {"name": name, "kind": _kind(cls.pose_inputs, name)} for name in cls.pose_inputs

@@ -13,7 +13,7 @@ _ROLE = re.compile(r":[\w:]+:`~?([^`]*)`")
 _NAMES = re.compile(r"(?P<names>\*{0,2}\w+(?:, \*{0,2}\w+)*)(?:\s*:\s*(?P<slot>.*))?")
 # In numpydoc, a type may stand where this project writes the meaning.
 _TYPE = re.compile(
-    r"(float|int|bool|str|None|list|tuple|dict|Tensor|torch\.\w+|callable|\{)\b.*|.*\boptional\b.*"
+    r"(float|int|bool|str|None|list|tuple|dict|Tensor|torch\.\w+|callable)\b.*|\{.*|.*\boptional\b.*"
 )
 
 
