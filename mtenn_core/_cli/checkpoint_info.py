@@ -53,6 +53,7 @@ def checkpoint_facts(path: str, *, imports: bool) -> dict[str, Any]:
 
 
 def _model(model: SavedModel, content: Mapping[str, Any], *, imports: bool) -> dict[str, Any]:
+    names = model.identities[0].get("tasks")
     made, error = _made(model, content) if imports else (None, None)
     numbers = {
         part: _n_numbers(model.part(f"{part}.")) for part in ("pose_model", "shared", "combination")
@@ -64,7 +65,8 @@ def _model(model: SavedModel, content: Mapping[str, Any], *, imports: bool) -> d
     return {
         "path": model.path,
         "combinations": combinations,
-        "n_tasks": len(combinations) if model.several else None,
+        "tasks": names,
+        "n_tasks": len(names or combinations) if names or model.several else None,
         "numbers": numbers,
         "status": {True: "not imported", False: "passes" if made else "fails"}[not imports],
         "error": error,
@@ -140,8 +142,10 @@ def checkpoint_lines(facts: Mapping[str, Any]) -> Iterator[str]:
 
 
 def _model_texts(model: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
-    if model["n_tasks"]:
-        yield "tasks", f"{model['n_tasks']}, with a combination for each"
+    if model["tasks"]:
+        yield "tasks", ", ".join(map(str, model["tasks"]))
+    elif model["n_tasks"]:
+        yield "tasks", f"{model['n_tasks']} without names"
     yield "pose model", f"{model['numbers']['pose_model']:,} numbers in parameters and buffers"
     if model["numbers"]["shared"]:
         yield "shared part", f"{model['numbers']['shared']:,} numbers in parameters and buffers"

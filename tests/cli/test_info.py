@@ -92,7 +92,7 @@ def info(places):
 
 
 def saved(combination, folder, name="model.pt", tasks=None):
-    model = MultiPoseModel(torch.nn.Linear(2, tasks or 1), combination, tasks=tasks)
+    model = MultiPoseModel(torch.nn.Linear(2, 2), combination, tasks=tasks)
     torch.save(model.state_dict(), folder / name)
     return folder / name
 
@@ -196,7 +196,7 @@ def test_info_shows_what_is_in_a_checkpoint(info, tmp_path):
         "argument      needed = (1, 2)",
         "tensor        log_scale = -0.25",
         "now           Described(scale=2.0, kind='mean', needed=(1, 2))",
-        "pose model    3 numbers in parameters and buffers",
+        "pose model    6 numbers in parameters and buffers",
         "installed     yes, and it passes the gate",
     ):
         assert line in result.stdout
@@ -220,6 +220,11 @@ def test_info_of_a_checkpoint_says_which_plugin_is_missing(info, tmp_path, place
     assert re.search(r"problem .*pip install demo-described==1.0", result.stdout)
 
 
+def test_info_shows_the_names_of_tasks(info, tmp_path):
+    result = info(saved(registry.create("plain"), tmp_path, tasks=("affinity", "toxicity")))
+    assert "tasks         affinity, toxicity\n" in result.stdout
+
+
 def test_info_shows_every_model_and_task_of_a_checkpoint(info, tmp_path):
     plain = registry.create("plain")
     state = torch.load(saved([plain, plain], tmp_path, tasks=2), weights_only=True)
@@ -228,7 +233,7 @@ def test_info_shows_every_model_and_task_of_a_checkpoint(info, tmp_path):
     result = info(tmp_path / "model.ckpt")
     assert "model         state_dict.model\n" in result.stdout
     assert "model         ema\n" in result.stdout
-    assert result.stdout.count("tasks         2, with a combination for each") == 2
+    assert result.stdout.count("tasks         2 without names") == 2
     assert result.stdout.count("combination   plain") == 4
 
 

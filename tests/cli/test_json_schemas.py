@@ -122,7 +122,7 @@ def _save_checkpoints(folder):
     many = registry.get("described", validate=False)(1.0, 2, key="x", activation=lambda y: y)
     for name, combination, tasks in [
         ("good", good, None),
-        ("tasks", [good, good], 2),
+        ("tasks", [good, good], ("a", "b")),
         ("bad", many, None),
     ]:
         model = MultiPoseModel(torch.nn.Linear(2, 2), combination, tasks=tasks)
