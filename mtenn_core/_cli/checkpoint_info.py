@@ -119,7 +119,10 @@ def _value(identity: Mapping[str, Any], name: str, state: Mapping[str, Any]) -> 
 
 def _values(tensor: Any) -> list[float | None] | None:
     """Return the numbers of a small tensor in a flat list; None for one that is not finite."""
-    if tensor.numel() > _MAX_VALUES:
+    import torch
+
+    is_plain = tensor.layout is torch.strided and not tensor.is_complex()
+    if tensor.numel() > _MAX_VALUES or not is_plain:
         return None
     numbers = tensor.detach().double().flatten().tolist()
     return [number if abs(number) < float("inf") else None for number in numbers]

@@ -81,6 +81,11 @@ def saved_model(content: Mapping[str, Any], path: str | None = None) -> SavedMod
     ------
     CheckpointError : there is none, or there are several, or its identity cannot be read
     """
+    if not isinstance(content, Mapping):
+        raise TypeError(
+            "a checkpoint must be a path, a state dict, or a dict with one; found a"
+            f" {type(content).__name__}"
+        )
     found = saved_models(content)
     paths = ", ".join(repr(model.path) for model in found)
     if path is not None:

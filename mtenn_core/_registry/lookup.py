@@ -247,16 +247,19 @@ class Registry:
         PluginWarning : another version of the plugin is installed
         """
         from mtenn_core._engine.checkpoint_file import read_file, saved_model
+        from mtenn_core._process.torch_modes import without_modes
         from mtenn_core._registry.checkpoints import make_again
 
         if isinstance(checkpoint, str | os.PathLike):
             _, checkpoint = read_file(checkpoint)
         saved = saved_model(checkpoint, model)
         make = partial(self._make, validate=validate)
-        combinations = [
-            make_again(self, make, identity, state, classes)
-            for identity, state in zip(saved.identities, saved.states(), strict=True)
-        ]
+        # On another default device, such as "meta", values of the checkpoint would be lost.
+        with without_modes(process_wide=False):
+            combinations = [
+                make_again(self, make, identity, state, classes)
+                for identity, state in zip(saved.identities, saved.states(), strict=True)
+            ]
         return combinations if saved.several else combinations[0]
 
     def check(self, name: str, *, isolated: bool = False, **options: Any) -> list[Report]:

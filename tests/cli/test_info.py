@@ -152,6 +152,13 @@ def test_info_shows_the_facts_and_the_error_of_a_broken_plugin(info, name, messa
     assert message in found["not_imported"]
 
 
+def test_info_imports_torch_in_spite_of_a_distribution_that_stops_it(info, places):
+    write_distribution(places.site, "demo-bad", "[console_scripts]\nno equals sign\n", None)
+    registry.refresh()
+    assert "TORCH_DEVICE_BACKEND_AUTOLOAD=0" in info("plain").stderr
+    assert info("plain", "--no-import").stderr == ""
+
+
 def test_a_parameter_of_numpydoc_and_one_of_this_project_are_read():
     class Documented:
         """Summary.

@@ -205,6 +205,25 @@ def test_what_comes_back_shares_no_memory_with_the_checkpoint(shifted):
     assert state["combination.scale"].item() == 3.0
 
 
+@pytest.mark.parametrize(
+    "mode",
+    [lambda: torch.device("meta"), torch.inference_mode, torch.no_grad],
+    ids=["meta", "inference", "no grad"],
+)
+def test_the_modes_of_the_caller_do_not_matter(shifted, tmp_path, mode):
+    torch.save(state_of(shifted(0.25)), tmp_path / "model.pt")
+    with mode():
+        found = registry.from_checkpoint(tmp_path / "model.pt")
+    assert_comes_back(found, 0.25)
+    found.combine(torch.ones(2)).backward()
+    assert found.scale.grad == 1.0
+
+
+def test_another_object_is_no_checkpoint():
+    with pytest.raises(TypeError, match=r"must be a path, a state dict, .*found a Linear"):
+        registry.from_checkpoint(torch.nn.Linear(1, 1))
+
+
 def test_a_combination_for_each_task_comes_back_as_a_list(shifted):
     state = state_of([shifted(0.25), shifted(0.5)], tasks=2)
     first, second = registry.from_checkpoint(state)
