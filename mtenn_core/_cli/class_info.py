@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from inspect import getattr_static
 from textwrap import TextWrapper
 from typing import TYPE_CHECKING, Any
 
@@ -12,45 +13,80 @@ from mtenn_core._cli.docstrings import docstring_of
 from mtenn_core._process.printable import value_text
 
 if TYPE_CHECKING:
+    from mtenn_core._registry import PluginRecord
     from mtenn_core.combination import Combination
 
 _WIDTH = 100
 _COLUMN = 14
+# The facts that a class declares.
+_FACTS = (
+    "pose_inputs",
+    "pose_columns",
+    "min_poses",
+    "domain",
+    "smooth",
+    "stochastic",
+    "properties",
+)
 
 
-def class_facts(cls: type[Combination]) -> dict[str, Any]:
-    """Return what a combination class says of itself as JSON data."""
-    import torch
+def class_facts(record: PluginRecord, cls: type[Combination]) -> dict[str, Any]:
+    """Return what a combination class says of itself as JSON data.
 
-    from mtenn_core._engine.declarations import constructor_signature, overrides
+    Raises
+    ------
+    PluginSpecError : its ``examples`` are malformed
+    """
+    from mtenn_core._registry.gate import class_examples
 
-    # torch's own constructor takes anything, and refuses it.
-    has_own = cls.__init__ is not torch.nn.Module.__init__
-    parameters = constructor_signature(cls).parameters.items() if has_own else ()
     docstring = docstring_of(cls)
-    columns = cls.pose_columns
-    low, high = cls.domain
+    examples = class_examples(record, cls)
     return {
         "summary": docstring.summary,
         "text": docstring.text,
         "arguments": [
-            _argument(parameter, docstring.parameters.get(name, ""))
-            for name, parameter in parameters
+            _argument(parameter, docstring.parameters.get(parameter.name, ""))
+            for parameter in _constructor_parameters(cls)
         ],
-        "pose_inputs": [
-            {"name": name, "kind": _kind(cls.pose_inputs, name)} for name in cls.pose_inputs
-        ],
-        "pose_columns": list(columns) if isinstance(columns, tuple) else columns,
-        "min_poses": cls.min_poses,
-        "domain": [bound if math.isfinite(bound) else None for bound in (low, high)],
-        "smooth": cls.smooth,
-        "stochastic": cls.stochastic,
-        "closed_form": overrides(cls, "pose_weights"),
-        "properties": sorted(cls.properties),
+        **_declared_facts(record, cls, examples),
         "examples": [
-            {name: value_text(value) for name, value in example.items()} for example in cls.examples
+            {name: value_text(value) for name, value in example.items()} for example in examples
         ],
     }
+
+
+def _declared_facts(
+    record: PluginRecord, cls: type[Combination], examples: Sequence[Mapping[str, Any]]
+) -> dict[str, Any]:
+    from mtenn_core._engine.declarations import overrides
+    from mtenn_core._registry.gate import make_example
+
+    # A property has a value only in an instance. It depends on the arguments.
+    varying = [name for name in _FACTS if isinstance(getattr_static(cls, name), property)]
+    instance = make_example(record, cls, examples[0]) if varying else cls
+    found = {name: getattr(instance if name in varying else cls, name) for name in _FACTS}
+    inputs, columns = found["pose_inputs"], found["pose_columns"]
+    return {
+        "pose_inputs": [{"name": name, "kind": _kind(inputs, name)} for name in inputs],
+        "pose_columns": list(columns) if isinstance(columns, tuple) else columns,
+        "min_poses": found["min_poses"],
+        "domain": [bound if math.isfinite(bound) else None for bound in found["domain"]],
+        "smooth": found["smooth"],
+        "stochastic": found["stochastic"],
+        "closed_form": overrides(cls, "pose_weights"),
+        "properties": sorted(found["properties"]),
+        "of_first_example": varying,
+    }
+
+
+def _constructor_parameters(cls: type[Combination]) -> list[inspect.Parameter]:
+    import torch
+
+    from mtenn_core._engine.declarations import constructor_signature
+
+    if cls.__init__ is torch.nn.Module.__init__:  # it takes anything, and refuses it
+        return []
+    return list(constructor_signature(cls).parameters.values())
 
 
 def class_lines(facts: Mapping[str, Any]) -> Iterator[str]:
@@ -97,6 +133,8 @@ def _declared(facts: Mapping[str, Any]) -> Iterator[tuple[str, str]]:
     yield "derivative", "in closed form" if facts["closed_form"] else "by autograd"
     if facts["properties"]:
         yield "properties", ", ".join(facts["properties"])
+    if facts["of_first_example"]:
+        yield "note", f"{', '.join(facts['of_first_example'])}: as in the first example"
     for example in facts["examples"]:
         given = ", ".join(f"{name}={value}" for name, value in example.items())
         yield "example", given or "without arguments"

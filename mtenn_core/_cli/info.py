@@ -95,7 +95,8 @@ def _class_facts(record: PluginRecord) -> dict[str, Any]:
     from mtenn_core._cli.class_info import class_facts
 
     try:
-        return {"combination": class_facts(registry.get(record.qualified_name, validate=False))}
+        cls = registry.get(record.qualified_name, validate=False)
+        return {"combination": class_facts(record, cls)}
     except MtennError as error:
         return {"not_imported": error_text(error)}
     except Exception as error:  # a malformed declaration, for example a domain of one number

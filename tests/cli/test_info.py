@@ -65,6 +65,21 @@ PLUGIN = '''
         def combine(self, predictions):
             return predictions.mean()
 
+    class Varying(Combination):
+        examples = ({"columns": 2}, {"columns": 3})
+        pose_columns = "any"
+
+        def __init__(self, columns):
+            super().__init__()
+            self.pose_columns = columns
+
+        @property
+        def min_poses(self):
+            return self.pose_columns + 1
+
+        def combine(self, predictions):
+            return predictions.mean()
+
     class Malformed(Combination):
         examples = 3
 
@@ -75,7 +90,10 @@ PLUGIN = '''
 
 @pytest.fixture
 def info(places):
-    names = {name.lower(): f"demo_described:{name}" for name in ("Described", "Plain", "Malformed")}
+    names = {
+        name.lower(): f"demo_described:{name}"
+        for name in ("Described", "Plain", "Varying", "Malformed")
+    }
     names |= {"broken": "demo_broken:Absent", "ends": "demo_ends:X"}
     write_distribution(places.site, "demo-described", names, PLUGIN)
     (places.site / "demo_broken.py").write_text("raise OSError('a disk is full')")
@@ -127,6 +145,13 @@ def test_info_of_a_class_without_a_docstring_does_not_show_that_of_its_base(info
     assert "A rule h that makes one prediction" not in info("plain").stdout
 
 
+def test_info_shows_a_fact_that_depends_on_the_arguments(info):
+    result = info("varying")
+    assert "pose columns  any\n" in result.stdout
+    assert "min poses     3\n" in result.stdout
+    assert "note          min_poses: as in the first example\n" in result.stdout
+
+
 def test_info_imports_nothing_if_asked(info, monkeypatch):
     monkeypatch.setattr("mtenn_core.Registry.get", None)
     for arguments in (["described"], ["described", "--json"]):
@@ -140,7 +165,7 @@ def test_info_imports_nothing_if_asked(info, monkeypatch):
     [
         ("broken", "OSError: a disk is full"),
         ("ends", "SystemExit: 3"),
-        ("malformed", "plugin 'malformed' (demo-described 1.0): TypeError"),
+        ("malformed", "Malformed.examples must be a tuple"),
     ],
 )
 def test_info_shows_the_facts_and_the_error_of_a_broken_plugin(info, name, message):

@@ -1,10 +1,14 @@
-"""Every shipped combination comes back from a checkpoint, with what it has learned."""
+"""Every shipped combination comes back from a checkpoint, and ``mtenn info`` describes it."""
+
+import json
 
 import pytest
 import safetensors.torch
 import torch
+from click.testing import CliRunner
 
 from mtenn_core import MultiPoseModel, registry
+from mtenn_core._cli import main
 from mtenn_core.errors import CheckpointError
 
 EXAMPLES = [
@@ -77,3 +81,13 @@ def test_every_shipped_combination_that_learns_an_argument_is_tested():
         if any(e.get("learnable") for e in registry.get(name, validate=False).examples)
     }
     assert learn == START_VALUES.keys()
+
+
+@pytest.mark.parametrize("name", registry.names())
+def test_info_describes_every_argument_of_a_shipped_combination(name):
+    found = json.loads(CliRunner().invoke(main, ["info", name, "--json"]).stdout)
+    assert "not_imported" not in found
+    assert found["combination"]["summary"].endswith(".")
+    for argument in found["combination"]["arguments"]:
+        assert argument["description"]
+        assert not argument["description"].startswith("see ")
