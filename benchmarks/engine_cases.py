@@ -44,10 +44,13 @@ class Case:
     ----------
     n_poses : of all compounds together
     n_parameters : of the pose model, about
-    weights : ``"dense"`` (the mean) or ``"sharp"`` (the minimum, t = 1000)
+    weights : ``"dense"`` (the mean), ``"sharp"`` (the minimum, t = 1000), or ``"attention"``
+        (:class:`GatedAttention`)
     pose_model : a key of :data:`POSE_MODELS`; ``"molecules"`` has its own numbers of atoms and
         parameters, and ``"docking"`` also has a pocket for each compound
     n_tensors : number of tensors that hold the parameters of ``"vector"``
+    n_columns : numbers that ``"pairs"`` predicts for each pose: an embedding for ``"attention"``,
+        and else tasks
     """
 
     n_poses: int
@@ -57,6 +60,7 @@ class Case:
     n_compounds: int = 1
     pose_model: str = "pairs"
     n_tensors: int = 4
+    n_columns: int = 1
 
     def __str__(self) -> str:
         compounds = f"{self.n_compounds} × " if self.n_compounds > 1 else ""
@@ -65,7 +69,8 @@ class Case:
         if self.pose_model == "molecules":
             return f"{poses} × 10 to 15 atoms, {self.weights}"
         of_atoms = "" if self.pose_model == "vector" else f" × {self.n_atoms} atoms"
-        return f"{poses}{of_atoms}, {self.millions}, {self.weights}"
+        columns = f", k = {self.n_columns}" if self.n_columns > 1 else ""
+        return f"{poses}{of_atoms}, {self.millions}{columns}, {self.weights}"
 
     @property
     def millions(self) -> str:
@@ -118,13 +123,13 @@ class PairNetwork(PairEmbedding):
     In a pocket, the embedding is multiplied with that of the pocket.
     """
 
-    def __init__(self, n_parameters: int) -> None:
+    def __init__(self, n_parameters: int, n_columns: int = 1) -> None:
         super().__init__()
         left = n_parameters - sum(p.numel() for p in self.parameters())
-        self.readout = readout(self.width, left)
+        self.readout = readout(self.width, left, n_columns)
 
     def forward(self, pose: tuple[Tensor, Tensor], pocket: Tensor | None = None) -> Tensor:
-        """Return the prediction of one pose, shape (1,)."""
+        """Return the prediction of one pose, shape (n_columns,)."""
         embedded = super().forward(pose)
         return self.readout(embedded if pocket is None else embedded * pocket)
 
@@ -153,22 +158,23 @@ class Interaction(torch.nn.Module):
         return self.after(torch.zeros_like(atoms).index_add(0, target, messages))
 
 
-def readout(width: int, n_parameters: int) -> torch.nn.Sequential:
-    """Return an MLP from ``width`` numbers to one with about ``n_parameters`` parameters."""
-    hidden = max(1, round((math.sqrt((width + 3) ** 2 + 4 * n_parameters) - width - 3) / 2))
+def readout(width: int, n_parameters: int, n_columns: int) -> torch.nn.Sequential:
+    """Return an MLP from ``width`` numbers to others, with about ``n_parameters`` parameters."""
+    ends = width + 2 + n_columns
+    hidden = max(1, round((math.sqrt(ends**2 + 4 * n_parameters) - ends) / 2))
     return torch.nn.Sequential(
         torch.nn.Linear(width, hidden),
         torch.nn.SiLU(),
         torch.nn.Linear(hidden, hidden),
         torch.nn.SiLU(),
-        torch.nn.Linear(hidden, 1),
+        torch.nn.Linear(hidden, n_columns),
     )
 
 
 def pairs(case: Case) -> Model:
     """Return a network over pairs, and random poses."""
     poses = [random_atoms(case.n_atoms) for _ in range(case.n_poses)]
-    return PairNetwork(case.n_parameters), poses, None
+    return PairNetwork(case.n_parameters, case.n_columns), poses, None
 
 
 def random_atoms(n_atoms: int) -> tuple[Tensor, Tensor]:
@@ -257,11 +263,12 @@ class Setup:
         docks = case.pose_model == "docking"
         self.shared = PairEmbedding() if docks else None
         self.pockets = [random_atoms(POCKET_ATOMS) for _ in case.sizes if docks]
-        self.rule = rule(case.weights)
+        self.rule = rule(case)
+        self.has_tasks = case.n_columns > 1 and case.weights != "attention"
         predictions = self._widen()
-        weights = [self.rule.pose_weights(part) for part in predictions.split(case.sizes)]
-        self.n_weights = int((torch.cat(weights) != 0).sum())
-        modules = torch.nn.ModuleList(filter(None, (self.pose_model, self.shared)))
+        weights = [self._pose_weights(part) for part in predictions.split(case.sizes)]
+        self.n_weights = int((torch.cat(weights) != 0).reshape(case.n_poses, -1).any(dim=1).sum())
+        modules = torch.nn.ModuleList(filter(None, (self.pose_model, self.shared, self.rule)))
         self.params = [p for p in modules.parameters() if p.requires_grad]
 
     @torch.no_grad()
@@ -271,10 +278,24 @@ class Setup:
         if len(predictions) == 1:
             return predictions
         *_, last = (m for m in self.pose_model.modules() if isinstance(m, torch.nn.Linear))
-        factor = SPREAD / predictions.std()
+        # Embeddings go to tanh and sigmoid, which SPREAD would saturate.
+        spread = 1.0 if self.case.weights == "attention" else SPREAD
+        factor = spread / predictions.std()
         last.weight.mul_(factor)
         last.bias.zero_()
         return predictions * factor
+
+    def _pose_weights(self, predictions: Tensor) -> Tensor:
+        """Return the weights of a compound's poses, in the shape of its predictions."""
+        if self.has_tasks:
+            return torch.stack(list(map(self.rule.pose_weights, predictions.unbind(1))), dim=1)
+        return self.rule.pose_weights(predictions)
+
+    def to(self, dtype: torch.dtype) -> None:
+        """Convert the parameters and the positions of ``"pairs"``."""
+        self.pose_model.to(dtype)
+        self.rule.to(dtype)
+        self.poses = [(types, positions.to(dtype)) for types, positions in self.poses]
 
     def clear(self) -> None:
         """Drop the gradients of the last step."""
@@ -321,14 +342,19 @@ class Setup:
         # Earlier versions of mtenn_core have no shared part.
         if self.shared:
             options["shared"] = self.shared
+        if self.has_tasks:  # nor have they tasks
+            options["tasks"] = self.case.n_columns
         return MultiPoseModel(self.pose_model, self.rule, **options)
 
-    def _step(self, model: MultiPoseModel, *arguments: Any, **given: Any) -> None:
-        model(*arguments, **given).prediction.sum().backward()
+    def _step(self, model: MultiPoseModel, *arguments: Any, **given: Any) -> Tensor:
+        loss = model(*arguments, **given).prediction.sum()
+        loss.backward()
+        return loss.detach()
 
     def _predict(self, pose: Any, *pocket: Tensor) -> Tensor:
-        """Return the prediction of one pose, shape (1,)."""
-        return self.pose_model(self.collate([pose]) if self.collate else pose, *pocket).reshape(1)
+        """Return the prediction of one pose, shape (1,) or (1, n_columns)."""
+        prediction = self.pose_model(self.collate([pose]) if self.collate else pose, *pocket)
+        return prediction.reshape((1, -1) if self.case.n_columns > 1 else 1)
 
     def _checkpointed(self, pose: Any) -> Tensor:
         return checkpoint(self._predict, pose, use_reentrant=False)
@@ -340,7 +366,7 @@ class Setup:
         pockets: list[Any],
         predict: Callable[..., Tensor],
     ) -> Tensor:
-        """Return all predictions, shape (n_poses,). Each pocket is embedded once."""
+        """Return the predictions, a row for each pose. Each pocket is embedded once."""
         if not self.shared:
             return torch.cat([predict(pose) for pose in poses])
         embedded = [self.shared(pocket) for pocket in pockets]
@@ -353,14 +379,19 @@ class Setup:
         sizes: list[int],
         pockets: list[Any],
         predict: Callable[..., Tensor],
-    ) -> None:
-        self._combine(self._all(poses, sizes, pockets, predict), sizes)
+    ) -> Tensor:
+        return self._combine(self._all(poses, sizes, pockets, predict), sizes)
 
     def _one_batch(self, poses: list[Any], sizes: list[int]) -> None:
         self._combine(self.pose_model(self.collate(poses)).reshape(-1), sizes)
 
-    def _combine(self, predictions: Tensor, sizes: list[int]) -> None:
-        sum(self.rule.combine(part) for part in predictions.split(sizes)).backward()
+    def _combine(self, predictions: Tensor, sizes: list[int]) -> Tensor:
+        """Take the gradients of the sum of all combined predictions. Return the sum."""
+        columns = predictions.unbind(1) if self.has_tasks else (predictions,)
+        parts = [part for column in columns for part in column.split(sizes)]
+        loss = torch.stack(list(map(self.rule.combine, parts))).sum()
+        loss.backward()
+        return loss.detach()
 
     def _guide(self, poses: list[Any], sizes: list[int]) -> None:
         """Store a gradient for each pose, and combine them as the guide does.
@@ -421,8 +452,38 @@ class Setup:
         return sum(found.values())
 
 
-def rule(weights: str) -> Combination:
-    """Return the mean, or a minimum that is practically hard."""
-    if weights == "dense":
+class GatedAttention(Combination):
+    """Gated attention over embeddings, and one number from the pooled embedding.
+
+    See M. Ilse, J. M. Tomczak and M. Welling, Attention-based Deep Multiple Instance Learning
+    (2018), arXiv 1802.04712.
+    """
+
+    examples = ({"n_columns": 3},)
+
+    def __init__(self, n_columns: int, n_hidden: int = 32) -> None:
+        super().__init__()
+        self.pose_columns = n_columns
+        self.content = torch.nn.Linear(n_columns, n_hidden)
+        self.gate = torch.nn.Linear(n_columns, n_hidden)
+        self.score = torch.nn.Linear(n_hidden, 1, bias=False)
+        self.readout = torch.nn.Linear(n_columns, 1)
+
+    def scores(self, predictions: Tensor) -> Tensor:
+        """Return a score for each pose, shape (..., n_poses, 1)."""
+        gated = torch.tanh(self.content(predictions)) * torch.sigmoid(self.gate(predictions))
+        return self.score(gated)
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        """Return the number for one compound, shape ()."""
+        attention = torch.softmax(self.scores(predictions), dim=0)
+        return self.readout((attention * predictions).sum(dim=0)).squeeze(-1)
+
+
+def rule(case: Case) -> Combination:
+    """Return the mean, a minimum that is practically hard, or gated attention."""
+    if case.weights == "attention":
+        return GatedAttention(case.n_columns)
+    if case.weights == "dense":
         return registry.create("mean")
     return registry.create("min", pred_scale=SHARPNESS)

@@ -30,6 +30,10 @@ SETTINGS = {
     DEFAULTS: {},
     THRESHOLD: {"MALLOC_MMAP_THRESHOLD_": "65536", "MALLOC_TRIM_THRESHOLD_": "65536"},
 }
+# Of many poses, the small blocks of the graphs that stay lie between the holes that larger blocks
+# left. With this threshold, the larger blocks leave no holes.
+NO_HOLES = "no holes"
+ALL_SETTINGS = {**SETTINGS, NO_HOLES: {**PINNED, "MALLOC_MMAP_THRESHOLD_": "16384"}}
 ALLOCATOR_VARIABLES = (*PINNED, "MALLOC_TOP_PAD_", "GLIBC_TUNABLES", "LD_PRELOAD")
 MIN_ROUNDS, MAX_ROUNDS = 3, 25
 
@@ -47,18 +51,18 @@ def measure(
 
     Parameters
     ----------
-    what : ``"times"``, ``"peak"``, ``"training"``, ``"estimated"`` or ``"thousand_steps"``, a
-        function of this file
+    what : ``"times"``, ``"peak"``, ``"training"``, ``"differences"``, ``"estimated"`` or
+        ``"thousand_steps"``, a function of this file
     checkout : folder whose ``mtenn_core`` is measured; None is the installed one
-    allocator : a key of :data:`SETTINGS`, or the path of a library to preload; by default, the
+    allocator : a key of :data:`ALL_SETTINGS`, or the path of a library to preload; by default, the
         allocator is pinned for all but times
-    options : ``threads`` for all functions; ``seconds``, the duration of the timing
+    options : ``threads`` for all functions, and the other arguments of the function
     """
     asked = {"what": what, "case": asdict(case), "ways": list(ways), **options}
     pinned = PINNED if what != "times" else {}
     command, environment = process(asked, checkout)
     if allocator:
-        pinned = SETTINGS.get(allocator, {"LD_PRELOAD": allocator})
+        pinned = ALL_SETTINGS.get(allocator, {"LD_PRELOAD": allocator})
         environment = {k: v for k, v in environment.items() if k not in ALLOCATOR_VARIABLES}
     done = subprocess.run(command, env=environment | pinned, stdout=subprocess.PIPE, check=False)
     return json.loads(done.stdout) if done.returncode == 0 else None
@@ -230,6 +234,33 @@ def small_step(setup: Setup, way: str) -> None:
     warm_up = [(types[:4], positions[:4]) for types, positions in setup.poses[:2]]
     setup.steps(warm_up)[way]()
     setup.clear()
+
+
+def differences(setup: Setup, ways: Sequence[str], dtype: str) -> dict[str, float]:
+    """Return the largest difference of the loss and of all gradients from those of the first way.
+
+    Each tensor's difference is relative to its largest number.
+
+    Parameters
+    ----------
+    dtype : of the pose model and of the poses, a name in torch
+    """
+    import torch
+
+    setup.to(getattr(torch, dtype))
+    found = []
+    for way in ways:
+        setup.clear()
+        loss = setup.steps()[way]()
+        found.append([loss, *(p.grad for p in setup.params)])
+
+    def difference(tensor: Any, reference: Any) -> float:
+        return float((tensor - reference).abs().max() / reference.abs().max())
+
+    return {
+        way: max(map(difference, tensors, found[0]))
+        for way, tensors in zip(ways, found, strict=True)
+    }
 
 
 def estimated(setup: Setup, ways: Sequence[str]) -> dict[str, int]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex
 
@@ -173,9 +174,10 @@ class MultiPoseModel(torch.nn.Module):
             pose model then gets the batch unchanged.
         group : the processes that share the poses of each compound. Each process passes its own
             part of ``poses``, ``sizes`` and ``pose_inputs``, and the ``shared_inputs`` of all
-            compounds. The processes exchange only predictions. All processes get the same output;
-            the poses of a compound are in the order of the ranks. Gradients must be averaged over
-            the group, as ``DistributedDataParallel`` and ``fully_shard`` do.
+            compounds. The processes exchange only predictions, and a stochastic combination draws
+            the same random numbers in all of them. All processes get the same output; the poses of
+            a compound are in the order of the ranks. Gradients must be averaged over the group, as
+            ``DistributedDataParallel`` and ``fully_shard`` do.
 
         Returns
         -------
@@ -221,7 +223,11 @@ class MultiPoseModel(torch.nn.Module):
             shares = [call.sizes]
         else:
             # This import takes time, and most calls have no group.
-            from mtenn_core._engine.process_group import exchange_sizes, gather_poses
+            from mtenn_core._engine.process_group import (
+                exchange_sizes,
+                gather_poses,
+                same_random_numbers,
+            )
 
             mode.check_group(options)
             call, shares = exchange_sizes(arguments, group)
@@ -237,22 +243,26 @@ class MultiPoseModel(torch.nn.Module):
             check_finite(predictions, inputs, n_poses, options.columns)
             for each in options.combinations if inputs else ():
                 check_kinds(each, inputs, n_poses)
+        random_numbers: AbstractContextManager[None] = nullcontext()
+        if group is not None and any(each.stochastic for each in options.combinations):
+            random_numbers = same_random_numbers(predictions.device, group)
         combination, closed_form = options.combinations[0], mode.uses_closed_form
         given = predictions, inputs, n_poses
-        if options.tasks is not None:
-            combined = combine_tasks(
-                options.combinations, *given, gradients, closed_form=closed_form
-            )
-            combined = combined[0] if sizes is None else combined
-        elif gradients is not None:
-            combined = combine_full_depth(combination, *given, gradients)
-            combined = combined[0] if sizes is None else combined
-        elif sizes is None:
-            # A view, so that torch raises an error if the combination changes it in place.
-            (own,) = predictions.split(n_poses)
-            combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
-        else:
-            combined = combine_compounds(combination, *given, closed_form=closed_form)
+        with random_numbers:
+            if options.tasks is not None:
+                combined = combine_tasks(
+                    options.combinations, *given, gradients, closed_form=closed_form
+                )
+            elif gradients is not None:
+                combined = combine_full_depth(combination, *given, gradients)
+            elif sizes is None:
+                # A view, so that torch raises an error if the combination changes it in place.
+                own = predictions.split(n_poses)[0]
+                combined = combined_prediction(combination, own, inputs, closed_form=closed_form)
+            else:
+                combined = combine_compounds(combination, *given, closed_form=closed_form)
+        if sizes is None and (options.tasks is not None or gradients is not None):
+            combined = combined[0]
         if len(n_poses) > 1:
             note_sizes(predictions, n_poses)
         if base_of(combined) is not None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -86,6 +87,24 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
         for of_rank, share in zip(gathered, shares, strict=True)
     ]
     return [part[compound] for compound in range(len(shares[0])) for part in parts]
+
+
+@contextmanager
+def same_random_numbers(device: torch.device, group: Group) -> Iterator[None]:
+    """Draw the same random numbers on all ranks within a block.
+
+    They are those of the first rank, whose random state goes on. The states of the other ranks do
+    not change.
+    """
+    first = dist.get_global_rank(group, 0)
+    seed = torch.zeros(1, dtype=torch.int64, device=device)
+    if dist.get_rank(group) == 0:
+        seed.random_()
+    dist.broadcast(seed, first, group)
+    devices = [] if device.type == "cpu" else [device]
+    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+        torch.manual_seed(int(seed))
+        yield
 
 
 # torch.distributed.nn.functional has both Functions, but it is deprecated since torch 2.13.

@@ -99,6 +99,13 @@ class FullDepth(Combination):
         return Learnable()(pred_list, grad_dict, param_names, *model_params)
 
 
+class Noisy(Combination):
+    stochastic = True
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (predictions * torch.rand_like(predictions)).mean()
+
+
 class Attention(Combination):
     """Pools embeddings, with parameters of its own, and returns a vector."""
 
@@ -545,6 +552,21 @@ def shared_poses_may_have_several_numbers(mode, loss):
     check_shared(mode, Attention(), loss, n_columns=3)
     check_shared(mode, Confident(), loss, n_columns=2)
     check_shared(mode, Learnable(), loss, n_columns=3, tasks=3)
+
+
+@case(mode=MODES)
+def a_stochastic_combination_of_shared_poses_draws_the_same_numbers_on_all_ranks(mode):
+    rank, world = dist.get_rank(), dist.group.WORLD
+    poses, *_ = shared_data()
+    model = MultiPoseModel(new_pose_model(), Noisy(), gradients=mode)
+    torch.manual_seed(rank)  # as after different work
+    state = torch.random.get_rng_state()
+    first, second = (model(poses[rank], SHARES[rank], group=world) for _ in range(2))
+    assert not torch.equal(first.prediction, second.prediction)
+    of_ranks = [torch.empty_like(first.prediction) for _ in range(2)]
+    dist.all_gather(of_ranks, first.prediction.detach())
+    assert torch.equal(*of_ranks)
+    assert torch.equal(state, torch.random.get_rng_state()) == (rank == 1)
 
 
 @case(mode=NOT_STORED, shard=[root, nested])

@@ -106,6 +106,27 @@ def test_expanded_tensors_have_a_checksum():
 
 
 @pytest.mark.parametrize(
+    "tensor",
+    [
+        pytest.param(torch.ones(3), id="finite"),
+        pytest.param(torch.tensor([1.0, math.inf, math.nan]), id="not finite"),
+        pytest.param(torch.ones(3, dtype=torch.bfloat16), id="half precision"),
+        pytest.param(torch.arange(3), id="integers"),
+        pytest.param(torch.ones(3, dtype=torch.complex64), id="complex"),
+    ],
+)
+def test_a_checksum_on_a_cpu_is_a_number_and_no_tensor(tensor):
+    """For a small pose, a tensor for each checksum would take a third of the memory that stays."""
+    (mark,) = marks_of([tensor], {})
+    assert isinstance(mark.value, float)
+    assert math.isfinite(mark.value)
+
+
+def test_the_same_numbers_in_another_dtype_differ():
+    assert changed([torch.ones(3)], [torch.ones(3).double()]) == ANOTHER_GRADIENT
+
+
+@pytest.mark.parametrize(
     ("dtype", "rounding", "seen"),
     [
         # The limit on a CPU is 200 eps: 2.4e-5 in float32, 4.4e-14 in float64.

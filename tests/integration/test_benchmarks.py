@@ -104,6 +104,45 @@ def test_segment_sums_by_hand_give_the_gradients_of_the_model(monkeypatch, what,
 
 
 @pytest.fixture
+def embeddings(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("embeddings")
+
+
+@pytest.mark.parametrize("what", ["5", "1 to 20"])
+def test_attention_by_hand_and_in_a_loop_give_the_gradients_of_the_model(embeddings, what):
+    case = embeddings.ManyCompounds(what, 30)
+    assert len(case.ways) == 4
+    case.check()
+
+
+def test_embeddings_and_tasks_have_the_gradients_of_plain_autograd(embeddings):
+    tasks = embeddings.Case(3, 6, 100_000, n_columns=4)
+    attention = embeddings.Case(3, 6, 100_000, "attention", n_columns=embeddings.K)
+    for case, modes in ((tasks, embeddings.MODES), (attention, ("graph", "recomputed"))):
+        ways = (embeddings.PLAIN, *modes)
+        differences = importlib.import_module("engine_process").differences
+        found = differences(embeddings.Setup(case), ways, "float64")
+        assert list(found) == list(ways)
+        assert max(found.values()) < embeddings.PRECISION["float64"]
+
+
+def test_the_memory_of_embeddings_is_shown_with_its_limit(embeddings, monkeypatch):
+    monkeypatch.setattr(embeddings, "sizes_of", lambda case: (40_000_000, 5_000_000))
+    few, many = embeddings.embedding_cases(quick=True)
+    results = {
+        ("peak", few, ("recomputed",)): 51_000_000,
+        ("peak", few, ("plain autograd",)): 700_000_000,
+        ("peak", many, ("recomputed",)): 53_400_000,
+    }
+    columns = [
+        list(column.cells) for column in embeddings.memory_table(results, [few, many]).columns
+    ]
+    assert columns[3:6] == [["51.0", "53.4", "0.050"], ["50.0", "50.0", ""], ["1.02", "1.07", ""]]
+    assert columns[-1] == ["700.0", "–, needs about 2570.0", ""]
+
+
+@pytest.fixture
 def screening(monkeypatch) -> Iterator[ModuleType]:
     """Yield the benchmark, which imports the examples' modules by their bare names."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")

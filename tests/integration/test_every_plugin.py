@@ -108,6 +108,39 @@ def test_gradients_equal_plain_autograd_under_dropout(combination, gradients):
     assert_gradients_equal_plain_autograd(model, poses, lambda batch: batch[0], "sum")
 
 
+@pytest.mark.parametrize("loss", ["combined", "poses", "sum"])
+@pytest.mark.parametrize("gradients", MODES)
+@pytest.mark.parametrize("combination", [*COMBINATIONS, "one for each task"])
+def test_gradients_of_tasks_equal_plain_autograd(combination, gradients, loss):
+    names = ["boltzmann, learnable", "median", "min"]
+    if combination in COMBINATIONS:
+        names = [combination]
+    rules = [registry.create(n.split(",")[0], **COMBINATIONS[n]).double() for n in names]
+    pose_model = torch.nn.Sequential(
+        torch.nn.Linear(6, 16), torch.nn.SiLU(), torch.nn.Linear(16, 3)
+    )
+    poses = torch.randn(9, 6, dtype=torch.float64)
+    model = MultiPoseModel(
+        pose_model.double(), rules if len(rules) > 1 else rules[0], tasks=3, gradients=gradients
+    )
+    params = [*model.parameters()]
+    predictions = pose_model(poses)
+    combined = [
+        torch.stack([rule.combine(part) for part in of_task.split(SIZES)])
+        for of_task, rule in zip(predictions.T, rules * (3 // len(rules)), strict=True)
+    ]
+    expected = torch.autograd.grad(
+        losses(torch.stack(combined, dim=1), predictions)[loss], params, allow_unused=True
+    )
+    out = model(poses, sizes=SIZES)
+    found = torch.autograd.grad(losses(*out)[loss], params, allow_unused=True)
+    for one, other in zip(found, expected, strict=True):
+        assert (one is None) == (other is None)
+        if one is not None:
+            # Sums of a few hundred products in another order; min multiplies roundoff by 1000.
+            torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
 def assert_gradients_equal_plain_autograd(model, poses, collate, loss):
     pose_model, rule = model.pose_model, model.combination
     params = dict(model.named_parameters())

@@ -84,7 +84,7 @@ def check(how, name, mode, wrap):
     rank = dist.get_rank()
     torch.manual_seed(7)
     arguments = dict(COMBINATIONS[name])
-    if how == "shared":  # each rank would draw its own dropout of the combination
+    if how == "shared":  # the ranks draw the same dropout, but not that of one process
         arguments.pop("dropout", None)
     rule = registry.create(name.split(",")[0], **arguments).double()
     n_columns = N_COLUMNS.get(name, 1)

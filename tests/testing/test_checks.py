@@ -56,6 +56,20 @@ def test_a_value_that_is_nan_does_not_ignore_nan():
     assert "ignores_nan" in record.reason
 
 
+@pytest.mark.parametrize("columns", [None, 3])
+def test_a_product_passes_although_torch_rounds_it_in_another_way_under_a_dispatch_mode(columns):
+    class NoisyOr(Combination):
+        domain = (0.0, 1.0)
+        pose_columns = columns
+
+        def combine(self, predictions):
+            return 1 - (1 - predictions).prod(0)
+
+    for seed in (2, 4):
+        (record,) = check_combination(NoisyOr(), only=["A6"], seed=seed).records
+        assert record.status == "pass", record.reason
+
+
 def test_the_suite_restores_the_random_states_that_a_combination_uses():
     class Noisy(Combination):
         def combine(self, predictions):

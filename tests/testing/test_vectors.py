@@ -310,6 +310,25 @@ def test_of_many_columns_the_wrong_one_is_found_by_halving():
     assert "your backward" in record.reason
 
 
+class MovingMean(Combination):
+    """Buffers that a call changes: every value is computed alone, along few directions."""
+
+    pose_columns = 4
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(4))
+
+    def combine(self, predictions):
+        self.mean = 0.9 * self.mean + 0.1 * predictions.detach().mean(0)
+        return (predictions - self.mean).tanh().mean(0).sum()
+
+
+def test_the_wrong_number_is_found_also_if_values_are_computed_one_by_one():
+    record = only("C1", MovingMean(), level="gate")
+    assert re.search(r"pose \d of [23456], column \d", record.reason)
+
+
 class _WrongRow(torch.autograd.Function):
     """y W, with a wrong entry in the derivative by y, or by W."""
 
@@ -458,8 +477,13 @@ def test_a_wrong_value_is_caught_by_its_check(combination, check, words):
     assert re.search(words, record.reason)
 
 
-class Buggy(Combination):
-    """Right for two columns, the number that is probed first; wrong for more."""
+def test_a_softmax_over_the_columns_is_suggested_where_a_mean_is_no_mean():
+    record = only("D2", ConfidenceOverColumns())
+    assert "over the columns (dim=1) instead of the poses (dim=0)" in record.cause
+
+
+class RightForTwoColumns(Combination):
+    """Wrong for more columns than the number that is probed first."""
 
     pose_columns = "any"
 
@@ -469,8 +493,8 @@ class Buggy(Combination):
 
 
 def test_a_rule_for_any_number_of_columns_is_checked_with_several():
-    assert only("C1", Buggy(), level="gate").status == "pass"
-    record = only("C1", Buggy())
+    assert only("C1", RightForTwoColumns(), level="gate").status == "pass"
+    record = only("C1", RightForTwoColumns())
     assert "wrong for 5 column(s)" in record.cause
 
 

@@ -155,11 +155,15 @@ def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Compari
     wrong = [comparison for comparison in comparisons if comparison.wrong]
     if not wrong:
         return comparisons, ""
-    if subject.probes.columns is not None and not any(
-        each.direction.count_nonzero() == 1 for each in wrong
-    ):
-        comparisons.append(narrowed(wrong[0], partial(_compare_along, subject, wrong[0])))
+    if subject.probes.columns is not None and not any(map(_names_an_entry, wrong)):
+        widest = max(wrong, key=lambda each: len(each.predictions) > 1)
+        comparisons.append(narrowed(widest, partial(_compare_along, subject, widest)))
     return comparisons, _cause(subject, known)
+
+
+def _names_an_entry(comparison: Comparison) -> bool:
+    """Return True if one number of several poses moves."""
+    return len(comparison.predictions) > 1 and int(comparison.direction.count_nonzero()) == 1
 
 
 def _compare_both(

@@ -180,8 +180,12 @@ def _check_many_calls(subject: Subject) -> None:
     """Check that hundreds of training steps, and validations between them, change no numbers."""
     n_poses = subject.probes.n_poses(3)
     probe = subject.probes.poses(n_poses, 0.0, 1e-3)
-    with subject.restored_state(), OperationCount() as operations:
+    with subject.restored_state():
         first = _value_and_weights(subject, probe)
+    # Not in the call before: under a dispatch mode, torch computes the derivative of prod in
+    # another way, with other roundoff.
+    with subject.restored_state(), OperationCount() as operations:
+        _value_and_weights(subject, probe)
         _validate(subject, n_poses)
     n_steps = max(1, min(MOST_STEPS, MOST_OPERATIONS // operations.count))
     changing = subject.combination.stochastic or any(True for _ in subject.combination.buffers())

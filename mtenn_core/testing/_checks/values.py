@@ -154,7 +154,8 @@ def _value_cause(found: Tensor, expected: Tensor, y: Tensor) -> str:
     for cause, offset in known.items():
         if offset and math.isclose(difference, offset, rel_tol=1e-6):
             return cause
-    for word, extreme in (("highest", y.amax()), ("lowest", y.amin()), ("mean", y.mean())):
+    extremes = (("highest", y.amax()), ("lowest", y.amin()), ("mean", y.mean()))
+    for word, extreme in extremes if y.dim() == 1 else ():
         if math.isclose(float(found), float(extreme), rel_tol=1e-9):
             return f"the value is the {word} prediction"
     return "the value is wrong; a correct derivative of a wrong value does not help"
@@ -251,6 +252,13 @@ def properties(subject: Subject) -> Metrics:
     return {"largest error in tolerances": worst}
 
 
+def _or_other_axis(subject: Subject, name: str) -> str:
+    """Return another cause for a property of a mean, if there are columns, else ""."""
+    if subject.probes.columns is None or name in ("permutation_invariant", "monotone"):
+        return ""
+    return " Or is a softmax or a mean over the columns (dim=1) instead of the poses (dim=0)?"
+
+
 def _check_property(
     subject: Subject, name: str, sides: Property, cause: str, poses: Poses
 ) -> float:
@@ -264,7 +272,7 @@ def _check_property(
                 f"{name}{where}: {poses}\n"
                 f"    found              {pair[0].item():.12g}\n"
                 f"    expected           {pair[1].item():.12g}",
-                cause=cause,
+                cause=cause + _or_other_axis(subject, name),
             )
         worst = max(worst, off)
     return worst

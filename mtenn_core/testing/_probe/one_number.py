@@ -35,8 +35,8 @@ def factors(n_results: int, seed: int) -> list[float]:
 def use_one_number(combination: Combination, by: list[float]) -> None:
     """Change a combination, so that its value is one number: its old value times the factors.
 
-    ``pose_weights`` is then that of the base class, because the core does not use the closed form
-    of a vector.
+    ``pose_weights`` is then that of the base class. The core refuses a vector from a class with
+    ``pose_weights``; the checks that use the class as written report this error.
     """
     cls = type(combination)
     methods: dict[str, Any] = {"combine": _times(cls.combine, by)}

@@ -93,8 +93,12 @@ class Subject:
 
     @property
     def may_batch(self) -> bool:
-        """True if many values may be computed in one batch: no call depends on another."""
-        return not (self.combination.stochastic or self._buffers)
+        """True if many values may be computed in one batch: no call depends on another.
+
+        With columns, a stochastic combination draws the same random numbers for the whole batch.
+        """
+        is_random = self.combination.stochastic and self.probes.columns is None
+        return not (is_random or self._buffers)
 
     def _use_one_number(self) -> None:
         """If the value is a vector, let the combination return one number."""
@@ -170,8 +174,10 @@ class Subject:
             # Use a copy, because a tensor that forward keeps on self belongs to vmap and cannot
             # be used later.
             combination = independent_copy(self.combination)
-            with torch.no_grad(), ForwardOnly():
-                batch = torch.func.vmap(partial(function, combination))(inputs.clone())
+            with self.restored_state(), torch.no_grad(), ForwardOnly():
+                one = partial(function, combination)
+                randomness = "same" if self.combination.stochastic else "error"
+                batch = torch.func.vmap(one, randomness=randomness)(inputs.clone())
         except Exception:  # for example, because control flow depends on numbers
             return loop(inputs)
         # Repeat the first input after the last, to find values that change from call to call.
