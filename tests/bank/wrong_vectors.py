@@ -675,7 +675,7 @@ class LastColumnIgnored(Gated):
         return super().combine(predictions)[:4].sum() + 0 * predictions.sum()
 
     def gate(self, predictions):
-        used = torch.arange(predictions.shape[1]) < 4
+        used = torch.arange(predictions.shape[1], device=predictions.device) < 4
         return super().gate(torch.where(used, predictions, 0.0))
 
 
