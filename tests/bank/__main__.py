@@ -29,7 +29,7 @@ IDS = [check.id for check in CHECKS]
 
 @click.command()
 @click.option("--matrix", type=click.Path(path_type=Path), help="Write the matrix to this file.")
-@click.option("--runs", default=1400, show_default=True, help="Runs of right combinations.")
+@click.option("--runs", default=1500, show_default=True, help="Runs of right combinations.")
 @click.option("--scales", default="1,10,1000", show_default=True, help="Of the wrong ones.")
 @click.option("--seeds", default=4, show_default=True, help="Of the probes, for the wrong ones.")
 @click.option("--vectors", is_flag=True, help="Only rules that take several numbers per pose.")

@@ -42,11 +42,6 @@ wrong = partial(into_bank, bank=_bank)
 # The closed form of a number: ∂/∂y_i = p_i and ∂/∂c_i = t p_i (y_i - h), with p = softmax(t c). C1.
 
 
-def columns_of_weights(weights):
-    """Return the weights of the affinities and those of the confidences."""
-    return weights.unbind(1)
-
-
 @wrong("columns: softmax over the columns in the weights", "C1")
 class WeightsOverColumns(ConfidenceClosedForm):
     def pose_weights(self, predictions):
@@ -209,7 +204,7 @@ class DetachedKeys(SelfAttention):
         return self.q(predictions) @ self.k(predictions.detach()).T / math.sqrt(4)
 
 
-@wrong("columns: the scores that shift a softmax are not detached from one pose alone", "C1")
+@wrong("columns: the confidence of the first pose is detached", "C1")
 class DetachedFirstPose(Confidence):
     def shares(self, confidence):
         return super().shares(torch.cat([confidence[:1].detach(), confidence[1:]]))
@@ -473,7 +468,7 @@ class InFloat32(MeanOfColumns):
         return predictions.float().mean(0)
 
 
-@wrong("columns: attention is no part of the graph at all", "A2", "gradient", make=default)
+@wrong("columns: the value is detached", "A2", "gradient", make=default)
 class WithoutGraph(MeanOfColumns):
     def combine(self, predictions):
         return predictions.detach().mean(0)
@@ -675,7 +670,7 @@ class LastColumnIgnored(Gated):
         return super().combine(predictions)[:4].sum() + 0 * predictions.sum()
 
     def gate(self, predictions):
-        used = torch.arange(predictions.shape[1]) < 4
+        used = torch.arange(predictions.shape[1], device=predictions.device) < 4
         return super().gate(torch.where(used, predictions, 0.0))
 
 
@@ -795,10 +790,8 @@ class KeepsEmbeddings(MeanOfColumns):
         return super().combine(predictions)
 
 
-@wrong("columns: a copy has other columns", "A9", "", make=default)
-class OtherColumnsInCopy(LogSumExp):
-    """Pickling loses the scale."""
-
+@wrong("columns: pickling loses the scale", "A9", "", make=default)
+class LosesScale(LogSumExp):
     def __init__(self, t=3.0):
         super().__init__(t)
 
@@ -925,9 +918,9 @@ class OneColumnFunction(torch.autograd.Function):
         return go * off
 
 
-@wrong("columns: no more than 64 poses have a place", "B3", "", make=default)
-class SixtyFourPlaces(MeanOfColumns):
-    """Positions are one-hot rows of a table; further poses share the last one."""
+@wrong("columns: poses after the first 64 are detached", "B3", "", make=default)
+class DetachedAfterSixtyFour(MeanOfColumns):
+    """Further poses count in the value alone."""
 
     properties = frozenset()
     reference = Combination.reference
