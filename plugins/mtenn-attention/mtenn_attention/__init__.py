@@ -1,6 +1,7 @@
 """Combinations that weight each pose by a softmax: attention, and weighting by confidences."""
 
 import math
+import operator
 import re
 from collections.abc import Sequence
 
@@ -10,6 +11,7 @@ from torch.nn.functional import dropout as with_dropout
 from torch.nn.functional import linear
 
 from mtenn_core import Combination
+from mtenn_core.errors import PredictionError
 
 # In units of τ. A pose this far below the highest score has the weight 0: exp(-1000) is 0 in
 # float64.
@@ -183,14 +185,25 @@ class AttentionCombination(SoftmaxCombination):
         Parameters
         ----------
         predictions : the embeddings, shape (n_poses, n_features)
-        sizes : the number of poses of each compound. Without it, all poses belong to one compound.
+        sizes : the number of poses of each compound. Without it, all poses belong to one compound:
+            pass the sizes of the call if it had several.
 
         Returns
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
+
+        Raises
+        ------
+        PredictionError : the embeddings have another shape, or ``sizes`` does not fit them
         """
+        if predictions.dim() != 2 or predictions.shape[1] != self.pose_columns:
+            raise PredictionError(
+                f"{type(self).__name__}.attention_weights takes embeddings of shape (n_poses,"
+                f" {self.pose_columns}); found shape {tuple(predictions.shape)}. Pass the poses of"
+                " several compounds one after the other, and the argument sizes."
+            )
         units = self._hidden_units(_at_least_float32(predictions))
-        parts = [units] if sizes is None else units.split(torch.as_tensor(sizes).tolist())
+        parts = units.split(_checked_sizes(len(units), sizes))
         return torch.cat([self._weights(part) for part in parts]).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
@@ -318,6 +331,31 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         centre = torch.where(centre.isfinite(), centre, 0)
         differences = (affinities - centre).masked_fill(absent, 0)
         return weights, differences, centre
+
+
+def _checked_sizes(n_poses: int, sizes: Sequence[int] | Tensor | None) -> list[int]:
+    """Return the number of poses of each compound. All poses belong to one if ``sizes`` is None."""
+    if sizes is None:
+        whole = [n_poses]
+    else:
+        try:
+            values = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+            whole = [operator.index(size) for size in values]
+        except TypeError:
+            raise PredictionError(
+                f"sizes must be whole numbers, one per compound; found {sizes!r}"
+            ) from None
+    for compound, size in enumerate(whole):
+        if size < 1:
+            raise PredictionError(
+                f"compound {compound}: expected at least one pose; found {size}", compound=compound
+            )
+    if sum(whole) != n_poses:
+        raise PredictionError(
+            f"sizes must add up to the number of poses. They describe {len(whole)} compounds with"
+            f" {sum(whole)} poses in all; found {n_poses} poses"
+        )
+    return whole
 
 
 def _at_least_float32(predictions: Tensor) -> Tensor:

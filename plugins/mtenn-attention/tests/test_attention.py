@@ -1,12 +1,13 @@
 import copy
 import pickle
+import re
 
 import pytest
 import torch
 from mtenn_attention import AttentionCombination, GatedAttentionCombination
 
 from mtenn_core import MultiPoseModel, registry
-from mtenn_core.errors import CheckpointError
+from mtenn_core.errors import CheckpointError, PredictionError
 from mtenn_core.testing import CombinationConformance, check_combination
 
 RULES = {"attention": AttentionCombination, "gated": GatedAttentionCombination}
@@ -281,6 +282,37 @@ def test_attention_weights_of_each_compound_sum_to_one(rule, convert):
         close(of_compound, combination.attention_weights(own))
         close(of_compound.sum().item(), 1.0)
         close(of_compound @ own, combination.combine(own))
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 3), (6, 2), (3,), ()], ids=str)
+@BOTH
+def test_attention_weights_refuse_embeddings_of_another_shape(rule, shape):
+    """A batch of compounds, (n_compounds, n_poses, n_features), would give mixed numbers."""
+    message = (
+        rf"attention_weights takes .* shape \(n_poses, 3\); found shape {re.escape(str(shape))}"
+    )
+    with pytest.raises(PredictionError, match=message):
+        made(rule).attention_weights(torch.zeros(shape, dtype=torch.float64))
+
+
+WRONG_SIZES = {
+    "sum": ([4, 3], "They describe 2 compounds with 7 poses in all; found 6 poses$"),
+    "none": ([], "They describe 0 compounds with 0 poses in all; found 6 poses$"),
+    "zero": ([4, 0, 2], "compound 1: expected at least one pose; found 0$"),
+    "negative": ([-1, 7], "compound 0: expected at least one pose; found -1$"),
+    "floats": ([4.0, 2.0], r"sizes must be whole numbers, one per compound; found \[4.0, 2.0\]$"),
+    "float tensor": (torch.tensor([4.0, 2.0]), "sizes must be whole numbers, .* found tensor"),
+    "one number": (6, "sizes must be whole numbers, one per compound; found 6$"),
+    "text": ("42", "sizes must be whole numbers, one per compound; found '42'$"),
+    "nested": ([[4, 2]], r"sizes must be whole numbers, .* found \[\[4, 2\]\]$"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SIZES.values(), ids=WRONG_SIZES)
+def test_attention_weights_refuse_sizes_that_do_not_fit(case):
+    sizes, message = case
+    with pytest.raises(PredictionError, match=message):
+        made(AttentionCombination).attention_weights(embeddings(6), sizes)
 
 
 @pytest.mark.parametrize("gradients", ["graph", "recomputed"])
