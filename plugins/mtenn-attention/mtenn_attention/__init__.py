@@ -261,8 +261,10 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
     this order. arXiv 2311.12814 weights pose affinities by pose confidences in this way.
 
     A pose with the confidence -inf, or so far below the highest that c/τ overflows, has the weight
-    0, whatever its affinity is. The others are combined as if it were absent. If all confidences
-    are -inf, or some are +inf, these poses share the weight equally.
+    0. The others are combined as if it were absent, also if its affinity is infinite. If all
+    confidences are -inf, or some are +inf, these poses share the weight equally. The derivative
+    with respect to an infinite confidence is 0. If any affinity or confidence is NaN, so is the
+    value, whatever the weight of this pose is.
 
     Parameters
     ----------
@@ -296,7 +298,8 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         """Return the derivative of the weighted mean with respect to each affinity and confidence.
 
         With p = softmax(c/τ) and h = Σ p_i y_i: ∂h/∂y_i = p_i and ∂h/∂c_i = p_i (y_i - h)/τ. The
-        first sum to 1 and the second to 0. The README has the derivation.
+        first sum to 1 and the second to 0. The README has the derivation. ∂h/∂c_i is 0 where c_i is
+        infinite or NaN.
 
         Parameters
         ----------
@@ -310,6 +313,10 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         mean = (weights * differences).sum()
         temperature = self._temperature_within_range(weights.dtype)
         of_confidences = weights * (differences - mean) / temperature
+        # A finite change of an infinite confidence has no effect, nor has a confidence without
+        # weight. Autograd gives 0 there, and for NaN, because that is the derivative of a clamp.
+        has_effect = (weights > 0) & predictions[:, 1].isfinite()
+        of_confidences = of_confidences.masked_fill(~has_effect, 0)
         return torch.stack([weights, of_confidences], dim=1).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
