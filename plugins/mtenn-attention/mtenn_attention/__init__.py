@@ -4,6 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,22 +34,19 @@ class SoftmaxCombination(Combination):
 
     Raises
     ------
-    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite
+    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite, or ``learnable``
+        is not True or False
     """
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
-        if not (0 < temperature < math.inf and 1 / temperature < math.inf):
-            raise ValueError(
-                "temperature and 1/temperature must be positive and finite; found temperature ="
-                f" {temperature}"
-            )
-        self.learnable = learnable
+        number = _positive("temperature", temperature)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_temperature = torch.nn.Parameter(torch.tensor([math.log(temperature)]))
+            self.log_temperature = torch.nn.Parameter(torch.tensor([math.log(number)]))
         else:
-            self._temperature = float(temperature)
+            self._temperature = number
 
     @property
     def temperature(self) -> float | Tensor:
@@ -110,7 +108,7 @@ class AttentionCombination(SoftmaxCombination):
 
     Raises
     ------
-    ValueError : an argument is out of its range
+    ValueError : an argument is out of its range, or of another type
     """
 
     pose_columns: int | str = "any"  # of an instance: n_features
@@ -130,16 +128,15 @@ class AttentionCombination(SoftmaxCombination):
         learnable: bool = False,
     ) -> None:
         super().__init__(temperature, learnable)
-        for name, number in (("n_features", n_features), ("n_hidden", n_hidden)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1; found {number}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1; found {dropout}")
-        self.pose_columns = n_features
-        self.dropout = dropout
-        self.V = torch.nn.Linear(n_features, n_hidden, bias=False)
+        self.pose_columns = _whole_number("n_features", n_features)
+        n_hidden = _whole_number("n_hidden", n_hidden)
+        self.dropout = _number(dropout)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; found dropout = {dropout!r}")
+        has_readout = _flag("readout", readout)
+        self.V = torch.nn.Linear(self.pose_columns, n_hidden, bias=False)
         self.w = torch.nn.Linear(n_hidden, 1, bias=False)
-        self.readout = torch.nn.Linear(n_features, 1) if readout else None
+        self.readout = torch.nn.Linear(self.pose_columns, 1) if has_readout else None
 
     # Facts of the instance, read-only: mypy knows them as attributes of the class.
     @property
@@ -274,7 +271,8 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
 
     Raises
     ------
-    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite
+    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite, or ``learnable``
+        is not True or False
     """
 
     pose_columns = ("affinity", "confidence")
@@ -374,3 +372,41 @@ def _map(layer: torch.nn.Linear, numbers: Tensor) -> Tensor:
     """Return a layer's result in the dtype of its input, whatever the dtype of its parameters."""
     bias = None if layer.bias is None else layer.bias.to(numbers.dtype)
     return linear(numbers, layer.weight.to(numbers.dtype), bias)
+
+
+def _positive(name: str, value: Any) -> float:
+    """Return an argument as a float. Raise a ValueError if it, or 1 over it, is not positive."""
+    number = _number(value)
+    if not (0 < number < math.inf and 1 / number < math.inf):
+        raise ValueError(
+            f"{name} and 1/{name} must be positive and finite; found {name} = {value!r}"
+        )
+    return number
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """Return an argument as an int. Raise a ValueError if it is not a whole number above 0."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; found {name} = {value!r}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Return an argument. Raise a ValueError if it is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; found {name} = {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return an argument as a float. Return NaN, which is in no range, if it is not a number."""
+    if isinstance(value, bool | str):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's are RuntimeErrors
+        return math.nan

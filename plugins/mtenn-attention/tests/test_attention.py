@@ -2,6 +2,7 @@ import copy
 import pickle
 import re
 
+import numpy as np
 import pytest
 import torch
 from mtenn_attention import AttentionCombination, GatedAttentionCombination
@@ -411,9 +412,9 @@ def test_nan_in_gives_nan_out():
 
 
 WRONG = {
-    "n_features": (0, "n_features must be at least 1; found 0$"),
-    "n_hidden": (0, "n_hidden must be at least 1; found 0$"),
-    "dropout": (1.0, "dropout must be at least 0 and below 1; found 1.0$"),
+    "n_features": (0, "n_features must be a whole number of at least 1; found n_features = 0$"),
+    "n_hidden": (0, "n_hidden must be a whole number of at least 1; found n_hidden = 0$"),
+    "dropout": (1.0, "dropout must be at least 0 and below 1; found dropout = 1.0$"),
     "temperature": (0.0, "temperature and 1/temperature must be positive and finite; found .* 0.0"),
 }
 
@@ -424,6 +425,39 @@ def test_an_argument_out_of_range_is_refused(rule, name):
     value, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         rule(**{"n_features": 3} | {name: value})
+
+
+@pytest.mark.parametrize("value", [3.0, 2.5, True, "3", None], ids=repr)
+@pytest.mark.parametrize("name", ["n_features", "n_hidden"])
+@BOTH
+def test_a_number_that_is_no_whole_number_is_refused(rule, name, value):
+    message = f"^{name} must be a whole number of at least 1; found {name} = {value!r}$"
+    with pytest.raises(ValueError, match=message):
+        rule(**{"n_features": 3} | {name: value})
+
+
+NOT_A_FLAG = "must be True or False; found"
+OF_ANOTHER_TYPE = [
+    ("dropout", "a", "must be at least 0 and below 1; found"),
+    ("dropout", None, "must be at least 0 and below 1; found"),
+    ("dropout", False, "must be at least 0 and below 1; found"),
+    ("readout", "no", NOT_A_FLAG),
+    ("learnable", 0, NOT_A_FLAG),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule_of_name"), OF_ANOTHER_TYPE)
+@BOTH
+def test_an_argument_of_another_type_is_refused(rule, name, value, rule_of_name):
+    with pytest.raises(ValueError, match=f"^{name} {rule_of_name} {name} = {value!r}$"):
+        rule(3, **{name: value})
+
+
+@BOTH
+def test_numbers_of_numpy_are_numbers(rule):
+    combination = rule(np.int64(3), np.int32(4), np.float32(0.5), temperature=np.float64(2))
+    assert (combination.pose_columns, len(combination.V.weight)) == (3, 4)
+    assert (combination.dropout, combination.temperature) == (0.5, 2.0)
 
 
 @BOTH

@@ -238,9 +238,7 @@ class ShiftedPoses(torch.nn.Module):
 @pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
 def test_infinite_confidences_give_every_mode_the_same_gradients(gradients, case, learnable):
     confidences, weights = (torch.tensor(numbers, dtype=torch.float64) for numbers in case)
-    x = torch.randn(
-        len(weights), 2, dtype=torch.float64, generator=torch.Generator().manual_seed(0)
-    )
+    x = some_poses(len(weights))
     combination = ConfidenceWeightedCombination(0.5, learnable).double()
     model = MultiPoseModel(ShiftedPoses(), combination, gradients=gradients, check_finite=False)
     model(torch.cat([x, confidences[:, None]], 1)).prediction.backward()
@@ -331,6 +329,20 @@ def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
     message = f"must be positive and finite; found temperature = {temperature}$"
     with pytest.raises(ValueError, match=message):
         ConfidenceWeightedCombination(temperature)
+
+
+@pytest.mark.parametrize("temperature", ["a", "1", None, True, 10**400])
+def test_a_temperature_that_is_no_number_is_refused(temperature):
+    message = f"^temperature and 1/temperature must be .*; found temperature = {temperature!r}$"
+    with pytest.raises(ValueError, match=message):
+        ConfidenceWeightedCombination(temperature)
+
+
+@pytest.mark.parametrize("learnable", ["no", 1, None])
+def test_learnable_is_true_or_false(learnable):
+    message = f"^learnable must be True or False; found learnable = {learnable!r}$"
+    with pytest.raises(ValueError, match=message):
+        ConfidenceWeightedCombination(learnable=learnable)
 
 
 def test_an_error_names_the_column():
