@@ -81,7 +81,7 @@ BEYOND_THE_SUITE = {
             "MinCombination.__init__: False -> True #2",
         ],
         "test_a_learned_scale_shows_as_it_is_now": [
-            "MaxCombination.__init__: math.log(pred_scale) -> math.exp(pred_scale)",
+            "MaxCombination.__init__: math.log(scale) -> math.exp(scale)",
             "MaxCombination.extra_repr: re.sub('pred_scale=[^,]*', now, arguments)"
             " -> re.sub('pred_scale=[^,]*', arguments, now)",
         ],
@@ -89,26 +89,19 @@ BEYOND_THE_SUITE = {
             "BoltzmannCombination.__init__: False -> True",
         ],
         "test_arguments_show_and_survive_copies": [
-            "BoltzmannCombination.__init__: math.log(kT) -> math.exp(kT)",
+            "BoltzmannCombination.__init__: math.log(number) -> math.exp(number)",
         ],
     },
     "any error is enough for a bad argument, also one from a later call": {
-        "test_a_number_of_poses_that_is_not_whole_and_positive_is_refused": [
-            "TopKMeanCombination.__init__: 1 <= k < math.inf and k == int(k)"
-            " -> 1 <= k < math.inf or k == int(k)",
-            "TopKMeanCombination.__init__: 1 -> 0",
-            "TopKMeanCombination.__init__: raise ValueError(f'k must be a whole number of at least"
-            " 1; found k = {k}') -> pass",
-        ],
         "test_a_proportion_that_leaves_nothing_is_refused": [
             "TrimmedMeanCombination.__init__: 0.5 -> 1.0",
             "TrimmedMeanCombination.__init__: raise ValueError(f'proportion must be at least 0 and"
-            " below 0.5; found proportion = {proportion}') -> pass",
+            " below 0.5; found proportion = {proportion!r}') -> pass",
         ],
         "test_a_quantile_outside_of_zero_to_one_is_refused": [
             "QuantileCombination.__init__: 1 -> 2",
             "QuantileCombination.__init__: raise ValueError(f'q must be between 0 and 1; found q ="
-            " {q}') -> pass",
+            " {q!r}') -> pass",
         ],
     },
     "no number of poses of a probe gives a rank that is nearly whole": {
@@ -164,15 +157,7 @@ BEYOND_THE_SUITE = {
         ],
     },
     "no example is at the end of the range of floating-point numbers": {
-        "test_a_scale_that_is_not_positive_and_finite_is_refused": [
-            "MaxCombination.__init__: 0 < pred_scale < math.inf and 1 / pred_scale < math.inf"
-            " -> 0 < pred_scale < math.inf or 1 / pred_scale < math.inf",
-            "MaxCombination.__init__: 1 / pred_scale < math.inf -> 1 / pred_scale <= math.inf",
-            "MaxCombination.__init__: 1 / pred_scale -> 1 * pred_scale",
-            "MaxCombination.__init__: 1 -> 0",
-        ],
         "test_a_scale_that_underflows_gives_the_mean_if_normalized": [
-            "MaxCombination.__init__: 1 -> 2",
             "MaxCombination._scale_and_growth: 1 -> 0",
         ],
         "test_a_learned_scale_has_a_finite_derivative_everywhere": [
@@ -182,15 +167,7 @@ BEYOND_THE_SUITE = {
             "MaxCombination._scale_and_growth: torch.finfo(dtype).max / FAR"
             " -> torch.finfo(dtype).max * FAR",
         ],
-        "test_a_temperature_that_is_not_positive_and_finite_is_refused": [
-            "BoltzmannCombination.__init__: 0 < kT < math.inf and 1 / kT < math.inf"
-            " -> 0 < kT < math.inf or 1 / kT < math.inf",
-            "BoltzmannCombination.__init__: 1 / kT < math.inf -> 1 / kT <= math.inf",
-            "BoltzmannCombination.__init__: 1 / kT -> 1 * kT",
-            "BoltzmannCombination.__init__: 1 -> 0",
-        ],
         "test_a_vanishing_temperature_gives_the_minimum": [
-            "BoltzmannCombination.__init__: 1 -> 2",
             "BoltzmannCombination._kT_within_range: 1 -> 0",
         ],
         "test_an_infinite_temperature_gives_the_mean": [

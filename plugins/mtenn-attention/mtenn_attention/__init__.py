@@ -1,8 +1,10 @@
 """Combinations that weight each pose by a softmax: attention, and weighting by confidences."""
 
 import math
+import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -10,6 +12,7 @@ from torch.nn.functional import dropout as with_dropout
 from torch.nn.functional import linear
 
 from mtenn_core import Combination
+from mtenn_core.errors import PredictionError
 
 # In units of τ. A pose this far below the highest score has the weight 0: exp(-1000) is 0 in
 # float64.
@@ -31,22 +34,19 @@ class SoftmaxCombination(Combination):
 
     Raises
     ------
-    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite
+    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite, or ``learnable``
+        is not True or False
     """
 
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
-        if not (0 < temperature < math.inf and 1 / temperature < math.inf):
-            raise ValueError(
-                "temperature and 1/temperature must be positive and finite; found temperature ="
-                f" {temperature}"
-            )
-        self.learnable = learnable
+        number = _positive("temperature", temperature)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_temperature = torch.nn.Parameter(torch.tensor([math.log(temperature)]))
+            self.log_temperature = torch.nn.Parameter(torch.tensor([math.log(number)]))
         else:
-            self._temperature = float(temperature)
+            self._temperature = number
 
     @property
     def temperature(self) -> float | Tensor:
@@ -108,7 +108,7 @@ class AttentionCombination(SoftmaxCombination):
 
     Raises
     ------
-    ValueError : an argument is out of its range
+    ValueError : an argument is out of its range, or of another type
     """
 
     pose_columns: int | str = "any"  # of an instance: n_features
@@ -128,16 +128,15 @@ class AttentionCombination(SoftmaxCombination):
         learnable: bool = False,
     ) -> None:
         super().__init__(temperature, learnable)
-        for name, number in (("n_features", n_features), ("n_hidden", n_hidden)):
-            if number < 1:
-                raise ValueError(f"{name} must be at least 1; found {number}")
-        if not 0 <= dropout < 1:
-            raise ValueError(f"dropout must be at least 0 and below 1; found {dropout}")
-        self.pose_columns = n_features
-        self.dropout = dropout
-        self.V = torch.nn.Linear(n_features, n_hidden, bias=False)
+        self.pose_columns = _whole_number("n_features", n_features)
+        n_hidden = _whole_number("n_hidden", n_hidden)
+        self.dropout = _number(dropout)
+        if not 0 <= self.dropout < 1:
+            raise ValueError(f"dropout must be at least 0 and below 1; found dropout = {dropout!r}")
+        has_readout = _flag("readout", readout)
+        self.V = torch.nn.Linear(self.pose_columns, n_hidden, bias=False)
         self.w = torch.nn.Linear(n_hidden, 1, bias=False)
-        self.readout = torch.nn.Linear(n_features, 1) if readout else None
+        self.readout = torch.nn.Linear(self.pose_columns, 1) if has_readout else None
 
     # Facts of the instance, read-only: mypy knows them as attributes of the class.
     @property
@@ -183,14 +182,25 @@ class AttentionCombination(SoftmaxCombination):
         Parameters
         ----------
         predictions : the embeddings, shape (n_poses, n_features)
-        sizes : the number of poses of each compound. Without it, all poses belong to one compound.
+        sizes : the number of poses of each compound. Without it, all poses belong to one compound:
+            pass the sizes of the call if it had several.
 
         Returns
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
+
+        Raises
+        ------
+        PredictionError : the embeddings have another shape, or ``sizes`` does not fit them
         """
+        if predictions.dim() != 2 or predictions.shape[1] != self.pose_columns:
+            raise PredictionError(
+                f"{type(self).__name__}.attention_weights takes embeddings of shape (n_poses,"
+                f" {self.pose_columns}); found shape {tuple(predictions.shape)}. Pass the poses of"
+                " several compounds one after the other, and the argument sizes."
+            )
         units = self._hidden_units(_at_least_float32(predictions))
-        parts = [units] if sizes is None else units.split(torch.as_tensor(sizes).tolist())
+        parts = units.split(_checked_sizes(len(units), sizes))
         return torch.cat([self._weights(part) for part in parts]).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
@@ -248,8 +258,10 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
     this order. arXiv 2311.12814 weights pose affinities by pose confidences in this way.
 
     A pose with the confidence -inf, or so far below the highest that c/τ overflows, has the weight
-    0, whatever its affinity is. The others are combined as if it were absent. If all confidences
-    are -inf, or some are +inf, these poses share the weight equally.
+    0. The others are combined as if it were absent, also if its affinity is infinite. If all
+    confidences are -inf, or some are +inf, these poses share the weight equally. The derivative
+    with respect to an infinite confidence is 0. If any affinity or confidence is NaN, so is the
+    value, whatever the weight of this pose is.
 
     Parameters
     ----------
@@ -259,7 +271,8 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
 
     Raises
     ------
-    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite
+    ValueError : ``temperature`` or 1/``temperature`` is not positive and finite, or ``learnable``
+        is not True or False
     """
 
     pose_columns = ("affinity", "confidence")
@@ -283,7 +296,8 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         """Return the derivative of the weighted mean with respect to each affinity and confidence.
 
         With p = softmax(c/τ) and h = Σ p_i y_i: ∂h/∂y_i = p_i and ∂h/∂c_i = p_i (y_i - h)/τ. The
-        first sum to 1 and the second to 0. The README has the derivation.
+        first sum to 1 and the second to 0. The README has the derivation. ∂h/∂c_i is 0 where c_i is
+        infinite or NaN.
 
         Parameters
         ----------
@@ -297,6 +311,10 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         mean = (weights * differences).sum()
         temperature = self._temperature_within_range(weights.dtype)
         of_confidences = weights * (differences - mean) / temperature
+        # A finite change of an infinite confidence has no effect, nor has a confidence without
+        # weight. Autograd gives 0 there, and for NaN, because that is the derivative of a clamp.
+        has_effect = (weights > 0) & predictions[:, 1].isfinite()
+        of_confidences = of_confidences.masked_fill(~has_effect, 0)
         return torch.stack([weights, of_confidences], dim=1).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:
@@ -320,6 +338,31 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         return weights, differences, centre
 
 
+def _checked_sizes(n_poses: int, sizes: Sequence[int] | Tensor | None) -> list[int]:
+    """Return the number of poses of each compound. All poses belong to one if ``sizes`` is None."""
+    if sizes is None:
+        whole = [n_poses]
+    else:
+        try:
+            values = sizes.tolist() if isinstance(sizes, Tensor) else sizes
+            whole = [operator.index(size) for size in values]
+        except TypeError:
+            raise PredictionError(
+                f"sizes must be whole numbers, one per compound; found {sizes!r}"
+            ) from None
+    for compound, size in enumerate(whole):
+        if size < 1:
+            raise PredictionError(
+                f"compound {compound}: expected at least one pose; found {size}", compound=compound
+            )
+    if sum(whole) != n_poses:
+        raise PredictionError(
+            f"sizes must add up to the number of poses. They describe {len(whole)} compounds with"
+            f" {sum(whole)} poses in all; found {n_poses} poses"
+        )
+    return whole
+
+
 def _at_least_float32(predictions: Tensor) -> Tensor:
     """Return the predictions in float32, or unchanged if they are float64."""
     return predictions.to(torch.promote_types(predictions.dtype, torch.float32))
@@ -329,3 +372,41 @@ def _map(layer: torch.nn.Linear, numbers: Tensor) -> Tensor:
     """Return a layer's result in the dtype of its input, whatever the dtype of its parameters."""
     bias = None if layer.bias is None else layer.bias.to(numbers.dtype)
     return linear(numbers, layer.weight.to(numbers.dtype), bias)
+
+
+def _positive(name: str, value: Any) -> float:
+    """Return an argument as a float. Raise a ValueError if it, or 1 over it, is not positive."""
+    number = _number(value)
+    if not (0 < number < math.inf and 1 / number < math.inf):
+        raise ValueError(
+            f"{name} and 1/{name} must be positive and finite; found {name} = {value!r}"
+        )
+    return number
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """Return an argument as an int. Raise a ValueError if it is not a whole number above 0."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; found {name} = {value!r}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Return an argument. Raise a ValueError if it is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; found {name} = {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return an argument as a float. Return NaN, which is in no range, if it is not a number."""
+    if isinstance(value, bool | str):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's are RuntimeErrors
+        return math.nan

@@ -1,12 +1,14 @@
 import copy
 import pickle
+import re
 
+import numpy as np
 import pytest
 import torch
 from mtenn_attention import AttentionCombination, GatedAttentionCombination
 
 from mtenn_core import MultiPoseModel, registry
-from mtenn_core.errors import CheckpointError
+from mtenn_core.errors import CheckpointError, PredictionError
 from mtenn_core.testing import CombinationConformance, check_combination
 
 RULES = {"attention": AttentionCombination, "gated": GatedAttentionCombination}
@@ -283,6 +285,37 @@ def test_attention_weights_of_each_compound_sum_to_one(rule, convert):
         close(of_compound @ own, combination.combine(own))
 
 
+@pytest.mark.parametrize("shape", [(2, 3, 3), (6, 2), (3,), ()], ids=str)
+@BOTH
+def test_attention_weights_refuse_embeddings_of_another_shape(rule, shape):
+    """A batch of compounds, (n_compounds, n_poses, n_features), would give mixed numbers."""
+    message = (
+        rf"attention_weights takes .* shape \(n_poses, 3\); found shape {re.escape(str(shape))}"
+    )
+    with pytest.raises(PredictionError, match=message):
+        made(rule).attention_weights(torch.zeros(shape, dtype=torch.float64))
+
+
+WRONG_SIZES = {
+    "sum": ([4, 3], "They describe 2 compounds with 7 poses in all; found 6 poses$"),
+    "none": ([], "They describe 0 compounds with 0 poses in all; found 6 poses$"),
+    "zero": ([4, 0, 2], "compound 1: expected at least one pose; found 0$"),
+    "negative": ([-1, 7], "compound 0: expected at least one pose; found -1$"),
+    "floats": ([4.0, 2.0], r"sizes must be whole numbers, one per compound; found \[4.0, 2.0\]$"),
+    "float tensor": (torch.tensor([4.0, 2.0]), "sizes must be whole numbers, .* found tensor"),
+    "one number": (6, "sizes must be whole numbers, one per compound; found 6$"),
+    "text": ("42", "sizes must be whole numbers, one per compound; found '42'$"),
+    "nested": ([[4, 2]], r"sizes must be whole numbers, .* found \[\[4, 2\]\]$"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_SIZES.values(), ids=WRONG_SIZES)
+def test_attention_weights_refuse_sizes_that_do_not_fit(case):
+    sizes, message = case
+    with pytest.raises(PredictionError, match=message):
+        made(AttentionCombination).attention_weights(embeddings(6), sizes)
+
+
 @pytest.mark.parametrize("gradients", ["graph", "recomputed"])
 def test_a_loss_may_use_the_attention_weights(gradients):
     """The entropy of the attention, through the pose outputs of the model."""
@@ -379,9 +412,9 @@ def test_nan_in_gives_nan_out():
 
 
 WRONG = {
-    "n_features": (0, "n_features must be at least 1; found 0$"),
-    "n_hidden": (0, "n_hidden must be at least 1; found 0$"),
-    "dropout": (1.0, "dropout must be at least 0 and below 1; found 1.0$"),
+    "n_features": (0, "n_features must be a whole number of at least 1; found n_features = 0$"),
+    "n_hidden": (0, "n_hidden must be a whole number of at least 1; found n_hidden = 0$"),
+    "dropout": (1.0, "dropout must be at least 0 and below 1; found dropout = 1.0$"),
     "temperature": (0.0, "temperature and 1/temperature must be positive and finite; found .* 0.0"),
 }
 
@@ -392,6 +425,39 @@ def test_an_argument_out_of_range_is_refused(rule, name):
     value, message = WRONG[name]
     with pytest.raises(ValueError, match=message):
         rule(**{"n_features": 3} | {name: value})
+
+
+@pytest.mark.parametrize("value", [3.0, 2.5, True, "3", None], ids=repr)
+@pytest.mark.parametrize("name", ["n_features", "n_hidden"])
+@BOTH
+def test_a_number_that_is_no_whole_number_is_refused(rule, name, value):
+    message = f"^{name} must be a whole number of at least 1; found {name} = {value!r}$"
+    with pytest.raises(ValueError, match=message):
+        rule(**{"n_features": 3} | {name: value})
+
+
+NOT_A_FLAG = "must be True or False; found"
+OF_ANOTHER_TYPE = [
+    ("dropout", "a", "must be at least 0 and below 1; found"),
+    ("dropout", None, "must be at least 0 and below 1; found"),
+    ("dropout", False, "must be at least 0 and below 1; found"),
+    ("readout", "no", NOT_A_FLAG),
+    ("learnable", 0, NOT_A_FLAG),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "rule_of_name"), OF_ANOTHER_TYPE)
+@BOTH
+def test_an_argument_of_another_type_is_refused(rule, name, value, rule_of_name):
+    with pytest.raises(ValueError, match=f"^{name} {rule_of_name} {name} = {value!r}$"):
+        rule(3, **{name: value})
+
+
+@BOTH
+def test_numbers_of_numpy_are_numbers(rule):
+    combination = rule(np.int64(3), np.int32(4), np.float32(0.5), temperature=np.float64(2))
+    assert (combination.pose_columns, len(combination.V.weight)) == (3, 4)
+    assert (combination.dropout, combination.temperature) == (0.5, 2.0)
 
 
 @BOTH

@@ -206,9 +206,45 @@ def test_poses_at_an_infinite_highest_confidence_share_the_weight(case, learnabl
     found = results(ConfidenceWeightedCombination(0.5, learnable), poses)
     assert found[0] == (affinities * torch.tensor(weights, dtype=dtype)).sum()
     assert found[1][:, 0].tolist() == found[2][:, 0].tolist() == weights
-    assert found[1].isfinite().all()
-    assert found[2].isfinite().all()
+    assert found[1][:, 1].tolist() == found[2][:, 1].tolist() == [0] * len(weights)
     assert found[3] == 0
+
+
+@LEARNABLE
+@pytest.mark.parametrize("affinity", [2.0, math.inf, math.nan])
+@pytest.mark.parametrize("confidence", [-math.inf, -1e6, 0.0, math.inf, math.nan])
+def test_the_closed_form_is_autograd_for_numbers_that_are_not_finite(
+    confidence, affinity, learnable
+):
+    poses = torch.tensor([[1.0, 0.5], [affinity, confidence], [3.0, 0.0]], dtype=torch.float64)
+    _, weights, by_autograd, _ = results(ConfidenceWeightedCombination(0.5, learnable), poses)
+    torch.testing.assert_close(weights, by_autograd, rtol=1e-12, atol=1e-13, equal_nan=True)
+
+
+class ShiftedPoses(torch.nn.Module):
+    """Affinity a x_0, and a confidence b x_1 that a constant of the pose makes infinite."""
+
+    def __init__(self):
+        super().__init__()
+        self.scales = torch.nn.Parameter(torch.tensor([1.5, 2.0], dtype=torch.float64))
+
+    def forward(self, pose):
+        affinity, confidence = (self.scales * pose[..., :2]).unbind(-1)
+        return torch.stack([affinity, confidence + pose[..., 2]], -1)
+
+
+@LEARNABLE
+@pytest.mark.parametrize("case", INFINITE.values(), ids=INFINITE)
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+def test_infinite_confidences_give_every_mode_the_same_gradients(gradients, case, learnable):
+    confidences, weights = (torch.tensor(numbers, dtype=torch.float64) for numbers in case)
+    x = some_poses(len(weights))
+    combination = ConfidenceWeightedCombination(0.5, learnable).double()
+    model = MultiPoseModel(ShiftedPoses(), combination, gradients=gradients, check_finite=False)
+    model(torch.cat([x, confidences[:, None]], 1)).prediction.backward()
+    # The affinities of the poses that share the weight; no derivative for confidences.
+    expected = torch.stack([weights @ x[:, 0], torch.zeros((), dtype=torch.float64)])
+    torch.testing.assert_close(model.pose_model.scales.grad, expected, rtol=1e-14, atol=0)
 
 
 @pytest.mark.parametrize("sign", [-1, 1])
@@ -293,6 +329,20 @@ def test_a_temperature_that_is_not_positive_and_finite_is_refused(temperature):
     message = f"must be positive and finite; found temperature = {temperature}$"
     with pytest.raises(ValueError, match=message):
         ConfidenceWeightedCombination(temperature)
+
+
+@pytest.mark.parametrize("temperature", ["a", "1", None, True, 10**400])
+def test_a_temperature_that_is_no_number_is_refused(temperature):
+    message = f"^temperature and 1/temperature must be .*; found temperature = {temperature!r}$"
+    with pytest.raises(ValueError, match=message):
+        ConfidenceWeightedCombination(temperature)
+
+
+@pytest.mark.parametrize("learnable", ["no", 1, None])
+def test_learnable_is_true_or_false(learnable):
+    message = f"^learnable must be True or False; found learnable = {learnable!r}$"
+    with pytest.raises(ValueError, match=message):
+        ConfidenceWeightedCombination(learnable=learnable)
 
 
 def test_an_error_names_the_column():

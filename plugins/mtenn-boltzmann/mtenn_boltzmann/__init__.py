@@ -1,6 +1,7 @@
 """Boltzmann-weighted mean of the pose predictions."""
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,7 +33,7 @@ class BoltzmannCombination(Combination):
 
     Raises
     ------
-    ValueError : ``kT`` or 1/kT is not positive and finite
+    ValueError : ``kT`` or 1/kT is not positive and finite, or ``learnable`` is not True or False
     """
 
     # The mean is not monotone. It falls if a prediction rises that is more than kT above the mean.
@@ -49,14 +50,13 @@ class BoltzmannCombination(Combination):
 
     def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
-        if not (0 < kT < math.inf and 1 / kT < math.inf):
-            raise ValueError(f"kT and 1/kT must be positive and finite; found kT = {kT}")
-        self.learnable = learnable
+        number = _positive("kT", kT)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_kT = torch.nn.Parameter(torch.tensor([math.log(kT)]))
+            self.log_kT = torch.nn.Parameter(torch.tensor([math.log(number)]))
         else:
-            self._kT = float(kT)
+            self._kT = number
 
     @property
     def kT(self) -> float | Tensor:
@@ -130,3 +130,30 @@ class BoltzmannCombination(Combination):
         # Clamp ln kT and not kT: the derivative of a clamped exp(1000) would be 0 * inf.
         bound = math.log(highest)
         return self.log_kT.to(dtype).clamp(-bound, bound).exp().squeeze(0)
+
+
+def _positive(name: str, value: Any) -> float:
+    """Return an argument as a float. Raise a ValueError if it, or 1 over it, is not positive."""
+    number = _number(value)
+    if not (0 < number < math.inf and 1 / number < math.inf):
+        raise ValueError(
+            f"{name} and 1/{name} must be positive and finite; found {name} = {value!r}"
+        )
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Return an argument. Raise a ValueError if it is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; found {name} = {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return an argument as a float. Return NaN, which is in no range, if it is not a number."""
+    if isinstance(value, bool | str):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's are RuntimeErrors
+        return math.nan

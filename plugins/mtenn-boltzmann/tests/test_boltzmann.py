@@ -2,6 +2,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from mtenn_boltzmann import BoltzmannCombination
@@ -126,6 +127,25 @@ def test_a_temperature_that_is_not_positive_and_finite_is_refused(kT):
     message = f"kT and 1/kT must be positive and finite; found kT = {kT}$"
     with pytest.raises(ValueError, match=message):
         BoltzmannCombination(kT)
+
+
+@pytest.mark.parametrize("kT", ["a", "1", None, True, 10**400])
+def test_a_temperature_that_is_no_number_is_refused(kT):
+    message = f"^kT and 1/kT must be positive and finite; found kT = {kT!r}$"
+    with pytest.raises(ValueError, match=message):
+        BoltzmannCombination(kT)
+
+
+@pytest.mark.parametrize("learnable", ["no", 1, None])
+def test_learnable_is_true_or_false(learnable):
+    message = f"^learnable must be True or False; found learnable = {learnable!r}$"
+    with pytest.raises(ValueError, match=message):
+        BoltzmannCombination(learnable=learnable)
+
+
+@pytest.mark.parametrize("kT", [2, np.int64(2), np.float32(2), torch.tensor(2.0)], ids=repr)
+def test_a_number_of_any_kind_is_a_temperature(kT):
+    assert BoltzmannCombination(kT).kT == 2
 
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

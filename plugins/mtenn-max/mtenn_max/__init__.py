@@ -2,6 +2,7 @@
 
 import math
 import re
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -37,7 +38,8 @@ class MaxCombination(Combination):
 
     Raises
     ------
-    ValueError : ``pred_scale`` or its inverse is not positive and finite
+    ValueError : ``pred_scale`` or its inverse is not positive and finite, or another argument is
+        not True or False
     """
 
     properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
@@ -56,19 +58,15 @@ class MaxCombination(Combination):
         learnable: bool = False,
     ) -> None:
         super().__init__()
-        if not (0 < pred_scale < math.inf and 1 / pred_scale < math.inf):
-            raise ValueError(
-                "pred_scale and 1/pred_scale must be positive and finite; found pred_scale ="
-                f" {pred_scale}"
-            )
-        self.negate_preds = negate_preds
-        self.normalize = normalize
-        self.learnable = learnable
+        scale = _positive("pred_scale", pred_scale)
+        self.negate_preds = _flag("negate_preds", negate_preds)
+        self.normalize = _flag("normalize", normalize)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_pred_scale = torch.nn.Parameter(torch.tensor([math.log(pred_scale)]))
+            self.log_pred_scale = torch.nn.Parameter(torch.tensor([math.log(scale)]))
         else:
-            self._pred_scale = float(pred_scale)
+            self._pred_scale = scale
 
     @property
     def pred_scale(self) -> float | Tensor:
@@ -233,3 +231,30 @@ class MinCombination(MaxCombination):
         t = self.pred_scale
         log_m = math.log(len(predictions)) if self.normalize else 0.0
         return (log_m - torch.logsumexp(-t * predictions, dim=0)) / t
+
+
+def _positive(name: str, value: Any) -> float:
+    """Return an argument as a float. Raise a ValueError if it, or 1 over it, is not positive."""
+    number = _number(value)
+    if not (0 < number < math.inf and 1 / number < math.inf):
+        raise ValueError(
+            f"{name} and 1/{name} must be positive and finite; found {name} = {value!r}"
+        )
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Return an argument. Raise a ValueError if it is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; found {name} = {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return an argument as a float. Return NaN, which is in no range, if it is not a number."""
+    if isinstance(value, bool | str):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's are RuntimeErrors
+        return math.nan

@@ -2,6 +2,7 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
 from mtenn_max import MaxCombination, MinCombination, exp_beyond_line, log_mean_exp
@@ -170,6 +171,27 @@ def test_a_scale_that_is_not_positive_and_finite_is_refused(cls, scale):
     )
     with pytest.raises(ValueError, match=message):
         cls(pred_scale=scale)
+
+
+@pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
+@pytest.mark.parametrize("scale", ["a", "1", None, True, 10**400])
+def test_a_scale_that_is_no_number_is_refused(cls, scale):
+    message = f"^pred_scale and 1/pred_scale must be .*; found pred_scale = {scale!r}$"
+    with pytest.raises(ValueError, match=message):
+        cls(pred_scale=scale)
+
+
+@pytest.mark.parametrize("value", ["no", 1, None])
+@pytest.mark.parametrize("name", ["negate_preds", "normalize", "learnable"])
+def test_a_flag_is_true_or_false(name, value):
+    message = f"^{name} must be True or False; found {name} = {value!r}$"
+    with pytest.raises(ValueError, match=message):
+        MaxCombination(**{name: value})
+
+
+@pytest.mark.parametrize("scale", [2, np.int64(2), np.float32(2), torch.tensor(2.0)], ids=repr)
+def test_a_number_of_any_kind_is_a_scale(scale):
+    assert MaxCombination(pred_scale=scale).pred_scale == 2
 
 
 FLOATS = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)

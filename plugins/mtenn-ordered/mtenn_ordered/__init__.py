@@ -1,8 +1,9 @@
 """Top-k mean, trimmed mean, median and quantile: means of predictions at chosen ranks."""
 
 import math
+import operator
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class TopKMeanCombination(Combination):
 
     Raises
     ------
-    ValueError : ``k`` is no whole number, or below 1
+    ValueError : ``k`` is no whole number, or below 1, or ``largest`` is not True or False
     """
 
     smooth = False
@@ -48,10 +49,8 @@ class TopKMeanCombination(Combination):
 
     def __init__(self, k: int = 3, largest: bool = False) -> None:
         super().__init__()
-        if not (1 <= k < math.inf and k == int(k)):
-            raise ValueError(f"k must be a whole number of at least 1; found k = {k}")
-        self.k = int(k)
-        self.largest = largest
+        self.k = _whole_number("k", k)
+        self.largest = _flag("largest", largest)
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the k lowest or highest predictions, shape (), in their unit."""
@@ -106,11 +105,11 @@ class TrimmedMeanCombination(Combination):
 
     def __init__(self, proportion: float = 0.25) -> None:
         super().__init__()
-        if not 0 <= proportion < 0.5:
+        self.proportion = _number(proportion)
+        if not 0 <= self.proportion < 0.5:
             raise ValueError(
-                f"proportion must be at least 0 and below 0.5; found proportion = {proportion}"
+                f"proportion must be at least 0 and below 0.5; found proportion = {proportion!r}"
             )
-        self.proportion = float(proportion)
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the predictions that are not cut off, shape (), in their unit."""
@@ -213,9 +212,9 @@ class QuantileCombination(Combination):
 
     def __init__(self, q: float = 0.25) -> None:
         super().__init__()
-        if not 0 <= q <= 1:
-            raise ValueError(f"q must be between 0 and 1; found q = {q}")
-        self.q = float(q)
+        self.q = _number(q)
+        if not 0 <= self.q <= 1:
+            raise ValueError(f"q must be between 0 and 1; found q = {q!r}")
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the quantile of the predictions, shape (), in their unit."""
@@ -320,3 +319,31 @@ def _shares_of_tied(predictions: Tensor, kept: Tensor, value: Tensor) -> Tensor:
     """Return the number of places that poses tied at ``value`` have, divided among them equally."""
     tied = (predictions == value).to(predictions.dtype)
     return tied * (kept == value).sum() / tied.sum()
+
+
+def _whole_number(name: str, value: Any) -> int:
+    """Return an argument as an int. Raise a ValueError if it is not a whole number above 0."""
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ValueError(f"{name} must be a whole number of at least 1; found {name} = {value!r}")
+    return number
+
+
+def _flag(name: str, value: Any) -> bool:
+    """Return an argument. Raise a ValueError if it is not True or False."""
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be True or False; found {name} = {value!r}")
+    return value
+
+
+def _number(value: Any) -> float:
+    """Return an argument as a float. Return NaN, which is in no range, if it is not a number."""
+    if isinstance(value, bool | str):
+        return math.nan
+    try:
+        return float(value)
+    except (TypeError, ValueError, RuntimeError, OverflowError):  # torch's are RuntimeErrors
+        return math.nan

@@ -385,23 +385,37 @@ def test_vmap_gives_the_numbers_of_a_loop(make):
             torch.testing.assert_close(found, torch.stack([function(row) for row in rows]))
 
 
-@pytest.mark.parametrize("k", [0, -3, 2.5, math.inf, math.nan])
+@pytest.mark.parametrize("k", [0, -3, 2.5, math.inf, math.nan, 3.0, "3", None, True])
 def test_a_number_of_poses_that_is_not_whole_and_positive_is_refused(k):
-    with pytest.raises(ValueError, match=f"k must be a whole number of at least 1; found k = {k}$"):
+    with pytest.raises(
+        ValueError, match=f"k must be a whole number of at least 1; found k = {k!r}$"
+    ):
         TopKMeanCombination(k)
 
 
-@pytest.mark.parametrize("proportion", [-0.1, 0.5, 1.0, math.nan])
+@pytest.mark.parametrize("proportion", [-0.1, 0.5, 1.0, math.nan, "a", None, False])
 def test_a_proportion_that_leaves_nothing_is_refused(proportion):
-    message = f"proportion must be at least 0 and below 0.5; found proportion = {proportion}$"
+    message = f"proportion must be at least 0 and below 0.5; found proportion = {proportion!r}$"
     with pytest.raises(ValueError, match=message):
         TrimmedMeanCombination(proportion)
 
 
-@pytest.mark.parametrize("q", [-0.1, 1.1, math.nan, math.inf])
+@pytest.mark.parametrize("q", [-0.1, 1.1, math.nan, math.inf, "a", "1", None, True])
 def test_a_quantile_outside_of_zero_to_one_is_refused(q):
-    with pytest.raises(ValueError, match=f"q must be between 0 and 1; found q = {q}$"):
+    with pytest.raises(ValueError, match=f"q must be between 0 and 1; found q = {q!r}$"):
         QuantileCombination(q)
+
+
+@pytest.mark.parametrize("largest", ["no", 1, None])
+def test_largest_is_true_or_false(largest):
+    with pytest.raises(ValueError, match=f"^largest must be True or False; found .*{largest!r}$"):
+        TopKMeanCombination(largest=largest)
+
+
+def test_numbers_of_numpy_are_numbers():
+    assert TopKMeanCombination(np.int64(2)).k == 2
+    assert TrimmedMeanCombination(np.float32(0.25)).proportion == 0.25
+    assert QuantileCombination(np.int64(1)).q == 1
 
 
 def test_arguments_show_and_survive_copies():
