@@ -14,6 +14,7 @@ from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import directions_for
+from mtenn_core.testing._checks.numbers_of_columns import again_with_more_columns
 from mtenn_core.testing._checks.whole_model import MOST_STORED, outputs_of
 from mtenn_core.testing._outcomes import Metrics, Skip
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
@@ -54,6 +55,7 @@ class _Found(NamedTuple):
 
 
 @check("C4", "pose inputs have a correct derivative, or an error", "gate")
+@again_with_more_columns
 def input_derivatives(subject: Subject) -> Metrics:
     """Compare the derivatives with respect to each pose input that is no label.
 
