@@ -2894,6 +2894,28 @@ class InputDetachedAboveThree(Scored):
         return super().combine(predictions, score if len(score) <= 3 else score.detach())
 
 
+@wrong("a pose input is detached above a hundred poses", "C4", "detaches")
+class InputDetachedAboveHundred(Scored):
+    def combine(self, predictions, score):
+        return super().combine(predictions, score if len(score) <= 100 else score.detach())
+
+
+@wrong("large numbers of a pose input are detached", "C4", "detaches", make=default)
+class LargeInputDetached(Scored):
+    """The scores are in kJ/mol, and the temperature is high."""
+
+    def combine(self, predictions, score):
+        score = torch.where(score.abs() > 100, score.detach(), score)
+        return super().combine(predictions, score / 100)
+
+
+@wrong("a pose input is detached where a prediction is low", "C4", "detaches", make=default)
+class InputDetachedIfLow(Scored):
+    def combine(self, predictions, score):
+        score = torch.where(predictions < -20, score.detach(), score)
+        return super().combine(predictions, score / 10)
+
+
 @wrong("an autograd function returns None for a pose input", "C4", "returns None")
 class InputWithoutGradient(Scored):
     def combine(self, predictions, score):

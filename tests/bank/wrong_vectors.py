@@ -674,7 +674,63 @@ class LastColumnIgnored(Gated):
         return super().gate(torch.where(used, predictions, 0.0))
 
 
+# Rules for any number of columns that are right for two of them, which the usual probes have.
+
+
+class Pooled(Combination):
+    """Σ_i p_i y_i with p = softmax(t Σ_j y_ij / k), where t is a parameter."""
+
+    pose_columns = "any"
+    properties = POOLING
+
+    def __init__(self):
+        super().__init__()
+        self.t = torch.nn.Parameter(torch.tensor(0.3))
+
+    def combine(self, predictions):
+        return torch.softmax(self.t * predictions.mean(1), dim=0) @ predictions
+
+
+@wrong("columns: the value is that for two columns", "D1", "wrong for 5", make=default)
+class ScaledForTwo(Pooled):
+    def combine(self, predictions):
+        return torch.softmax(self.t * predictions.sum(1) / 2, dim=0) @ predictions
+
+    def reference(self, predictions):
+        return Pooled.combine(self, predictions)
+
+
+@wrong("columns: more than two depend on the order", "D2", "wrong for 5", make=default)
+class OrderedAboveTwo(Pooled):
+    def combine(self, predictions):
+        first_two = super().combine(predictions)[:2]
+        return torch.cat([first_two, predictions[:, 2:].cumsum(0).mean(0)])
+
+
+@wrong("columns: a parameter is detached above two", "C3", "wrong for 5", make=default)
+class ParameterDetachedAboveTwo(Pooled):
+    def combine(self, predictions):
+        t = self.t if predictions.shape[1] <= 2 else self.t.detach()
+        return torch.softmax(t * predictions.mean(1), dim=0) @ predictions
+
+
+@wrong("columns: all above the eighth are detached", "C1", "wrong for 40", make=default)
+class DetachedAboveEight(Pooled):
+    def combine(self, predictions):
+        padded = torch.cat([predictions[:, :8], predictions[:, 8:].detach()], dim=1)
+        return super().combine(padded)
+
+
 # Pose inputs beside the columns. C4, D5.
+
+
+@wrong("columns: a pose input is detached above two", "C4", "wrong for 5", make=default)
+class InputDetachedAboveTwo(Strained):
+    pose_columns = "any"
+
+    def combine(self, predictions, strain):
+        strain = strain if predictions.shape[1] <= 2 else strain.detach()
+        return super().combine(predictions, strain)
 
 
 @wrong("columns: a pose input is detached", "C4", "detaches")

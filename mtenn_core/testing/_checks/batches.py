@@ -13,6 +13,7 @@ from mtenn_core._engine.batch_probe import (
 from mtenn_core._engine.evaluation import PoseInputs
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._checks.numbers_of_columns import again_with_more_columns
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.subject import Subject
 
@@ -21,6 +22,7 @@ PROBES = ((4, 3), (2, 5), (3, 1))
 
 
 @check("A14", "a batch of compounds gives the numbers of each compound")
+@again_with_more_columns
 def batches(subject: Subject) -> Metrics:
     """Compare values, weights and gradients of a batch with those of a loop over the compounds.
 

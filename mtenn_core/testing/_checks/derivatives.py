@@ -72,7 +72,7 @@ MORE_PROBES = (
 
 
 # For ``pose_columns = "any"``, besides the number of the other probes.
-N_COLUMNS_OF_ANY = (1, 5)
+N_COLUMNS_OF_ANY = (1, 5, 40)
 
 
 @check("C1", "pose weights are the derivative of the value", "gate")

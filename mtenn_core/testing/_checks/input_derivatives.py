@@ -14,6 +14,8 @@ from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import directions_for
+from mtenn_core.testing._checks.many_poses import has_pairs_of_poses, loops_over_poses
+from mtenn_core.testing._checks.numbers_of_columns import again_with_more_columns
 from mtenn_core.testing._checks.whole_model import MOST_STORED, outputs_of
 from mtenn_core.testing._outcomes import Metrics, Skip
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
@@ -35,7 +37,14 @@ MORE_PROBES = (
     (6, 0.0, 0.3),
     (7, 7.0, 1.0),
     (33, 0.0, 0.3),
+    # Pose inputs in other units, such as kJ/mol, and predictions of one sign.
+    (3, 0.0, 1e2),
+    (3, 0.0, 1e4),
+    (3, -30.0, 8.0),
+    (3, 100.0, 10.0),
 )
+# Some mistakes show only above a certain number of poses. A loop in Python is slow for hundreds.
+MANY_POSES, MOST_IN_A_LOOP = 300, 65
 # Gradient of the loss. With 1, a backward that ignores it would not show.
 GO = -3.7
 
@@ -54,6 +63,7 @@ class _Found(NamedTuple):
 
 
 @check("C4", "pose inputs have a correct derivative, or an error", "gate")
+@again_with_more_columns
 def input_derivatives(subject: Subject) -> Metrics:
     """Compare the derivatives with respect to each pose input that is no label.
 
@@ -65,6 +75,8 @@ def input_derivatives(subject: Subject) -> Metrics:
         raise Skip("it has no pose inputs, or all of them are labels")
     probes = PROBES + MORE_PROBES if subject.thorough else PROBES
     points = [_on_grid(subject.probes.poses(*probe)) for probe in probes]
+    if subject.thorough:
+        points.append(_on_grid(subject.probes.poses(_many_poses(subject), 0.0, 0.3)))
     found, refused = [], set()
     for name, poses, directions, numerical in _estimates(subject, points, names):
         for mode, value in _modes(subject).items():
@@ -79,6 +91,11 @@ def input_derivatives(subject: Subject) -> Metrics:
     return metrics | ({"refused with a graph": sorted(refused)} if refused else {})
 
 
+def _many_poses(subject: Subject) -> int:
+    is_slow = loops_over_poses(subject) or has_pairs_of_poses(subject)
+    return MOST_IN_A_LOOP if is_slow else MANY_POSES
+
+
 def _on_grid(poses: Poses) -> Poses:
     """Return poses whose numbers ± steps are exact."""
     return poses.map(lambda numbers: torch.round(numbers * GRID) / GRID)
@@ -91,7 +108,7 @@ def _estimates(
     cases, ladders = [], []
     for n_poses in dict.fromkeys(map(len, points)):
         group = [poses for poses in points if len(poses) == n_poses]
-        along = directions_for(subject, n_poses)
+        along = directions_for(subject, n_poses)[: 1 if n_poses >= MOST_IN_A_LOOP else None]
         own = [(name, poses) for name in names for poses in group]
         steps = torch.tensor([_first_step(subject, *case) for case in own])
         ladders.append(

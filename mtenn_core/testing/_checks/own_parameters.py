@@ -19,6 +19,7 @@ from mtenn_core.testing._checks.derivatives import (
     probes_of,
 )
 from mtenn_core.testing._checks.many_poses import SPREAD, has_pairs_of_poses, loops_over_poses
+from mtenn_core.testing._checks.numbers_of_columns import again_with_more_columns
 from mtenn_core.testing._checks.whole_model import (
     BOTH,
     loss_of_both,
@@ -44,6 +45,7 @@ from mtenn_core.testing._probe.underflow import underflowing_weights
 
 
 @check("C3", "its own parameters have a correct gradient", "gate")
+@again_with_more_columns
 def own_parameters(subject: Subject) -> Metrics:
     """Compare the gradients of parameters of the combination, such as a learnable temperature.
 

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
 from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._checks.numbers_of_columns import again_with_more_columns
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import compare, judge, ratio
 from mtenn_core.testing._probe.finite_differences import Estimate, resolution
@@ -31,6 +32,7 @@ Statement = Callable[[Poses], Tensor]
 
 
 @check("D1", "the value equals the declared reference")
+@again_with_more_columns
 def reference(subject: Subject) -> Metrics:
     """Compare value and derivative with those of the declared reference.
 
@@ -231,6 +233,7 @@ TESTED_ELSEWHERE = {"half_precision": "D4"}
 
 
 @check("D2", "the declared properties hold")
+@again_with_more_columns
 def properties(subject: Subject) -> Metrics:
     """Check each declared property, for several numbers, sizes and spreads of predictions."""
     declared = sorted(subject.combination.properties)
