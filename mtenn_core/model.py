@@ -21,7 +21,12 @@ from mtenn_core._engine.compounds import (
     weights_of_compounds,
     weights_of_tasks,
 )
-from mtenn_core._engine.declarations import check_facts
+from mtenn_core._engine.declarations import (
+    check_argument_names,
+    check_facts,
+    checked_instance,
+    constructor_signature,
+)
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
     check_finite,
@@ -117,6 +122,12 @@ class MultiPoseModel(torch.nn.Module):
 
     # Models that were pickled before they had tasks have none.
     tasks: int | Sequence[str] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Return an empty model. Raise a TypeError that helps with an unknown argument."""
+        combination = kwargs.get("combination", args[1] if len(args) > 1 else None)
+        check_argument_names(cls, kwargs, _advice(combination, kwargs))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -412,12 +423,23 @@ def _combination(combination: Any) -> Combination:
         from mtenn_core._registry import registry
 
         return registry.create(combination)
-    if not isinstance(combination, Combination):
-        raise TypeError(
-            "combination must be a name in the registry or an instance of Combination;"
-            f" found {combination!r}"
-        )
-    return combination
+    rule = "combination must be a name in the registry or an instance of Combination"
+    return checked_instance(combination, rule)
+
+
+def _advice(combination: Any, given: Mapping[str, Any]) -> str:
+    """Return how to give arguments to a combination, for a message about unknown arguments."""
+    options = constructor_signature(MultiPoseModel).parameters
+    arguments = ", ".join(f"{n}={value!r}" for n, value in given.items() if n not in options)
+    if isinstance(combination, str):
+        example = f"registry.create({combination!r}, {arguments})"
+    else:
+        cls = combination if isinstance(combination, type) else type(combination)
+        example = f"{cls.__name__ if issubclass(cls, Combination) else 'Class'}({arguments})"
+    return (
+        " Arguments of a combination belong to its instance:"
+        f" MultiPoseModel(pose_model, {example})."
+    )
 
 
 def _check_options(options: Options) -> None:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_transform, over_rows
-from mtenn_core._engine.columns import Columns, named_column
+from mtenn_core._engine.columns import Columns, named_column, named_type
 from mtenn_core._engine.declarations import KINDS, check_facts, declared_kinds, overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
@@ -425,4 +425,4 @@ def _checked_value(combination: Combination, value: Tensor) -> Tensor:
 
 
 def _shape_or_type(found: object) -> str:
-    return f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    return f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else named_type(found)

@@ -1,0 +1,274 @@
+"""The messages at the places where people stumble have the words that help."""
+
+import pytest
+import torch
+
+from mtenn_core import Combination, MultiPoseModel, as_mtenn_combination, registry
+from mtenn_core.errors import CombinationContractError, PredictionError
+from mtenn_core.testing import check_combination
+from mtenn_core.uncertainty import jackknife_error
+
+
+class Softmin(Combination):
+    def __init__(self, kT=1.0, *, normalize=False):
+        super().__init__()
+        self.kT, self.normalize = kT, normalize
+
+    def combine(self, predictions):
+        return -self.kT * torch.logsumexp(-predictions / self.kT, dim=0)
+
+
+class Mean(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+
+
+class Scaled(Combination):
+    examples = ({"factor": 2.0},)
+
+    def __init__(self, factor):
+        super().__init__()
+        self.factor = factor
+
+    def combine(self, predictions):
+        return self.factor * predictions.mean()
+
+
+@pytest.fixture
+def linear():
+    return torch.nn.Linear(8, 1)
+
+
+# Arguments of a combination ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Softmin(kt=1), r"^Softmin got an .* argument 'kt'\. Did you mean 'kT'\? Its"),
+        (lambda: Softmin(KT=1), "Did you mean 'kT'"),
+        (lambda: Softmin(normalise=True), "Did you mean 'normalize'"),
+        (lambda: Softmin(1.0, x=2), r"'x'\. Its arguments are: kT=1\.0, \*?.*normalize=False$"),
+        (lambda: Scaled(factr=2), r"Did you mean 'factor'\? Its arguments are: factor$"),
+        (lambda: Mean(kT=1), r"'kT'\. Its arguments are: none$"),
+    ],
+    ids=["kt", "KT", "spelling", "list", "required", "none"],
+)
+def test_an_unknown_argument_of_a_combination_names_the_others(make, message):
+    with pytest.raises(TypeError, match=message):
+        make()
+
+
+def test_the_registry_names_the_arguments_of_a_combination():
+    with registry.temporary({"softmin": Softmin}):
+        with pytest.raises(TypeError, match=r"'kt'\. Did you mean 'kT'\? .*kT=1\.0"):
+            registry.create("softmin", kt=1)
+
+
+def test_any_keyword_may_be_an_argument():
+    class Anything(Mean):
+        def __init__(self, **options):
+            super().__init__()
+            self.options = options
+
+    assert Anything(kt=1).options == {"kt": 1}
+
+
+@pytest.mark.parametrize(
+    ("combination", "advice"),
+    [
+        ("softmin", r"registry\.create\('softmin', kT=0\.593\)"),
+        (Softmin, r"Softmin\(kT=0\.593\)"),
+        (Softmin(), r"Softmin\(kT=0\.593\)"),
+    ],
+    ids=["name", "class", "instance"],
+)
+def test_arguments_of_a_combination_do_not_belong_to_the_model(linear, combination, advice):
+    with pytest.raises(TypeError, match=rf"'kT'\. .*MultiPoseModel\(pose_model, {advice}\)"):
+        MultiPoseModel(linear, combination, kT=0.593)
+
+
+def test_a_misspelt_option_of_the_model_is_not_taken_for_an_argument_of_the_combination(linear):
+    with pytest.raises(TypeError, match=r"'gradient'\. Did you mean 'gradients'\?"):
+        MultiPoseModel(linear, Softmin(), gradient="stored")
+
+
+# A class where an instance belongs --------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("cls", "instance"), [(Softmin, r"Softmin\(\)"), (Scaled, r"Scaled\(factor=…\)")]
+)
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda cls: MultiPoseModel(torch.nn.Linear(8, 1), cls),
+        lambda cls: MultiPoseModel(torch.nn.Linear(8, 2), [cls, cls], tasks=2),
+        lambda cls: jackknife_error(cls, torch.randn(4)),
+        as_mtenn_combination,
+    ],
+    ids=["model", "tasks", "jackknife_error", "as_mtenn_combination"],
+)
+def test_a_class_in_the_place_of_an_instance(use, cls, instance):
+    with pytest.raises(TypeError, match=rf"Pass an instance: {instance}$"):
+        use(cls)
+
+
+def test_a_class_in_the_place_of_a_name():
+    with pytest.raises(
+        TypeError, match=r"name of a combination; found .*Softmin.*instance: Softmin\(…\)"
+    ):
+        registry.create(Softmin)
+
+
+def test_an_instance_in_the_place_of_a_class():
+    with pytest.raises(
+        TypeError, match=r"a subclass of Combination; found Softmin.* its class: Softmin$"
+    ):
+        registry.register("softmin", Softmin())
+
+
+# One tensor per compound ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("gradients", ["graph", "stored", "recomputed"])
+@pytest.mark.parametrize("sizes", [None, [1, 1]])
+def test_one_tensor_per_compound_is_told_of_sizes(linear, gradients, sizes):
+    model = MultiPoseModel(linear, Mean(), gradients=gradients)
+    advice = r"one tensor per compound, pass the poses of all compounds in one list.*sizes=\[5, …\]"
+    with pytest.raises(PredictionError, match=advice):
+        model([torch.randn(5, 8), torch.randn(3, 8)], sizes)
+
+
+@pytest.mark.parametrize("collate", [torch.stack, torch.cat])
+def test_a_batch_with_one_tensor_per_compound_is_told_of_sizes(linear, collate):
+    model = MultiPoseModel(linear, Mean(), collate=collate)
+    with pytest.raises(PredictionError, match=r"one tensor per compound.*sizes=\[5, 5, …\]"):
+        model([torch.randn(5, 8), torch.randn(5, 8)])
+
+
+def test_one_tensor_per_compound_is_told_of_sizes_with_tasks():
+    model = MultiPoseModel(torch.nn.Linear(8, 2), Mean(), tasks=2)
+    with pytest.raises(PredictionError, match=r"one tensor per compound.*sizes=\[5, …\]"):
+        model([torch.randn(5, 8), torch.randn(3, 8)])
+
+
+def test_a_list_of_poses_per_compound_is_told_of_sizes(linear):
+    with pytest.raises(TypeError) as caught:
+        MultiPoseModel(linear, Mean())([[torch.randn(8)] * 5, [torch.randn(8)] * 3])
+    assert any("pass the poses of all compounds in one list" in n for n in caught.value.__notes__)
+
+
+def test_an_output_of_another_length_is_not_taken_for_a_compound():
+    model = MultiPoseModel(torch.nn.Linear(8, 2), Mean())
+    with pytest.raises(PredictionError, match=r"found shape \(2,\), torch\.float32$"):
+        model([torch.randn(8)] * 5)
+
+
+# A forgotten super().__init__() -----------------------------------------------------------------
+
+
+class Forgetful(Softmin):
+    def __init__(self, kT=1.0):
+        self.kT = kT
+
+
+class ForgetfulWithParameter(Softmin):
+    def __init__(self):
+        self.kT = torch.nn.Parameter(torch.ones(()))
+
+
+class ForgetfulWithModule(Softmin):
+    def __init__(self):
+        self.net = torch.nn.Linear(1, 1)
+
+
+class ForgetfulWithBuffer(Softmin):
+    def __init__(self):
+        self.register_buffer("kT", torch.ones(()))
+
+
+class Heir(Forgetful):
+    pass
+
+
+@pytest.mark.parametrize(
+    "cls", [Forgetful, ForgetfulWithParameter, ForgetfulWithModule, ForgetfulWithBuffer, Heir]
+)
+@pytest.mark.parametrize("make", [lambda cls: cls(), check_combination], ids=["make", "check"])
+def test_a_forgotten_call_of_super_init_is_named(cls, make):
+    rule = rf"{cls.__name__}\.__init__ must call super\(\)\.__init__\(\) first"
+    with pytest.raises(CombinationContractError, match=rule):
+        make(cls)
+
+
+def test_the_call_of_super_init_may_come_last():
+    class Late(Softmin):
+        def __init__(self):
+            self.early = 2.0
+            super().__init__(kT=3.0)
+
+    class Later(Late):
+        def __init__(self):
+            self.earlier = 1.0
+            super().__init__()
+
+    late = Later()
+    assert (late.earlier, late.early, late.kT) == (1.0, 2.0, 3.0)
+
+
+def test_another_attribute_error_of_init_is_its_own():
+    class Misspelt(Softmin):
+        def __init__(self):
+            super().__init__()
+            self.kT = self.temperature
+
+    with pytest.raises(AttributeError, match="temperature"):
+        Misspelt()
+
+
+# (values, indices) ------------------------------------------------------------------------------
+
+
+PAIRS = {
+    "min": lambda y: torch.min(y, dim=0),
+    "max": lambda y: torch.max(y, dim=0),
+    "median": lambda y: torch.median(y, dim=0),
+    "nanmedian": lambda y: torch.nanmedian(y, dim=0),
+    "topk": lambda y: torch.topk(y, 1),
+    "sort": lambda y: torch.sort(y),
+    "kthvalue": lambda y: torch.kthvalue(y, 1),
+    "mode": lambda y: torch.mode(y),
+    "cummax": lambda y: torch.cummax(y, dim=0),
+}
+
+
+def returning(function):
+    class Pair(Combination):
+        def combine(self, predictions):
+            return function(predictions)
+
+    return Pair()
+
+
+@pytest.mark.parametrize("name", PAIRS)
+@pytest.mark.parametrize("sizes", [None, [2, 2]], ids=["one compound", "two compounds"])
+def test_a_pair_of_values_and_indices_is_told_of_values(linear, name, sizes):
+    model = MultiPoseModel(linear, returning(PAIRS[name]))
+    with pytest.raises(CombinationContractError, match=rf"of torch\.{name}\. Take \.values of it"):
+        model(torch.randn(4, 8), sizes)
+
+
+@pytest.mark.parametrize("name", ["min", "topk"])
+def test_the_suite_says_to_take_the_values(name):
+    (record,) = check_combination(returning(PAIRS[name]), only=["A2"]).failures
+    assert "Take .values of it" in record.reason + record.cause
+
+
+def test_a_pose_model_that_returns_a_pair_is_told_of_values():
+    class Best(torch.nn.Module):
+        def forward(self, pose):
+            return pose.min(dim=0)
+
+    with pytest.raises(PredictionError, match=r"of torch\.min\. Take \.values of it"):
+        MultiPoseModel(Best(), Mean())(torch.randn(4, 8))
