@@ -1,10 +1,16 @@
 """The messages at the places where people stumble have the words that help."""
 
+import json
+import re
+
 import pytest
 import torch
+from click.testing import CliRunner
+from installed import write_distribution
 
 from mtenn_core import Combination, MultiPoseModel, as_mtenn_combination, registry
-from mtenn_core.errors import CombinationContractError, PredictionError
+from mtenn_core._cli.commands import main
+from mtenn_core.errors import CombinationContractError, CombinationNotFoundError, PredictionError
 from mtenn_core.testing import check_combination
 from mtenn_core.uncertainty import jackknife_error
 
@@ -60,9 +66,9 @@ def test_an_unknown_argument_of_a_combination_names_the_others(make, message):
 
 
 def test_the_registry_names_the_arguments_of_a_combination():
-    with registry.temporary({"softmin": Softmin}):
-        with pytest.raises(TypeError, match=r"'kt'\. Did you mean 'kT'\? .*kT=1\.0"):
-            registry.create("softmin", kt=1)
+    wrong = pytest.raises(TypeError, match=r"'kt'\. Did you mean 'kT'\? .*kT=1\.0")
+    with registry.temporary({"softmin": Softmin}), wrong:
+        registry.create("softmin", kt=1)
 
 
 def test_any_keyword_may_be_an_argument():
@@ -272,3 +278,65 @@ def test_a_pose_model_that_returns_a_pair_is_told_of_values():
 
     with pytest.raises(PredictionError, match=r"of torch\.min\. Take \.values of it"):
         MultiPoseModel(Best(), Mean())(torch.randn(4, 8))
+
+
+# What is installed ------------------------------------------------------------------------------
+
+
+MISSPELT = ["mtenn.combination", "mtenn_combinations", "mtenn.combos", "Mtenn.Combinations"]
+
+
+@pytest.mark.parametrize("group", MISSPELT)
+def test_a_misspelt_group_is_named_by_the_error_and_by_doctor(places, group):
+    lines = f"[{group}]\nbest-two = demo_bad:Good\n"
+    write_distribution(places.site, "demo-bad", lines)
+    registry.refresh()
+    told = rf"demo-bad has .* group '{re.escape(group)}', .* Did you mean 'mtenn\.combinations'\?"
+    with pytest.raises(CombinationNotFoundError, match=told):
+        registry.get("best-two")
+    result = CliRunner().invoke(main, ["doctor", "--no-import"])
+    assert result.exit_code == 1
+    assert re.search(f"misspelt group +{told}", result.stdout), result.stdout
+
+
+def test_a_misspelt_group_is_named_where_there_is_no_plugin(places, monkeypatch):
+    monkeypatch.setattr("sys.path", [str(places.front)])
+    write_distribution(places.front, "demo-bad", "[mtenn.combination]\nbest = demo_bad:Good\n")
+    registry.refresh()
+    with pytest.raises(CombinationNotFoundError, match=r"Did you mean 'mtenn\.combinations'"):
+        registry.get("best")
+
+
+@pytest.mark.parametrize("group", ["console_scripts", "mtenn.models", "pytest11", "mtenn"])
+def test_another_group_is_not_taken_for_a_misspelt_one(places, group):
+    write_distribution(places.site, "demo-other", f"[{group}]\nx = demo_other:Good\n")
+    registry.refresh()
+    assert not [problem for problem in registry.problems() if "demo-other" in problem.message]
+
+
+@pytest.mark.parametrize(
+    ("requires", "message"),
+    [
+        ("absent-package>=2", r"requires absent-package>=2 \(found: none\)\. Run: pip install"),
+        ("torch>=99", r"requires torch>=99 \(found: 2\.\S+\)\. Run: pip install 'torch>=99'"),
+    ],
+    ids=["missing", "too old"],
+)
+def test_doctor_names_requirements_that_are_not_met(places, requires, message):
+    write_distribution(places.site, "demo-bad", {"bad": "demo_bad:Good"}, requires=requires)
+    registry.refresh()
+    result = CliRunner().invoke(main, ["doctor", "--no-import", "--json"])
+    found = [p for p in json.loads(result.stdout)["problems"] if p["kind"] == "requirement"]
+    assert len(found) == 1
+    assert re.search(rf"^demo-bad 1\.0 {message}", found[0]["message"])
+    assert found[0]["plugin"]["name"] == "bad"
+
+
+@pytest.mark.parametrize(
+    "requires", ["torch>=2", "absent; extra == 'x'", "absent; python_version < '3'", "a b c"]
+)
+def test_doctor_accepts_requirements_that_are_met_or_do_not_apply(places, requires):
+    write_distribution(places.site, "demo-fine", {"fine": "demo_fine:Good"}, requires=requires)
+    registry.refresh()
+    result = CliRunner().invoke(main, ["doctor", "--no-import"])
+    assert "demo-fine" not in result.stdout
