@@ -32,6 +32,7 @@ from mtenn_core._engine.evaluation import (
     check_finite,
     check_kinds,
     combined_prediction,
+    hint_at_direction,
     inputs_like,
     note_sizes,
 )
@@ -102,7 +103,9 @@ class MultiPoseModel(torch.nn.Module):
         with weight exactly zero. None skips no pose. For a skipped pose, hooks on tensors of the
         pose model get None instead of a gradient of zeros.
     check_finite : raise an error for a NaN or infinite prediction. The error names the pose. False
-        passes such predictions to the combination; forward then does not wait for a GPU.
+        passes such predictions to the combination; forward then does not wait for a GPU. In
+        evaluation mode, True also gives a :class:`~mtenn_core.errors.DirectionWarning` once if
+        predictions look like pIC50, but the combination prefers the lowest one.
     shared : a module for the part that all poses of a compound share, such as the embedding of
         the receptor. It runs once for each compound, on an entry of ``shared_inputs``. The pose
         model gets its output as a second argument: ``pose_model(pose, output)``. With ``collate``
@@ -254,6 +257,8 @@ class MultiPoseModel(torch.nn.Module):
             check_finite(predictions, inputs, n_poses, options.columns)
             for each in options.combinations if inputs else ():
                 check_kinds(each, inputs, n_poses)
+            if not (self.training or options.tasks or group):
+                hint_at_direction(options.combinations[0], predictions, inputs, n_poses)
         random_numbers: AbstractContextManager[None] = nullcontext()
         if group is not None and any(each.stochastic for each in options.combinations):
             random_numbers = same_random_numbers(predictions.device, group)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import warnings
 
 import pytest
 import torch
@@ -10,7 +11,13 @@ from installed import write_distribution
 
 from mtenn_core import Combination, MultiPoseModel, as_mtenn_combination, registry
 from mtenn_core._cli.commands import main
-from mtenn_core.errors import CombinationContractError, CombinationNotFoundError, PredictionError
+from mtenn_core._engine import evaluation
+from mtenn_core.errors import (
+    CombinationContractError,
+    CombinationNotFoundError,
+    DirectionWarning,
+    PredictionError,
+)
 from mtenn_core.testing import check_combination
 from mtenn_core.uncertainty import jackknife_error
 
@@ -278,6 +285,73 @@ def test_a_pose_model_that_returns_a_pair_is_told_of_values():
 
     with pytest.raises(PredictionError, match=r"of torch\.min\. Take \.values of it"):
         MultiPoseModel(Best(), Mean())(torch.randn(4, 8))
+
+
+# pIC50 with a combination that prefers the lowest prediction --------------------------------------
+
+
+class Largest(Softmin):
+    def combine(self, predictions):
+        return -super().combine(-predictions)
+
+
+class Identity(torch.nn.Module):
+    def forward(self, pose):
+        return pose
+
+
+PIC50 = [torch.tensor(y) for y in (6.2, 7.9, 5.1)]
+
+
+@pytest.fixture
+def no_hint_was_given(monkeypatch):
+    monkeypatch.setattr(evaluation, "_HINTS_GIVEN", set())
+
+
+def hints(combination, poses, sizes=None, *, training=False, **options):
+    """Return the hints of two calls of a model."""
+    model = MultiPoseModel(Identity(), combination, **options).train(training)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        for _ in range(2):
+            model(poses, sizes)
+    assert all(each.category is DirectionWarning for each in caught)
+    return [str(each.message) for each in caught]
+
+
+@pytest.mark.parametrize("sizes", [None, [3], [1, 2]])
+def test_pic50_with_a_minimum_gives_one_hint_per_process(no_hint_was_given, sizes):
+    (hint,) = hints(Softmin(), PIC50, sizes)
+    assert re.search(
+        r"as pIC50 is, .* higher is better\. But Softmin .* use 'max', or negate", hint
+    )
+    assert hints(Softmin(), PIC50) == []
+
+
+@pytest.mark.parametrize(
+    ("combination", "poses", "options"),
+    [
+        (Largest(), PIC50, {}),
+        (Mean(), PIC50, {}),
+        (Softmin(), [-y for y in PIC50], {}),
+        (Softmin(), [*PIC50, torch.tensor(-0.1)], {}),
+        (Softmin(), [*PIC50, torch.tensor(12.5)], {}),
+        (Softmin(), PIC50[:1], {}),
+        (Softmin(), PIC50, {"training": True}),
+        (Softmin(), PIC50, {"check_finite": False}),
+    ],
+    ids=["max", "mean", "ΔG", "one below", "one above", "one pose", "training", "unchecked"],
+)
+def test_other_predictions_and_combinations_give_no_hint(
+    no_hint_was_given, combination, poses, options
+):
+    assert hints(combination, poses, **options) == []
+
+
+def test_only_the_first_call_of_a_combination_is_examined(no_hint_was_given):
+    combination = Softmin()
+    assert hints(combination, [-y for y in PIC50]) == []
+    assert hints(combination, PIC50) == []
 
 
 # What is installed ------------------------------------------------------------------------------

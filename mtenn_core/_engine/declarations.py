@@ -69,7 +69,7 @@ def check_argument_names(
     ----------
     advice : is added if the name is similar to none of the arguments
     """
-    parameters = constructor_signature(cls).parameters
+    parameters = dict(constructor_signature(cls).parameters)
     takes_none = cls.__init__ is torch.nn.Module.__init__ and not cls.call_super_init
     if takes_none:  # its signature says *args, **kwargs
         parameters = {}
