@@ -2,6 +2,7 @@
 
 import json
 import re
+import sys
 import warnings
 
 import pytest
@@ -76,6 +77,22 @@ def test_the_registry_names_the_arguments_of_a_combination():
     wrong = pytest.raises(TypeError, match=r"'kt'\. Did you mean 'kT'\? .*kT=1\.0")
     with registry.temporary({"softmin": Softmin}), wrong:
         registry.create("softmin", kt=1)
+
+
+def test_mtenn_check_names_the_arguments_of_a_combination(tmp_path, monkeypatch):
+    (tmp_path / "softmin_of_a_file.py").write_text(
+        "import mtenn_core\n\n\n"
+        "class Softmin(mtenn_core.Combination):\n"
+        "    def __init__(self, kT=1.0):\n"
+        "        super().__init__()\n\n"
+        "    def combine(self, predictions):\n"
+        "        return predictions.mean()\n"
+    )
+    monkeypatch.setattr("sys.path", sys.path.copy())
+    target = str(tmp_path / "softmin_of_a_file.py:Softmin")
+    result = CliRunner().invoke(main, ["check", target, "--arg", "kt=1"])
+    assert result.exit_code == 1
+    assert "'kt'. Did you mean 'kT'? Its arguments are: kT=1.0" in result.stderr
 
 
 def test_any_keyword_may_be_an_argument():
