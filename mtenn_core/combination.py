@@ -40,7 +40,7 @@ class Combination(torch.nn.Module):
         passes the numbers in ``model(poses, pose_inputs={"docking_score": …})``. ``combine``,
         ``pose_weights`` and ``reference`` receive them by name, as in
         ``combine(self, predictions, docking_score)``. A dict also gives the kind of each:
-        ``{"strain": "real", "degeneracy": "positive", "charge": "label"}``. ``"real"`` is any
+        ``{"strain": "real", "degeneracy": "positive", "chain": "label"}``. ``"real"`` is any
         finite number, ``"positive"`` a number above 0, and ``"label"`` a whole number from 0 on.
         Other numbers are then an error, and the checks use numbers of this kind.
     pose_columns : None if ``combine`` takes one number per pose, shape (n_poses,). If it takes

@@ -321,6 +321,8 @@ class MultiPoseModel(torch.nn.Module):
         n_poses, inputs = checked_poses(
             options.combinations, options.columns, pose_predictions, sizes, pose_inputs
         )
+        for each in options.combinations if inputs else ():
+            check_kinds(each, inputs, n_poses)
         given = pose_predictions, inputs, n_poses
         if options.tasks is not None:
             weights = weights_of_tasks(options.combinations, *given)

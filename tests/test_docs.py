@@ -116,7 +116,8 @@ def run_page(page: Path, folder: Path) -> None:
         where = f"{page.name}, line {block.line}"
         write_file(block, folder)
         if block.language == "python":
-            printed = run_python(block, namespace, where)
+            with chdir(folder):  # a page may write a file, and a command read it
+                printed = run_python(block, namespace, where)
             continue
         if block.language == "text":
             assert printed is not None, f"{where}: an output that follows no python block"

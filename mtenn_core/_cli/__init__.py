@@ -2,6 +2,7 @@
 
 $ mtenn list
 $ mtenn info boltzmann
+$ mtenn info model.pt
 $ mtenn check boltzmann --arg kT=0.593
 $ mtenn new my-rule
 """

@@ -87,7 +87,8 @@ def check_can_batch(combination: Combination, predictions: Tensor, inputs: PoseI
 
     Parameters
     ----------
-    predictions, inputs : shape (n_compounds, n_poses)
+    predictions, inputs : shape (n_compounds, n_poses). The derivatives with respect to those inputs
+        are compared that require a gradient.
 
     Raises
     ------
@@ -166,7 +167,11 @@ def _results_of_copy(
         combination = copy.deepcopy(combination)
         attributes = PlainAttributes(combination.modules())
         state = _state(combination)
-        own = {n: param for n, param in combination.named_parameters() if param.requires_grad}
+        own: dict[str, Tensor] = {
+            n: param for n, param in combination.named_parameters() if param.requires_grad
+        }
+        inputs = {n: i.detach().clone().requires_grad_(i.requires_grad) for n, i in inputs.items()}
+        own |= {f"pose_inputs[{n!r}]": each for n, each in inputs.items() if each.requires_grad}
         results, made = {}, _Results()
         for closed_form, name_of_weights in zip((True, False), _WEIGHTS, strict=True):
             function = partial(combined_prediction, closed_form=closed_form)
@@ -179,11 +184,14 @@ def _results_of_copy(
             # Not as grad_outputs: torch would import sympy to compare the shapes, half a second.
             factors = torch.arange(1, values.numel() + 1, device=values.device).view_as(values)
             gradients = torch.autograd.grad(
-                (factors * values).sum(), [y, *own.values()], allow_unused=True
+                (factors * values).sum(),
+                [y, *own.values()],
+                allow_unused=True,
+                materialize_grads=True,
             )
             results["value"] = values.detach()
             names = [name_of_weights, *(f"gradient of {name!r}" for name in own)]
-            results |= {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+            results |= dict(zip(names, gradients, strict=True))
             del values, given
         if attributes.move() or _state(combination) != state:
             raise CannotBatchError("a call changes its attributes, parameters or buffers")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_transform, forward_ad_level
 from mtenn_core._engine.batch_probe import CannotBatchError, check_can_batch, from_rows
-from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
+from mtenn_core._engine.evaluation import NO_INPUTS, PoseInputs, combined_prediction
 from mtenn_core.combination import Combination
 
 Rows = tuple[Tensor, PoseInputs]
@@ -39,16 +39,19 @@ class Batchability:
         self._key: Any = None
         self._verdict: bool | None = None
         self._n_refusals = 0
+        self._learned: frozenset[str] = frozenset()
         self._warm: set[tuple[torch.Size, torch.dtype, torch.device]] = set()
 
     def belongs_to(self, combination: Combination) -> bool:
         """Return whether this object is that of a combination, by identity."""
         return self._combination() is combination
 
-    def verdict(self, combination: Combination) -> bool | None:
+    def verdict(self, combination: Combination, inputs: PoseInputs = NO_INPUTS) -> bool | None:
         """Return whether the combination can run in batches; None if it must be found out."""
         if self._n_refusals >= MOST_REFUSALS:
             return False
+        if self._verdict and not _learned(inputs) <= self._learned:
+            return None
         return self._verdict if self._key == _attributes(combination) else None
 
     def note(self, combination: Combination, verdict: bool) -> None:
@@ -68,7 +71,10 @@ class Batchability:
             return False  # not now: the numbers cannot be compared
         with torch.inference_mode(False), torch.no_grad():
             some = _some(predictions)
-            own_inputs = {name: _some(numbers) for name, numbers in inputs.items()}
+            own_inputs = {
+                name: _some(numbers).requires_grad_(numbers.requires_grad)
+                for name, numbers in inputs.items()
+            }
         if not some.isfinite().any():
             return False  # nothing to compare
         try:
@@ -79,6 +85,7 @@ class Batchability:
         except Exception:  # an error of the author, which the loop raises again
             return False
         self.note(combination, verdict=True)
+        self._learned = _learned(inputs)
         return True
 
     def warm_up(self, combination: Combination, rows: Rows) -> None:
@@ -101,6 +108,11 @@ def _some(rows: Tensor) -> Tensor:
         return rows.detach()[[0, len(rows) // 2, -1]]
     places = torch.arange(12, device=rows.device) % len(rows)
     return rows.detach()[places, 0].unflatten(0, (3, 4))
+
+
+def _learned(inputs: PoseInputs) -> frozenset[str]:
+    """Return the names of the inputs that require a gradient."""
+    return frozenset(name for name, numbers in inputs.items() if numbers.requires_grad)
 
 
 def _first(inputs: PoseInputs) -> dict[str, Tensor]:

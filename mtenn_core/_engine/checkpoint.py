@@ -6,7 +6,7 @@ import json
 import math
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core._engine.descriptions import Describer, shortened
+from mtenn_core._engine.exact_values import Encoder, NotExactError
 from mtenn_core._engine.module_tensors import unsharded_class
 from mtenn_core._process.torch_modes import has_numbers, without_modes
 from mtenn_core.combination import Combination
@@ -39,13 +40,15 @@ def identity(combination: Combination) -> dict[str, Any]:
 
     This raises no error, because a training run must be able to save its result. ``start_values``
     is True if an argument is itself a parameter or buffer of the combination.
+
+    ``arguments`` and ``attributes`` are descriptions, which are compared. ``exact`` has the
+    arguments that their descriptions do not give exactly (see ``exact_values``), and ``inexact``
+    the names of those that cannot be written. Both are only for making the combination again.
     """
     record, cls = _record(combination), unsharded_class(type(combination))
     describer = Describer(combination)
-    arguments = {
-        name: shortened(describer.describe(value))
-        for name, value in constructor_arguments(combination, defaults=True).items()
-    }
+    values = constructor_arguments(combination, defaults=True)
+    arguments = {name: shortened(describer.describe(value)) for name, value in values.items()}
     start_values = describer.found_state
     attributes = describer.attributes(combination)
     return {
@@ -58,7 +61,25 @@ def identity(combination: Combination) -> dict[str, Any]:
         "attributes": {
             name: shortened(data, _MAX_ATTRIBUTE_LENGTH) for name, data in attributes.items()
         },
+        **_exact(combination, values, arguments),
     }
+
+
+def _exact(
+    combination: Combination, values: Mapping[str, Any], arguments: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return ``exact`` and ``inexact`` of an identity."""
+    encoder = Encoder(combination)
+    exact, inexact = {}, []
+    for name, value in values.items():
+        try:
+            data = encoder.encode(value)
+        except NotExactError:
+            inexact.append(name)
+            continue
+        if json.dumps(data) != json.dumps(arguments[name]):
+            exact[name] = data
+    return {"exact": exact, "inexact": inexact}
 
 
 @without_modes(process_wide=False)
@@ -106,7 +127,7 @@ def check(state: object, combinations: Sequence[Combination], tasks: Tasks = Non
     """
     if isinstance(state, Tensor) and not has_numbers(state):
         return
-    before = _read(state)
+    before = read_identities(state)
     if len(before) != len(combinations):
         raise CheckpointError(
             f"the checkpoint has {len(before)} combination(s), and this model has"
@@ -119,7 +140,7 @@ def check(state: object, combinations: Sequence[Combination], tasks: Tasks = Non
             f" tasks {names}. Name the tasks in the order of the checkpoint."
         )
     for then, combination in zip(before, combinations, strict=True):
-        _check_one(then, json.loads(json.dumps(identity(combination))))
+        check_one(then, combination)
 
 
 def _names(tasks: Tasks) -> list[str] | None:
@@ -127,17 +148,18 @@ def _names(tasks: Tasks) -> list[str] | None:
     return list(tasks) if isinstance(tasks, list | tuple) else None
 
 
-def _check_one(then: dict[str, Any], now: dict[str, Any]) -> None:
-    """Compare one identity of the checkpoint with that of the model."""
-    if not _same_combination(then, now):
+def check_one(then: Mapping[str, Any], combination: Combination) -> None:
+    """Compare one identity of the checkpoint with a combination, as :func:`check` does."""
+    now = json.loads(json.dumps(identity(combination)))
+    if not same_combination(then, now):
         raise CheckpointError(
-            f"the checkpoint is of {_description(then)}, and this model has {_description(now)}"
+            f"the checkpoint is of {description(then)}, and this model has {description(now)}"
             f"{_REMEDY}"
         )
     _check_arguments(then, now)
     if None not in (then["version"], now["version"]) and then["version"] != now["version"]:
         warnings.warn(
-            f"the checkpoint is of {_description(then)}, and version {now['version']} is installed."
+            f"the checkpoint is of {description(then)}, and version {now['version']} is installed."
             " The predictions may differ.",
             PluginWarning,
             stacklevel=3,
@@ -155,11 +177,13 @@ def _record(combination: Combination) -> PluginRecord | None:
         return None
 
 
-def _same_combination(then: dict[str, Any], now: dict[str, Any]) -> bool:
+def same_combination(then: Mapping[str, Any], now: Mapping[str, Any]) -> bool:
     """Return whether two identities have the same class, apart from its arguments."""
     distributions = {then["distribution"], now["distribution"]} - {None}
     if then["class"] == now["class"]:
         return len(distributions) < 2
+    if not distributions and _in_script(then["class"], now["class"]):
+        return True
     # Another version of a plugin may have its class in another module.
     return (
         then["name"] == now["name"]
@@ -168,7 +192,14 @@ def _same_combination(then: dict[str, Any], now: dict[str, Any]) -> bool:
     )
 
 
-def _check_arguments(then: dict[str, Any], now: dict[str, Any]) -> None:
+def _in_script(one: str, other: str) -> bool:
+    """Return whether two classes can be the same one, of a script that was run and imported."""
+    module, _, name = one.partition(":")
+    other_module, _, other_name = other.partition(":")
+    return name == other_name and "__main__" in (module, other_module)
+
+
+def _check_arguments(then: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     """Raise a CheckpointError if the arguments differ in more than start values."""
     equal = then["arguments"] == now["arguments"]
     if equal and not (then["start_values"] or now["start_values"]):
@@ -181,18 +212,23 @@ def _check_arguments(then: dict[str, Any], now: dict[str, Any]) -> None:
     ]
     if not differing:
         return
-    found = f"this model has other arguments: {_description(now)}"
+    found = f"this model has other arguments: {description(now)}"
     if equal:
         found = f"this model has another value of the attribute {', '.join(map(repr, differing))}"
-    raise CheckpointError(f"the checkpoint is of {_description(then)}, and {found}{_REMEDY}")
+    raise CheckpointError(f"the checkpoint is of {description(then)}, and {found}{_REMEDY}")
 
 
 def _checksum(text: bytes) -> bytes:
     return f"{zlib.crc32(text):08x}".encode()
 
 
-def _read(state: object) -> list[dict[str, Any]]:
-    """Return the identities in a checkpoint. Its entries may have been rounded or averaged."""
+def read_identities(state: object) -> list[dict[str, Any]]:
+    """Return the identities in a checkpoint. Its entries may have been rounded or averaged.
+
+    Raises
+    ------
+    CheckpointError : it is not what :func:`identity_tensor` has written
+    """
     try:
         numbers = state.cpu().tolist()  # type: ignore[attr-defined]
         text, _, checksum = bytes(map(round, numbers)).rstrip().rpartition(b"\n")
@@ -212,7 +248,7 @@ def _read(state: object) -> list[dict[str, Any]]:
     return identities
 
 
-def _description(identity: dict[str, Any]) -> str:
+def description(identity: Mapping[str, Any]) -> str:
     """Return an identity in words, for messages."""
     arguments = ", ".join(f"{name}={value!r}" for name, value in identity["arguments"].items())
     name = repr(identity["name"] or identity["class"])

@@ -258,7 +258,7 @@ def _from_batches(
     if len(sizes) < SMALLEST_BATCH:
         return None
     known = batchability(combination)
-    verdict = known.verdict(combination)
+    verdict = known.verdict(combination, inputs)
     if verdict is False:
         return None
     batches = batches_by_size(predictions, inputs, sizes)

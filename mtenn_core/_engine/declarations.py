@@ -114,6 +114,32 @@ def checked_instance(found: Any, rule: str) -> Combination:
     raise TypeError(f"{rule}; found {found!r}{hint}")
 
 
+def call_arguments(
+    combination: type[Combination], values: Mapping[str, Any]
+) -> tuple[list[Any], dict[str, Any]]:
+    """Return positional and keyword arguments that give a constructor these values.
+
+    Parameters
+    ----------
+    values : by name, as :func:`constructor_arguments` returns them. A missing one has its default.
+    """
+    parameters = constructor_signature(combination).parameters.values()
+    kinds = inspect.Parameter
+    rest = next((p.name for p in parameters if p.kind is kinds.VAR_POSITIONAL), None)
+    # Behind *args there is no other way to give the arguments before them.
+    by_position = {kinds.POSITIONAL_ONLY} | (
+        {kinds.POSITIONAL_OR_KEYWORD} if rest in values else set()
+    )
+    args: list[Any] = []
+    keywords = dict(values)
+    for parameter in parameters:
+        if parameter.kind in by_position:
+            args.append(keywords.pop(parameter.name, parameter.default))
+    if rest in keywords:
+        args += keywords.pop(rest)
+    return args, keywords
+
+
 def check_facts(combination: Combination) -> None:
     """Raise a :class:`~mtenn_core.errors.CombinationContractError` for an impossible fact."""
     fewest, domain, properties = combination.min_poses, combination.domain, combination.properties

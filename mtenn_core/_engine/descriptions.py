@@ -51,7 +51,7 @@ class Describer:
     """
 
     def __init__(self, module: torch.nn.Module) -> None:
-        self._memory = {_memory(tensor) for tensor in _persistent_tensors(module)}
+        self._memory = {memory_key(tensor) for tensor in persistent_tensors(module).values()}
         self._open: list[int] = []  # ids of the values whose description has begun
         self.found_state = False
 
@@ -110,7 +110,7 @@ class Describer:
 
     def _tensor(self, tensor: Tensor) -> Any:
         kind = _array_kind(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        if _memory(tensor) in self._memory:
+        if memory_key(tensor) in self._memory:
             self.found_state = True
             return f"shape {tuple(tensor.shape)}, in the state dict"
         if not _has_values(tensor):
@@ -255,7 +255,7 @@ def _has_values(tensor: Tensor) -> bool:
     return storage.nbytes() > 0 and storage.device.type != "meta"
 
 
-def _memory(tensor: Tensor) -> Any:
+def memory_key(tensor: Tensor) -> Any:
     """Return a key that two tensors share if they are the same view of the same memory."""
     try:
         if tensor.layout is torch.strided and tensor.numel() and _has_values(tensor):
@@ -265,10 +265,14 @@ def _memory(tensor: Tensor) -> Any:
     return id(tensor)
 
 
-def _persistent_tensors(module: torch.nn.Module) -> list[Tensor]:
-    """Return the tensors in a module's ``state_dict()``."""
-    tensors: list[Tensor] = list(module.parameters())
-    for child in module.modules():
-        names = child._buffers.keys() - child._non_persistent_buffers_set
-        tensors += [t for name in names if (t := child._buffers[name]) is not None]
+def persistent_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
+    """Return the tensors in a module's ``state_dict()``, by their names there.
+
+    ``state_dict()`` itself would run hooks. Those of ``fully_shard`` exchange parameters.
+    """
+    tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    for prefix, child in module.named_modules(remove_duplicate=False):
+        for name in child._buffers.keys() - child._non_persistent_buffers_set:
+            if (tensor := child._buffers[name]) is not None:
+                tensors[f"{prefix}.{name}" if prefix else name] = tensor
     return tensors

@@ -202,12 +202,18 @@ def check_kinds(combination: Combination, inputs: PoseInputs, sizes: list[int]) 
         if kind == "real":
             continue
         values = inputs[name].detach()
-        right = values > 0 if kind == "positive" else (values >= 0) & (values == values.round())
+        right = values > 0
+        # Above it, the conversion to the dtype of the predictions merges labels.
+        largest = 2 / torch.finfo(values.dtype).eps
+        if kind == "label":
+            right = (values >= 0) & (values == values.round()) & (values < largest)
         if right.all():
             continue
         pose = int((~right).nonzero()[0])
         where, compound = _place(pose, sizes)
         rule = "a number above 0" if kind == "positive" else "a whole number from 0 on"
+        if kind == "label" and values[pose] >= largest:
+            rule += f" and below {largest:.0f}, because {values.dtype} merges larger ones, and"
         raise PredictionError(
             f"{where}: pose_inputs[{name!r}] must be {rule}, because"
             f" {type(combination).__name__} declares it as {kind!r}; found {values[pose].item()}",

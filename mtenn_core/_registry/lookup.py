@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib
+import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from mtenn_core._process.locks import Lock
@@ -193,20 +195,72 @@ class Registry:
             raises a PluginSpecError
         """
         record = self.info(name)
-        cls = self._load(record)
-        try:
-            combination = cls(*args, **kwargs)
-        except (Exception, KeyboardInterrupt):
-            raise
-        except BaseException as error:  # SystemExit would end the caller's program
-            raise PluginSpecError(
-                f"{record}{record.where}: the constructor of {cls.__name__} raises"
-                f" {describe_error(error)}. {record.remedy}",
-                record=record,
-            ) from error
-        if validate:
-            self._gate.validate_instance(record, combination, args, kwargs)
-        return combination
+        return self._make(record, self._load(record), args, kwargs, validate=validate)
+
+    def from_checkpoint(
+        self,
+        checkpoint: str | os.PathLike[str] | Mapping[str, Any],
+        *,
+        classes: Sequence[type[Combination]] = (),
+        model: str | None = None,
+        validate: bool = True,
+    ) -> Combination | list[Combination]:
+        """Return the combination of a checkpoint, with the values that it has learned.
+
+        A checkpoint has the state dict of a :class:`~mtenn_core.MultiPoseModel`, which names the
+        plugin and the arguments of its combination. This imports the plugin and makes the
+        combination as :meth:`create` does. It does not need the pose model::
+
+            combination = registry.from_checkpoint("model.pt")
+            model = MultiPoseModel(PoseModel(), combination)
+            model.load_state_dict(torch.load("model.pt", weights_only=True))
+
+        Parameters
+        ----------
+        checkpoint : a file that ``torch.save``, Lightning or safetensors has written, or its
+            content: a state dict, or a dict with one. A file is read with ``weights_only=True``, so
+            that no code in it runs.
+        classes : combination classes that no plugin has, such as those of your script. Their names
+            count, and not their modules.
+        model : if the checkpoint has several multi-pose models, the path of one in it, such as
+            ``"ema"``
+        validate : False to return the combination without checks
+
+        Returns
+        -------
+        the combination; a list for a model with one combination for each task. It is on the CPU,
+        and its parameters have the dtypes of the checkpoint.
+
+        Raises
+        ------
+        CheckpointError : the checkpoint has no combination or is no checkpoint; the class is no
+            plugin; or a checkpoint cannot hold an argument, for example a function. Numbers, text,
+            None, torch's dtypes and devices, numbers and small arrays of torch and numpy, and
+            lists, tuples, sets and dicts of these come back exactly.
+        CombinationNotFoundError : the plugin is not installed. The message has the command that
+            installs it
+        OSError : the file cannot be read
+        errors of :meth:`create`
+
+        Warns
+        -----
+        PluginWarning : another version of the plugin is installed
+        """
+        from mtenn_core._engine.checkpoint_file import read_file, saved_model
+        from mtenn_core._process.torch_modes import without_modes
+        from mtenn_core._registry.checkpoints import make_again
+
+        if isinstance(checkpoint, str | os.PathLike):
+            _, checkpoint = read_file(checkpoint)
+        saved = saved_model(checkpoint, model)
+        make = partial(self._make, validate=validate)
+        # On another default device, such as "meta", values of the checkpoint would be lost.
+        with without_modes(process_wide=False):
+            combinations = [
+                make_again(self, make, identity, state, classes)
+                for identity, state in zip(saved.identities, saved.states(), strict=True)
+            ]
+        return combinations if saved.several else combinations[0]
 
     def check(self, name: str, *, isolated: bool = False, **options: Any) -> list[Report]:
         """Run the conformance suite on a combination, with each of its ``examples``.
@@ -365,6 +419,30 @@ class Registry:
             self._classes.load_all(snapshot.available_records(), snapshot.policy)
             self._fully_loaded = snapshot
         return self._classes.load(record, snapshot.policy)
+
+    def _make(
+        self,
+        record: PluginRecord,
+        cls: type[Combination],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        *,
+        validate: bool,
+    ) -> Combination:
+        """Return an instance of a plugin's class, validated with its arguments."""
+        try:
+            combination = cls(*args, **kwargs)
+        except (Exception, KeyboardInterrupt):
+            raise
+        except BaseException as error:  # SystemExit would end the caller's program
+            raise PluginSpecError(
+                f"{record}{record.where}: the constructor of {cls.__name__} raises"
+                f" {describe_error(error)}. {record.remedy}",
+                record=record,
+            ) from error
+        if validate:
+            self._gate.validate_instance(record, combination, args, kwargs)
+        return combination
 
     def _forget(self, record: PluginRecord) -> None:
         """Release the class of a combination that is no longer registered."""

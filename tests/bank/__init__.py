@@ -2,10 +2,25 @@
 
 from mtenn_core import Combination
 
-from .right import RIGHT, Right
-from .wrong import WRONG, Wrong
+from . import right, wrong
+from .right import Right
+from .right_vectors import RIGHT_VECTORS
+from .wrong import Wrong
+from .wrong_vectors import WRONG_VECTORS
 
-__all__ = ["RIGHT", "WRONG", "Right", "Wrong", "make_right", "make_wrong"]
+__all__ = [
+    "RIGHT",
+    "RIGHT_VECTORS",
+    "WRONG",
+    "WRONG_VECTORS",
+    "Right",
+    "Wrong",
+    "make_right",
+    "make_wrong",
+]
+
+RIGHT: tuple[Right, ...] = (*right.RIGHT, *RIGHT_VECTORS)
+WRONG: tuple[Wrong, ...] = (*wrong.WRONG, *WRONG_VECTORS)
 
 
 def make_wrong(name: str, t: float) -> Combination:

@@ -18,7 +18,7 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from bank import RIGHT, WRONG
+from bank import RIGHT, RIGHT_VECTORS, WRONG, WRONG_VECTORS
 from bank.runs import caught_by_own_check, failed_by_right, failed_by_wrong, gradcheck_catches
 from mtenn_core.testing import CHECKS, SUITE_VERSION
 
@@ -29,15 +29,19 @@ IDS = [check.id for check in CHECKS]
 
 @click.command()
 @click.option("--matrix", type=click.Path(path_type=Path), help="Write the matrix to this file.")
-@click.option("--runs", default=1000, show_default=True, help="Runs of right combinations.")
+@click.option("--runs", default=1400, show_default=True, help="Runs of right combinations.")
 @click.option("--scales", default="1,10,1000", show_default=True, help="Of the wrong ones.")
 @click.option("--seeds", default=4, show_default=True, help="Of the probes, for the wrong ones.")
-def main(matrix: Path | None, runs: int, scales: str, seeds: int) -> None:
+@click.option("--vectors", is_flag=True, help="Only rules that take several numbers per pose.")
+def main(matrix: Path | None, runs: int, scales: str, seeds: int, vectors: bool) -> None:
     """Run the suite on what is wrong and on what is right."""
+    if vectors and matrix is not None:
+        raise click.UsageError("the matrix has all combinations: leave out --vectors")
     ts = [float(t) for t in scales.split(",")]
-    wrong = [(wrong.name,) for wrong in WRONG]
-    own_checks = [(w.name, w.check, t, seed) for w in WRONG for t in ts for seed in range(seeds)]
-    right = [(right.name, seed) for seed in range(-(-runs // len(RIGHT))) for right in RIGHT]
+    bank, zoo = (WRONG_VECTORS, RIGHT_VECTORS) if vectors else (WRONG, RIGHT)
+    wrong = [(wrong.name,) for wrong in bank]
+    own_checks = [(w.name, w.check, t, seed) for w in bank for t in ts for seed in range(seeds)]
+    right = [(right.name, seed) for seed in range(-(-runs // len(zoo))) for right in zoo]
     # Not forked: torch has threads by now, which a forked process lacks.
     with ProcessPoolExecutor(
         mp_context=get_context("spawn"), initializer=torch.set_num_threads, initargs=(1,)
@@ -55,28 +59,30 @@ def main(matrix: Path | None, runs: int, scales: str, seeds: int) -> None:
         failures = each(failed_by_right, right, "right combinations")
     missed = [(name, t, seed) for (name, _, t, seed), is_caught in caught if not is_caught]
     alarms = [(name, seed, ids) for (name, seed), ids in failures if ids]
-    tried = len(WRONG) * len(ts) * seeds
-    text = summary(rows, missed, tried, gradcheck, alarms, runs)
+    text = summary(rows, missed, len(own_checks), gradcheck, alarms, right)
     print(text)
     if matrix is not None:
         matrix.write_text(page(text, rows, gradcheck), encoding="utf-8")
     sys.exit(bool(missed or alarms or not all(rows.values())))
 
 
-def summary(rows, missed, tried, gradcheck, alarms, runs) -> str:
+def summary(rows, missed, tried, gradcheck, alarms, right) -> str:
     """Return the figures, one to a line."""
     caught = sum(bool(ids) for ids in rows.values())
     alone = {ids[0] for ids in rows.values() if len(ids) == 1}
-    n_runs = -(-runs // len(RIGHT)) * len(RIGHT)
+    names = [name for name, _ in right]
+    of_vectors = [each.name for each in RIGHT_VECTORS]
+    n_vectors = sum(name in of_vectors for name in names)
     lines = [
         f"suite {SUITE_VERSION}: {len(CHECKS)} checks",
-        f"wrong combinations caught: {caught} of {len(WRONG)}",
+        f"wrong combinations caught: {caught} of {len(rows)}",
         f"missed by their own check: {len(missed)} of {tried} (mistake, scale, seed)",
         *(f"    {name}, t = {t:g}, seed {seed}" for name, t, seed in missed),
-        f"caught by torch.autograd.gradcheck with its defaults: {len(gradcheck)} of {len(WRONG)}",
+        f"caught by torch.autograd.gradcheck with its defaults: {len(gradcheck)} of {len(rows)}",
         f"checks with a mistake that they alone catch: {len(alone)} of {len(CHECKS)}",
         *(f"    not {id}" for id in IDS if id not in alone),
-        f"false alarms in {n_runs} runs of {len(RIGHT)} right combinations: {len(alarms)}",
+        f"false alarms in {len(names)} runs of {len({*names})} right combinations: {len(alarms)}",
+        f"    {n_vectors} of these runs are of {len(of_vectors)} rules for vectors",
         *(f"    {name}, seed {seed}: {', '.join(ids)}" for name, seed, ids in alarms),
     ]
     return "\n".join(lines)

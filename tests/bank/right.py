@@ -47,11 +47,11 @@ class Right:
 _zoo: list[Right] = []
 
 
-def right(name: str, **arguments):
-    """Put a class into the zoo, made with these arguments."""
+def right(name: str, zoo: list[Right] = _zoo, /, **arguments):
+    """Put a class into a zoo, made with these arguments."""
 
     def add(cls):
-        _zoo.append(Right(name, (lambda: cls(**arguments)) if arguments else cls))
+        zoo.append(Right(name, (lambda: cls(**arguments)) if arguments else cls))
         return cls
 
     return add

@@ -10,6 +10,7 @@ import torch
 from bank import make_right, make_wrong
 from mtenn_core import Combination
 from mtenn_core.testing import check_combination
+from mtenn_core.testing._probe.subject import Subject
 
 
 def failed_by_wrong(name: str) -> list[str]:
@@ -40,16 +41,24 @@ def failed_ids(
 def gradcheck_catches(name: str) -> bool:
     """Return True if torch's gradcheck, with its defaults, fails for a loss on three poses."""
     torch.manual_seed(0)
-    features = torch.randn(3, 4, dtype=torch.float64)
+    try:
+        combination = make_wrong(name, 1.0).double()
+        poses = Subject(combination, 0).probes.poses(3)
+    except Exception:
+        return True
+    n_columns = poses.predictions[0].numel()
+    features = torch.randn(3, n_columns, 4, dtype=torch.float64)
     theta = torch.randn(4, dtype=torch.float64, requires_grad=True)
 
     def combined(theta: torch.Tensor) -> torch.Tensor:
         predictions = torch.tanh(features @ theta.detach())
-        gradients = (1 - predictions**2)[:, None] * features
-        return combination(list(predictions), {"theta": list(gradients)}, ["theta"], theta)
+        gradients = (1 - predictions**2)[..., None] * features
+        shape = poses.predictions.shape[1:]
+        pred_list = [prediction.view(shape) for prediction in predictions]
+        grad_dict = {"theta": [gradient.view(*shape, 4) for gradient in gradients]}
+        return combination(pred_list, grad_dict, ["theta"], theta, **poses.copied_inputs())
 
     try:
-        combination = make_wrong(name, 1.0).double()
         return not torch.autograd.gradcheck(combined, (theta,), raise_exception=False)
     except Exception:
         return True

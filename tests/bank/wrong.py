@@ -57,12 +57,12 @@ class Wrong:
 _bank: list[Wrong] = []
 
 
-def wrong(name: str, check: str, cause: str = "", *, make=None):
-    """Put a class into the bank; ``make`` makes it of t, unless the class itself does."""
+def wrong(name: str, check: str, cause: str = "", *, make=None, bank: list[Wrong] = _bank):
+    """Put a class into a bank; ``make`` makes it of t, unless the class itself does."""
 
     def add(cls):
         made = cls if make is None else lambda t: make(cls, t)
-        _bank.append(Wrong(name, made, check, cause))
+        bank.append(Wrong(name, made, check, cause))
         return cls
 
     return add

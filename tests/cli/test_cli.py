@@ -668,7 +668,7 @@ def test_names_are_never_cut_off(mtenn, monkeypatch):
     ("args", "message"),
     [
         (("chekc",), "No such command 'chekc'"),
-        (("info",), "Missing argument 'NAME'"),
+        (("info",), r"Missing argument 'NAME\|FILE'"),
         (("check",), "expected a combination or --all; found neither"),
         (("check", "right", "--all"), "or --all; found both"),
         (("check", "right", "wrong", "--arg", "shift=1"), "--arg applies to one combination"),

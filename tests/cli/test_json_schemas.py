@@ -5,17 +5,18 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from installed import write_distribution
 from jsonschema import Draft202012Validator, ValidationError
 from referencing import Registry, Resource
 
-from mtenn_core import registry
+from mtenn_core import MultiPoseModel, registry
 from mtenn_core._cli import main
 
 SCHEMAS = Path(__file__).parents[2] / "docs/reference/schemas"
 DOCUMENTS = {path.stem: json.loads(path.read_text("utf-8")) for path in SCHEMAS.glob("*.json")}
-WRONG = """
+WRONG = '''
     import torch
     from mtenn_core import Combination
 
@@ -47,13 +48,42 @@ WRONG = """
     class Unready(Wrong):
         def __init__(self, needed):
             super().__init__()
-"""
+
+    class Described(Combination):
+        """The mean, shifted.
+
+        Parameters
+        ----------
+        shift : added to the mean
+        """
+
+        pose_inputs = {"strain": "real", "charge": "label"}
+        pose_columns = ("low", "high")
+        domain = (0.0, float("inf"))
+        examples = ({"shift": 1.0}, {"shift": float("nan"), "more": [1]})
+
+        def __init__(self, shift, *rest, bounds=(1.0, float("inf")), **more):
+            super().__init__()
+            self.shift = torch.nn.Parameter(torch.tensor([float(shift), float("nan")]))
+            self.register_buffer("many", torch.zeros(3, 4))
+
+        def combine(self, predictions, strain, charge):
+            return predictions.mean() + self.shift[0]
+'''
 # A command, its exit status, and a part of what it must print.
 COMMANDS = {
     "list": (["list"], 0, '"name": "healthy"'),
     "list all": (["list", "--all"], 0, '"status": "shadowed"'),
     "info": (["info", "pinned"], 0, '"pin": "demo-pinned==1.0'),
     "info of a stale copy": (["info", "wrong"], 0, '"no_pin": "'),
+    "info without imports": (["info", "wrong", "--no-import"], 0, '"combination": null'),
+    "info of arguments": (["info", "described"], 0, '"default": "(1.0, inf)"'),
+    "info of what cannot be imported": (["info", "gone"], 0, '"not_imported": "plugin'),
+    "info of a checkpoint": (["info", "{folder}/good.pt"], 0, '"status": "passes"'),
+    "info of checkpoint tasks": (["info", "{folder}/tasks.pt"], 0, '"n_tasks": 2'),
+    "info of a checkpoint that fails": (["info", "{folder}/bad.pt"], 0, '"status": "fails"'),
+    "info of a file unimported": (["info", "{folder}/bad.pt", "--no-import"], 0, '"not imported"'),
+    "info of no checkpoint": (["info", "{folder}/none.pt"], 1, '"type": "CheckpointError"'),
     "info of nothing": (["info", "absent"], 1, '"type": "CombinationNotFoundError"'),
     "check": (["check", "healthy", "wrong"], 1, '"cause": "a constant factor'),
     "check at the gate": (["check", "healthy", "--level", "gate"], 0, '"curves": {}'),
@@ -71,10 +101,10 @@ def validator(name):
 
 
 @pytest.fixture
-def plugins(places, monkeypatch):
+def plugins(places, monkeypatch, tmp_path):
     entry_points = {"wrong": "demo_wrong:Wrong", "unready": "demo_wrong:Unready"}
     entry_points |= {"advised": "demo_wrong:Advised"}
-    entry_points["gone"] = "demo_wrong:Gone"
+    entry_points |= {"gone": "demo_wrong:Gone", "described": "demo_wrong:Described"}
     for folder in (places.front, places.site):
         write_distribution(folder, "demo-wrong", entry_points, WRONG)
     pinned = {"pinned": "demo_pinned:Good"}
@@ -82,8 +112,22 @@ def plugins(places, monkeypatch):
     # What children import from; a process of its own does not know the test's sys.path.
     monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(places.front), str(places.site)]))
     registry.refresh()
+    _save_checkpoints(tmp_path)
     yield places
     registry.refresh()
+
+
+def _save_checkpoints(folder):
+    good = registry.create("healthy")
+    many = registry.get("described", validate=False)(1.0, 2, key="x", activation=lambda y: y)
+    for name, combination, tasks in [
+        ("good", good, None),
+        ("tasks", [good, good], ("a", "b")),
+        ("bad", many, None),
+    ]:
+        model = MultiPoseModel(torch.nn.Linear(2, 2), combination, tasks=tasks)
+        torch.save({"model": model.state_dict()}, folder / f"{name}.pt")
+    torch.save({}, folder / "none.pt")
 
 
 @pytest.mark.parametrize("name", DOCUMENTS)

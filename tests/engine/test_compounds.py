@@ -9,7 +9,7 @@ from typing import ClassVar
 
 import pytest
 import torch
-from bank import RIGHT
+from bank.right import RIGHT  # one number for each pose
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, effective_poses
@@ -140,6 +140,7 @@ def test_most_right_combinations_run_in_batches():
         "closed form that starts from the derived one",
         "combine by an autograd function that refuses a second derivative",
         "scale that runs along with the predictions",
+        "positive pose input: mean with weights, closed form",
     ]
 
 

@@ -175,6 +175,10 @@ def test_a_network_may_predict_poses_and_inputs(mode, pose_model):
             r" because Charged declares it as 'positive'; found 0\.0",
         ),
         (
+            {"charge": [0, 2**53, *[0] * 5], "score": [1.0] * 7},
+            r"a whole number from 0 on and below 9007199254740992, because torch.float64 merges",
+        ),
+        (
             {"charge": [0] * 7, "score": [1.0] * 6 + [torch.inf]},
             r"pose_inputs\['score'\] is inf",
         ),
@@ -205,3 +209,39 @@ def test_an_unknown_kind_is_refused_in_a_call(pose_model, poses):
     odd = type("Odd", (ScoreWeighted,), {"pose_inputs": {"score": "lable"}})
     with pytest.raises(CombinationContractError, match="Did you mean 'label'"):
         MultiPoseModel(pose_model, odd())(poses, None, {"score": [1.0] * 7})
+
+
+def test_pose_weights_need_inputs_of_the_declared_kinds():
+    """A label of -1 would be the last row of a table."""
+    model = MultiPoseModel(torch.nn.Identity(), Charged())
+    inputs = {"charge": [0, 1, -1], "score": [1.0] * 3}
+    with pytest.raises(PredictionError, match=r"pose_inputs\['charge'\] must be a whole number"):
+        model.pose_weights(torch.randn(3), pose_inputs=inputs)
+
+
+class DetachedInBatches(Combination):
+    """In a batch, a tensor says that it requires no gradient."""
+
+    pose_inputs = ("score",)
+
+    def combine(self, predictions: Tensor, score: Tensor) -> Tensor:
+        score = score if score.requires_grad else score.detach()
+        return (torch.softmax(score, dim=0) * predictions).sum()
+
+
+@pytest.mark.parametrize("mode", MODES)
+@pytest.mark.parametrize(
+    "known", [False, True], ids=["first call", "after a call without gradients"]
+)
+def test_a_batch_gives_a_learned_input_the_gradient_of_the_loop(mode, known):
+    model = MultiPoseModel(torch.nn.Linear(4, 1).double(), DetachedInBatches(), gradients=mode)
+    poses, sizes = torch.randn(12, 4, dtype=torch.float64), [3] * 4
+    score = torch.randn(12, dtype=torch.float64, requires_grad=True)
+    if known:
+        model(poses, sizes, {"score": score.detach()})
+    out = model(poses, sizes, {"score": score})
+    (found,) = torch.autograd.grad(out.prediction.square().sum(), score, retain_graph=True)
+    y = model.pose_model(poses).flatten()
+    rows = torch.softmax(score.view(4, 3), dim=1) * y.view(4, 3)
+    (expected,) = torch.autograd.grad(rows.sum(1).square().sum(), score)
+    torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)

@@ -52,7 +52,7 @@ COMMANDS = {
     "list": ["list"],
     "list all": ["list", "--all", "--json"],
     "list pins": ["list", "--pins"],
-    "info": ["info", "healthy"],
+    "info": ["info", "healthy", "--no-import"],
     "doctor": ["doctor"],
 }
 COMMAND = """

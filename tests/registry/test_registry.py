@@ -279,7 +279,10 @@ LIGHT = {
     "looks": "from mtenn_core import registry as r; 'x' in r, len(r), list(r), r.records()",
     "problems": "from mtenn_core import registry; registry.problems(); registry.refresh()",
     "list": "from mtenn_core._cli import main; main(['list'], standalone_mode=False)",
-    "info": "from mtenn_core._cli import main; main(['info', 'good'], standalone_mode=False)",
+    "info": (
+        "from mtenn_core._cli import main\n"
+        "main(['info', 'good', '--no-import'], standalone_mode=False)"
+    ),
 }
 
 

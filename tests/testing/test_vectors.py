@@ -206,7 +206,6 @@ def test_only_inapplicable_checks_are_skipped():
         "A1": "it has no forward of its own",
         "C3": "it has no parameters of its own",
         "C4": "it has no pose inputs, or all of them are labels",
-        "D5": "it has no arguments for which the check can guess other values",
     }
 
 
@@ -499,6 +498,90 @@ def test_a_rule_for_any_number_of_columns_is_checked_with_several():
     assert "wrong for 5 column(s)" in record.cause
 
 
+class FirstTwoColumns(Combination):
+    pose_columns = "any"
+
+    def combine(self, predictions):
+        return predictions[:, :2].mean(0)
+
+
+class ConfidenceIgnored(Confidence):
+    pose_weights = Combination.pose_weights
+
+    def combine(self, predictions):
+        return predictions[:, 0].mean()
+
+
+class GateStartsAtZero(Combination):
+    """Confidences count only when the factor has moved from 0."""
+
+    pose_columns = ("affinity", "confidence")
+
+    def __init__(self):
+        super().__init__()
+        self.factor = nn.Parameter(torch.zeros(()))
+
+    def combine(self, predictions):
+        return torch.softmax(self.factor * predictions[:, 1], 0) @ predictions[:, 0]
+
+
+@pytest.mark.parametrize(
+    ("combination", "column"),
+    [(FirstTwoColumns, "column 2 must"), (ConfidenceIgnored, r"column 1 \('confidence'\) must")],
+)
+def test_a_column_that_is_ignored_is_named(combination, column):
+    record = only("D5", combination())
+    assert record.status == "fail"
+    assert re.match(f"{column} change the value or the weights", record.reason)
+    assert "the column is ignored" in record.cause
+
+
+def test_a_column_behind_a_parameter_that_starts_at_zero_is_not_ignored():
+    assert only("D5", GateStartsAtZero()).status == "pass"
+
+
+class WeightsOfPoses(Confidence):
+    def pose_weights(self, predictions):
+        return super().pose_weights(predictions)[:, 0]
+
+
+class WeightsOfVector(MaxPooling):
+    smooth = True
+
+    def combine(self, predictions):
+        return predictions.mean(0)
+
+    def pose_weights(self, predictions):
+        return torch.full_like(predictions, 1 / len(predictions))
+
+
+@pytest.mark.parametrize(
+    ("combination", "words"),
+    [
+        (WeightsOfPoses, r"one weight for each number of each pose, shape \(3, 2\); found \(3,\)"),
+        (WeightsOfVector, r"beside a combine that returns a vector, shape \(2,\)"),
+    ],
+)
+def test_the_gate_refuses_weights_of_a_wrong_shape_and_weights_of_a_vector(combination, words):
+    record = only("A2", combination(), level="gate")
+    assert record.status == "fail"
+    assert re.search(words, record.reason)
+
+
+class SeldomDropout(Combination):
+    """Leaves all numbers of three poses as they are in about every second call."""
+
+    pose_columns = 2
+
+    def combine(self, predictions):
+        return nn.functional.dropout(predictions, 0.1, self.training).mean(0)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_dropout_that_is_not_declared_is_caught_although_it_seldom_drops(seed):
+    assert only("A5", SeldomDropout(), seed=seed).status == "fail"
+
+
 def test_the_checks_use_the_number_of_columns_of_the_instance():
     seen = set()
 
@@ -517,9 +600,36 @@ def test_the_report_shows_the_columns():
     assert report.to_json()["facts"]["pose_columns"] == ["affinity", "confidence"]
 
 
-def test_the_factors_of_a_projection_are_never_zero():
+@pytest.mark.parametrize("n_results", [1, 2, 3, 7, 8, 64])
+def test_the_factors_of_a_projection_are_never_zero_and_never_equal(n_results):
     for seed in range(20):
-        assert {abs(factor) for factor in factors(9, seed)} <= {0.5, 1.0}
+        sizes = [abs(factor) for factor in factors(n_results, seed)]
+        assert len({*sizes}) == n_results
+        assert 0.5 < min(sizes) <= max(sizes) <= 1.0
+
+
+class _GradientOfFirst(torch.autograd.Function):
+    """A copy of two numbers, whose backward takes the gradient of the first for both."""
+
+    @staticmethod
+    def forward(ctx, numbers):
+        return numbers.clone()
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return grad_output[0].expand_as(grad_output)
+
+
+class GradientOfFirst(Combination):
+    pose_columns = 2
+
+    def combine(self, predictions):
+        return _GradientOfFirst.apply(predictions.mean(0))
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_the_gradient_of_another_entry_is_caught_with_every_seed(seed):
+    assert only("C1", GradientOfFirst(), level="gate", seed=seed).status == "fail"
 
 
 def test_a_subject_returns_one_number_and_knows_the_vector():

@@ -1,4 +1,4 @@
-"""D5: constructor arguments and pose inputs."""
+"""D5: constructor arguments, pose inputs and columns."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args, get_origin
 
 import torch
 
+from mtenn_core._engine.columns import ANY, named_column
 from mtenn_core._engine.declarations import (
     constructor_arguments,
     constructor_signature,
@@ -21,10 +22,11 @@ from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import judge
+from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 
-# Each row is (poses, base, spread). An argument or pose input that has an effect changes the result
-# at one of these rows.
+# Each row is (poses, base, spread). An argument, pose input or column that has an effect changes
+# the result at one of these rows.
 EFFECTS = (
     (3, 0.0, 1.0),
     (3, 0.0, 0.05),
@@ -37,14 +39,16 @@ EFFECTS = (
 
 @check("D5", "every argument has an effect and a correct derivative")
 def arguments(subject: Subject) -> Metrics:
-    """Check the effect of each argument and pose input, and the derivatives at each value."""
+    """Check the effect of each argument, pose input and column, and derivatives at each value."""
     tried: dict[str, bool] = {}
+    n_columns = _check_columns(subject)
     for name, other in alternatives(subject):
         with_other = Subject(other, subject.seed, thorough=True)
         effect = _differs(subject, with_other)
         tried[name] = tried.get(name, False) or effect
         if effect:
             _check_derivative(with_other, subject)
+            _check_columns(with_other, f", at other arguments ({with_other.original!r})")
     inputs = subject.combination.pose_inputs
     unused = [f"argument {name!r}" for name, effect in tried.items() if not effect]
     unused += [f"pose input {name!r}" for name in inputs if not _input_shows(subject, name)]
@@ -53,9 +57,63 @@ def arguments(subject: Subject) -> Metrics:
             f"{unused[0]} must change the value or the weights; found no change at any probe",
             cause="it is ignored, or overwritten by a constant" + _or_a_label(subject),
         )
-    if not (tried or inputs):
+    if not (tried or inputs or n_columns):
         raise Skip("it has no arguments for which the check can guess other values")
     return {"arguments": sorted([*tried, *inputs])}
+
+
+# For ``pose_columns = "any"``. A rule may ignore columns after those of the usual probes.
+N_COLUMNS_OF_ANY = 5
+
+
+def _check_columns(subject: Subject, where: str = "") -> int:
+    """Check that each column of the predictions has an effect, and return their number.
+
+    Zero stands for predictions of one number, or if no column has an effect. A parameter that
+    starts at zero may hide a column, so the check also tries other parameters.
+    """
+    if subject.probes.columns is None:
+        return 0
+    if subject.combination.pose_columns == ANY:
+        subject = _again(subject, N_COLUMNS_OF_ANY)
+    n_columns = subject.probes.shape(1)[-1]
+    hidden = [j for j in range(n_columns) if not _column_shows(subject, j)]
+    if len(hidden) == n_columns:
+        return 0
+    if hidden and any(True for _ in subject.combination.parameters()):
+        moved = _again(subject, n_columns)
+        with torch.no_grad():
+            for param in moved.combination.parameters():
+                param.add_(0.1 * moved.probes.randn(*param.shape))
+        hidden = [j for j in hidden if not _column_shows(moved, j)]
+    if hidden:
+        which = named_column(subject.probes.columns, hidden[0]).removeprefix(", ")
+        raise Fail(
+            f"{which} must change the value or the weights; found no change at any probe{where}",
+            cause="the column is ignored: is the number of columns a constant in the code, or does"
+            " a slice leave it out?",
+        )
+    return n_columns
+
+
+def _again(subject: Subject, n_columns: int) -> Subject:
+    return Subject(subject.original, subject.seed, thorough=True, n_columns=n_columns)
+
+
+def _column_shows(subject: Subject, column: int) -> bool:
+    """Return True if other numbers in a column change the value or the weights."""
+    for n, base, spread in EFFECTS:
+        poses, other = (subject.probes.poses(n, base, spread) for _ in range(2))
+        changed = poses.at(poses.predictions.clone())
+        changed.predictions[:, column] = other.predictions[:, column]
+        if not _same_results(subject, poses, changed):
+            return True
+    return False
+
+
+def _same_results(subject: Subject, poses: Poses, changed: Poses) -> bool:
+    """Return True if the value and the weights do not differ between two sets of poses."""
+    return all(torch.equal(f(poses), f(changed)) for f in (subject.value, subject.weights))
 
 
 def _or_a_label(subject: Subject) -> str:
@@ -69,8 +127,7 @@ def _input_shows(subject: Subject, name: str) -> bool:
     """Return True if other numbers for a pose input change the value or the weights."""
     for n, base, spread in EFFECTS:
         poses, other = (subject.probes.poses(n, base, spread) for _ in range(2))
-        changed = poses.with_input(name, other.inputs[name])
-        if not all(torch.equal(f(poses), f(changed)) for f in (subject.value, subject.weights)):
+        if not _same_results(subject, poses, poses.with_input(name, other.inputs[name])):
             return True
     return False
 

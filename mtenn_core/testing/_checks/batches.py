@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 
 from mtenn_core._engine.batch_probe import (
     CannotBatchError,
     DifferentNumbersError,
     check_can_batch,
 )
+from mtenn_core._engine.evaluation import PoseInputs
+from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.subject import Subject
@@ -30,7 +33,7 @@ def batches(subject: Subject) -> Metrics:
         predictions = torch.stack([each.predictions for each in poses])
         inputs = {n: torch.stack([each.inputs[n] for each in poses]) for n in poses[0].inputs}
         try:
-            check_can_batch(combination, predictions, inputs)
+            _check(combination, predictions, inputs)
         except DifferentNumbersError as error:
             raise Fail(
                 f"{n_compounds} compounds with {size} poses each: the batch must give the numbers"
@@ -41,3 +44,14 @@ def batches(subject: Subject) -> Metrics:
         except CannotBatchError as reason:
             raise Skip(f"the core combines one compound after the other: {reason}") from None
     return {}
+
+
+def _check(combination: Combination, predictions: Tensor, inputs: PoseInputs) -> None:
+    """Compare a batch with a loop, also the derivatives with respect to the pose inputs."""
+    learned = {name: numbers.clone().requires_grad_() for name, numbers in inputs.items()}
+    try:
+        check_can_batch(combination, predictions, learned)
+    except CannotBatchError:
+        raise
+    except Exception:  # C4 says whether the combination may refuse inputs that require a gradient
+        check_can_batch(combination, predictions, inputs)

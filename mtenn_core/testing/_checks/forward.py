@@ -122,6 +122,36 @@ def _check_outputs_of_columns(subject: Subject, numbers: list[int]) -> None:
             f" {', '.join(f'{shape} for {n} pose(s)' for n, shape in shapes.items())}",
             cause="the sum or mean is over the columns: the poses are dim=0, the columns dim=1",
         )
+    if overrides(type(combination), "pose_weights"):
+        _check_weights_of_columns(subject, combination, shapes[numbers[-1]])
+
+
+def _check_weights_of_columns(
+    subject: Subject, combination: Combination, shape: tuple[int, ...]
+) -> None:
+    """Check that ``pose_weights`` is that of a number, and has a weight for each prediction.
+
+    Parameters
+    ----------
+    shape : the shape of the value
+    """
+    if shape:
+        raise Fail(
+            "pose_weights is the derivative of one number; found it beside a combine that returns"
+            f" a vector, shape {shape}",
+            cause="remove pose_weights: autograd takes the derivative of a vector",
+        )
+    poses = subject.probes.poses(3)
+    with subject.restored_state(), torch.no_grad():
+        weights: object = combination.pose_weights(poses.predictions, **poses.copied_inputs())
+    expected = tuple(poses.predictions.shape)
+    found = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+    if found != expected:
+        raise Fail(
+            "pose_weights must return one weight for each number of each pose, shape"
+            f" {expected}; found {found}",
+            cause="one weight for each pose is not enough: each column has its own",
+        )
 
 
 def _check_output(found: Tensor, where: str) -> None:

@@ -1,7 +1,7 @@
 """Combinations with a vector as their value, as combinations whose value is one number.
 
-The number is the sum of the entries, each times ±1 or ±1/2. Every check of a number is then also a
-check of the vector, because no entry has a factor of 0.
+The number is the sum of the entries, each times a factor. Every check of a number is then also a
+check of the vector, because no entry has a factor of 0, and no two entries have the same factor.
 """
 
 from __future__ import annotations
@@ -19,10 +19,17 @@ from mtenn_core.combination import Combination
 
 
 def factors(n_results: int, seed: int) -> list[float]:
-    """Return one factor for each entry of a vector: ±1 or ±1/2, at random."""
+    """Return one factor for each entry of a vector, from 1/2 to 1 or from -1 to -1/2, at random.
+
+    All sizes differ. Equal factors would hide a backward that takes the gradient of one entry for
+    that of another.
+    """
     generator = torch.Generator().manual_seed(seed)
-    numbers = torch.tensor([-1.0, -0.5, 0.5, 1.0])
-    return numbers[torch.randint(4, (n_results,), generator=generator)].tolist()
+    # Few digits, so that a product with them hardly rounds.
+    step = 2.0 ** -(1 + n_results.bit_length())
+    sizes = 0.5 + step * (1 + torch.randperm(n_results, generator=generator))
+    signs = 2 * torch.randint(2, (n_results,), generator=generator) - 1
+    return (signs * sizes).tolist()
 
 
 def use_one_number(combination: Combination, by: list[float]) -> None:

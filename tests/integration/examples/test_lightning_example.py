@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from mtenn_core import registry
+
 SCRIPT = Path(__file__).parents[3] / "examples" / "lightning" / "train.py"
 
 
@@ -52,6 +54,15 @@ def test_a_checkpoint_of_another_combination_is_refused(ran):
     assert figures["refused"] in done.stdout
     assert "the checkpoint is of 'min' (mtenn-max" in figures["refused"]
     assert "and this model has 'boltzmann' (mtenn-boltzmann" in figures["refused"]
+
+
+def test_the_combination_comes_back_from_a_checkpoint_of_lightning(ran):
+    _, figures, folder = ran
+    combination = registry.from_checkpoint(folder / "at-once.ckpt")
+    assert type(combination).__name__ == "MinCombination"
+    assert (
+        f"'min' (mtenn-max 0.1.0) with pred_scale={combination.pred_scale}," in figures["refused"]
+    )
 
 
 def test_nothing_is_left_to_say(ran):
