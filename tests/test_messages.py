@@ -378,7 +378,8 @@ MISSPELT = ["mtenn.combination", "mtenn_combinations", "mtenn.combos", "Mtenn.Co
 
 
 @pytest.mark.parametrize("group", MISSPELT)
-def test_a_misspelt_group_is_named_by_the_error_and_by_doctor(places, group):
+def test_a_misspelt_group_is_named_by_the_error_and_by_doctor(places, monkeypatch, group):
+    monkeypatch.setenv("COLUMNS", "500")
     lines = f"[{group}]\nbest-two = demo_bad:Good\n"
     write_distribution(places.site, "demo-bad", lines)
     registry.refresh()
