@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, Literal, Self
 
 import torch
@@ -67,6 +68,10 @@ class Combination(torch.nn.Module):
                 f"{cls.__name__} cannot be instantiated: it must define combine(predictions),"
                 " or forward(pred_list, grad_dict, param_names, *model_params)"
             )
+        if kwargs:
+            from mtenn_core._engine.declarations import check_argument_names  # needs this class
+
+            check_argument_names(cls, kwargs)
         combination = super().__new__(cls)
         # Write to __dict__, because torch's __setattr__ works only after __init__.
         combination.__dict__["_arguments"] = args, kwargs
@@ -82,6 +87,8 @@ class Combination(torch.nn.Module):
             from mtenn_core._engine.evaluation import of_one_compound  # needs this class
 
             cls.pose_weights = of_one_compound(own)  # type: ignore[method-assign]
+        if inspect.isfunction(init := vars(cls).get("__init__")):
+            cls.__init__ = _initializing_module(init)  # type: ignore[method-assign]
 
     @classmethod
     @hookimpl
@@ -193,6 +200,27 @@ class Combination(torch.nn.Module):
         return combined_prediction(self, predictions, pose_inputs)
 
 
+def _initializing_module(init: Callable[..., None]) -> Callable[..., None]:
+    """Return an ``__init__`` that raises an error if it does not call ``super().__init__()``.
+
+    torch would raise an AttributeError about its own attributes, and most often much later.
+    """
+
+    @functools.wraps(init)
+    def checked(self: Combination, *args: Any, **kwargs: Any) -> None:
+        rule = f"{type(self).__name__}.__init__ must call super().__init__() first"
+        try:
+            init(self, *args, **kwargs)
+        except AttributeError as error:
+            if "_modules" not in vars(self):
+                raise CombinationContractError(f"{rule}; found: {error}") from error
+            raise
+        if "_modules" not in vars(self) and vars(type(self).__init__).get("__wrapped__") is init:
+            raise CombinationContractError(f"{rule}; found that it never does")
+
+    return checked
+
+
 def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
     """Return a module that mtenn's ``GroupedModel`` takes as a combination (mtenn 0.6 and later).
 
@@ -209,13 +237,10 @@ def as_mtenn_combination(combination: Combination) -> torch.nn.Module:
         trainable parameters. ``GroupedModel`` passes on only one prediction per pose, and expects a
         gradient per pose for every trainable parameter.
     """
-    from mtenn_core._engine.mtenn_adapter import MtennCombination  # needs Combination
+    from mtenn_core._engine.declarations import checked_instance  # needs Combination
+    from mtenn_core._engine.mtenn_adapter import MtennCombination
 
-    if not isinstance(combination, Combination):
-        raise TypeError(
-            f"expected an instance of mtenn_core.Combination; found {combination!r}. For a name,"
-            " write registry.create(name)."
-        )
+    checked_instance(combination, "expected an instance of mtenn_core.Combination")
     trainable = [name for name, param in combination.named_parameters() if param.requires_grad]
     if trainable or combination.pose_inputs or combination.pose_columns is not None:
         what = f"trainable parameters {trainable}"

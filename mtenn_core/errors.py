@@ -71,6 +71,14 @@ class PluginWarning(RuntimeWarning):
     """
 
 
+class DirectionWarning(UserWarning):
+    """Predictions look like pIC50, but the combination prefers the lowest one. It is only a hint.
+
+    If lower is better for your predictions, ignore it:
+    ``warnings.filterwarnings("ignore", category=DirectionWarning)``
+    """
+
+
 class TargetError(MtennError, LookupError):
     """A target of ``mtenn check`` cannot be imported. Correct the path."""
 

@@ -21,12 +21,18 @@ from mtenn_core._engine.compounds import (
     weights_of_compounds,
     weights_of_tasks,
 )
-from mtenn_core._engine.declarations import check_facts
+from mtenn_core._engine.declarations import (
+    check_argument_names,
+    check_facts,
+    checked_instance,
+    constructor_signature,
+)
 from mtenn_core._engine.estimate import Estimate, estimate
 from mtenn_core._engine.evaluation import (
     check_finite,
     check_kinds,
     combined_prediction,
+    hint_at_direction,
     inputs_like,
     note_sizes,
 )
@@ -97,7 +103,9 @@ class MultiPoseModel(torch.nn.Module):
         with weight exactly zero. None skips no pose. For a skipped pose, hooks on tensors of the
         pose model get None instead of a gradient of zeros.
     check_finite : raise an error for a NaN or infinite prediction. The error names the pose. False
-        passes such predictions to the combination; forward then does not wait for a GPU.
+        passes such predictions to the combination; forward then does not wait for a GPU. In
+        evaluation mode, True also gives a :class:`~mtenn_core.errors.DirectionWarning` once if
+        predictions look like pIC50, but the combination prefers the lowest one.
     shared : a module for the part that all poses of a compound share, such as the embedding of
         the receptor. It runs once for each compound, on an entry of ``shared_inputs``. The pose
         model gets its output as a second argument: ``pose_model(pose, output)``. With ``collate``
@@ -117,6 +125,12 @@ class MultiPoseModel(torch.nn.Module):
 
     # Models that were pickled before they had tasks have none.
     tasks: int | Sequence[str] | None = None
+
+    def __new__(cls, *args: Any, **kwargs: Any) -> Self:
+        """Return an empty model. Raise a TypeError that helps with an unknown argument."""
+        combination = kwargs.get("combination", args[1] if len(args) > 1 else None)
+        check_argument_names(cls, kwargs, _advice(combination, kwargs))
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -243,6 +257,8 @@ class MultiPoseModel(torch.nn.Module):
             check_finite(predictions, inputs, n_poses, options.columns)
             for each in options.combinations if inputs else ():
                 check_kinds(each, inputs, n_poses)
+            if not (self.training or options.tasks or group):
+                hint_at_direction(options.combinations[0], predictions, inputs, n_poses)
         random_numbers: AbstractContextManager[None] = nullcontext()
         if group is not None and any(each.stochastic for each in options.combinations):
             random_numbers = same_random_numbers(predictions.device, group)
@@ -414,12 +430,23 @@ def _combination(combination: Any) -> Combination:
         from mtenn_core._registry import registry
 
         return registry.create(combination)
-    if not isinstance(combination, Combination):
-        raise TypeError(
-            "combination must be a name in the registry or an instance of Combination;"
-            f" found {combination!r}"
-        )
-    return combination
+    rule = "combination must be a name in the registry or an instance of Combination"
+    return checked_instance(combination, rule)
+
+
+def _advice(combination: Any, given: Mapping[str, Any]) -> str:
+    """Return how to give arguments to a combination, for a message about unknown arguments."""
+    options = constructor_signature(MultiPoseModel).parameters
+    arguments = ", ".join(f"{n}={value!r}" for n, value in given.items() if n not in options)
+    if isinstance(combination, str):
+        example = f"registry.create({combination!r}, {arguments})"
+    else:
+        cls = combination if isinstance(combination, type) else type(combination)
+        example = f"{cls.__name__ if issubclass(cls, Combination) else 'Class'}({arguments})"
+    return (
+        " Arguments of a combination belong to its instance:"
+        f" MultiPoseModel(pose_model, {example})."
+    )
 
 
 def _check_options(options: Options) -> None:

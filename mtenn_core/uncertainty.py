@@ -20,6 +20,7 @@ from mtenn_core._engine.covariance import (
     covariance_blocks,
     weighted_variances,
 )
+from mtenn_core._engine.declarations import checked_instance
 from mtenn_core._engine.evaluation import noted_sizes
 from mtenn_core._engine.leave_one_out import predictions_without_each_pose
 from mtenn_core._engine.precision import at_least_float32
@@ -176,11 +177,9 @@ def jackknife_error(
     ----------
     .. [1] B. Efron and C. Stein, The jackknife estimate of variance, Ann. Stat. 9, 586 (1981).
     """
-    if not isinstance(combination, Combination):
-        raise TypeError(
-            "combination must be an instance of Combination, such as model.combination; found"
-            f" {combination!r}"
-        )
+    checked_instance(
+        combination, "combination must be an instance of Combination, such as model.combination"
+    )
     if combination.stochastic:
         raise ValueError(
             f"{type(combination).__name__} is stochastic. The jackknife would show its random"

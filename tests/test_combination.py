@@ -190,7 +190,9 @@ def test_weights_of_another_shape_are_refused():
         def pose_weights(self, predictions):
             return predictions.sum()
 
-    with pytest.raises(CombinationContractError, match=r"one weight per pose, shape \(3,\)"):
+    with pytest.raises(
+        CombinationContractError, match=r"one weight for each prediction, shape \(3,\)"
+    ):
         combined_prediction(Wrong(), torch.ones(3, requires_grad=True))
 
 

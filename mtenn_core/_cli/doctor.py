@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 import sys
 import warnings
 from collections.abc import Iterator
@@ -26,6 +27,7 @@ from mtenn_core._cli.torch_import import torch_importable
 from mtenn_core._process.child import ChildDiedError
 from mtenn_core._registry import PluginRecord, Policy, Problem, Registry, registry
 from mtenn_core._registry.isolated_imports import import_isolated
+from mtenn_core._registry.metadata import unmet_requirements
 from mtenn_core.errors import PluginWarning, RegistryError
 
 
@@ -57,7 +59,7 @@ def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
     with separate_stdout() as stdout, warnings.catch_warnings():
         warnings.simplefilter("ignore", PluginWarning)  # the problems contain these warnings
         records = lenient.records()
-        problems = lenient.problems()
+        problems = [*lenient.problems(), *_unmet(records)]
         if imports:
             with torch_importable(lenient):
                 problems += _import_problems(records, lenient.policy.resolved(), time_limit)
@@ -68,6 +70,15 @@ def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
             _print_table(console(stdout), problems)
             echo(_summary(len(records), len(problems), imports=imports), file=stdout)
     return not problems
+
+
+def _unmet(records: list[PluginRecord]) -> Iterator[Problem]:
+    """Yield a problem for each distribution whose declared dependencies are missing or too old."""
+    for record in {r.metadata: r for r in reversed(records) if r.metadata}.values():
+        if unmet := unmet_requirements(record):
+            found = ", ".join(f"{wanted} (found: {found})" for wanted, found in unmet.items())
+            remedy = shlex.join(["pip", "install", *unmet])
+            yield Problem("requirement", f"{record.origin} requires {found}. Run: {remedy}", record)
 
 
 def _import_problems(

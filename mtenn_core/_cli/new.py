@@ -54,8 +54,11 @@ def command(name: str, output: Path | None, as_json: bool) -> None:
         return
     click.echo("".join(f"wrote {path}\n" for path in paths))
     click.echo(f"Change {paths[0]} at the comments that say EDIT. Then run")
-    for line in (f"cd {shlex.quote(str(folder))}", "tox", "pip install .", f"mtenn check {key}"):
+    # The first three need no mtenn-core from a package index: it is already installed here.
+    cd = f"cd {shlex.quote(str(folder))}"
+    for line in (cd, "pip install -e .", f"mtenn check {key}", "tox"):
         click.echo(f"  {line}")
+    click.echo("tox installs mtenn-core, too. If no package index has it, see README.md, Install.")
 
 
 def _key(name: str) -> str:

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.columns import Columns
+from mtenn_core._engine.columns import Columns, named_type
 from mtenn_core._engine.mode import Collate
 from mtenn_core._engine.precision import at_least_float32
 from mtenn_core.errors import PredictionError
@@ -46,6 +46,8 @@ class Chunk(NamedTuple):
             predictions = self.pose_model(poses, *self.shared)
         except Exception as error:
             error.add_note(f"raised by the pose model on {self.named()}")
+            if isinstance(self._entries()[0], list):
+                error.add_note(f"each entry of poses is a list. If it is a compound, {_FLAT}")
             raise
         return self._checked(predictions)
 
@@ -57,20 +59,48 @@ class Chunk(NamedTuple):
                 output = output.to(at_least_float32(output.dtype))
                 # reshape would add a node to the graph even if the shape is already right.
                 return output if output.shape == shape else output.reshape(shape)
-        found = type(output).__name__
+        found = named_type(output)
         kind = "in a tensor"
         if isinstance(output, Tensor):
             found, kind = f"shape {tuple(output.shape)}, {output.dtype}", "in floating point"
         raise PredictionError(
             f"{self.named()}: the pose model must return {_rule_for(self.n_poses, self.columns)}"
-            f" {kind}; found {found}",
+            f" {kind}; found {found}{self._compound_hint(output)}",
             pose=self.first_pose,
+        )
+
+    def _entries(self) -> list[Any]:
+        """Return the entries of ``poses`` in the call."""
+        return [self.poses] if self.collate is None else self.poses
+
+    def _compound_hint(self, output: object) -> str:
+        """Return advice if each entry has the poses of a whole compound, else ""."""
+        lengths = [_length(entry) for entry in self._entries()]
+        if not isinstance(output, Tensor) or len(lengths) != self.n_poses or max(lengths) < 2:
+            return ""
+        n_poses, shape = self.n_poses, output.shape
+        # One entry after the other, or a batch of compounds from torch.stack.
+        if shape[:1] != (sum(lengths),) and shape[:2] != (n_poses, lengths[0]):
+            return ""
+        known = ", ".join(map(str, lengths))
+        return (
+            f". If this is one tensor per compound, {_FLAT}: model([*first, *second, …],"
+            f" sizes=[{known}, …])"
         )
 
     def named(self) -> str:
         """Return the poses in words, for messages."""
         first, last = self.first_pose, self.first_pose + self.n_poses - 1
         return f"pose {first}" if first == last else f"poses {first} to {last}"
+
+
+_FLAT = "pass the poses of all compounds in one list, and the number of poses of each in sizes"
+
+
+def _length(entry: object) -> int:
+    return (
+        len(entry) if isinstance(entry, list) or (isinstance(entry, Tensor) and entry.dim()) else 0
+    )
 
 
 def _shape_of_predictions(

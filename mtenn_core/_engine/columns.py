@@ -127,5 +127,13 @@ def named_column(columns: Columns | None, column: int) -> str:
     return f", column {column}" + (f" ({columns.names[column]!r})" if columns.names else "")
 
 
+def named_type(found: object) -> str:
+    """Return the type of a wrong result, and what to do if it is a pair of torch.min or topk."""
+    name = type(found).__name__
+    if isinstance(found, tuple) and hasattr(found, "values") and hasattr(found, "indices"):
+        return f"the pair (values, indices) of torch.{name}. Take .values of it"
+    return name
+
+
 def _shape_or_type(found: object) -> str:
-    return str(tuple(found.shape)) if isinstance(found, Tensor) else type(found).__name__
+    return str(tuple(found.shape)) if isinstance(found, Tensor) else named_type(found)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from difflib import get_close_matches
 from typing import Any, get_args
+
+import torch
 
 from mtenn_core._engine.columns import ANY, are_columns
 from mtenn_core.combination import Combination, InputKind
@@ -22,7 +24,7 @@ def overrides(combination: type[Combination], method: str) -> bool:
     return getattr(combination, method) is not getattr(Combination, method)
 
 
-def constructor_signature(combination: type[Combination]) -> inspect.Signature:
+def constructor_signature(combination: type[torch.nn.Module]) -> inspect.Signature:
     """Return the signature of ``__init__``, without ``self``.
 
     In early releases of Python 3.11, ``inspect.signature(combination)`` would return the signature
@@ -54,6 +56,62 @@ def constructor_arguments(combination: Combination, *, defaults: bool = False) -
         elif parameter.kind is parameter.VAR_POSITIONAL and not arguments.get(name):
             arguments.pop(name, None)
     return arguments
+
+
+def check_argument_names(
+    cls: type[torch.nn.Module], given: Iterable[str], advice: str = ""
+) -> None:
+    """Raise a TypeError for the first name that is no argument of a constructor.
+
+    Python's own message has no list of the arguments, and does not see that 'kt' means 'kT'.
+
+    Parameters
+    ----------
+    advice : is added if the name is similar to none of the arguments
+    """
+    parameters = dict(constructor_signature(cls).parameters)
+    takes_none = cls.__init__ is torch.nn.Module.__init__ and not cls.call_super_init
+    if takes_none:  # its signature says *args, **kwargs
+        parameters = {}
+    elif any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+        return
+    for name in given:
+        if name not in parameters:
+            meant = closest(name, parameters)
+            hint = f" Did you mean {meant!r}?" if meant else advice
+            shown = ", ".join(
+                str(each.replace(annotation=each.empty)) for each in parameters.values()
+            )
+            raise TypeError(
+                f"{cls.__name__} got an unexpected keyword argument {name!r}.{hint} Its arguments"
+                f" are: {shown or 'none'}"
+            )
+
+
+def closest(name: str, candidates: Iterable[str]) -> str:
+    """Return the candidate that was probably meant, in any case of its letters, or ""."""
+    by_lower_case = {candidate.lower(): candidate for candidate in candidates}
+    close = get_close_matches(name.lower(), by_lower_case, n=1)
+    return by_lower_case[close[0]] if close else ""
+
+
+def checked_instance(found: Any, rule: str) -> Combination:
+    """Return a combination. Raise a TypeError with the ``rule`` for a class or anything else."""
+    if isinstance(found, Combination):
+        return found
+    hint = ""
+    if isinstance(found, type) and issubclass(found, Combination):
+        required = [
+            name
+            for name, each in constructor_signature(found).parameters.items()
+            if each.default is each.empty
+            and each.kind not in (each.VAR_POSITIONAL, each.VAR_KEYWORD)
+        ]
+        arguments = ", ".join(f"{name}=…" for name in required)
+        hint = f". Pass an instance: {found.__name__}({arguments})"
+    elif isinstance(found, str):
+        hint = f". For a name, write registry.create({found!r})"
+    raise TypeError(f"{rule}; found {found!r}{hint}")
 
 
 def call_arguments(
@@ -128,8 +186,8 @@ def declared_kinds(combination: Combination) -> Mapping[str, InputKind]:
 
 def _closest_kind(found: Any) -> str:
     """Return a question with the kind that was probably meant, or ""."""
-    close = get_close_matches(str(found).lower(), [*KINDS, *_OTHER_WORDS], n=1)
-    return f". Did you mean {_OTHER_WORDS.get(close[0], close[0])!r}?" if close else ""
+    close: str = closest(str(found), [*KINDS, *_OTHER_WORDS])
+    return f". Did you mean {_OTHER_WORDS.get(close, close)!r}?" if close else ""
 
 
 def _is_interval(found: Any) -> bool:

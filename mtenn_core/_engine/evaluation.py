@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_transform, over_rows
-from mtenn_core._engine.columns import Columns, named_column
+from mtenn_core._engine.columns import Columns, named_column, named_type
 from mtenn_core._engine.declarations import KINDS, check_facts, declared_kinds, overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
 from mtenn_core.combination import Combination
-from mtenn_core.errors import CombinationContractError, PredictionError
+from mtenn_core.errors import CombinationContractError, DirectionWarning, PredictionError
 
 PoseInputs = Mapping[str, Tensor]
 NO_INPUTS: PoseInputs = MappingProxyType({})
@@ -25,6 +26,12 @@ NO_INPUTS: PoseInputs = MappingProxyType({})
 # The number of poses of each compound, for the predictions of calls with several compounds. The
 # key is the memory of the predictions, so that predictions.detach() is recognized, too.
 _SIZES: WeakKeyDictionary[torch.UntypedStorage, list[int]] = WeakKeyDictionary()
+
+
+# Concentrations of 1 mM to 1 pM. Free energies of binding are negative.
+PIC50_RANGE = 3.0, 12.0
+_EXAMINED: WeakSet[Combination] = WeakSet()
+_HINTS_GIVEN: set[type[Warning]] = set()
 
 
 class PoseGradients(NamedTuple):
@@ -143,6 +150,43 @@ def check_finite(
             pose=place[0],
             compound=compound,
         )
+
+
+def hint_at_direction(
+    combination: Combination, predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> None:
+    """Warn once per process if predictions look like pIC50, but the lowest has the largest weight.
+
+    For pIC50, higher is better. Only the first call of each combination is examined, so that later
+    calls do not wait for a GPU.
+
+    Parameters
+    ----------
+    predictions, inputs, sizes : as for :func:`check_finite`
+    """
+    if DirectionWarning in _HINTS_GIVEN or combination in _EXAMINED:
+        return
+    _EXAMINED.add(combination)
+    has_weights = overrides(type(combination), "combine") and not combination.stochastic
+    if not has_weights or predictions.dim() > 1 or max(sizes) < 2:
+        return
+    first = next(i for i, size in enumerate(sizes) if size > 1)
+    poses = slice(sum(sizes[:first]), sum(sizes[: first + 1]))
+    y, (low, high) = predictions.detach(), PIC50_RANGE
+    if not ((y >= low) & (y <= high)).all():
+        return
+    weights = pose_weights(combination, y[poses], {name: i[poses] for name, i in inputs.items()})
+    if not weights[y[poses].argmin()] > weights[y[poses].argmax()]:
+        return
+    _HINTS_GIVEN.add(DirectionWarning)
+    warnings.warn(
+        f"all pose predictions are between {low:g} and {high:g}, as pIC50 is, for which higher is"
+        f" better. But {type(combination).__name__} gives the lowest one the largest weight. For"
+        " pIC50, use 'max', or negate the predictions. If lower is better for your predictions,"
+        " ignore this hint (mtenn_core.errors.DirectionWarning)",
+        DirectionWarning,
+        stacklevel=2,
+    )
 
 
 def check_kinds(combination: Combination, inputs: PoseInputs, sizes: list[int]) -> None:
@@ -431,4 +475,4 @@ def _checked_value(combination: Combination, value: Tensor) -> Tensor:
 
 
 def _shape_or_type(found: object) -> str:
-    return f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else type(found).__name__
+    return f"shape {tuple(found.shape)}" if isinstance(found, Tensor) else named_type(found)

@@ -17,6 +17,8 @@ from mtenn_core._registry.messages import describe_error, describe_value
 from mtenn_core._registry.metadata import Metadata
 from mtenn_core._registry.record import PluginRecord, Problem
 
+MISSPELT = "misspelt group"
+
 
 @dataclass(frozen=True)
 class Scan:
@@ -53,6 +55,9 @@ def scan(group: str) -> Scan:
     records: list[PluginRecord] = []
     for _, same_name in itertools.groupby(relevant, key=attrgetter("name")):
         records += _distribution_records(_sort_copies(list(same_name)), problems)
+    problems += [
+        _misspelt(copy, found, group) for copy in copies for found in copy.similar_groups()
+    ]
     stops_torch = [copy for copy in copies if copy.stops_torch]
     problems += _torch_problems(stops_torch, problems)
     return Scan(
@@ -147,6 +152,14 @@ def _distribution_records(copies: list[Metadata], problems: list[Problem]) -> li
             )
             problems.append(Problem("stale copy", text, shadowed[0]))
     return records
+
+
+def _misspelt(copy: Metadata, found: str, group: str) -> Problem:
+    return Problem(
+        MISSPELT,
+        f"{copy.name} has entry points in the group {found!r}, which mtenn-core does not read. Did"
+        f" you mean {group!r}? Correct its pyproject.toml, and install it again ({copy})",
+    )
 
 
 def _torch_problems(stops_torch: list[Metadata], known: list[Problem]) -> list[Problem]:

@@ -405,7 +405,8 @@ class Registry:
     def _find(self, name: str) -> tuple[Snapshot, list[PluginRecord]]:
         """Return the current snapshot, and the plugins in it that ``name`` may refer to."""
         if not isinstance(name, str):
-            raise TypeError(f"expected the name of a combination; found {name!r}")
+            make = f". Make an instance: {name.__name__}(…)" if isinstance(name, type) else ""
+            raise TypeError(f"expected the name of a combination; found {name!r}{make}")
         snapshot = self._current()
         if not snapshot.find(name) and snapshot.scan.key != path_key():
             self.refresh()  # a distribution was installed while the process was running
@@ -456,7 +457,8 @@ def current_snapshot(registry: Registry) -> Snapshot:
 def _record_to_register(name: str, combination: type[Combination]) -> PluginRecord:
     if not isinstance(combination, type):
         raise PluginSpecError(
-            f"cannot register {name!r}: expected a subclass of Combination; found {combination!r}"
+            f"cannot register {name!r}: expected a subclass of Combination; found {combination!r}."
+            f" Pass its class: {type(combination).__name__}"
         )
     if not (isinstance(name, str) and _NAME.fullmatch(name)):
         raise PluginSpecError(

@@ -26,6 +26,34 @@ _ON_CORE = re.compile(r"\s*mtenn[-_.]+core(?![\w.-])", re.IGNORECASE)
 _NO_TEXT = "\ufffd"  # replaces bytes that are not UTF-8
 
 
+def unmet_requirements(record: PluginRecord) -> dict[str, str]:
+    """Return the requirements of a plugin's distribution that this environment does not meet.
+
+    The values are the versions that were found, or "none".
+    Requirements on mtenn-core are left out, because the policy checks them.
+    """
+    from importlib import metadata
+
+    from packaging.requirements import InvalidRequirement, Requirement
+
+    unmet = {}
+    fields = _parse_header(_text_of(os.path.join(record.metadata or "", "METADATA")))
+    for text in itertools.filterfalse(_ON_CORE.match, fields.get("requires-dist", ())):
+        try:
+            requirement = Requirement(text)
+        except InvalidRequirement:  # pip has accepted it, so another version of packaging knows it
+            continue
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            found = metadata.version(requirement.name) or "none"
+        except metadata.PackageNotFoundError:
+            found = "none"
+        if found == "none" or not requirement.specifier.contains(found, prereleases=True):
+            unmet[f"{requirement.name}{requirement.specifier}"] = found
+    return unmet
+
+
 class Metadata:
     """The metadata folder of one copy of a distribution.
 
@@ -69,6 +97,21 @@ class Metadata:
             or _NO_TEXT in self._entry_points
             or any("=" not in line for _, _, line in self._entry_point_lines())
         )
+
+    def similar_groups(self) -> list[str]:
+        """Return groups whose names look like a misspelt name of our group."""
+        first_word = re.split(r"[\W_]", self._group)[0].lower()
+        if first_word not in self._entry_points.lower():  # so that a scan stays fast
+            return []
+        import difflib
+
+        groups = dict.fromkeys(re.findall(r"^\s*\[(.+)\]\s*$", self._entry_points, re.MULTILINE))
+        return [
+            group
+            for group in map(str.strip, groups)
+            if group != self._group
+            and difflib.get_close_matches(group.lower(), [self._group.lower()], cutoff=0.75)
+        ]
 
     @property
     def has_header(self) -> bool:
@@ -169,15 +212,19 @@ class Metadata:
         """Return the text of a file, or "" if there is no such file."""
         if not self._is_folder:
             return self._distribution.read_text(name) or ""
-        path = os.path.join(self.path, name)
-        try:
-            with open_regular(path) as file:
-                return file.read().decode("utf-8-sig", errors="replace")
-        except OSError:
-            return ""
+        return _text_of(os.path.join(self.path, name))
 
     def __str__(self) -> str:
         return self.path
+
+
+def _text_of(path: str) -> str:
+    """Return the text of a file, or "" if there is no such file."""
+    try:
+        with open_regular(path) as file:
+            return file.read().decode("utf-8-sig", errors="replace")
+    except OSError:
+        return ""
 
 
 def _parse_header(text: str) -> dict[str, list[str]]:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 
-from mtenn_core._registry.installed import Scan
+from mtenn_core._registry.installed import MISSPELT, Scan
 from mtenn_core._registry.messages import suggestion
 from mtenn_core._registry.policy import Policy
 from mtenn_core._registry.record import PluginRecord, Problem, canonical
@@ -99,16 +99,19 @@ class Snapshot:
         if record := by_status.get("shadowed"):
             text = f"{record}{record.where} cannot be reached: {record.reason}"
             return CombinationNotFoundError(text, record=record)
+        misspelt = [p.message for p in self.scan.problems if p.kind == MISSPELT]
         if not self.available:
+            end = ". ".join(misspelt) or "Install one with pip"
             return CombinationNotFoundError(
                 f"unknown combination {name!r}: no plugin is installed in {sys.prefix}, because no"
-                f" distribution has an entry point in the group {group!r}. Install one with pip"
+                f" distribution has an entry point in the group {group!r}. {end}"
             )
         names, qualified = self.names(), [record.qualified_name for record in self.records]
         hint = " Some plugins have problems: see `mtenn doctor`." if self.scan.problems else ""
         return CombinationNotFoundError(
             f"unknown combination {name!r}; installed: {', '.join(names)}."
-            f"{suggestion(name, names) or suggestion(name, qualified)}{hint}"
+            f"{suggestion(name, names) or suggestion(name, qualified)}"
+            f"{''.join(f' {message}.' for message in misspelt)}{hint}"
         )
 
     def problems(self) -> Iterator[Problem]:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from mtenn_core.testing._report import Status
+
+if TYPE_CHECKING:
+    from mtenn_core.testing._probe.poses import Poses
 
 Metrics = dict[str, Any]
 
@@ -17,13 +20,17 @@ class Outcome(Exception):
     status : status of the record
     cause : the likely mistake, or the code that removes a hazard, or ""
     metrics : numbers that the check measured
+    poses : the poses whose weights are wrong, for the plots, or None
     """
 
     status: ClassVar[Status]
 
-    def __init__(self, reason: str, *, cause: str = "", **metrics: Any) -> None:
+    def __init__(
+        self, reason: str, *, cause: str = "", poses: Poses | None = None, **metrics: Any
+    ) -> None:
         super().__init__(reason)
         self.cause = cause
+        self.poses = poses
         self.metrics = metrics
 
 

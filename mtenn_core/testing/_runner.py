@@ -25,6 +25,7 @@ from mtenn_core.testing._checks.check import Check, Level
 from mtenn_core.testing._html.curves import curves
 from mtenn_core.testing._outcomes import Outcome
 from mtenn_core.testing._probe.instances import with_numbers
+from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._target import Target, target_of
@@ -82,8 +83,9 @@ def check_combination(
         )
     combination, report, again = _prepared(combination, level, len(checks), name, target, seed)
     make = partial(_subject, combination, level, seed)
+    failed: list[Poses] = []
     for check in checks:
-        record = _run(check, make, seed, again(check.id))
+        record = _run(check, make, seed, again(check.id), failed)
         if level == "quality" and record.status == "advice":
             record = replace(record, status="fail")
         record = _expected(record, (expected_failures or {}).get(check.id))
@@ -91,7 +93,7 @@ def check_combination(
         on_record(record)
     if level != "gate" and not only:
         with without_modes(), _restored_process_state(seed):
-            report.curves.update(curves(make))
+            report.curves.update(curves(make, next(iter(failed), None)))
     return report
 
 
@@ -155,7 +157,10 @@ def _restored_process_state(seed: int) -> Iterator[None]:
 
 
 @without_modes()
-def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Record:
+def _run(
+    check: Check, make: Callable[[], Subject], seed: int, again: str, failed: list[Poses]
+) -> Record:
+    """Run a check, and return its record. Append poses with wrong weights to ``failed``."""
     start = time.perf_counter()
     status: Status = "pass"
     reason, cause, metrics = "", "", {}
@@ -165,6 +170,7 @@ def _run(check: Check, make: Callable[[], Subject], seed: int, again: str) -> Re
     except Outcome as outcome:
         status, reason = outcome.status, str(outcome)
         cause, metrics = outcome.cause, outcome.metrics
+        failed += filter(None, [outcome.poses])
     except KeyboardInterrupt:
         raise
     except BaseException as error:  # SystemExit, or a panic of an extension in Rust

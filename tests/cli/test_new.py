@@ -79,7 +79,11 @@ def test_it_writes_a_package_and_says_what_to_do_next(new):
     assert sorted(Path(path).relative_to("mtenn-my-rule").as_posix() for path in wrote) == FILES
     assert f"Change {Path('mtenn-my-rule/mtenn_my_rule/__init__.py')} at the " in result.stdout
     commands = re.findall(r"^  (.+)$", result.stdout, re.MULTILINE)
-    assert commands == ["cd mtenn-my-rule", "tox", "pip install .", "mtenn check my-rule"]
+    assert commands == ["cd mtenn-my-rule", "pip install -e .", "mtenn check my-rule", "tox"]
+    readme = Path("mtenn-my-rule/README.md").read_text(encoding="utf-8")
+    assert "If no package index has it, see README.md, Install" in result.stdout
+    install = readme.partition("## Install")[2].partition("## Use")[0]
+    assert "export PIP_FIND_LINKS=" in install
 
 
 def test_its_combination_passes_every_level_without_advice(new, monkeypatch):

@@ -15,10 +15,12 @@ from tiers import slow
 
 from mtenn_core import Combination
 from mtenn_core.errors import MtennError
-from mtenn_core.testing import Record, Report, check_combination
+from mtenn_core.testing import Record, Report, _runner, check_combination
+from mtenn_core.testing._catalogue import chosen_checks
 from mtenn_core.testing._html.curves import curves
 from mtenn_core.testing._html.page import render
 from mtenn_core.testing._probe.subject import Subject
+from mtenn_core.testing._runner import _run
 
 EVIL = "</pre><script>alert('&')</script><img src=x onerror=alert(1)>"
 
@@ -240,6 +242,90 @@ def test_plots_say_what_is_to_be_seen(off):
     smallest = float(re.search(r"Smallest: (\S+),", steps)[1])
     assert 1e-5 < smallest < 1e-3
     assert "are not numbers" in render([checked(NoNumber())])
+
+
+class WrongForManyPoses(SmoothMax):
+    def pose_weights(self, predictions):
+        weights = torch.softmax(self.t * predictions, dim=0)
+        return weights if len(weights) < 5 else weights.flip(0)
+
+
+class WrongColumn(Combination):
+    pose_columns = ("affinity", "confidence")
+
+    def combine(self, predictions):
+        affinity, confidence = predictions.unbind(1)
+        return (torch.softmax(confidence, 0) * affinity).sum()
+
+    def pose_weights(self, predictions):
+        affinity, confidence = predictions.unbind(1)
+        p = torch.softmax(confidence, 0)
+        return torch.stack([p, 1.01 * p * (affinity - (p * affinity).sum())], 1)
+
+
+def curves_at_failure(combination):
+    """Return the failed record of C1, and curves with the poses at which it failed."""
+    failed = []
+    subject = lambda: Subject(combination, 0, thorough=True)  # noqa: E731
+    record = _run(chosen_checks("full", ["C1"])[0], subject, 0, "again", failed)
+    return record, curves(subject, *failed)
+
+
+def test_the_probe_that_failed_is_plotted_with_its_worst_weight():
+    record, found = curves_at_failure(WrongForManyPoses())
+    *usual, failed = found["weights"]
+    assert "failed" not in usual[0]
+    off = [abs(b - d) for b, d in zip(failed["backward"], failed["finite_difference"], strict=True)]
+    worst = max(range(len(off)), key=off.__getitem__)
+    assert off[worst] > 0.1
+    assert f"of {len(off)}, predictions [{failed['predictions'][0]:.9g}" in record.reason
+    for name in ("steps", "scan"):
+        assert found[name]["entry"] == f"pose {worst}"
+        assert found[name]["predictions"] == failed["predictions"]
+    # The other probes have three poses, for which the weights are right.
+    assert max(found["steps"]["error"]) > 0.1
+    report = replace(check_combination(WrongForManyPoses(), only=["C1"]), curves=found)
+    assert "failed probe" in drawings(render([report]))[0]
+
+
+def test_a_whole_suite_plots_the_probe_that_failed(monkeypatch):
+    monkeypatch.setattr(_runner, "chosen_checks", lambda level, only: chosen_checks("full", ["C1"]))
+    found = check_combination(WrongForManyPoses()).curves
+    assert [group.get("failed", False) for group in found["weights"]] == [False, False, True]
+
+
+def test_a_right_combination_has_no_failed_probe(right):
+    assert not any("failed" in group for group in right.curves["weights"])
+
+
+def test_entries_of_vectors_are_labelled_with_pose_and_column():
+    _, found = curves_at_failure(WrongColumn())
+    assert re.fullmatch(r"pose \d, column 1 \(confidence\)", found["steps"]["entry"])
+    report = replace(check_combination(WrongColumn(), only=["C1"]), curves=found)
+    weights, steps, scan = drawings(render([report]))
+    for drawing in (steps, scan):
+        assert "column 1 (confidence)" in drawing
+    labels = re.findall(r"<!--(.*?)-->|<text[^>]*>([^<]*)</text>", weights, flags=re.DOTALL)
+    shown = " ".join(map("".join, labels))
+    assert "column, pose, by the spread" in shown
+    assert "pose 5" not in render([report])
+
+
+def test_what_passed_is_folded(right):
+    page = Page(render([replace(right, curves={}, records=[record("pass")])]))
+    assert [details.get("open", "folded") for details in page.all("details")] == ["folded"]
+
+
+def test_the_table_of_several_reports_has_only_arguments_of_the_constructor():
+    class WithNetwork(SmoothMax):
+        def __init__(self, t=1.0, name="a"):
+            super().__init__(t)
+            self.network = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Tanh())
+
+    report = check_combination(WithNetwork(2.0), only=["A2"])
+    assert "Linear" in report.combination
+    (code,) = {*re.findall(r"<code>(.*?)</code>", render([report, report]), flags=re.DOTALL)}
+    assert code == "WithNetwork(t=2.0, name=&#39;a&#39;)"
 
 
 def test_without_curves_there_are_no_plots(right):

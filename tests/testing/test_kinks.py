@@ -95,6 +95,11 @@ class Clamped(Kinked):
         return predictions.relu().mean() + 0.5 * predictions.mean()
 
 
+class Relu(Kinked):
+    def combine(self, predictions):
+        return predictions.relu().mean()
+
+
 AT_TIES = [
     BestTwo,
     Lowest,
@@ -127,6 +132,14 @@ def test_a_kink_that_is_not_declared_is_named(cls, seed):
 def test_a_declared_kink_passes(cls, seed):
     report = check_combination(type(cls.__name__, (cls,), {"smooth": False})(), seed=seed)
     assert report.passed, str(report)
+
+
+@pytest.mark.parametrize(
+    ("cls", "seed"), [(BestTwo, 21), (Relu, 1)], ids=["6e-7 from a tie", "at 0, most values 0"]
+)
+def test_a_kink_near_a_wrong_weight_is_named(cls, seed):
+    (record,) = check_combination(cls(), only=["C1"], seed=seed).failures
+    assert record.cause == KINK
 
 
 @pytest.mark.parametrize("check", ["C1", *slow("B3", "C3", "D1", reason="many mistakes each")])

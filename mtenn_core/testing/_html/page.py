@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import platform
+import re
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from importlib.resources import files
@@ -86,7 +88,7 @@ def _groups(report: Report) -> list[tuple[str, list[Record], bool]]:
         ("Failed", report.failures, True),
         ("Passed with advice", report.advice, True),
         ("Expected to fail", with_status("xfail", "xpass"), True),
-        ("Passed", with_status("pass"), not report.failures),
+        ("Passed", with_status("pass"), False),
         ("Does not apply", with_status("skip"), False),
     ]
     return [group for group in groups if group[1]]
@@ -117,11 +119,21 @@ def _value_text(value: Any) -> str:
     return str(value)
 
 
+def _arguments_text(combination: str) -> str:
+    """Return the ``repr`` of a combination in one line, without the modules that it contains."""
+    lines = combination.split("\n")
+    if len(lines) == 1:
+        return combination
+    own = itertools.takewhile(lambda line: not re.match(r"\s*\(\w+\): ", line), lines)
+    return " ".join(map(str.strip, own)).removesuffix(" )").replace("( ", "(") + ")"
+
+
 def _milliseconds(seconds: float) -> str:
     return f"{1e3 * seconds:.0f}" if seconds >= 0.01 else f"{1e3 * seconds:.1f}"
 
 
 FILTERS = {
+    "arguments": _arguments_text,
     "fact": _fact_text,
     "groups": _groups,
     "metrics": _metrics_text,

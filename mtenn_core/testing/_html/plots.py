@@ -140,7 +140,7 @@ def _draw_steps(figure: Figure, curve: dict[str, Any]) -> tuple[str, str, str]:
         best = int(np.nanargmin(errors))
         finding = f"Smallest: {_short(errors[best])}, with a step of {_short(steps[best])} kT."
     return (
-        f"Error over step, pose {curve['pose']}",
+        f"Error over step, {curve['entry']}",
         finding,
         "A correct gradient gives a V: the error decreases with the step until roundoff increases"
         " it again. If the value is linear, there is only roundoff. A wrong gradient gives a flat"
@@ -163,12 +163,12 @@ def _draw_scan(figure: Figure, curve: dict[str, Any]) -> tuple[str, str, str]:
     bottom.plot(middles, np.diff(values) / np.diff(along), color=DIFFERENCES, linewidth=1.2)
     bottom.plot(at, slopes, "o", color=BACKWARD, markersize=3.5)
     _mark_missing(bottom, at, slopes)
-    bottom.set(xlabel=f"prediction of pose {curve['pose']} (kT)", ylabel="slope")
+    bottom.set(xlabel=f"prediction of {curve['entry']} (kT)", ylabel="slope")
     return (
-        f"Value over the prediction of pose {curve['pose']}",
+        f"Value over the prediction of {curve['entry']}",
         _missing(np.concatenate([values, slopes])),
-        "The other poses are fixed. Each short line should be tangent to the curve, and each dot"
-        " should be on the line in the lower plot.",
+        "The other predictions are fixed. Each short line should be tangent to the curve, and each"
+        " dot should be on the line in the lower plot.",
     )
 
 
@@ -218,15 +218,29 @@ def _places(groups: Sequence[dict[str, Any]]) -> Numbers:
 
 
 def _label_poses(axes: Axes, places: Numbers, groups: Sequence[dict[str, Any]]) -> None:
-    labels = []
+    """Label each weight with its pose; with columns, in two lines, with its column and its pose."""
+    labels: list[str] = []
+    n_columns = groups[0]["n_columns"] or 1
     for group in groups:
-        n_poses = len(group["backward"])
-        names = [str(pose) if n_poses <= 6 else "" for pose in range(n_poses)]
-        names[n_poses // 2] += f"\nspread {np.ptp(_array(group['predictions'])):.1g} kT"
+        n_entries = len(group["backward"])
+        few = n_entries <= 6 * n_columns
+        poses = [
+            str(entry // n_columns) if few and not entry % n_columns else ""
+            for entry in range(n_entries)
+        ]
+        names = poses
+        if groups[0]["n_columns"]:
+            columns = [
+                str(entry % n_columns) if n_entries <= 8 else "" for entry in range(n_entries)
+            ]
+            names = [f"{column}\n{pose}" for column, pose in zip(columns, poses, strict=True)]
+        what = f"spread {np.ptp(_array(group['predictions'])):.1g} kT"
+        names[n_entries // 2] += "\nfailed probe" if group.get("failed") else f"\n{what}"
         labels += names
     axes.set_xticks(places, labels)
     axes.tick_params(axis="x", length=0)
-    axes.set_xlabel("pose, by the spread of the predictions")
+    above = "column, pose" if groups[0]["n_columns"] else "pose"
+    axes.set_xlabel(f"{above}, by the spread of the predictions")
 
 
 def _largest_difference(off: Numbers, errors: Numbers) -> str:

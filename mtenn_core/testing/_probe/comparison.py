@@ -216,7 +216,8 @@ def judge(
     }
     if wrong:
         worst = max(wrong, key=_display_priority)
-        raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, **metrics)
+        poses = worst.poses if worst.unit.endswith("pose") else None
+        raise Fail(f"{worst}\n{table(worst)}".rstrip(), cause=cause, poses=poses, **metrics)
     # Half of the probes of a value in float32 may be inconclusive, and of few probes all but two.
     # The others still decide.
     n = len(comparisons)

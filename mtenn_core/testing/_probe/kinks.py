@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -19,15 +19,32 @@ KINK = (
 # A smooth value with a scale of 1000 per unit has nearly straight lines at these steps.
 STEPS = 2.0 ** -torch.arange(16, 23, 3, dtype=torch.float64)
 N_DIRECTIONS = 6
+# Finite differences cannot tell a kink at this distance from one at the predictions themselves.
+NEAR = 1e-5
 
 
 def kink_cause(subject: Subject, comparisons: Iterable[Comparison]) -> str:
-    """Return :data:`KINK` if the value has a kink at each wrong comparison, else "".
+    """Return :data:`KINK` if the value has a kink at or near each wrong comparison, else "".
 
     A wrong weight is also wrong at points without a kink.
     """
     wrong = {id(c.predictions): c.poses for c in comparisons if c.wrong}
-    return KINK if wrong and all(at_kink(subject, poses) for poses in wrong.values()) else ""
+    near = (_with_ties(poses) for poses in wrong.values())
+    return (
+        KINK if wrong and all(any(at_kink(subject, p) for p in points) for points in near) else ""
+    )
+
+
+def _with_ties(poses: Poses) -> Iterator[Poses]:
+    """Yield the poses, and then those with all nearly equal predictions set equal."""
+    yield poses
+    y = poses.predictions.flatten()
+    in_order, at = y.sort()
+    for i in (in_order.diff() <= NEAR).nonzero().flatten().tolist():
+        if in_order[i] < in_order[i + 1]:
+            tied = y.clone()
+            tied[at[i + 1]] = y[at[i]]
+            yield poses.at(tied.view_as(poses.predictions))
 
 
 def at_kink(subject: Subject, poses: Poses) -> bool:
@@ -45,8 +62,9 @@ def at_kink(subject: Subject, poses: Poses) -> bool:
     sums = directions + directions.roll(1, dims=0)
     along = torch.stack([directions, -directions, sums])
     moved = (y + STEPS[:, None, None, None] * along).flatten(0, 2)
-    # The last digits of the last two values show the dtype of the arithmetic.
-    generic = torch.stack([y * (1 - 1e-9 * k / 3) for k in (1, 2)])
+    # The last digits of the last three values show the dtype of the arithmetic.
+    # The value may be 0 at most of the predictions, as that of relu.
+    generic = torch.stack([y * (1 - 1e-9 / 3), y * (1 - 2e-9 / 3), y + 1e-9 / 3])
 
     def at(numbers: Tensor) -> Poses:
         return poses.at(numbers.view_as(poses.predictions))
