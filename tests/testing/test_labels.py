@@ -60,6 +60,25 @@ def test_a_label_that_is_an_index_gets_integers_within_its_table(first, size, ex
     assert check_combination(cls(), only=["A2", "B1", "C1", "D3", "D5"]).passed
 
 
+class RanksAndStates(Combination):
+    """Ranks start at 1, and there are two states, numbered from 0."""
+
+    pose_inputs = ("rank", "state")
+
+    def combine(self, predictions, rank, state):
+        penalties = torch.tensor([0.0, 1.4]).to(predictions)
+        return ((predictions + penalties[state.long()]) / rank).sum() / (1 / rank).sum()
+
+
+@pytest.mark.parametrize(
+    "pose_inputs", [("rank", "state"), {"rank": "label", "state": "label"}], ids=["names", "kinds"]
+)
+def test_two_labels_may_need_different_integers(pose_inputs):
+    cls = type("RanksAndStates", (RanksAndStates,), {"pose_inputs": pose_inputs})
+    assert integers(cls(), "state") == [0, 1]
+    assert check_combination(cls()).passed
+
+
 def test_a_label_that_is_compared_gets_integers():
     assert integers(LowestOfClusters(), "cluster") == [0, 1, 2]
 

@@ -395,6 +395,40 @@ def test_a_transposed_jacobian_is_named():
     assert "the Jacobian is transposed" in record.cause
 
 
+class _Scaled(torch.autograd.Function):
+    """The identity, with a derivative that is 5 % too large."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(y):
+        return y.clone()
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        pass
+
+    @staticmethod
+    def backward(ctx, grad_output):
+        return 1.05 * grad_output
+
+
+class DiagonalJacobian(Combination):
+    """An energy in J/mol and a probability: the second derivative is wrong."""
+
+    pose_columns = 2
+
+    def combine(self, predictions):
+        energy, logit = predictions.unbind(1)
+        return torch.stack([4184 * energy.mean(), torch.sigmoid(_Scaled.apply(logit)).mean()])
+
+
+def test_a_wrong_diagonal_jacobian_is_not_called_transposed():
+    record = only("C1", DiagonalJacobian())
+    assert record.status == "fail"
+    assert "transposed" not in record.cause
+
+
 class SumOverColumns(Combination):
     pose_columns = 4
 

@@ -8,7 +8,7 @@ because they are no indices. Small integers work.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import count
+from itertools import count, product
 from types import MappingProxyType
 
 import torch
@@ -23,6 +23,8 @@ CHOICES: tuple[tuple[float, ...], ...] = ((0, 1, 2), (0, 1), (1, 2, 3), (1, 2), 
 # The checks use pose inputs of these sizes.
 SIZES = (1.0, 30.0, 1e4)
 N_DRAWS = 6
+# With more labels than this, all get the same choice: there would be too many combinations.
+MOST_WITH_OWN_CHOICE = 3
 
 Labels = Mapping[str, tuple[float, ...]]
 
@@ -67,7 +69,7 @@ def declared_labels(
     value, predictions, min_poses : see :func:`find_labels`
     """
     names = [name for name, kind in kinds.items() if kind == "label"]
-    choices = [dict.fromkeys(names, choice) for choice in CHOICES if min(choice) >= 0]
+    choices = _choices_for(names, [choice for choice in CHOICES if min(choice) >= 0])
     if not names:
         return {}
     generator = torch.Generator().manual_seed(seed)
@@ -75,6 +77,17 @@ def declared_labels(
     # Most rules take the first of the choices. Then there are no other trials.
     fits = (labels for labels in choices if trial.works(labels) and trial.is_finite(labels))
     return next(fits, None) or next(filter(trial.works, choices), choices[0])
+
+
+def _choices_for(
+    names: Sequence[str], choices: Sequence[tuple[float, ...]]
+) -> list[dict[str, tuple[float, ...]]]:
+    """Return the labels to try: first the same for all names, then others for each of a few."""
+    same = [dict.fromkeys(names, choice) for choice in choices]
+    if not 1 < len(names) <= MOST_WITH_OWN_CHOICE:
+        return same
+    each = (dict(zip(names, own, strict=True)) for own in product(choices, repeat=len(names)))
+    return same + [labels for labels in each if labels not in same]
 
 
 def find_labels(
@@ -101,11 +114,11 @@ def find_labels(
     if all(fractions_matter.values()):
         return {}
     suspects = [name for name, matters in fractions_matter.items() if not matters]
-    choices = [dict.fromkeys(suspects, choice) for choice in CHOICES]
-    working = [labels for labels in choices if trial.works(labels)]
-    if not working:
+    choices = _choices_for(suspects, CHOICES)
+    fits = (labels for labels in choices if trial.works(labels) and trial.is_finite(labels))
+    labels = next(fits, None) or next(filter(trial.works, choices), None)
+    if labels is None:
         return {}
-    labels = next(filter(trial.is_finite, working), working[0])
     for name in suspects:
         fewer = {other: choice for other, choice in labels.items() if other != name}
         if trial.works(fewer) and (
