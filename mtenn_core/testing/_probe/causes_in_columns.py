@@ -82,7 +82,11 @@ def _of_the_axes() -> dict[str, Rule]:
 def _constant_factor(points: Sequence[Point]) -> str:
     found = float(sum(point.found @ point.expected for point in points))
     expected = float(sum(point.expected @ point.expected for point in points))
-    if not expected or not all(point.fits(found / expected * point.expected) for point in points):
+    if (
+        not expected
+        or abs(found / expected - 1) < 1e-4
+        or not all(point.fits(found / expected * point.expected) for point in points)
+    ):
         return ""
     return f"a constant factor: every weight is {found / expected:.6g} times the correct one"
 
