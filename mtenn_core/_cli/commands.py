@@ -16,7 +16,7 @@ from mtenn_core import __version__
 from mtenn_core._cli.output import discard, echo, encode_all_text
 from mtenn_core.errors import PluginWarning
 
-COMMANDS = ("check", "doctor", "info", "list", "new")
+COMMANDS = ("check", "combine", "doctor", "info", "list", "new")
 INTERRUPTED = 128 + signal.SIGINT
 CLOSED_PIPE = 128 + 13  # exit code of a shell for SIGPIPE; Windows has no signal.SIGPIPE
 

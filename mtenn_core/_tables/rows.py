@@ -1,0 +1,268 @@
+"""The rows of a table: which columns to read, what was read, and the check of each value.
+
+A row that breaks a rule is an error. No row is left out.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from typing import TYPE_CHECKING, NamedTuple
+
+from mtenn_core._process.printable import printable
+from mtenn_core._registry.messages import suggestion
+from mtenn_core.errors import TableError
+
+if TYPE_CHECKING:
+    from polars import Series
+
+# Python objects of at most so many rows are in memory at a time.
+CHUNK = 100_000
+
+
+class Wanted(NamedTuple):
+    """The columns to read. No other column needs memory.
+
+    Attributes
+    ----------
+    name : the column with the name of the compound
+    numbers : the columns with finite numbers
+    deviations : the columns of these with standard deviations, which are not negative
+    pose : the column that tells the poses of a compound apart, or None
+    """
+
+    name: str
+    numbers: tuple[str, ...]
+    deviations: tuple[str, ...] = ()
+    pose: str | None = None
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """The columns with text: names of compounds, and of poses."""
+        return (self.name,) if self.pose in (None, self.name) else (self.name, self.pose)  # type: ignore[return-value]
+
+    @property
+    def columns(self) -> tuple[str, ...]:
+        """All columns, each once."""
+        return tuple(dict.fromkeys((*self.texts, *self.numbers)))
+
+
+class Rows(NamedTuple):
+    """The checked rows of a table.
+
+    Attributes
+    ----------
+    names : the compound of each row
+    numbers : for each column, its numbers in float64
+    poses : the pose of each row, or None
+    places : the line of each row in the file, or None if row i is in line i + ``first``
+    first : the line of the first row
+    unit : the word for a place: "line" or "row"
+    """
+
+    names: Series
+    numbers: dict[str, Series]
+    poses: Series | None
+    places: Series | None
+    first: int = 1
+    unit: str = "line"
+
+    def place(self, row: int) -> int:
+        """Return the line of a row."""
+        return row + self.first if self.places is None else int(self.places[row])
+
+
+class Record(NamedTuple):
+    """One row as text.
+
+    Attributes
+    ----------
+    place : its line in the file
+    texts, numbers : the values of ``Wanted.texts`` and ``Wanted.numbers``
+    """
+
+    place: int
+    texts: Sequence[str]
+    numbers: Sequence[str]
+
+
+def table_error(path: object, place: int | None, column: str | None, message: str, unit: str) -> TableError:
+    """Return an error that names the file, the line and the column."""
+    where = [str(path)]
+    if place is not None:
+        where.append(f"{unit} {place}")
+    if column is not None:
+        where.append(f"column {column!r}")
+    return TableError(
+        printable(f"{', '.join(where)}: {message}"), path=str(path), place=place, column=column
+    )
+
+
+def missing_column(path: object, column: str, columns: Iterable[str], *, unit: str) -> TableError:
+    """Return the error for a column that the table lacks."""
+    known = list(columns)
+    shown = ", ".join(map(repr, known[:30])) + (", …" if len(known) > 30 else "")
+    return table_error(
+        path,
+        None,
+        column,
+        f"the table has no such column.{suggestion(column, known)} Its columns are {shown or 'none'}",
+        unit,
+    )
+
+
+def no_rows(path: object) -> TableError:
+    """Return the error for a table without rows."""
+    return table_error(path, None, None, "the table must have at least one row; found none", "line")
+
+
+def checked_rows(path: object, records: Iterable[Record], wanted: Wanted) -> Rows:
+    """Return the rows of a table whose values are text, each checked in turn.
+
+    Raises
+    ------
+    TableError : a value breaks a rule. The message names file, line and column
+    """
+    import polars
+
+    parts: list[polars.DataFrame] = []
+    stream = iter(records)
+    while chunk := list(islice(stream, CHUNK)):
+        columns: dict[str, Series] = {}
+        for i in range(len(wanted.texts)):
+            texts = [record.texts[i] for record in chunk]
+            columns[f"text {i}"] = polars.Series(texts, dtype=polars.String)
+        for record in chunk:
+            check_name(path, record.place, wanted.name, record.texts[0])
+        for i, column in enumerate(wanted.numbers):
+            numbers = array("d", _numbers(path, chunk, i, column, column in wanted.deviations))
+            columns[f"number {i}"] = polars.Series(numbers, dtype=polars.Float64)
+        columns["place"] = polars.Series([r.place for r in chunk], dtype=polars.UInt32)
+        parts.append(polars.DataFrame(columns))
+    if not parts:
+        raise no_rows(path)
+    frame = polars.concat(parts, rechunk=True)
+    numbers_by_column = {c: frame[f"number {i}"] for i, c in enumerate(wanted.numbers)}
+    rows = Rows(frame["text 0"], numbers_by_column, None, frame["place"])
+    if wanted.pose is not None:
+        rows = rows._replace(poses=frame[f"text {len(wanted.texts) - 1}"])
+    check_poses(path, rows, wanted)
+    return rows
+
+
+def check_name(path: object, place: int, column: str, name: str | None, unit: str = "line") -> None:
+    """Raise an error for an empty name of a compound."""
+    if name is None or not name.strip():
+        raise table_error(
+            path,
+            place,
+            column,
+            "the name of the compound must not be empty; found"
+            f" {'nothing' if name is None else repr(name)}",
+            unit,
+        )
+
+
+def _numbers(
+    path: object, chunk: Sequence[Record], i: int, column: str, is_deviation: bool
+) -> Iterator[float]:
+    for record in chunk:
+        text = record.numbers[i]
+        number = parsed(text)
+        if number is None:
+            raise table_error(path, record.place, column, _found(text), "line")
+        check_number(path, record.place, column, number, is_deviation)
+        yield number
+
+
+def _found(text: str) -> str:
+    if not text.strip():
+        return "the value must be a number; found nothing. Fill it in, or leave the row out"
+    hint = ""
+    if parsed(text.replace(",", ".", 1)) is not None:
+        hint = " Write a decimal point instead of the comma"
+    return f"the value must be a number; found {text!r}.{hint or ' Correct it, or leave the row out'}"
+
+
+def check_number(
+    path: object,
+    place: int,
+    column: str,
+    number: float | None,
+    is_deviation: bool,
+    unit: str = "line",
+) -> None:
+    """Raise an error for a missing number, for one that is not finite, or a negative deviation."""
+    if number is None:
+        raise table_error(path, place, column, _found(""), unit)
+    if not math.isfinite(number):
+        message = f"the value must be finite; found {number}. Correct it, or leave the row out"
+        raise table_error(path, place, column, message, unit)
+    if is_deviation and number < 0:
+        message = f"a standard deviation must not be negative; found {number}"
+        raise table_error(path, place, column, message, unit)
+
+
+def parsed(text: str) -> float | None:
+    """Return a decimal number in ASCII, as other programs read it, too; None for other text.
+
+    ``float`` alone would accept "1_000", and the digits of all scripts.
+    """
+    if not text.isascii() or "_" in text:
+        return None
+    try:
+        return float(text)
+    except ValueError:
+        return None
+
+
+def check_poses(path: object, rows: Rows, wanted: Wanted) -> None:
+    """Raise an error if two rows have the same compound and the same pose."""
+    if rows.poses is None:
+        return
+    import polars
+
+    frame = polars.DataFrame({"name": rows.names, "pose": rows.poses})
+    again = ~frame.is_unique()
+    if not again.any():
+        return
+    seen: dict[tuple[str, str], int] = {}
+    places = again.arg_true().to_list()
+    for row, key in zip(places, frame.filter(again).rows(), strict=True):
+        if key in seen:
+            raise table_error(
+                path,
+                rows.place(row),
+                wanted.pose,
+                f"compound {key[0]!r} must have each pose once; found pose {key[1]!r} again, which"
+                f" is also in {rows.unit} {rows.place(seen[key])}. Leave one of the rows out",
+                rows.unit,
+            )
+        seen[key] = row
+
+
+def check_frame(path: object, rows: Rows, wanted: Wanted) -> None:
+    """Check the rows of a table whose columns have types. A missing value is null."""
+    if not len(rows.names):
+        raise no_rows(path)
+    wrong: list[tuple[int, int]] = []
+    empty = (rows.names.str.strip_chars() == "").fill_null(True)
+    if (first := empty.arg_max()) is not None and empty[first]:
+        wrong.append((first, -1))
+    for i, (column, numbers) in enumerate(rows.numbers.items()):
+        bad = ~numbers.is_finite().fill_null(False)
+        if column in wanted.deviations:
+            bad = bad | (numbers < 0).fill_null(True)
+        if (first := bad.arg_max()) is not None and bad[first]:
+            wrong.append((first, i))
+    if wrong:
+        row, i = min(wrong)
+        place = rows.place(row)
+        if i < 0:
+            check_name(path, place, wanted.name, rows.names[row], rows.unit)
+        column = list(rows.numbers)[i]
+        number = rows.numbers[column][row]
+        check_number(path, place, column, number, column in wanted.deviations, rows.unit)
+    check_poses(path, rows, wanted)
