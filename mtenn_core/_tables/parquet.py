@@ -82,7 +82,9 @@ class ParquetTable:
 
     def _unreadable(self, problem: Exception) -> TableError:
         first, *_ = str(problem).splitlines()
-        return table_error(self.path, None, None, f"the file is no readable Parquet file: {first}", "row")
+        return table_error(
+            self.path, None, None, f"the file is no readable Parquet file: {first}", "row"
+        )
 
     def _wrong_type(self, column: str, wanted: str, found: DataType) -> TableError:
         message = f"the column must hold {wanted}; its type is {found}"

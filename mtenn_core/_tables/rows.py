@@ -88,7 +88,9 @@ class Record(NamedTuple):
     numbers: Sequence[str]
 
 
-def table_error(path: object, place: int | None, column: str | None, message: str, unit: str) -> TableError:
+def table_error(
+    path: object, place: int | None, column: str | None, message: str, unit: str
+) -> TableError:
     """Return an error that names the file, the line and the column."""
     where = [str(path)]
     if place is not None:
@@ -183,7 +185,9 @@ def _found(text: str) -> str:
     hint = ""
     if parsed(text.replace(",", ".", 1)) is not None:
         hint = " Write a decimal point instead of the comma"
-    return f"the value must be a number; found {text!r}.{hint or ' Correct it, or leave the row out'}"
+    return (
+        f"the value must be a number; found {text!r}.{hint or ' Correct it, or leave the row out'}"
+    )
 
 
 def check_number(
