@@ -2,9 +2,10 @@
 
     python benchmarks/gate.py [--repeats 5] [--threads 1]
 
-It measures every installed combination and, at full depth, the guide's class. Each figure is also
-given as a multiple of the time that ``import torch`` takes in the same process: the ratio depends
-less on the machine and on what else runs there. All are medians.
+It measures every installed combination, the guide's class at full depth, and two combinations of
+vectors: DeepSets with 8 numbers per pose, and gated attention with 64. Each figure is also given as
+a multiple of the time that ``import torch`` takes in the same process: the ratio depends less on
+the machine and on what else runs there. All are medians.
 """
 
 import argparse
@@ -21,8 +22,14 @@ from rich.table import Table
 
 from mtenn_core import registry
 
-GUIDE = "guide's class (full depth)"
+# Classes in this folder, as (module, class).
+CLASSES = {
+    "guide's class (full depth)": ["guide", "GuideCombination"],
+    "DeepSets, 8 columns": ["vectors", "DeepSets"],
+    "gated attention, 64 columns": ["vectors", "GatedAttention"],
+}
 GATE_LIMIT_MS = 50
+GATE_LIMIT_OF_VECTORS_MS = 400
 FULL_LIMIT_S = 3
 N_WARM = 5
 MEASURE = """
@@ -34,12 +41,12 @@ imported = time.process_time() - start
 torch.set_num_threads(int(sys.argv[2]))
 start = time.process_time()
 from mtenn_core import registry
-if len(sys.argv) > 4:
+if len(sys.argv) == 5:
     combination = registry.get(sys.argv[4])
 else:
-    from guide import GuideCombination as combination
-    registry.register("guide", combination)
-    registry.get("guide")
+    combination = getattr(__import__(sys.argv[4]), sys.argv[5])
+    registry.register("own", combination)
+    registry.get("own")
 taken = time.process_time() - start
 start = time.process_time()
 from mtenn_core.testing import check_combination
@@ -62,7 +69,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=1)
     options = parser.parse_args()
 
-    names = {name: [name] for name in registry.names()} | {GUIDE: []}
+    names = {name: [name] for name in registry.names()} | CLASSES
     runs: dict[str, list[list[float]]] = {name: [] for name in names}
     for _ in track(range(options.repeats), "measuring", transient=True):
         for name, arguments in names.items():
@@ -89,7 +96,8 @@ def main() -> None:
         f"CPU seconds, {options.threads} thread(s). get: registry.get, which imports the plugin and"
         " runs the gate for each example. full level: check_combination for at most two examples,"
         f" with what it imports; at most {FULL_LIMIT_S}. gate: once more, warm; at most"
-        f" {GATE_LIMIT_MS} ms. ratio: to import torch."
+        f" {GATE_LIMIT_MS} ms, or {GATE_LIMIT_OF_VECTORS_MS} ms for vectors. ratio: to import"
+        " torch."
     )
     console.print(table)
 

@@ -121,8 +121,9 @@ class Combination(torch.nn.Module):
 
         If you override this method with the closed form, training uses the closed form. This
         implementation derives the weights from :meth:`combine` by autograd. If there is no
-        ``combine``, it derives them from the backward of :meth:`forward`. If the result of
-        ``combine`` is a vector, training uses autograd, and this implementation raises an error.
+        ``combine``, it derives them from the backward of :meth:`forward`. Do not override it if
+        ``combine`` returns a vector. Then training uses autograd, and this implementation raises an
+        error.
 
         Parameters
         ----------
@@ -180,19 +181,15 @@ class Combination(torch.nn.Module):
         -------
         the shape of the result of :meth:`combine`; dtype and device of the predictions
         """
+        from mtenn_core._engine.columns import split_columns
         from mtenn_core._engine.evaluation import combined_prediction  # needs this class
 
-        n_poses = len(pred_list)
-        if self.pose_columns is not None:
-            # Each number of a pose has its own gradient.
-            pred_list = [number for of_pose in pred_list for number in of_pose]
-            grad_dict = {
-                name: [gradient for of_pose in gradients for gradient in of_pose]
-                for name, gradients in grad_dict.items()
-            }
-        predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
-        if self.pose_columns is not None:
-            predictions = predictions.view(n_poses, -1)
+        if self.pose_columns is None:
+            predictions = attach_gradients(pred_list, grad_dict, param_names, *model_params)
+        else:
+            n_columns, numbers, split = split_columns(pred_list, grad_dict, self.pose_columns)
+            predictions = attach_gradients(numbers, split, param_names, *model_params)
+            predictions = predictions.view(-1, n_columns)
         return combined_prediction(self, predictions, pose_inputs)
 
 

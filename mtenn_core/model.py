@@ -114,6 +114,9 @@ class MultiPoseModel(torch.nn.Module):
     CombinationNotFoundError, GradientValidationError : see :meth:`mtenn_core.Registry.create`
     """
 
+    # Models that were pickled before they had tasks have none.
+    tasks: int | Sequence[str] | None = None
+
     def __init__(
         self,
         pose_model: torch.nn.Module,
@@ -139,8 +142,6 @@ class MultiPoseModel(torch.nn.Module):
         self.check_finite = check_finite
         self.shared = shared
         self.tasks = tasks
-        for each in self._combinations():
-            check_facts(each)
         options = self._options()
         MODES[options.gradients].check_options(options)
 
@@ -337,17 +338,20 @@ class MultiPoseModel(torch.nn.Module):
 
     def get_extra_state(self) -> Tensor:
         """Return the combination's identity for a checkpoint: JSON, a byte in each entry."""
-        return checkpoint.identity_tensor(self._combinations())
+        return checkpoint.identity_tensor(self._combinations(), self.tasks)
 
     def set_extra_state(self, state: Any) -> None:
         """Raise a ``CheckpointError`` if the checkpoint was made with another combination."""
-        checkpoint.check(state, self._combinations())
+        checkpoint.check(state, self._combinations(), self.tasks)
 
     def _combinations(self) -> tuple[Combination, ...]:
         """Return the one combination, or the combination of each task."""
         combination: Any = self.combination
-        is_list = isinstance(combination, torch.nn.ModuleList)
-        return tuple(combination) if is_list else (combination,)
+        if not isinstance(combination, torch.nn.ModuleList):
+            return (combination,)
+        if self.tasks is None:
+            raise ValueError(_NO_TASKS.format(list(combination)))
+        return tuple(_combination(each) for each in combination)
 
     def _options(self) -> Options:
         """Check the options and return them. Users may set them between two calls."""
@@ -356,6 +360,7 @@ class MultiPoseModel(torch.nn.Module):
         if tasks is not None:
             columns = _columns_of_tasks(tasks, combinations)
         elif (declared := combinations[0].pose_columns) is not None:
+            check_facts(combinations[0])
             columns = columns_of(declared)
         options = Options(
             self.pose_model,
@@ -377,17 +382,20 @@ def _combinations(
     combination: str | Combination | Sequence[str | Combination], tasks: object
 ) -> Combination | torch.nn.ModuleList:
     """Return the given combination, or a list with the combination of each task."""
-    if isinstance(combination, str) or not isinstance(combination, Sequence):
+    if isinstance(combination, str) or not isinstance(combination, Sequence | torch.nn.ModuleList):
         return _combination(combination)
     if tasks is None:
-        raise ValueError(
-            "several combinations need the argument tasks, with one task for each of them; found"
-            f" {combination!r}"
-        )
+        raise ValueError(_NO_TASKS.format(list(combination)))
     return torch.nn.ModuleList(map(_combination, combination))
 
 
-def _combination(combination: str | Combination) -> Combination:
+_NO_TASKS = (
+    "several combinations need the argument tasks, with one task for each of them; found the"
+    " combinations {}, and no tasks"
+)
+
+
+def _combination(combination: Any) -> Combination:
     """Return the given instance, or the combination with this name in the registry."""
     if isinstance(combination, str):
         # The registry is in a higher layer, so import it only here.
@@ -434,8 +442,8 @@ def _columns_of_tasks(tasks: int | Sequence[str], combinations: Sequence[Combina
     """Return one column for each task. Raise a ValueError if the combinations do not fit them."""
     if isinstance(tasks, str) or not are_columns(tasks):
         raise ValueError(
-            "tasks must be a whole number above 0, a sequence of different names, or None; found"
-            f" {tasks!r}"
+            "tasks must be a whole number above 0, a list or tuple of different names, or None;"
+            f" found {tasks!r}"
         )
     columns = columns_of(tasks)
     if len(combinations) not in (1, columns.number):

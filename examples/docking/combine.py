@@ -72,11 +72,14 @@ def combine(combination: Combination, docked: Sequence[Docked]) -> tuple[Tensor,
 
 
 def combine_all(docked: Sequence[Docked]) -> tuple[dict[str, Combined], dict[str, str]]:
-    """Return the results of all registered combinations, and the reasons of failures, by name."""
+    """Return the results of all combinations of one number per pose, and why others failed."""
     results, refused = {}, {}
     for name in registry.names():
         try:
-            arguments = arguments_of(registry.get(name))
+            cls = registry.get(name)
+            if cls.pose_columns is not None:
+                continue  # it takes several numbers per pose, and Vina gives one
+            arguments = arguments_of(cls)
             combination = registry.create(name, **arguments)
             _check_domain(combination, docked)
             scores, weights = combine(combination, docked)

@@ -108,7 +108,7 @@ def run(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def show_plugins() -> dict[str, Combination]:
-    """List and validate every installed plugin; return the combinations to train with."""
+    """List and validate the combinations of one number per pose; return those to train with."""
     table = Table("name", "distribution", "version", "arguments", "validated in", title="Plugins")
     for name in registry.names():
         arguments = COMBINATIONS.get(name, {})
@@ -118,6 +118,8 @@ def show_plugins() -> dict[str, Combination]:
         )
         start = time.perf_counter()
         try:
+            if registry.get(name, validate=False).pose_columns is not None:
+                continue  # it takes several numbers per pose
             registry.create(name, **arguments)
             verdict = f"{1000 * (time.perf_counter() - start):.0f} ms"
         except MtennError as error:

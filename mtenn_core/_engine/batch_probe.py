@@ -105,9 +105,12 @@ def check_can_batch(combination: Combination, predictions: Tensor, inputs: PoseI
         raise CannotBatchError("the same call gives different numbers")
     # vmap turns min() into amin(dim), which has another derivative at ties.
     tied = torch.arange(predictions.shape[1], device=predictions.device)
-    ties = torch.stack([predictions[0, tied // 2], predictions[0, 0 * tied]])
+    rows = [predictions[0, tied // 2], predictions[0, 0 * tied]]
+    if predictions.dim() > 2:  # ties within each pose, too
+        rows += [each[:, :1].expand_as(each) for each in (predictions[0], rows[0])]
+    ties = torch.stack(rows)
     try:
-        what = _first_difference(combination, ties, _rows(predictions, inputs, [0, 0])[1])
+        what = _first_difference(combination, ties, _rows(predictions, inputs, [0] * len(rows))[1])
     except Exception as error:  # the author may refuse ties
         raise CannotBatchError(f"equal predictions are an error: {error_text(error)}") from error
     if what:

@@ -103,7 +103,9 @@ def checked_poses(
     PredictionError : two arguments disagree
     """
     shape = tuple(predictions.shape) if isinstance(predictions, Tensor) else ()
-    fits = len(shape) == 1 if columns is None else shape[1:] == (columns.number or shape[-1],)
+    fits = len(shape) == 1
+    if columns is not None:
+        fits = len(shape) == 2 and 0 < shape[1] == (columns.number or shape[1])
     if not (fits and predictions.is_floating_point()):
         rule = "a vector of floating-point numbers, one per pose,"
         if columns is not None:
@@ -266,8 +268,9 @@ def _checked_inputs(
     """Return the pose inputs of all combinations, in the order in which these declare them."""
     who, names = type(combinations[0]).__name__, tuple(combinations[0].pose_inputs)
     if len(combinations) > 1:
-        who = " or ".join({type(each).__name__: None for each in combinations})
         names = tuple({name: None for each in combinations for name in each.pose_inputs})
+        takers = [each for each in combinations if each.pose_inputs] or combinations
+        who = " or ".join({type(each).__name__: None for each in takers})
     for name in given:
         if name not in names:
             raise PredictionError(

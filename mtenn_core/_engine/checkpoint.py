@@ -27,6 +27,7 @@ _REMEDY = (
     " key that ends in '_extra_state' from the state dict, and load it with strict=False."
 )
 _FIELDS = ("name", "distribution", "version", "class", "arguments", "start_values", "attributes")
+Tasks = int | Sequence[str] | None
 # A number of bytes. Each text is filled up to a multiple of it.
 _BLOCK = 1024
 # Descriptions of attributes are only compared. Those of arguments are also shown in messages.
@@ -61,10 +62,11 @@ def identity(combination: Combination) -> dict[str, Any]:
 
 
 @without_modes(process_wide=False)
-def identity_tensor(combinations: Sequence[Combination]) -> Tensor:
+def identity_tensor(combinations: Sequence[Combination], tasks: Tasks = None) -> Tensor:
     """Return the identities of combinations as JSON in a tensor: one byte in each entry.
 
-    The JSON is one object for one combination, and a list of objects for several.
+    The JSON is one object for one combination, and a list of objects for several. The first object
+    has the names of the tasks, if they have names.
 
     It is a tensor because some formats of checkpoints (safetensors, distributed checkpoints) hold
     only tensors. The dtype is int32, so that the sum of several checkpoints does not overflow and
@@ -75,6 +77,8 @@ def identity_tensor(combinations: Sequence[Combination]) -> Tensor:
     different lengths.
     """
     identities = list(map(identity, combinations))
+    if names := _names(tasks):
+        identities[0]["tasks"] = names
     text = json.dumps(identities[0] if len(identities) == 1 else identities).encode()
     text += b"\n" + _checksum(text)
     n_bytes = _BLOCK * math.ceil(len(text) / _BLOCK)
@@ -83,7 +87,7 @@ def identity_tensor(combinations: Sequence[Combination]) -> Tensor:
 
 
 @without_modes(process_wide=False)
-def check(state: object, combinations: Sequence[Combination]) -> None:
+def check(state: object, combinations: Sequence[Combination], tasks: Tasks = None) -> None:
     """Compare the checkpoint's combinations with those of the model.
 
     A checkpoint without numbers (on the meta device) says nothing of its combination.
@@ -93,7 +97,8 @@ def check(state: object, combinations: Sequence[Combination]) -> None:
 
     Raises
     ------
-    CheckpointError : a combination, its arguments, or the number of combinations differ
+    CheckpointError : a combination, its arguments, the number of combinations, or the names of the
+        tasks differ
 
     Warns
     -----
@@ -107,8 +112,19 @@ def check(state: object, combinations: Sequence[Combination]) -> None:
             f"the checkpoint has {len(before)} combination(s), and this model has"
             f" {len(combinations)}: one for all tasks, or one for each{_REMEDY}"
         )
+    names, names_before = _names(tasks), before[0].get("tasks")
+    if names and names_before and names != names_before:
+        raise CheckpointError(
+            f"the checkpoint is of the tasks {names_before}, in this order, and this model has the"
+            f" tasks {names}. Name the tasks in the order of the checkpoint."
+        )
     for then, combination in zip(before, combinations, strict=True):
         _check_one(then, json.loads(json.dumps(identity(combination))))
+
+
+def _names(tasks: Tasks) -> list[str] | None:
+    """Return the names of tasks; None if they have none."""
+    return list(tasks) if isinstance(tasks, list | tuple) else None
 
 
 def _check_one(then: dict[str, Any], now: dict[str, Any]) -> None:

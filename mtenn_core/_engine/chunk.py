@@ -51,10 +51,12 @@ class Chunk(NamedTuple):
 
     def _checked(self, output: object) -> Tensor:
         """Return the pose model's output as predictions. Raise an error if it does not fit."""
-        if isinstance(output, Tensor):
-            predictions = _in_columns(output, self.n_poses, self.columns)
-            if predictions is not None and output.is_floating_point():
-                return predictions.to(at_least_float32(output.dtype))
+        if isinstance(output, Tensor) and output.is_floating_point():
+            shape = _shape_of_predictions(output.shape, self.n_poses, self.columns)
+            if shape is not None:
+                output = output.to(at_least_float32(output.dtype))
+                # reshape would add a node to the graph even if the shape is already right.
+                return output if output.shape == shape else output.reshape(shape)
         found = type(output).__name__
         kind = "in a tensor"
         if isinstance(output, Tensor):
@@ -71,32 +73,23 @@ class Chunk(NamedTuple):
         return f"pose {first}" if first == last else f"poses {first} to {last}"
 
 
-def _in_columns(predictions: Tensor, n_poses: int, columns: Columns | None) -> Tensor | None:
-    """Return the output of a pose model in the shape of pose predictions; None if it does not fit.
+def _shape_of_predictions(
+    found: torch.Size, n_poses: int, columns: Columns | None
+) -> torch.Size | tuple[int, ...] | None:
+    """Return the shape of the predictions for an output of a pose model; None if it does not fit.
 
     Parameters
     ----------
-    predictions : the output for ``n_poses`` poses; for one pose, it may lack the first dimension
+    found : the shape of the output. For one pose, it may lack the first dimension.
     columns : None if the pose model returns one number per pose
-
-    Returns
-    -------
-    shape (n_poses,), or (n_poses, n_columns)
     """
     if columns is None:
-        fits = (
-            predictions.shape in ((n_poses,), (n_poses, 1)) or predictions.numel() == n_poses == 1
-        )
-        shape: tuple[int, ...] = (n_poses,)
-    else:
-        found = (1, *predictions.shape) if predictions.dim() == n_poses == 1 else predictions.shape
-        fits = len(found) == 2 and found[0] == n_poses and found[1] == (columns.number or found[1])
-        fits = fits and found[1] > 0
-        shape = tuple(found)
-    if not fits:
-        return None
-    # reshape would add a node to the graph even if the shape is already right.
-    return predictions if predictions.shape == shape else predictions.reshape(shape)
+        shape = (n_poses,)
+        return shape if found in (shape, (n_poses, 1)) or found.numel() == n_poses == 1 else None
+    if len(found) == n_poses == 1:
+        found = torch.Size((1, *found))
+    fits = len(found) == 2 and found[0] == n_poses and 0 < found[1] == (columns.number or found[1])
+    return found if fits else None
 
 
 def _rule_for(n_poses: int, columns: Columns | None) -> str:
@@ -106,4 +99,5 @@ def _rule_for(n_poses: int, columns: Columns | None) -> str:
     number = "n" if columns.number is None else columns.number
     names = f" ({', '.join(columns.names)})" if columns.names else ""
     shape = f"({number},)" if n_poses == 1 else f"({n_poses}, {number})"
-    return f"{'some' if columns.number is None else number} numbers per pose{names}, shape {shape},"
+    how_many = "one number" if number == 1 else f"{columns.number or 'some'} numbers"
+    return f"{how_many} per pose{names}, shape {shape},"

@@ -116,7 +116,7 @@ def combine_tasks(
             values.append(combine_full_depth(*given, own_gradients))
         else:
             values.append(combine_compounds(*given, closed_form=closed_form))
-    return torch.cat(values).view(-1, len(sizes)).T
+    return torch.cat(values).view(-1, len(sizes)).T.contiguous()
 
 
 def _by_task(
@@ -209,7 +209,7 @@ def weights_of_tasks(
         weights_of_compounds(*given)
         for given in _by_task(combinations, predictions.detach(), inputs, sizes)
     ]
-    return torch.cat(weights).view(-1, len(predictions)).T
+    return torch.cat(weights).view(-1, len(predictions)).T.contiguous()
 
 
 def batches_by_size(predictions: Tensor, inputs: PoseInputs, sizes: list[int]) -> Batches:
@@ -290,6 +290,8 @@ def _from_batches(
             return [_of_batch(function, combination, *rows) for rows in batches.rows], batches
     except torch.OutOfMemoryError:  # a loop needs less
         return None
+    except CombinationContractError:  # a loop would raise it, too
+        raise
     except Exception:  # control flow that depends on these numbers, or the author's error
         known.note(combination, verdict=False)
         return None

@@ -72,7 +72,7 @@ def check_facts(combination: Combination) -> None:
         (
             "pose_columns",
             'None, a whole number above 0, a tuple of different names or "any"',
-            columns in (None, ANY) or are_columns(columns),
+            columns is None or are_columns(columns) or str(columns) == ANY,
         ),
     )
     for fact, rule, holds in rules:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import current_transform, over_rows
 from mtenn_core._engine.columns import Columns, named_column
-from mtenn_core._engine.declarations import declared_kinds, overrides
+from mtenn_core._engine.declarations import KINDS, check_facts, declared_kinds, overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
 from mtenn_core.combination import Combination
@@ -153,6 +153,8 @@ def check_kinds(combination: Combination, inputs: PoseInputs, sizes: list[int]) 
     inputs, sizes : as for :func:`check_finite`
     """
     for name, kind in declared_kinds(combination).items():
+        if kind not in KINDS:
+            check_facts(combination)  # raises an error
         if kind == "real":
             continue
         values = inputs[name].detach()
@@ -190,7 +192,7 @@ def combined_prediction(
     """Return the combined prediction for a differentiable vector of pose predictions.
 
     The value comes from ``combine``, in float32 at least. If the combination overrides
-    ``pose_weights`` and its value is a scalar, the derivative comes from ``pose_weights``.
+    ``pose_weights``, the derivative comes from ``pose_weights``.
 
     Parameters
     ----------
@@ -248,8 +250,8 @@ def _closed_form_weights(
         weights = combination.pose_weights(predictions, **pose_inputs)
         if not isinstance(weights, Tensor) or weights.shape != predictions.shape:
             raise CombinationContractError(
-                f"{type(combination).__name__}.pose_weights must return one weight per pose, shape"
-                f" {tuple(predictions.shape)}; found {_shape_or_type(weights)}"
+                f"{type(combination).__name__}.pose_weights must return one weight for each"
+                f" prediction, shape {tuple(predictions.shape)}; found {_shape_or_type(weights)}"
             )
         return weights
 
@@ -266,8 +268,6 @@ def _with_closed_form(
     # parameters. The predictions get their gradient from the weights, and not a second time.
     detached = predictions.detach()
     value = _value(combination, detached, pose_inputs)
-    if value.dim() != predictions.dim() - prediction_dims(combination):
-        return _value(combination, predictions, pose_inputs)  # a vector, which has no closed form
     # The weights are computed in forward and cloned below. Before backward, an optimizer may change
     # the combination's parameters.
     with torch.no_grad():
@@ -409,13 +409,19 @@ def check_n_poses(combination: Combination, n_poses: int, compound: int | None =
 
 def _checked_value(combination: Combination, value: Tensor) -> Tensor:
     """Return the ``value`` of a combination. Raise an error if it has a wrong shape."""
-    most = prediction_dims(combination) - 1  # only pose_columns allow for a vector
-    if not isinstance(value, Tensor) or value.dim() > most or not value.numel():
-        rule = "a scalar tensor, shape ()" + (", or a vector, shape (n_results,)" if most else "")
-        raise CombinationContractError(
-            f"{type(combination).__name__} must return {rule}; found {_shape_or_type(value)}"
-        )
-    return value
+    if isinstance(value, Tensor) and value.shape == ():
+        return value
+    rule, cls = "a scalar tensor, shape ()", type(combination)
+    if combination.pose_columns is not None:
+        if overrides(cls, "pose_weights"):
+            rule += ", because it defines pose_weights, the derivative of a scalar"
+        elif isinstance(value, Tensor) and value.dim() == 1 and len(value):
+            return value
+        else:
+            rule += ", or a vector, shape (n_results,)"
+    raise CombinationContractError(
+        f"{cls.__name__} must return {rule}; found {_shape_or_type(value)}"
+    )
 
 
 def _shape_or_type(found: object) -> str:

@@ -59,7 +59,7 @@ class Recomputed(Mode):
 
     def predict(self, options: Options, call: Call) -> tuple[Tensor, None]:
         if not torch.is_grad_enabled():
-            return torch.cat([chunk.run() for chunk in call.chunks]), None
+            return join_chunks([chunk.run() for chunk in call.chunks]), None
         if current_transform() is not None and inside_vmap():
             raise GradientError(
                 "gradients='recomputed' does not work inside torch.func.vmap, because backward runs"

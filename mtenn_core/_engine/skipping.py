@@ -15,6 +15,7 @@ from mtenn_core._engine.autograd_nodes import (
     is_leaf,
     nodes_of,
 )
+from mtenn_core._engine.columns import check_same_columns
 
 
 class Skippable(Protocol):
@@ -44,6 +45,8 @@ def join_chunks(
     skip_below : also skip weights up to this fraction of the largest weight; None skips nothing
     shared : the nodes of tensors that the poses of a compound share
     """
+    if predictions[0].dim() > 1:
+        check_same_columns(predictions)
     no_graph = not any(chunk.requires_grad for chunk in predictions)
     if len(predictions) == 1 or no_graph or skip_below is None:
         return torch.cat(list(predictions))

@@ -28,6 +28,7 @@ from mtenn_core._engine.autograd_nodes import (
     version_of,
 )
 from mtenn_core._engine.call import Call
+from mtenn_core._engine.columns import other_columns
 from mtenn_core._engine.cost import ModeCost, StepTotals
 from mtenn_core._engine.evaluation import PoseGradients
 from mtenn_core._engine.gradient_buffers import (
@@ -45,6 +46,7 @@ from mtenn_core._engine.module_tensors import Leaves, lock_of, sharded_part
 from mtenn_core._engine.plain_attributes import SIMPLE, KeptTensors
 from mtenn_core._engine.precision import no_autocast
 from mtenn_core._engine.shared_part import NO_GATE, NOTHING, Gate, Replaced, replaced, with_outputs
+from mtenn_core._engine.skipping import join_chunks
 from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
 
@@ -100,7 +102,7 @@ class Stored(Mode):
     def predict(self, options: Options, call: Call) -> tuple[Tensor, list[PoseGradients] | None]:
         needs_gradients = any(map(_needs_gradients, options.combinations))
         if not torch.is_grad_enabled():
-            predictions = torch.cat([chunk.run() for chunk in call.chunks])
+            predictions = join_chunks([chunk.run() for chunk in call.chunks])
             n_columns = predictions.shape[1:].numel()
             nothing = [PoseGradients({}, dict)] * (len(call.sizes) * n_columns)
             return predictions, nothing if needs_gradients else None
@@ -265,6 +267,9 @@ class StoredGradients:
             if len(numbers) > MOST_COLUMNS:
                 raise GradientError(_TOO_MANY.format(len(numbers)), pose=pose)
             self._spare, self._buffers = memory(len(numbers))
+            self._n_numbers = len(numbers)
+        if len(numbers) != self._n_numbers:
+            raise other_columns(pose, len(numbers), self._n_numbers)
         for column, number in enumerate(numbers):
             more = column + 1 < len(numbers)
             gradients, scale = self._inner.of(number, pose, retains=more)

@@ -29,7 +29,7 @@ from mtenn_core.testing._probe.subject import Subject
 from mtenn_core.testing._report import Record, Report, Status
 from mtenn_core.testing._target import Target, target_of
 
-FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties", "pose_inputs")
+FACTS = ("min_poses", "domain", "smooth", "stochastic", "properties", "pose_inputs", "pose_columns")
 
 
 def check_combination(

@@ -477,7 +477,7 @@ def test_vectors_of_different_lengths_are_an_error():
     [
         ({"tasks": 0}, "tasks must be a whole number above 0, .*; found 0"),
         ({"tasks": True}, "found True"),
-        ({"tasks": "ab"}, "a sequence of different names, or None; found 'ab'"),
+        ({"tasks": "ab"}, "a list or tuple of different names, or None; found 'ab'"),
         ({"tasks": ["a", "a"]}, "different names"),
         ({"tasks": 2.0}, "found 2.0"),
         ({"tasks": []}, r"found \[\]"),
@@ -547,6 +547,8 @@ def test_a_checkpoint_knows_the_combination_of_each_task():
         single.load_state_dict(state, strict=False)
     named = new_model(SmoothMinimum(), 2, tasks=("a", "b"))
     named.load_state_dict(single.state_dict())
+    with pytest.raises(CheckpointError, match=r"is of the tasks \['a', 'b'\], in this order"):
+        new_model(SmoothMinimum(), 2, tasks=["b", "a"]).load_state_dict(named.state_dict())
 
 
 def test_forward_of_a_vector_combination_takes_a_gradient_for_each_number():
@@ -598,3 +600,110 @@ def test_one_pass_over_many_compounds_runs_combine_a_few_times():
             model(poses, [3] * n_compounds, collated=True)
         counts.append(len(calls))
     assert counts[0] == counts[1] == 1
+
+
+class RowMaximum(Combination):
+    """Its derivative at ties within a pose depends on whether ``max`` gets a dimension."""
+
+    pose_columns = "any"
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return torch.stack([row.max() for row in predictions.unbind(0)]).sum()
+
+
+def test_ties_within_a_pose_have_the_derivative_of_the_loop():
+    model = MultiPoseModel(torch.nn.Identity(), RowMaximum())
+    model(torch.randn(80, 3), [4] * 20, collated=True)  # no ties here
+    tied = torch.zeros(80, 3, requires_grad=True)
+    out = model(tied, [4] * 20, collated=True)
+    (gradient,) = torch.autograd.grad(out.prediction.sum(), tied)
+    torch.testing.assert_close(gradient, torch.full_like(tied, 1 / 3))
+
+
+def test_forward_of_a_vector_combination_names_what_does_not_fit():
+    combination, w = Confident(), torch.nn.Parameter(torch.ones(2))
+    two, gradients = [torch.ones(2)] * 2, [torch.ones(2, 2)] * 2
+    for pred_list, grads, error, words in [
+        ([torch.ones(3), torch.ones(1)], gradients, PredictionError, "pose 0: .* 2 numbers"),
+        ([torch.ones(2), torch.ones(())], gradients, PredictionError, r"pose 1: .*found \(\)"),
+        ([torch.ones(2), None], gradients, PredictionError, "pose 1: .*found NoneType"),
+        (two, gradients[:1], GradientError, "'w': expected 2 pose gradients, .*; found 1"),
+        (two, [torch.ones(2, 2), None], GradientError, "'w', pose 1: .* found NoneType"),
+        (two, [torch.ones(2, 2), torch.ones(3, 2)], GradientError, r"pose 1: .*found \(3, 2\)"),
+    ]:
+        with pytest.raises(error, match=words):
+            combination(pred_list, {"w": grads}, ["w"], w)
+
+
+def test_a_vector_needs_a_class_without_pose_weights():
+    class Both(Confident):
+        def combine(self, predictions):
+            return predictions.sum(0)
+
+    for gradients in MODES:
+        with pytest.raises(CombinationContractError, match="because it defines pose_weights"):
+            new_model(Both(), 2, gradients=gradients)(new_poses(3))
+
+
+@pytest.mark.parametrize("gradients", MODES)
+def test_poses_of_different_widths_are_an_error(gradients):
+    class Growing(torch.nn.Module):
+        def forward(self, pose):
+            return pose[: 2 if pose[0] < 2 else 3]
+
+    poses = torch.arange(16.0).view(4, 4)
+    model = MultiPoseModel(Growing(), Largest(), gradients=gradients)
+    words = "pose 1: .* returned 2 for pose 0; found 3"
+    with pytest.raises(PredictionError, match=words):
+        model(poses)
+    with pytest.raises(PredictionError, match=words), torch.no_grad():
+        model(poses)
+
+
+def test_an_error_for_weights_leaves_batches_on():
+    calls = []
+
+    class Counting(Largest):
+        def combine(self, predictions, calls=calls):
+            calls.append(1)
+            return super().combine(predictions)
+
+    model = MultiPoseModel(torch.nn.Identity(), Counting())
+    poses = torch.randn(300, 2)
+    of_poses = model(poses, [3] * 100, collated=True).pose_predictions
+    for _ in range(4):
+        with pytest.raises(CombinationContractError, match="returns a vector"):
+            model.pose_weights(of_poses, [3] * 100)
+    calls.clear()
+    model(poses, [3] * 100, collated=True)
+    assert len(calls) == 1
+
+
+def test_results_of_tasks_are_contiguous():
+    model = new_model(SmoothMinimum(), 3, tasks=3)
+    out = model(new_poses(), SIZES)
+    assert out.prediction.is_contiguous()
+    assert model.pose_weights(out.pose_predictions, SIZES).is_contiguous()
+
+
+def test_options_that_change_after_construction_are_checked():
+    model = new_model(Largest(), 2)
+    model.combination.pose_columns = "affinity"
+    with pytest.raises(CombinationContractError, match="found 'affinity'"):
+        model(new_poses(3))
+    model = new_model([SmoothMinimum(), SmoothMinimum()], 2, tasks=2)
+    model.tasks = None
+    with pytest.raises(ValueError, match="several combinations need the argument tasks"):
+        model(new_poses(3))
+    model.tasks, model.combination = 2, torch.nn.ModuleList([torch.nn.Linear(1, 1)] * 2)
+    with pytest.raises(TypeError, match="an instance of Combination; found Linear"):
+        model(new_poses(3))
+
+
+def test_weights_of_predictions_that_are_no_matrix_are_an_error():
+    model = new_model(Confident(), 2)
+    for wrong in (torch.tensor(1.0), [1.0, 2.0], torch.randn(3), torch.randn(3, 2).int()):
+        with pytest.raises(PredictionError, match="floating-point numbers, 2 per pose"):
+            model.pose_weights(wrong)
+    with pytest.raises(PredictionError, match="floating-point numbers, some per pose"):
+        new_model(Largest(), 2).pose_weights(torch.tensor(1.0))

@@ -48,8 +48,11 @@ for name in registry.names():
     for example in registry.get(name).examples:
         for gradients in ("graph", "stored", "recomputed"):
             combination = registry.create(name, **example)
-            model = MultiPoseModel(torch.nn.Linear(3, 1), combination, gradients=gradients)
-            model(torch.randn(4, 3)).prediction.backward()
+            columns = combination.pose_columns or 1
+            n_columns = columns if isinstance(columns, int) else len(columns)
+            pose_model = torch.nn.Linear(3, n_columns)
+            model = MultiPoseModel(pose_model, combination, gradients=gradients)
+            model(torch.randn(4, 3)).prediction.sum().backward()
 print(*registry.names())
 """
 

@@ -23,7 +23,10 @@ COMBINATIONS = {
     "trimmed_mean": {"proportion": 0.3},
 }
 SHIPPED = {
+    "attention": "mtenn-attention",
     "boltzmann": "mtenn-boltzmann",
+    "confidence_weighted": "mtenn-attention",
+    "gated_attention": "mtenn-attention",
     "max": "mtenn-max",
     "mean": "mtenn-mean",
     "median": "mtenn-ordered",

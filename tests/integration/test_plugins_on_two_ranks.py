@@ -25,9 +25,13 @@ COMBINATIONS = {
     "max": {},
     "min": {"pred_scale": 1000.0},
     "boltzmann": {"kT": 0.593, "learnable": True},
+    "attention": {"n_features": 3, "n_hidden": 5, "learnable": True},
+    "gated_attention": {"n_features": 3, "n_hidden": 5, "dropout": 0.3, "readout": True},
+    "confidence_weighted": {"temperature": 0.5, "learnable": True},
     "min, learnable": {"pred_scale": 1.7, "normalize": True, "learnable": True},
     "top_k_mean": {"k": 2},
 }
+N_COLUMNS = {"attention": 3, "gated_attention": 3, "confidence_weighted": 2}
 WRAPS = [DistributedDataParallel, fully_shard]
 # By rank: the poses of compounds of its own, and its share of the poses of the same compounds.
 SIZES = {"spread": [[1, 5, 3], [4, 2]], "shared": [[2, 0, 3], [3, 2, 1]]}
@@ -53,18 +57,24 @@ def loss_of(prediction, pose_predictions):
     return (prediction + 3.0).square().sum() + (pose_predictions - 1.0).cos().sum()
 
 
+def loss_of_compounds(rule, parts):
+    return loss_of(torch.stack([rule.combine(part) for part in parts]), torch.cat(list(parts)))
+
+
 def by_plain_autograd(pose_model, rule, poses, how):
     """Return the mean over ranks of the gradients of each one's loss."""
-    of_ranks = []
+    of_ranks, losses = [], []
     for rank, (own, sizes) in enumerate(zip(poses, SIZES[how], strict=True)):
         torch.manual_seed(rank)  # dropout
-        of_ranks.append(torch.cat([pose_model(pose).reshape(1) for pose in own]).split(sizes))
+        predictions = torch.stack([pose_model(pose) for pose in own])
+        if rule.pose_columns is None:
+            predictions = predictions.squeeze(1)
+        of_ranks.append(predictions.split(sizes))
+        if how == "spread":
+            losses.append(loss_of_compounds(rule, of_ranks[-1]))
     if how == "shared":  # all ranks have the same loss, on all poses of a compound
-        of_ranks = [[torch.cat(parts) for parts in zip(*of_ranks, strict=True)]]
-    losses = [
-        loss_of(torch.stack([rule.combine(part) for part in parts]), torch.cat(list(parts)))
-        for parts in of_ranks
-    ]
+        together = [torch.cat(parts) for parts in zip(*of_ranks, strict=True)]
+        losses = [loss_of_compounds(rule, together)]
     return torch.autograd.grad(
         sum(losses) / len(losses), [*pose_model.parameters(), *rule.parameters()]
     )
@@ -73,10 +83,14 @@ def by_plain_autograd(pose_model, rule, poses, how):
 def check(how, name, mode, wrap):
     rank = dist.get_rank()
     torch.manual_seed(7)
-    layers = [torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Dropout(0.5), torch.nn.Linear(8, 1)]
-    pose_model = torch.nn.Sequential(*layers).double()
-    poses = [torch.randn(sum(sizes), 1, 4, dtype=torch.float64) for sizes in SIZES[how]]
-    rule = registry.create(name.split(",")[0], **COMBINATIONS[name]).double()
+    arguments = dict(COMBINATIONS[name])
+    if how == "shared":  # each rank would draw its own dropout of the combination
+        arguments.pop("dropout", None)
+    rule = registry.create(name.split(",")[0], **arguments).double()
+    n_columns = N_COLUMNS.get(name, 1)
+    layers = [torch.nn.Linear(4, 8), torch.nn.SiLU(), torch.nn.Dropout(0.5)]
+    pose_model = torch.nn.Sequential(*layers, torch.nn.Linear(8, n_columns)).double()
+    poses = [torch.randn(sum(sizes), 4, dtype=torch.float64) for sizes in SIZES[how]]
     expected = by_plain_autograd(copy.deepcopy(pose_model), copy.deepcopy(rule), poses, how)
     model = wrap(MultiPoseModel(pose_model, rule, gradients=mode))
     torch.manual_seed(rank)

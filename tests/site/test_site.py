@@ -31,6 +31,7 @@ PUBLIC = (
     "mtenn_max",
     "mtenn_boltzmann",
     "mtenn_ordered",
+    "mtenn_attention",
 )
 # Of torch.nn.Module: what a repr shows.
 NOT_OURS = ("extra_repr",)

@@ -179,7 +179,7 @@ def _differs(subject: Subject, other: Subject) -> bool:
         (n, p.requires_grad) for n, p in theirs.named_parameters()
     ] or ours.state_dict().keys() != theirs.state_dict().keys():
         return True
-    facts = ("min_poses", "domain", "smooth", "stochastic", "pose_inputs")
+    facts = ("min_poses", "domain", "smooth", "stochastic", "pose_inputs", "pose_columns")
     if any(getattr(ours, fact) != getattr(theirs, fact) for fact in facts):
         return True
     for n, base, spread in EFFECTS:

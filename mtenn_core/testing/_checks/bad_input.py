@@ -82,6 +82,7 @@ def _bad_inputs(
     step = subject.probes.step({"w1": (2,), "w10": (2,)}, subject.probes.n_poses(2) + 1)
     full, predictions = step.grad_dict(), step.pred_list()
     first, last = {"w1": full["w1"]}, full["w10"]
+    wide = [torch.cat([p.reshape(-1), p.new_ones(2)]) for p in predictions]
     return [
         ("no pose", step, [], {"w1": [], "w10": []}),
         ("no pose, but gradients", step, [], full),
@@ -90,7 +91,7 @@ def _bad_inputs(
         ("one prediction too few", step, predictions[:-1], full),
         ("one prediction too many", step, [*predictions, predictions[0]], full),
         ("no gradients for 'w10'", step, predictions, first),
-        ("predictions of shape (3,)", step, [p.expand(3).clone() for p in predictions], full),
+        (f"predictions of shape ({len(wide[0])},)", step, wide, full),
     ]
 
 

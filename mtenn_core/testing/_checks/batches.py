@@ -23,7 +23,7 @@ def batches(subject: Subject) -> Metrics:
 
     The core runs compounds with equal numbers of poses in one call, through ``torch.func.vmap``.
     """
-    combination = subject.copy(torch.float64)
+    combination = subject.copy(torch.float64, as_written=True)
     for n_compounds, n_poses in PROBES:
         size = subject.probes.n_poses(n_poses)
         poses = [subject.probes.poses(size, 0.0, 0.5) for _ in range(n_compounds)]

@@ -200,20 +200,21 @@ def check_chain_rule(
     Parameters
     ----------
     grad_outputs : gradients of the loss with respect to the combined prediction
-    layout : turns gradients of shape (n_poses, *shape) into a list for ``grad_dict``
+    layout : turns gradients of shape (n_poses, *shape) into a list for ``grad_dict``. With columns,
+        ``shape`` starts with their number
 
     Raises
     ------
     Fail : backward differs
     """
-    weights = subject.weights(step.poses)
+    weights = subject.weights(step.poses).flatten()
     # The resolution comes from values, because weights may be exact in every dtype. For example, a
     # mean of four poses has weights of 1/4.
-    probes = [subject.probes.poses(len(weights)).row() for _ in range(8)]
+    probes = [subject.probes.poses(len(step.poses)).row() for _ in range(8)]
     eps = resolution(subject.values(torch.stack(probes)))
     worst = 0.0
     for go in grad_outputs:
-        grad_dict = {name: layout(gradients) for name, gradients in step.gradients.items()}
+        grad_dict = {name: layout(step.by_pose(each)) for name, each in step.gradients.items()}
         value = subject.call(step, grad_dict=grad_dict)
         params = list(step.params.values())
         found = torch.autograd.grad(value * go, params, allow_unused=True)
@@ -248,7 +249,8 @@ def _check_parameter(
     if not (error <= tolerance).all():
         at = int((error - tolerance).nan_to_num(torch.inf).argmax())
         raise Fail(
-            f"parameter {name!r}, entry {at}, {len(weights)} poses, gradient of the loss {go:g}:\n"
+            f"parameter {name!r}, entry {at}, {len(step.poses)} poses, gradient of the loss"
+            f" {go:g}:\n"
             f"    your backward      {found.flatten()[at]:.17g}\n"
             f"    go · Σ w_i g_i     {expected.flatten()[at]:.17g} ± {tolerance.flatten()[at]:.1e}",
             cause=cause_in_chain_rule(step, name, go, found, weights),

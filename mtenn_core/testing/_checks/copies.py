@@ -25,7 +25,7 @@ from mtenn_core.testing._probe.subject import Subject
 @check("A9", "copies, pickles and checkpoints are the same combination")
 def copies(subject: Subject) -> Metrics:
     """Compare deepcopy, pickle, and a new instance that loads the state_dict with the original."""
-    original = subject.copy(torch.float64)
+    original = subject.copy(torch.float64, as_written=True)
     step = subject.probes.step()
     for _ in range(2):  # a copy must also keep state that changes with each call
         call_keeping_state(original, step)
@@ -55,7 +55,7 @@ def copies(subject: Subject) -> Metrics:
                     cause="the copy loses an argument or a state: set arguments as attributes in"
                     " __init__, and keep learned numbers in parameters and buffers",
                 )
-    _check_frozen_copies(subject.copy(torch.float64))
+    _check_frozen_copies(subject.copy(torch.float64, as_written=True))
     return {"ways": sorted(made)}
 
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import ANY
 from mtenn_core._engine.declarations import constructor_arguments
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Metrics
-from mtenn_core.testing._probe.comparison import Comparison, compare, judge
+from mtenn_core.testing._probe.causes_in_columns import cause_in_columns
+from mtenn_core.testing._probe.comparison import Comparison, compare, judge, narrowed
 from mtenn_core.testing._probe.finite_differences import (
     Estimate,
     central_differences,
     climb,
+    directional_derivatives,
     extrapolate,
 )
 from mtenn_core.testing._probe.kinks import kink_cause
@@ -67,6 +71,10 @@ MORE_PROBES = (
 )
 
 
+# For ``pose_columns = "any"``, besides the number of the other probes.
+N_COLUMNS_OF_ANY = (1, 5)
+
+
 @check("C1", "pose weights are the derivative of the value", "gate")
 def pose_weights(subject: Subject) -> Metrics:
     """Compare all weights of a few poses, for predictions of many sizes and spreads.
@@ -77,7 +85,23 @@ def pose_weights(subject: Subject) -> Metrics:
     points = probes_of(subject)
     if subject.thorough:
         points += underflowing_weights(subject)
+        _check_other_numbers_of_columns(subject)
     return judge(*compare_weights(subject, points), partial(step_table, subject))
+
+
+def _check_other_numbers_of_columns(subject: Subject) -> None:
+    """Compare the weights for other numbers of columns, if the combination takes any number."""
+    if subject.combination.pose_columns != ANY:
+        return
+    for n_columns in N_COLUMNS_OF_ANY:
+        other = Subject(subject.original, subject.seed, thorough=True, n_columns=n_columns)
+        points = [
+            other.probes.poses(n, 0.0, spread) for n, spread in ((1, 1.0), (3, 0.5), (6, 0.1))
+        ]
+        comparisons, cause = compare_weights(other, points)
+        if any(comparison.wrong for comparison in comparisons):
+            where = f"if the other numbers of columns are right: wrong for {n_columns} column(s)"
+            judge(comparisons, "; ".join(filter(None, [cause, where])), partial(step_table, other))
 
 
 def probes_of(subject: Subject) -> list[Poses]:
@@ -85,7 +109,7 @@ def probes_of(subject: Subject) -> list[Poses]:
     points = [subject.probes.poses(n, base, spread) for n, base, spread in probes]
     if subject.thorough:
         poses = subject.probes.poses(4)
-        ascending = poses.predictions.argsort().tolist()
+        ascending = poses.predictions.view(len(poses), -1)[:, 0].argsort().tolist()
         points += [poses[ascending], poses[ascending[::-1]]]
         if subject.combination.smooth:
             points += [poses[[0, *range(len(poses) - 1)]], poses.tied()]
@@ -102,8 +126,9 @@ def _with_a_zero(subject: Subject, poses: Poses) -> list[Poses]:
     low, high = subject.combination.domain
     found = []
     if low < 0 < high and subject.combination.smooth:  # there may be a kink at 0
-        y = poses.predictions
-        found.append(poses.at(torch.cat([y.new_zeros(1), y[1:]])))
+        y = poses.predictions.clone()
+        y.view(-1)[0] = 0
+        found.append(poses.at(y))
     for name, numbers in poses.inputs.items():
         if name in subject.probes.labels() or subject.probes.is_positive(name):
             continue
@@ -124,15 +149,50 @@ def compare_weights(subject: Subject, points: list[Poses]) -> tuple[list[Compari
     """Return the comparisons at some probes, and the likely cause if weights are wrong."""
     comparisons, known = [], []
     for poses, directions, numerical in _derivatives(subject, points):
-        found = compare_at(subject.weights, numerical, directions, poses, "pose")
-        if subject.two_derivatives:
-            unit = "autograd of combine, pose"
-            found += compare_at(subject.autograd_weights, numerical, directions, poses, unit)
+        found = _compare_both(subject, poses, directions, numerical)
         comparisons += found
         known.append((found, numerical))
-    if not any(comparison.wrong for comparison in comparisons):
+    wrong = [comparison for comparison in comparisons if comparison.wrong]
+    if not wrong:
         return comparisons, ""
+    if subject.probes.columns is not None and not any(
+        each.direction.count_nonzero() == 1 for each in wrong
+    ):
+        comparisons.append(narrowed(wrong[0], partial(_compare_along, subject, wrong[0])))
     return comparisons, _cause(subject, known)
+
+
+def _compare_both(
+    subject: Subject, poses: Poses, directions: Tensor, numerical: Estimate
+) -> list[Comparison]:
+    """Compare the weights of stored gradients, and those of autograd if they may differ."""
+    weights_of = {"pose": subject.weights}
+    if subject.two_derivatives:
+        weights_of[_OF_COMBINE] = subject.autograd_weights
+    columns = subject.probes.columns
+    return [
+        replace(each, columns=columns)
+        for unit, function in weights_of.items()
+        for each in compare_at(
+            function, numerical, directions, poses, unit, tuple(poses.predictions.shape)
+        )
+    ]
+
+
+_OF_COMBINE = "autograd of combine, pose"
+
+
+def _compare_along(subject: Subject, wrong: Comparison, directions: Tensor) -> list[Comparison]:
+    """Repeat a comparison along other directions."""
+    poses = wrong.poses
+    fd = directional_derivatives(
+        subject.values,
+        poses.row().expand(len(directions), -1),
+        directions,
+        torch.full((len(directions),), subject.probes.first_step(poses.predictions)),
+    )
+    found = _compare_both(subject, poses, directions, fd)
+    return [each for each in found if each.unit == wrong.unit]
 
 
 def compare_at(
@@ -141,9 +201,17 @@ def compare_at(
     directions: Tensor,
     poses: Poses,
     unit: str,
+    shape: tuple[int, ...] = (),
 ) -> list[Comparison]:
+    """Compare a gradient at some poses with finite differences along ``directions``.
+
+    Parameters
+    ----------
+    shape : shape of what moves, to name its entries
+    """
     weights_at = poses.fixed(weights_of)
-    return compare(weights_at, fd, directions, poses.predictions, unit, poses.inputs)
+    found = compare(weights_at, fd, directions, poses.predictions, unit, poses.inputs)
+    return [replace(each, shape=shape) for each in found]
 
 
 def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses, Tensor, Estimate]]:
@@ -154,7 +222,10 @@ def _derivatives(subject: Subject, points: list[Poses]) -> Iterator[tuple[Poses,
     groups: dict[int, list[Poses]] = {}
     for poses in points:
         groups.setdefault(len(poses), []).append(poses)
-    directions = {n_poses: directions_for(subject, n_poses) for n_poses in groups}
+    directions = {
+        n_poses: directions_for(subject, group[0].predictions.numel())
+        for n_poses, group in groups.items()
+    }
     ladders = []
     for n_poses, group in groups.items():
         along = directions[n_poses]
@@ -181,10 +252,10 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
     found = [c for comparisons, _ in known for c in comparisons]
     if cause := kink_cause(subject, found) or _cause_at_zero(subject, found):
         return cause
-    points = []
+    points: list[Point] = []
     for comparisons, numerical in known:
         poses = comparisons[0].poses
-        if len(numerical.derivative) != len(poses):
+        if len(numerical.derivative) != poses.predictions.numel():
             continue
         ours = [c for c in comparisons if c.unit == "pose"]
         if not any(c.wrong for c in comparisons if c.unit == "pose") and any(
@@ -199,7 +270,29 @@ def _cause(subject: Subject, known: list[tuple[list[Comparison], Estimate]]) -> 
         if math.isfinite(tolerance):
             wrong = any(c.wrong for c in ours)
             points.append(Point(poses, analytic, numerical.derivative, tolerance, wrong))
-    return cause_in_weights(points, subject.weights, scales_of(subject.combination))
+    scales = scales_of(subject.combination)
+    if subject.probes.columns is not None:
+        return _jacobian_cause(subject, points) or cause_in_columns(
+            points, subject.probes.columns, scales
+        )
+    return cause_in_weights(points, subject.weights, scales)
+
+
+def _jacobian_cause(subject: Subject, points: list[Point]) -> str:
+    """Return the cause if the derivative of a vector is that of the swapped entries, else ""."""
+    wrong = [point for point in points if point.wrong]
+    n_columns = subject.probes.shape(1)[-1]
+    if subject.factors is None or len(subject.factors) != n_columns or not wrong:
+        return ""
+    factors = torch.tensor(subject.factors, dtype=torch.float64)
+    for point in wrong:
+        jacobian = subject.weights_of_results(point.poses)  # (result, pose, column)
+        if not point.expects(torch.einsum("r,cpr->pc", factors, jacobian).flatten()):
+            return ""
+    return (
+        "the Jacobian is transposed: the derivative of result i with respect to column j is that of"
+        " result j with respect to column i"
+    )
 
 
 def _cause_at_zero(subject: Subject, comparisons: list[Comparison]) -> str:
@@ -235,9 +328,16 @@ def scales_of(combination: Combination) -> dict[str, float]:
     }
 
 
+# With columns, a few poses have more numbers than without. They are evaluated in batches.
+FEW_ENTRIES = 24
+
+
 def directions_for(subject: Subject, n: int) -> Tensor:
     """Return all axes for few inputs, else two random directions: shape (n_directions, n)."""
-    if n <= (6 if subject.thorough else 4):
+    few = 6 if subject.thorough else 4
+    if subject.probes.columns is not None and subject.may_batch:
+        few = FEW_ENTRIES
+    if n <= few:
         return torch.eye(n, dtype=torch.float64)
     # The entries are ±1/2 and ±1, so that steps along the directions are exact.
     return subject.probes.randn(2, n).sign() * (3 + subject.probes.randn(2, n).sign()) / 4

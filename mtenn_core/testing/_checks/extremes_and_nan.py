@@ -8,6 +8,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import named_column
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.kinks import KINK, at_kink
@@ -75,22 +76,22 @@ def _check_nan(subject: Subject, poses: Poses) -> None:
     if "ignores_nan" in subject.combination.properties:
         return
     values = []
-    for pose in range(len(poses)):
-        broken = poses.at(poses.predictions.clone())
-        broken.predictions[pose] = math.nan
-        values.append((pose, broken, subject.value(broken)))
+    for entry in _entries(poses):
+        broken = _with_prediction(poses, entry, math.nan)
+        values.append((entry, broken, subject.value(broken)))
     # If the value does not depend on a pose, NaN in this pose cannot change it.
-    counts = subject.weights(poses) != 0
+    counts = subject.weights(poses).flatten() != 0
     unseen = [each for each in values if not each[2].isnan() and counts[each[0]]]
     # A selection of the best k poses may treat NaN as the worst prediction, at every index.
     selects = not any(value.isnan() for *_, value in values)
     smooth = subject.combination.smooth
-    for pose, broken, value in unseen:
+    for entry, broken, value in unseen:
         around = selects and _selects_around_nan(subject, broken, value)
         if around and not smooth:
             continue
         raise Fail(
-            f"pose {pose} of {len(poses)} is NaN: expected the value NaN; found {value.item():g}",
+            f"{_place(subject, poses, entry)} is NaN: expected the value NaN; found"
+            f" {value.item():g}",
             cause=KINK if around and at_kink(subject, poses.tied()) else _HIDDEN_NAN,
         )
 
@@ -116,8 +117,9 @@ def _check_infinity(subject: Subject) -> None:
     for sign, end in zip((-1.0, 1.0), domain, strict=True):
         if math.isfinite(end):
             continue
-        for pose in range(len(poses)):
+        for pose in _entries(poses):
             broken = _with_prediction(poses, pose, sign * math.inf)
+            place = _place(subject, poses, pose)
             try:
                 value, weights = subject.value(broken), subject.weights(broken)
             except Exception:  # an error hides nothing
@@ -128,7 +130,7 @@ def _check_infinity(subject: Subject) -> None:
             of_value = [ours for _, ours in limits if _close(value, ours[0])]
             if not of_value:
                 raise Fail(
-                    f"pose {pose} of {len(poses)} is {sign * math.inf}: expected the limit, an"
+                    f"{place} is {sign * math.inf}: expected the limit, an"
                     f" infinity or NaN; found the finite value {value.item():.9g}, but"
                     f" {limits[-1][1][0].item():.9g} for {sign * limits[-1][0]:g}",
                     cause="infinities are replaced or skipped (nan_to_num, isfinite, a mask), which"
@@ -136,7 +138,7 @@ def _check_infinity(subject: Subject) -> None:
                 )
             if weights.isfinite().all() and not any(_close(weights, w) for _, w in of_value):
                 raise Fail(
-                    f"pose {pose} of {len(poses)} is {sign * math.inf}: expected the weights"
+                    f"{place} is {sign * math.inf}: expected the weights"
                     f" [{listed(of_value[-1][1])}] or NaN, as for large numbers; found"
                     f" [{listed(weights)}]",
                     cause="the weights treat an infinite prediction in another way than the value",
@@ -146,7 +148,12 @@ def _check_infinity(subject: Subject) -> None:
 def _limits(
     subject: Subject, poses: Poses, pose: int, sign: float
 ) -> list[tuple[float, tuple[Tensor, Tensor]]]:
-    """Return large predictions of one pose, each with value and weights, if they are no NaN."""
+    """Return large predictions of one pose, each with value and weights, if they are no NaN.
+
+    Parameters
+    ----------
+    pose : the index in the flattened predictions
+    """
     found = []
     for size in LARGE:
         large = _with_prediction(poses, pose, sign * size)
@@ -158,8 +165,25 @@ def _limits(
 
 def _with_prediction(poses: Poses, pose: int, prediction: float) -> Poses:
     changed = poses.at(poses.predictions.clone())
-    changed.predictions[pose] = prediction
+    changed.predictions.view(-1)[pose] = prediction
     return changed
+
+
+# Of many columns, only a few are tried, because each takes some values.
+MOST_ENTRIES = 48
+
+
+def _entries(poses: Poses) -> list[int]:
+    """Return the indices of the predictions, or those of some predictions of each pose."""
+    n_entries = poses.predictions.numel()
+    step = -(-n_entries // MOST_ENTRIES)  # rounded up
+    # Odd, so that the columns are not the same for each pose.
+    return [*range(0, n_entries, step + (step > 1 and step % 2 == 0))]
+
+
+def _place(subject: Subject, poses: Poses, entry: int) -> str:
+    pose, column = divmod(entry, poses.predictions[0].numel())
+    return f"pose {pose} of {len(poses)}{named_column(subject.probes.columns, column)}"
 
 
 def _close(found: Tensor, expected: Tensor) -> bool:

@@ -69,12 +69,16 @@ def _wrong_form(gradient: object, param: Tensor, n_poses: int) -> str:
     return "the sum is over another axis than that of the poses"
 
 
-@check("A2", "the output is a scalar with a gradient", "gate")
+@check("A2", "the output has the right shape and a gradient", "gate")
 def output(subject: Subject) -> Metrics:
     """Check the shape, the dtype and the graph of the output."""
     _check_signatures(subject.combination)
     _check_dtype(subject)
-    for n_poses in sorted({subject.probes.n_poses(n) for n in (1, 2, 3)}):
+    numbers = sorted({subject.probes.n_poses(n) for n in (1, 2, 3)})
+    if subject.probes.columns is not None:
+        _check_outputs_of_columns(subject, numbers)
+        return {}
+    for n_poses in numbers:
         for shape in ((), (1,)):
             step = subject.probes.step({"p": (2,)}, n_poses)
             pred_list = [prediction.reshape(shape) for prediction in step.pred_list()]
@@ -89,19 +93,48 @@ def output(subject: Subject) -> Metrics:
                     else "the value must be 0-dimensional for predictions of both shapes, () and"
                     " (1,): reshape(()) it, and do not squeeze() the predictions",
                 )
-            if found.dtype != torch.float64:
-                raise Fail(
-                    f"{where}: expected torch.float64, the dtype of the predictions; found"
-                    f" {found.dtype}",
-                    cause="the output does not keep the dtype of the predictions",
-                )
-            if not found.requires_grad:
-                raise Fail(
-                    f"{where}: the output must require a gradient; found that it does not",
-                    cause="is the output detached, computed under no_grad, or made by item() or"
-                    " numpy()?",
-                )
+            _check_output(found, where)
     return {}
+
+
+def _check_outputs_of_columns(subject: Subject, numbers: list[int]) -> None:
+    """Check that the output is a number, or a vector with equally many entries for all poses."""
+    combination = subject.copy(torch.float64, as_written=True)
+    shapes: dict[int, tuple[int, ...]] = {}
+    for n_poses in numbers:
+        poses = subject.probes.poses(n_poses)
+        where = f"{n_poses} pose(s) with {poses.predictions.shape[1]} column(s)"
+        with subject.restored_state():
+            y = poses.predictions.requires_grad_().clone()
+            found: object = combination.combine(y, **poses.copied_inputs())
+        if not isinstance(found, Tensor) or found.dim() > 1 or not found.numel():
+            what = tuple(found.shape) if isinstance(found, Tensor) else type(found).__name__
+            raise Fail(
+                f"{where}: expected a tensor of shape (), or a vector, shape (n_results,); found"
+                f" {what}",
+                cause="sum over the poses, dim=0, without keepdim=True",
+            )
+        _check_output(found, where)
+        shapes[n_poses] = tuple(found.shape)
+    if len({*shapes.values()}) > 1:
+        raise Fail(
+            "the shape of the value must not depend on the number of poses; found"
+            f" {', '.join(f'{shape} for {n} pose(s)' for n, shape in shapes.items())}",
+            cause="the sum or mean is over the columns: the poses are dim=0, the columns dim=1",
+        )
+
+
+def _check_output(found: Tensor, where: str) -> None:
+    if found.dtype != torch.float64:
+        raise Fail(
+            f"{where}: expected torch.float64, the dtype of the predictions; found {found.dtype}",
+            cause="the output does not keep the dtype of the predictions",
+        )
+    if not found.requires_grad:
+        raise Fail(
+            f"{where}: the output must require a gradient; found that it does not",
+            cause="is the output detached, computed under no_grad, or made by item() or numpy()?",
+        )
 
 
 def _check_signatures(combination: Combination) -> None:
@@ -196,9 +229,10 @@ def value_of_predictions(subject: Subject) -> Metrics:
     }
     value = subject.call(step)
     found = {what: subject.call(other) for what, other in others.items()}
-    found["predictions of shape (1,)"] = subject.call(
-        step, pred_list=[prediction.reshape(1) for prediction in step.pred_list()]
-    )
+    if subject.probes.columns is None:
+        found["predictions of shape (1,)"] = subject.call(
+            step, pred_list=[prediction.reshape(1) for prediction in step.pred_list()]
+        )
     for what, other in found.items():
         if not torch.equal(value, other):
             raise Fail(

@@ -14,7 +14,7 @@ from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import directions_for
-from mtenn_core.testing._checks.whole_model import outputs_of
+from mtenn_core.testing._checks.whole_model import MOST_STORED, outputs_of
 from mtenn_core.testing._outcomes import Metrics, Skip
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import Estimate, climb, extrapolate
@@ -118,9 +118,11 @@ def _first_step(subject: Subject, name: str, poses: Poses) -> float:
 
 def _moving(name: str, poses: Poses, directions: Tensor) -> Tensor:
     """Return directions in which only one pose input of a row moves, see :meth:`Poses.row`."""
-    return torch.cat(
-        [directions if other == name else 0 * directions for other in poses.named()], dim=1
-    )
+    parts = {
+        other: directions.new_zeros(len(directions), numbers.numel())
+        for other, numbers in poses.named().items()
+    }
+    return torch.cat([*(parts | {name: directions}).values()], dim=1)
 
 
 def _modes(subject: Subject) -> dict[str, Value]:
@@ -140,7 +142,9 @@ def _modes(subject: Subject) -> dict[str, Value]:
             combination, poses.predictions, inputs
         )
     if subject.thorough:
-        in_model = MODES_OF_COMBINE if "graph" in modes else ("stored",)
+        in_model: tuple[str, ...] = MODES_OF_COMBINE if "graph" in modes else ("stored",)
+        if subject.probes.shape(1)[-1] > MOST_STORED:
+            in_model = tuple(mode for mode in in_model if mode != "stored")
         modes |= {f"{mode} in a model": _in_a_model(subject, mode) for mode in in_model}
     return modes
 

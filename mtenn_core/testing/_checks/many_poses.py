@@ -38,7 +38,7 @@ SCREENING_STEP = 2.0**-17
 @check("B3", "a thousand poses work, and the cost grows linearly")
 def many_poses(subject: Subject) -> Metrics:
     """Check derivative and chain rule for many poses, and how the work grows with their number."""
-    step = subject.probes.step({"w": (3,), "b": ()}, 1000)
+    step = subject.probes.step({"w": (3,), "b": ()}, few_if_wide(subject, 1000))
     worst = check_chain_rule(subject, step, (1.0,))
     comparisons, cause = compare_weights(subject, [subject.probes.poses(300)])
     if any(comparison.wrong for comparison in comparisons):
@@ -56,12 +56,17 @@ def many_poses(subject: Subject) -> Metrics:
     return {"largest error in tolerances": worst, "growth of work, poses × 4": growth}
 
 
+def few_if_wide(subject: Subject, n_poses: int) -> int:
+    """Return fewer poses if each has several numbers: the gradient of each number is a tensor."""
+    return max(32, n_poses // subject.probes.shape(1)[-1])
+
+
 def _check_numbers_of_poses(subject: Subject) -> None:
     """Check the weights of many numbers of poses, and the chain rule of a ``forward``."""
     eps = resolution(subject.values(torch.stack([subject.probes.poses(9).row() for _ in range(4)])))
     shapes: dict[str, tuple[int, ...]] = {"w": (3,), "b": ()}
     most = MOST_FOR_FORWARD if subject.full_depth else max(NUMBERS_OF_POSES)
-    if loops_over_poses(subject):
+    if loops_over_poses(subject) or (subject.probes.columns and has_pairs_of_poses(subject)):
         most = MOST_IN_A_LOOP
     for n_poses in NUMBERS_OF_POSES:
         if not subject.combination.min_poses <= n_poses <= most:
@@ -90,10 +95,11 @@ def _cause_of_many(subject: Subject, poses: Poses, cause: str) -> str:
 def _differs_from_value(subject: Subject, poses: Poses, weights: Tensor, eps: float) -> bool:
     """Return whether weights differ from one central difference, which has no error bar."""
     y = poses.predictions
-    direction = directions_for(subject, len(y))[0]
+    direction = directions_for(subject, y.numel())[0].view_as(y)
     step = min(SCREENING_STEP, subject.probes.first_step(y))
     up, down = (subject.value(poses.at(y + sign * step * direction)) for sign in (1, -1))
-    found, expected = float(weights @ direction), float(up - down) / (2 * step)
+    found = float(weights.flatten() @ direction.flatten())
+    expected = float(up - down) / (2 * step)
     noise = ULPS * eps * max(float(y.abs().amax()), abs(float(up))) / step
     size = max(float(weights.abs().amax()), abs(expected))
     return not abs(found - expected) <= 1e-4 * size + noise

@@ -27,7 +27,7 @@ from mtenn_core.testing._checks.whole_model import (
     outputs_of,
 )
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
-from mtenn_core.testing._probe.comparison import Comparison, judge
+from mtenn_core.testing._probe.comparison import Comparison, judge, narrowed
 from mtenn_core.testing._probe.finite_differences import (
     FLOAT64,
     Estimate,
@@ -36,6 +36,7 @@ from mtenn_core.testing._probe.finite_differences import (
 )
 from mtenn_core.testing._probe.instances import own_parameter
 from mtenn_core.testing._probe.kinks import kink_cause
+from mtenn_core.testing._probe.one_number import as_written
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
@@ -120,8 +121,23 @@ def _of_own_parameters(
             directions = directions_for(subject, param.numel())[:n_directions]
             fd = _derivatives_of_parameter(subject, name, poses, directions, eps)
             gradient_at = partial(subject.gradient_of_parameter, name)
-            comparisons += compare_at(gradient_at, fd, directions, poses, f"{name!r}, entry")
+            unit, shape = f"{name!r}, entry", tuple(param.shape)
+            found = compare_at(gradient_at, fd, directions, poses, unit, shape)
+            wrong = next((each for each in found if each.wrong), None)
+            if wrong is not None and subject.probes.columns is not None:
+                along = partial(_compare_along, subject, name, wrong, eps)
+                found.append(narrowed(wrong, along))
+            comparisons += found
     return comparisons
+
+
+def _compare_along(
+    subject: Subject, name: str, wrong: Comparison, eps: float, directions: Tensor
+) -> list[Comparison]:
+    """Repeat a comparison along other directions."""
+    fd = _derivatives_of_parameter(subject, name, wrong.poses, directions, eps)
+    gradient_at = partial(subject.gradient_of_parameter, name)
+    return compare_at(gradient_at, fd, directions, wrong.poses, wrong.unit, wrong.shape)
 
 
 def _derivatives_of_parameter(
@@ -167,7 +183,8 @@ def _gradient_in_a_model(subject: Subject, name: str, mode: str, poses: Poses) -
     """Return the flattened gradient of an own parameter, as an optimizer sees it."""
     param = own_parameter(subject.combination, name)
     param.grad = None
-    loss_of_both(*outputs_of(subject, _Factor(), poses.predictions, poses, mode)).backward()
+    with as_written(subject.combination):
+        loss_of_both(*outputs_of(subject, _Factor(), poses.predictions, poses, mode)).backward()
     gradient, param.grad = param.grad, None
     return (torch.zeros_like(param) if gradient is None else gradient).reshape(-1)
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mtenn_core._process.printable import error_text
 from mtenn_core.testing._checks.check import check
+from mtenn_core.testing._checks.many_poses import few_if_wide
 from mtenn_core.testing._outcomes import Advice, Fail, Metrics, Outcome
 from mtenn_core.testing._probe.comparison import FLOAT32, ratio
 from mtenn_core.testing._probe.poses import Poses
@@ -77,14 +78,16 @@ def _check_dtype(subject: Subject, dtype: torch.dtype) -> float:
             continue  # these predictions test whether a square overflows in float16
         poses = _in_domain(subject, subject.probes.poses(n, base, spread), dtype)
         # Rounding may make ties, and a value with kinks has several derivatives at a tie.
-        if subject.combination.smooth or len(poses.predictions.unique()) == len(poses):
-            shapes = None if subject.thorough else {"w": (3,), "scalar": ()}
+        y = poses.predictions
+        if subject.combination.smooth or len(y.unique()) == y.numel():
+            is_brief = not subject.thorough or subject.probes.columns is not None
+            shapes = {"w": (3,), "scalar": ()} if is_brief else None
             step = subject.probes.step(shapes, len(poses))
             worst = max(worst, _check_precision(subject, step, poses))
     if dtype == torch.float32 or not subject.combination.smooth:
         return worst
     # A sum of many small terms of one sign stops growing in half precision.
-    step = subject.probes.step({"w": (4,)}, 1000)
+    step = subject.probes.step({"w": (4,)}, few_if_wide(subject, 1000))
     step.gradients["w"].abs_()
     poses = _in_domain(subject, subject.probes.poses(len(step.poses), -9.0, 0.0), dtype)
     return max(worst, _check_precision(subject, step, poses))
@@ -120,10 +123,11 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
         return 0.0
     off = _check_value(subject, value, wide.poses)
     expected = subject.gradients(wide, **_views(wide))
-    weights = subject.weights(wide.poses)
+    weights_at = partial(_flat_weights, subject)
+    weights = weights_at(wide.poses)
     few = len(poses) <= 30
     # This is slow. For many poses, compute it only if it is needed.
-    moved = _change_by_last_digit(subject, subject.weights, wide.poses, weights) if few else None
+    moved = _change_by_last_digit(subject, weights_at, wide.poses, weights) if few else None
     # A small weight may have the roundoff of a usual weight. For example, the derivative of tanh is
     # computed as 1 - tanh².
     usual = float(subject.weights(subject.probes.poses(4)).abs().amax())
@@ -139,7 +143,7 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
         allowed = beyond | ~expected[name].isfinite()
         if not ((error <= tolerance) | allowed).all():  # the value may be stiff here
             if moved is None:
-                moved = _change_by_last_digit(subject, subject.weights, wide.poses, weights)
+                moved = _change_by_last_digit(subject, weights_at, wide.poses, weights)
             tolerance = limits.tiny + torch.tensordot(slack + 8 * moved, sizes, dims=1)
         if not ((error <= tolerance) | allowed).all():
             at = int((error - tolerance).nan_to_num(math.inf).argmax())
@@ -153,12 +157,16 @@ def _check_precision(subject: Subject, step: Step, poses: Poses) -> float:
     return off
 
 
+def _flat_weights(subject: Subject, poses: Poses) -> Tensor:
+    return subject.weights(poses).flatten()
+
+
 def _views(step: Step) -> dict[str, Any]:
     """Return predictions and gradients as views of one buffer each.
 
     This is faster than a copy of each tensor.
     """
-    gradients = {name: list(each.clone()) for name, each in step.gradients.items()}
+    gradients = {n: list(step.by_pose(each.clone())) for n, each in step.gradients.items()}
     return {"pred_list": list(step.poses.predictions.clone()), "grad_dict": gradients}
 
 
@@ -195,7 +203,7 @@ def _change_by_last_digit(
 
     def nearby(numbers: Tensor, sign: int) -> Tensor:
         by = sign * torch.finfo(torch.float32).eps * numbers.abs()
-        odd = torch.arange(len(numbers)) % 2 == 1
+        odd = torch.arange(numbers.numel()).view_as(numbers) % 2 == 1
         return numbers + torch.where(odd, by, -by)
 
     near = [poses.map(partial(nearby, sign=sign)).with_inputs(fixed) for sign in (-1, 1)]

@@ -83,7 +83,8 @@ def isolated(subject: Subject) -> Metrics:
     others += [
         (f"an instance with another {n!r}", Subject(c, subject.seed).combination)
         for n, c in itertools.islice(alternatives(subject), 1)
-        if c.pose_inputs == subject.combination.pose_inputs
+        if (c.pose_inputs, c.pose_columns)
+        == (subject.combination.pose_inputs, subject.combination.pose_columns)
     ]
     for what, combination in (("a second call", subject.combination), *others):
         for n_poses, spread in ((5, 1.0), (3, 1e-3)):
@@ -144,7 +145,7 @@ def _check_reused_memory(subject: Subject) -> None:
     for _ in range(2):
         value = subject.call(step, combination=subject.copy(torch.float64))
         expected = [value, *gradients_of(value, step.params).values()]
-        grad_dict = {name: list(gradients) for name, gradients in memory.items()}
+        grad_dict = {name: list(step.by_pose(each)) for name, each in memory.items()}
         value = subject.call(step, pred_list=list(batch), grad_dict=grad_dict)
         found = [value, *gradients_of(value, step.params).values()]
         # Views may be added in another order than tensors with memory of their own.
@@ -212,10 +213,10 @@ def _validate(subject: Subject, n_poses: int) -> None:
 
 
 def _value_and_weights(subject: Subject, poses: Poses) -> Tensor:
-    """Return the value and the pose weights of a training step, shape (1 + n_poses,)."""
+    """Return the value and the pose weights of a training step as one vector."""
     value, variable = _forward(subject, poses)
     (weights,) = torch.autograd.grad(value, variable)
-    return torch.cat([value.detach().reshape(1), weights])
+    return torch.cat([value.detach().reshape(1), weights.flatten()])
 
 
 def _forward(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import named_column
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import combined_prediction
 from mtenn_core.testing._checks.check import check
@@ -71,7 +72,7 @@ def _check_combine(subject: Subject) -> Metrics:
     comparisons: list[Comparison] = []
     for i, probe in enumerate(PROBES):
         poses = subject.probes.poses(*probe)
-        comparisons += _by_predictions(subject, poses, i % len(poses))
+        comparisons += _by_predictions(subject, poses, i % poses.predictions.numel())
     for name, param in subject.combination.named_parameters():
         if param.requires_grad:
             for i, probe in enumerate(PROBES_OF_PARAMETERS):
@@ -89,28 +90,42 @@ def _check_combine(subject: Subject) -> Metrics:
 
 def _by_predictions(subject: Subject, poses: Poses, pose: int) -> list[Comparison]:
     """Compare the derivatives of the weight of a pose with respect to the predictions."""
-    directions = directions_for(subject, len(poses))
-    unit = f"autograd of combine, twice: derivative of the weight of pose {pose}, by pose"
+    shape = poses.predictions.shape
+    directions = directions_for(subject, shape.numel())
+    unit = (
+        f"autograd of combine, twice: derivative of the weight of {_place(subject, pose)}, by pose"
+    )
 
     def weights_at(rows: Tensor) -> Tensor:
-        return _weights(subject, poses, rows)[:, pose]
+        return _weights(subject, poses, rows.view(-1, *shape))[:, pose]
 
     def derivative_at(predictions: Tensor) -> Tensor:
-        return _derivative_of_weight(subject, pose, poses.at(predictions))
+        return _derivative_of_weight(subject, pose, poses.at(predictions.view(shape))).flatten()
 
     step = subject.probes.first_step(poses.predictions)
-    return _compare(weights_at, derivative_at, poses.predictions, directions, step, unit, poses)
+    point = poses.predictions.flatten()
+    found = _compare(weights_at, derivative_at, point, directions, step, unit, poses)
+    columns = subject.probes.columns
+    return [replace(each, shape=tuple(shape), columns=columns) for each in found]
+
+
+def _place(subject: Subject, pose: int) -> str:
+    """Return the pose, or the pose and the column, that a weight belongs to."""
+    if (columns := subject.probes.columns) is None:
+        return f"pose {pose}"
+    row, column = divmod(pose, columns.number or 1)
+    return f"pose {row}{named_column(columns, column)}"
 
 
 def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
-    """Return the weights for many rows of predictions, shape (batch, n_poses).
+    """Return the weights for many compounds, shape (batch, n_weights).
 
     One batch for all rows is ten times as fast as a loop. A comparison of three rows shows whether
     the batch is right.
     """
 
     def one_by_one(rows: Tensor) -> Tensor:
-        return torch.stack([subject.autograd_weights(poses.at(row)) for row in rows])
+        return torch.stack([subject.autograd_weights(poses.at(row)).flatten() for row in rows])
 
     if subject.combination.stochastic or any(True for _ in subject.combination.buffers()):
         return one_by_one(rows)
@@ -124,6 +139,7 @@ def _weights(subject: Subject, poses: Poses, rows: Tensor) -> Tensor:
         # No torch.func.grad, because it imports torch's compiler.
         leaf = rows.detach().clone().requires_grad_()
         (batch,) = torch.autograd.grad(torch.func.vmap(value)(leaf.clone()).sum(), leaf)
+        batch = batch.flatten(1)
         some = [0, -1, 0]
         expected = one_by_one(rows[some])
     except Exception:  # for example, because control flow depends on numbers
@@ -144,7 +160,7 @@ def _by_parameter(subject: Subject, poses: Poses, pose: int, name: str) -> list[
 
     def weight_at(setting: Tensor) -> Tensor:
         put_in(setting)
-        return subject.autograd_weights(poses)[pose]
+        return subject.autograd_weights(poses).flatten()[pose]
 
     def weights_at(settings: Tensor) -> Tensor:
         return torch.stack([weight_at(setting) for setting in settings])
@@ -154,8 +170,8 @@ def _by_parameter(subject: Subject, poses: Poses, pose: int, name: str) -> list[
         return _derivative_of_weight(subject, pose, poses, name).reshape(-1)
 
     unit = (
-        f"autograd of combine, twice: derivative of the weight of pose {pose}, by a random"
-        f" direction of parameter {name!r}, {poses}"
+        f"autograd of combine, twice: derivative of the weight of {_place(subject, pose)}, by a"
+        f" random direction of parameter {name!r}, {poses}"
     )
     point = before.reshape(-1)
     direction = subject.probes.randn(1, len(point)).sign()
@@ -204,7 +220,7 @@ def _derivative_of_weight(
 
     Parameters
     ----------
-    pose : the index i
+    pose : the index i; with columns, that in the flattened predictions
     name : the own parameter by which to differentiate; None for the predictions
     """
     with subject.restored_state(), torch.inference_mode(False), torch.enable_grad():
@@ -216,5 +232,5 @@ def _derivative_of_weight(
         (weights,) = torch.autograd.grad(value, y, create_graph=True)
         if not weights.requires_grad:  # it is constant, or detached
             return torch.zeros_like(by)
-        (found,) = torch.autograd.grad(weights[pose], by, materialize_grads=True)
+        (found,) = torch.autograd.grad(weights.flatten()[pose], by, materialize_grads=True)
         return found

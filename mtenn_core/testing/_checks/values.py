@@ -63,6 +63,8 @@ def _check_statement(subject: Subject, what: str, statement: Statement, poses: P
     with subject.restored_state(), torch.enable_grad():
         leaf = poses.predictions.clone().requires_grad_()
         expected = statement(poses.at(leaf))
+        if subject.probes.columns is not None:
+            _check_results(subject, what, poses)
         found = subject.value(poses)
         off = _error_in_tolerances(subject, found, expected.detach(), poses, statement)
         if off > 1:
@@ -77,14 +79,38 @@ def _check_statement(subject: Subject, what: str, statement: Statement, poses: P
         (gradient,) = torch.autograd.grad(expected, leaf, materialize_grads=True)
     if gradient.isfinite().all():
         # The derivative of the reference also has roundoff.
-        exact = Estimate(gradient, 1e-9 * gradient.abs().amax().expand(len(poses)))
-        axes = torch.eye(len(poses), dtype=gradient.dtype)
+        error = 1e-9 * gradient.abs().amax().expand(gradient.numel())
+        exact = Estimate(gradient.flatten(), error)
+        axes = torch.eye(gradient.numel(), dtype=gradient.dtype)
         weights_at = poses.fixed(subject.weights)
         comparisons = compare(weights_at, exact, axes, poses.predictions, "pose", poses.inputs)
-        comparisons = [replace(each, against=f"that of {what}") for each in comparisons]
+        shape, columns = tuple(gradient.shape), subject.probes.columns
+        comparisons = [
+            replace(each, against=f"that of {what}", shape=shape, columns=columns)
+            for each in comparisons
+        ]
         kink = kink_cause(subject, comparisons)
         judge(comparisons, kink or f"the weights are not those of the {what}")
     return off
+
+
+def _check_results(subject: Subject, what: str, poses: Poses) -> None:
+    """Compare the shapes of a value with columns and of its reference, and then each entry."""
+    expected, found = subject.result(poses, what), subject.result(poses)
+    if expected.shape != found.shape:
+        raise Fail(
+            f"the {what} must return the shape of the value, {tuple(found.shape)}; found"
+            f" {tuple(expected.shape)}"
+        )
+    for i, pair in enumerate(zip(found.flatten(), expected.flatten(), strict=True)):
+        if _error_in_tolerances(subject, *pair, poses) > 1:
+            which = f", entry {i} of {len(found)}" if found.dim() else ""
+            raise Fail(
+                f"{poses}\n"
+                f"    your value{which:<10} {pair[0].item():.12g}\n"
+                f"    {what + which:<20} {pair[1].item():.12g}",
+                cause=_value_cause(*pair, poses.predictions),
+            )
 
 
 def _error_in_tolerances(
@@ -139,37 +165,44 @@ Property = Callable[[Subject, Poses], tuple[Tensor, Tensor]]
 
 
 def _permuted(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
-    return subject.value(poses[subject.probes.permutation(len(poses))]), subject.value(poses)
+    return subject.result(poses[subject.probes.permutation(len(poses))]), subject.result(poses)
 
 
 def _translated(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
     y = poses.predictions
     by = min(2.0, subject.probes.first_step(y)) if subject.bounded else 2.5
-    return subject.value(poses.at(y + by)), subject.value(poses) + by
+    return subject.result(poses.at(y + by)), subject.result(poses) + by
 
 
 def _within(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
-    value = subject.value(poses)
+    value = subject.result(poses)
     return value, value.clamp(poses.predictions.amin(), poses.predictions.amax())
 
 
 def _increasing(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
-    weights = subject.weights(poses)
+    weights = subject.weights_of_results(poses)
     return weights.amin(), weights.amin().clamp(min=0)
 
 
 def _of_equal_poses(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
-    return subject.value(poses.tied()), poses.predictions[0]
+    value, expected = subject.result(poses.tied()), poses.predictions[0]
+    if value.shape != expected.shape:
+        raise Fail(
+            "idempotent: if all poses are equal, the value must be the numbers of that pose, shape"
+            f" {tuple(expected.shape)}; found a value of shape {tuple(value.shape)}",
+            cause="do not declare idempotent: the value has not one number for each column",
+        )
+    return value, expected
 
 
 def _replicated(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
-    return subject.value(poses[2 * [*range(len(poses))]]), subject.value(poses)
+    return subject.result(poses[2 * [*range(len(poses))]]), subject.result(poses)
 
 
 def _without_nan(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
     more = poses[[*range(len(poses)), 0]]
     more.predictions[-1] = math.nan
-    return subject.value(more), subject.value(poses)
+    return subject.result(more), subject.result(poses)
 
 
 PROPERTIES: dict[str, tuple[Property, str]] = {
@@ -221,13 +254,17 @@ def properties(subject: Subject) -> Metrics:
 def _check_property(
     subject: Subject, name: str, sides: Property, cause: str, poses: Poses
 ) -> float:
-    pair = sides(subject, poses)
-    off = _error_in_tolerances(subject, pair[0], pair[1], poses)
-    if off > 1:
-        raise Fail(
-            f"{name}: {poses}\n"
-            f"    found              {pair[0].item():.12g}\n"
-            f"    expected           {pair[1].item():.12g}",
-            cause=cause,
-        )
-    return off
+    sides_of_value = sides(subject, poses)
+    worst = 0.0
+    for i, pair in enumerate(zip(*(side.flatten() for side in sides_of_value), strict=True)):
+        off = _error_in_tolerances(subject, pair[0], pair[1], poses)
+        if off > 1:
+            where = f", entry {i} of the value" if sides_of_value[0].dim() else ""
+            raise Fail(
+                f"{name}{where}: {poses}\n"
+                f"    found              {pair[0].item():.12g}\n"
+                f"    expected           {pair[1].item():.12g}",
+                cause=cause,
+            )
+        worst = max(worst, off)
+    return worst

@@ -20,10 +20,14 @@ from mtenn_core.testing._probe.finite_differences import (
     directional_derivatives,
 )
 from mtenn_core.testing._probe.kinks import KINK, at_kink
+from mtenn_core.testing._probe.one_number import as_written, times
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.probes import LARGEST_STEP
 from mtenn_core.testing._probe.subject import Subject
 
+N_FEATURES = 2
+# "stored" takes at most so many numbers for each pose.
+MOST_STORED = 16
 # A loss of the combined prediction, shape (), and of the pose predictions, shape (n_poses,).
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -36,7 +40,8 @@ def end_to_end(subject: Subject) -> Metrics:
     only the combined prediction. The other also uses the predictions of the poses.
     """
     poses = subject.probes.poses(4, 0.0, 0.5)
-    features = torch.cat([subject.probes.randn(len(poses), 2), poses.predictions[:, None]], dim=1)
+    means = poses.predictions.view(len(poses), -1)
+    features = torch.cat([subject.probes.randn(len(poses), N_FEATURES), means], dim=1)
     network = _Network(subject, poses.predictions)
     names = [name for name, _ in network.named_parameters()]
     theta = torch.cat([p.detach().flatten() for p in network.parameters()])
@@ -71,7 +76,8 @@ BOTH = ", a loss of the combined prediction and of the pose predictions"
 
 
 def modes_of(subject: Subject) -> list[str]:
-    return ["stored", "graph"] if overrides(type(subject.combination), "combine") else ["stored"]
+    first = "stored" if subject.probes.shape(1)[-1] <= MOST_STORED else "recomputed"
+    return [first, "graph"] if overrides(type(subject.combination), "combine") else [first]
 
 
 def _cause_in_a_model(
@@ -94,12 +100,20 @@ def _listed(names: list[str]) -> str:
 
 
 class _Network(torch.nn.Module):
-    """A network that predicts m_i + size · tanh(…) for a pose with two features and a mean m_i."""
+    """A network that predicts m_i + size · tanh(…) for a pose with two features and a mean m_i.
+
+    With columns, m_i and the prediction have one entry for each column.
+    """
 
     def __init__(self, subject: Subject, means: Tensor) -> None:
         super().__init__()
+        self.shape = means.shape[1:]
+        n_columns = self.shape.numel()
         self.net = torch.nn.Sequential(
-            torch.nn.Linear(2, 3), torch.nn.Tanh(), torch.nn.Linear(3, 1), torch.nn.Tanh()
+            torch.nn.Linear(N_FEATURES, 3),
+            torch.nn.Tanh(),
+            torch.nn.Linear(3, n_columns),
+            torch.nn.Tanh(),
         ).double()
         for param in self.parameters():
             param.data.copy_(torch.round(subject.probes.randn(*param.shape) * 2**10) / 2**10)
@@ -113,7 +127,8 @@ class _Network(torch.nn.Module):
         self.size = min(0.5, room / 2)
 
     def forward(self, pose: Tensor) -> Tensor:
-        return pose[..., -1] + self.size * self.net(pose[..., :-1])[..., 0]
+        numbers, features = pose[..., N_FEATURES:], pose[..., :N_FEATURES]
+        return (numbers + self.size * self.net(features)).view(pose.shape[:-1] + self.shape)
 
 
 def _losses(
@@ -140,8 +155,8 @@ def loss_of_prediction(value: Tensor, predictions: Tensor | None = None) -> Tens
 
 
 def _loss_of_poses(predictions: Tensor) -> Tensor:
-    of_pose = torch.linspace(0.5, -1.0, len(predictions), dtype=predictions.dtype)
-    return (predictions - 0.6).square() @ of_pose
+    factors = torch.linspace(0.5, -1.0, predictions.numel(), dtype=predictions.dtype)
+    return (predictions.flatten() - 0.6).square() @ factors
 
 
 def loss_of_both(value: Tensor, predictions: Tensor) -> Tensor:
@@ -165,8 +180,10 @@ def _gradient(
 ) -> Tensor:
     params = list(network.parameters())
     torch.nn.utils.vector_to_parameters(theta, params)
-    value = loss(*outputs_of(subject, network, features, poses, mode))
-    return torch.cat([g.flatten() for g in torch.autograd.grad(value, params)])
+    with as_written(subject.combination):
+        value = loss(*outputs_of(subject, network, features, poses, mode))
+        gradients = torch.autograd.grad(value, params)
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def outputs_of(
@@ -174,7 +191,8 @@ def outputs_of(
 ) -> MultiPoseOutput:
     model = MultiPoseModel(pose_model, subject.combination, gradients=mode)  # type: ignore[arg-type]
     with subject.restored_state():
-        return model(list(features), pose_inputs=poses.copied_inputs())
+        out = model(list(features), pose_inputs=poses.copied_inputs())
+    return out._replace(prediction=times(out.prediction, subject.factors or []))
 
 
 def _by_parameter(subject: Subject, network: _Network) -> Tensor:

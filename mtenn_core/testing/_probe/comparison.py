@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import Columns, named_column
 from mtenn_core._engine.evaluation import NO_INPUTS, PoseInputs
 from mtenn_core.testing._outcomes import Fail, Inconclusive, Metrics
 from mtenn_core.testing._probe.finite_differences import Estimate
@@ -33,11 +34,13 @@ class Comparison:
     inputs: PoseInputs
     of_predictions: bool = True
     against: str = "finite difference"
+    shape: tuple[int, ...] = ()  # of what moves, if it has columns
+    columns: Columns | None = None  # of the predictions, if these move
 
     @property
     def poses(self) -> Poses:
         """The predictions and the pose inputs."""
-        return Poses(self.predictions, self.inputs)
+        return Poses(self.predictions, self.inputs, self.columns.names if self.columns else ())
 
     @property
     def tolerance(self) -> float:
@@ -80,9 +83,15 @@ class Comparison:
         )
 
     def _where(self) -> str:
-        if self.direction.count_nonzero() == 1:
-            return f"{int(self.direction.argmax())} of {len(self.direction)}"
-        return f"direction [{listed(self.direction)}]"
+        if self.direction.count_nonzero() != 1:
+            return f"direction [{listed(self.direction)}]"
+        index = int(self.direction.abs().argmax())
+        if len(self.shape) < 2:
+            return f"{index} of {len(self.direction)}"
+        place = [int(i) for i in torch.unravel_index(torch.tensor(index), self.shape)]
+        if self.columns is None:  # an own parameter
+            return f"{place} of shape {self.shape}"
+        return f"{place[0]} of {self.shape[0]}{named_column(self.columns, place[1])}"
 
 
 def compare(
@@ -93,8 +102,8 @@ def compare(
     unit: str,
     inputs: PoseInputs = NO_INPUTS,
 ) -> list[Comparison]:
-    """Compare a gradient, shape (n,), with finite differences along ``directions``."""
-    gradient = gradient_at(predictions)
+    """Compare a gradient of n entries with finite differences along ``directions``."""
+    gradient = gradient_at(predictions).flatten()
     no_slack = torch.zeros(1, 1)
     comparisons = _comparisons(gradient, no_slack, fd, directions, predictions, unit, inputs)
     if any(comparison.off_by > 1 for comparison in comparisons):
@@ -144,7 +153,8 @@ def sensitivity(
     -------
     shape (2, n)
     """
-    return torch.stack([gradient_at(near) - gradient for near in _neighbours(predictions)])
+    near = _neighbours(predictions)
+    return torch.stack([gradient_at(moved).flatten() - gradient for moved in near])
 
 
 def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
@@ -156,8 +166,27 @@ def _neighbours(y: Tensor) -> tuple[Tensor, Tensor]:
     for _ in range(2):
         up = torch.nextafter(up, torch.full_like(y, torch.inf))
         down = torch.nextafter(down, torch.full_like(y, -torch.inf))
-    odd = torch.arange(len(y)) % 2 == 1
+    odd = torch.arange(y.numel()).view_as(y) % 2 == 1
     return torch.where(odd, up, down), torch.where(odd, down, up)
+
+
+def narrowed(comparison: Comparison, along: Callable[[Tensor], Sequence[Comparison]]) -> Comparison:
+    """Return a wrong comparison along a single entry, found by halving the direction.
+
+    Parameters
+    ----------
+    along : returns the comparisons at the same point along other directions, shape (n, n_entries)
+    """
+    while (n_moved := int(comparison.direction.count_nonzero())) > 1:
+        moved = comparison.direction.nonzero().flatten().split(-(-n_moved // 2))
+        halves = torch.zeros(2, len(comparison.direction), dtype=comparison.direction.dtype)
+        for half, entries in zip(halves, moved, strict=True):
+            half[entries] = comparison.direction[entries]
+        worst = max(along(halves), key=lambda each: each.off_by)
+        if not worst.wrong:
+            break
+        comparison = worst
+    return comparison
 
 
 def judge(

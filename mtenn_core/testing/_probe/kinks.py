@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
+from torch import Tensor
 
 from mtenn_core.testing._probe.comparison import Comparison
 from mtenn_core.testing._probe.finite_differences import ULPS, resolution
@@ -36,7 +37,7 @@ def at_kink(subject: Subject, poses: Poses) -> bool:
     is 0 if a direction and its opposite are compared. A single axis may not show a kink: the median
     of three equal predictions stays the same if one of them moves.
     """
-    y = poses.predictions
+    y = poses.predictions.flatten()
     generator = torch.Generator().manual_seed(subject.seed)
     # Numbers with few binary digits make predictions ± step · direction exact.
     shape = N_DIRECTIONS, len(y)
@@ -46,9 +47,13 @@ def at_kink(subject: Subject, poses: Poses) -> bool:
     moved = (y + STEPS[:, None, None, None] * along).flatten(0, 2)
     # The last digits of the last two values show the dtype of the arithmetic.
     generic = torch.stack([y * (1 - 1e-9 * k / 3) for k in (1, 2)])
+
+    def at(numbers: Tensor) -> Poses:
+        return poses.at(numbers.view_as(poses.predictions))
+
     try:
         values = subject.values(
-            torch.stack([poses.at(each).row() for each in torch.cat([y[None], moved, generic])])
+            torch.stack([at(each).row() for each in torch.cat([y[None], moved, generic])])
         )
     except Exception:  # the predictions may be invalid
         return False

@@ -89,7 +89,7 @@ def find_labels(
     Parameters
     ----------
     value : returns the combination's value
-    predictions : shape (n_poses,), valid predictions for the combination
+    predictions : shape (n_poses,) or (n_poses, n_columns), valid for the combination
     min_poses : smallest number of poses that the combination accepts
     """
     generator = torch.Generator().manual_seed(seed)
@@ -161,7 +161,7 @@ class _Trial:
             values = [self.value(self._poses(labels, few=few)) for few in (False, True)]
         except Exception:
             return False
-        return all(bool(value.isfinite()) for value in values)
+        return all(bool(value.isfinite().all()) for value in values)
 
     def has_effect(self, name: str, labels: Labels) -> bool:
         """Return True if other numbers for a pose input change more than the last digits.
@@ -173,7 +173,7 @@ class _Trial:
         values = torch.stack(
             [self.value(poses), *(self.value(poses.with_input(name, other)) for other in others)]
         )
-        sizes = torch.cat([self.predictions, values.nan_to_num(0, 0, 0)]).abs()
+        sizes = torch.cat([self.predictions.flatten(), values.nan_to_num(0, 0, 0).flatten()]).abs()
         roundoff = ULPS * resolution(values) * float(sizes.amax())
         same = torch.isclose(values, values[0], rtol=0, atol=roundoff, equal_nan=True)
         return not bool(same.all())

@@ -32,7 +32,8 @@ class Point:
     Attributes
     ----------
     poses : the poses
-    found, expected : weights from backward and from finite differences, both of shape (n_poses,)
+    found, expected : weights from backward and from finite differences, both of shape (n_poses,).
+        With columns, there are n_poses · n_columns of them
     tolerance : the largest error of a correct weight
     wrong : True if a weight is wrong
     """

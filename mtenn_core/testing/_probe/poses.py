@@ -17,12 +17,14 @@ class Poses:
 
     Attributes
     ----------
-    predictions : shape (n_poses,)
+    predictions : shape (n_poses,), or (n_poses, n_columns) if the combination declares columns
     inputs : the pose inputs by name, each of shape (n_poses,)
+    column_names : the names of the columns, if they have names
     """
 
     predictions: Tensor
     inputs: PoseInputs = field(default_factory=dict)
+    column_names: tuple[str, ...] = ()
 
     def __len__(self) -> int:
         return len(self.predictions)
@@ -41,15 +43,15 @@ class Poses:
     def map(self, function: Callable[[Tensor], Tensor]) -> Poses:
         """Apply a function to the predictions and to each of the inputs."""
         inputs = {name: function(numbers) for name, numbers in self.inputs.items()}
-        return Poses(function(self.predictions), inputs)
+        return Poses(function(self.predictions), inputs, self.column_names)
 
     def at(self, predictions: Tensor) -> Poses:
         """Return the same poses with other predictions."""
-        return Poses(predictions, self.inputs)
+        return Poses(predictions, self.inputs, self.column_names)
 
     def tied(self) -> Poses:
         """Return the same poses, but all have the prediction of the first pose."""
-        return self.at(self.predictions[:1].expand(len(self)).clone())
+        return self.at(self.predictions[:1].expand_as(self.predictions).clone())
 
     def with_input(self, name: str, numbers: Tensor) -> Poses:
         """Return the same poses with other numbers for one of the inputs."""
@@ -57,7 +59,7 @@ class Poses:
 
     def with_inputs(self, numbers: PoseInputs) -> Poses:
         """Return the same poses with other numbers for some of the inputs."""
-        return Poses(self.predictions, {**self.inputs, **numbers})
+        return Poses(self.predictions, {**self.inputs, **numbers}, self.column_names)
 
     def fixed(self, function: Callable[[Poses], Tensor]) -> Callable[[Tensor], Tensor]:
         """Return ``function`` as a function of predictions, with the pose inputs of these poses."""
@@ -69,10 +71,13 @@ class Poses:
 
     def row(self) -> Tensor:
         """Return all numbers in one tensor, which starts with the predictions."""
-        return torch.cat(list(self.named().values()))
+        return torch.cat([numbers.flatten() for numbers in self.named().values()])
 
 
 def listed(numbers: Tensor) -> str:
-    """Return the first eight numbers as text."""
+    """Return the first eight numbers as text. Of a matrix, return its first four rows."""
+    if numbers.dim() > 1:
+        rows = ", ".join(f"[{listed(row)}]" for row in numbers[:4])
+        return rows + (", …" if len(numbers) > 4 else "")
     more = ", …" if len(numbers) > 8 else ""
     return ", ".join(f"{number:.9g}" for number in numbers.tolist()[:8]) + more

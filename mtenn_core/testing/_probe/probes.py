@@ -9,6 +9,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.columns import Columns, columns_of
 from mtenn_core._engine.declarations import declared_kinds
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.labels import Labels, random_labels, random_positive
@@ -18,6 +19,8 @@ from mtenn_core.testing._probe.training_step import Step, default_shapes
 # Predictions and steps are multiples of 2**-33 and below 2**14, so that y ± h is exact in float64.
 GRID = 2.0**33
 LARGEST_STEP = 2.0**-3
+# For ``pose_columns = "any"``. Equal numbers of poses and columns would hide a transposed matrix.
+N_COLUMNS = 2
 # If a domain is wider than this, probes stay away from only one of its ends.
 WIDE = 1e3
 
@@ -31,12 +34,24 @@ class Probes:
     seed : seed of the random numbers
     find_labels : returns the pose inputs that are labels; the others are random numbers of their
         declared kind. It is called when pose inputs are needed for the first time
+    n_columns : the number of columns, if the combination takes any number
+
+    Attributes
+    ----------
+    columns : the columns of the predictions; None if each pose has one number
     """
 
     def __init__(
-        self, combination: Combination, seed: int, find_labels: Callable[[], Labels] = dict
+        self,
+        combination: Combination,
+        seed: int,
+        find_labels: Callable[[], Labels] = dict,
+        n_columns: int = N_COLUMNS,
     ) -> None:
-        self.combination = combination
+        self.combination, self.n_columns = combination, n_columns
+        declared = combination.pose_columns
+        columns = None if declared is None else columns_of(declared)
+        self.columns = columns and Columns(columns.number or n_columns, columns.names)
         self.labels = cache(find_labels)
         self._generator = torch.Generator().manual_seed(seed)
 
@@ -66,7 +81,8 @@ class Probes:
         n_poses = self.n_poses(n_poses)
         predictions = self.predictions(n_poses, base, spread)
         names = self.combination.pose_inputs
-        return Poses(predictions, {name: self._input(name, n_poses, spread) for name in names})
+        inputs = {name: self._input(name, n_poses, spread) for name in names}
+        return Poses(predictions, inputs, self.columns.names if self.columns else ())
 
     def _input(self, name: str, n_poses: int, spread: float) -> Tensor:
         if name in (labels := self.labels()):
@@ -89,11 +105,14 @@ class Probes:
 
         Returns
         -------
-        shape (n_poses,), float64. They keep a distance if the combination is not ``smooth``
+        shape (n_poses,), or (n_poses, n_columns), float64. They keep a distance if the combination
+        is not ``smooth``
         """
-        unit = torch.rand(n_poses, dtype=torch.float64, generator=self._generator)
+        shape = self.shape(n_poses)
+        unit = torch.rand(shape, dtype=torch.float64, generator=self._generator)
         if not self.combination.smooth:
-            unit = (torch.tensor(self.permutation(n_poses)) + 0.25 + 0.5 * unit) / n_poses
+            ranks = torch.tensor(self.permutation(unit.numel())).view(shape)
+            unit = (ranks + 0.25 + 0.5 * unit) / unit.numel()
         low, high = self.combination.domain
         if high - low <= WIDE:
             base, spread = (low + high) / 2, min(spread, 1.0) * 0.4 * (high - low)
@@ -103,6 +122,10 @@ class Probes:
             base = high - abs(base) - 1.5 * spread
         return torch.round((base + spread * (2 * unit - 1)) * GRID) / GRID
 
+    def shape(self, n_poses: int) -> tuple[int, ...]:
+        """Return the shape of the predictions of so many poses."""
+        return (n_poses, self.columns.number or 1) if self.columns else (n_poses,)
+
     def first_step(self, predictions: Tensor) -> float:
         """Return a power of two as the largest step of finite differences.
 
@@ -110,8 +133,8 @@ class Probes:
         """
         low, high = self.combination.domain
         room = min(float((predictions - low).min()), float((high - predictions).min())) / 2
-        if not self.combination.smooth and len(predictions) > 1:
-            room = min(room, float(predictions.sort().values.diff().min()) / 8)
+        if not self.combination.smooth and predictions.numel() > 1:
+            room = min(room, float(predictions.flatten().sort().values.diff().min()) / 8)
         return _step_within(room)
 
     def first_step_of_input(self, name: str, numbers: Tensor) -> float:
@@ -134,7 +157,8 @@ class Probes:
         """
         n_poses = self.n_poses(n_poses)
         shapes = shapes or default_shapes(n_poses)
-        gradients = {name: self.randn(n_poses, *shape) for name, shape in shapes.items()}
+        n_numbers = math.prod(self.shape(n_poses))
+        gradients = {name: self.randn(n_numbers, *shape) for name, shape in shapes.items()}
         for i, gradient in enumerate(gradients.values()):
             gradient *= (1, 1e-3, 1e2)[i % 3]  # some sizes do not show a clamp or threshold
         params = {name: self.randn(*shape).requires_grad_() for name, shape in shapes.items()}

@@ -28,8 +28,9 @@ from mtenn_core.testing._probe.labels import (
     find_labels,
     n_poses_of_trials,
 )
+from mtenn_core.testing._probe.one_number import as_written, factors, use_one_number
 from mtenn_core.testing._probe.poses import Poses
-from mtenn_core.testing._probe.probes import Probes
+from mtenn_core.testing._probe.probes import N_COLUMNS, Probes
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 
@@ -49,29 +50,40 @@ class Subject:
     probes : random arguments for the copy
     bounded : True if the declared domain has an end
     full_depth : True if the class overrides ``forward``
+    factors : None if the value is one number. If it is a vector, the checks use the sum of its
+        entries times these factors, see :mod:`mtenn_core.testing._probe.one_number`
     two_derivatives : True if ``gradients="graph"`` and ``"stored"`` use different derivatives: the
         first is the derivative of ``combine`` by autograd
     """
 
     def __init__(
-        self, combination: Combination, seed: int, *, thorough: bool = False, copied: bool = True
+        self,
+        combination: Combination,
+        seed: int,
+        *,
+        thorough: bool = False,
+        copied: bool = True,
+        n_columns: int = N_COLUMNS,
     ) -> None:
         self.original = combination
+        self.seed = seed
+        self.factors: list[float] | None = None
         self.combination = combination = self.copy(torch.float64) if copied else combination
         self.thorough = thorough
         self.bounded = any(math.isfinite(end) for end in combination.domain)
         self.full_depth = overrides(type(combination), "forward")
         own_derivative = self.full_depth or overrides(type(combination), "pose_weights")
         self.two_derivatives = own_derivative and overrides(type(combination), "combine")
-        self.seed = seed
         self._buffers = {name: b.clone() for name, b in combination.named_buffers()}
-        self.probes = Probes(combination, seed, self._find_labels)
+        self.probes = Probes(combination, seed, self._find_labels, n_columns)
+        if self.probes.columns is not None:
+            self._use_one_number()
 
     def _find_labels(self) -> Labels:
         # Another instance, because its calls may leave state behind. Checks look for such state.
         trial = copy.copy(self)
         trial.combination = independent_copy(self.combination)
-        probes = Probes(trial.combination, self.seed)
+        probes = Probes(trial.combination, self.seed, n_columns=self.probes.n_columns)
         fewest = self.combination.min_poses
         predictions = probes.predictions(n_poses_of_trials(fewest))
         if kinds := declared_kinds(self.combination):
@@ -79,14 +91,44 @@ class Subject:
         names = tuple(self.combination.pose_inputs)
         return find_labels(names, trial.value, predictions, self.seed, fewest)
 
-    def copy(self, dtype: torch.dtype | None = None) -> Combination:
-        """Return another copy on the CPU. ``dtype`` is that of its parameters and buffers."""
-        return independent_copy(self.original).to("cpu", dtype)
+    @property
+    def may_batch(self) -> bool:
+        """True if many values may be computed in one batch: no call depends on another."""
+        return not (self.combination.stochastic or self._buffers)
+
+    def _use_one_number(self) -> None:
+        """If the value is a vector, let the combination return one number."""
+        try:
+            trial = copy.copy(self)
+            trial.combination = independent_copy(self.combination)
+            probes = Probes(trial.combination, self.seed, self.probes.labels, self.probes.n_columns)
+            value = trial.value(probes.poses(3))
+        except Exception:  # the checks report it
+            return
+        if isinstance(value, Tensor) and value.dim() == 1 and len(value):
+            self.factors = factors(len(value), self.seed)
+            use_one_number(self.combination, self.factors)
+            self.two_derivatives = False
+
+    def copy(self, dtype: torch.dtype | None = None, *, as_written: bool = False) -> Combination:
+        """Return another copy on the CPU.
+
+        Parameters
+        ----------
+        dtype : dtype of its parameters and buffers
+        as_written : if the value is a vector, the copy returns the vector
+        """
+        made = independent_copy(self.original).to("cpu", dtype)
+        if self.factors is not None and not as_written:
+            use_one_number(made, self.factors)
+        return made
 
     def takes(self, poses: Poses) -> bool:
         """Return True if the combination accepts poses that were made for another combination."""
         names = self.combination.pose_inputs
-        return len(poses) >= self.combination.min_poses and [*poses.inputs] == [*names]
+        has_columns = poses.predictions.shape == self.probes.shape(len(poses))
+        few = len(poses) < self.combination.min_poses
+        return has_columns and not few and [*poses.inputs] == [*names]
 
     def values(self, rows: Tensor) -> Tensor:
         """Return the values of many sets of poses.
@@ -122,7 +164,7 @@ class Subject:
         inputs : shape (batch, size)
         rows : the numbers that are combined for each of the inputs, shape (batch, any)
         """
-        if self.combination.stochastic or self._buffers:
+        if not self.may_batch:
             return loop(inputs)
         try:
             # Use a copy, because a tensor that forward keeps on self belongs to vmap and cannot
@@ -148,11 +190,16 @@ class Subject:
         return first_of_pair(combination(*step, **poses.inputs))
 
     def _poses_of(self, row: Tensor) -> Poses:
-        names = self.combination.pose_inputs
-        if not names:
+        names, columns = self.combination.pose_inputs, self.probes.columns
+        if not names and columns is None:
             return Poses(row)
-        predictions, *inputs = row.chunk(1 + len(names))
-        return Poses(predictions, dict(zip(names, inputs, strict=True)))
+        n_columns = self.probes.shape(1)[-1]
+        n_poses = len(row) // (n_columns + len(names))
+        sizes = [n_poses * n_columns, *(len(names) * [n_poses])]
+        predictions, *inputs = row.split(sizes)
+        predictions = predictions.view(self.probes.shape(n_poses))
+        names_of_columns = columns.names if columns else ()
+        return Poses(predictions, dict(zip(names, inputs, strict=True)), names_of_columns)
 
     def value(self, poses: Poses) -> Tensor:
         """Return the combined prediction, shape (), without a graph."""
@@ -160,8 +207,32 @@ class Subject:
         with self.restored_state(), torch.no_grad():
             return self._value(self.combination, row)
 
+    def result(self, poses: Poses, method: str = "combine") -> Tensor:
+        """Return the combined prediction as it is written: shape (), or a vector.
+
+        Parameters
+        ----------
+        method : ``"reference"`` for the value of the declared reference
+        """
+        if self.factors is None and method == "combine":
+            return self.value(poses)
+        with self.restored_state(), torch.no_grad(), as_written(self.combination):
+            given = poses.map(torch.clone)
+            value: Tensor = getattr(self.combination, method)(given.predictions, **given.inputs)
+            return value
+
+    def weights_of_results(self, poses: Poses) -> Tensor:
+        """Return the pose weights of each entry of the value, shape (n_results, …)."""
+        if self.factors is None:
+            return self.weights(poses)[None]
+        with self.restored_state(), as_written(self.combination), torch.enable_grad():
+            y = poses.predictions.detach().clone().requires_grad_()
+            value = combined_prediction(self.combination, y.clone(), poses.copied_inputs())
+            rows = [torch.autograd.grad(entry, y, retain_graph=True)[0] for entry in value]
+        return torch.stack(rows)
+
     def weights(self, poses: Poses) -> Tensor:
-        """Return the pose weights that backward uses in training, shape (n_poses,)."""
+        """Return the pose weights that backward uses in training, in the predictions' shape."""
         with self.restored_state():
             if self.full_depth:
                 return backward_weights(self.combination, poses.predictions, poses.copied_inputs())
@@ -176,7 +247,7 @@ class Subject:
                 return weights
 
     def autograd_weights(self, poses: Poses) -> Tensor:
-        """Return the pose weights that autograd derives from ``combine``, shape (n_poses,)."""
+        """Return the pose weights that autograd derives from ``combine``."""
         with self.restored_state():
             return autograd_weights(self.combination, poses.predictions, poses.copied_inputs())
 
@@ -238,7 +309,12 @@ class Subject:
     def gradient_of_parameter(self, name: str, poses: Poses) -> Tensor:
         """Return the flattened gradient of one of its own parameters, as training uses it."""
         param = own_parameter(self.combination, name)
-        value = self.call(Step(poses, {}, {}))
+        if self.probes.columns is None:
+            value = self.call(Step(poses, {}, {}))
+        else:  # forward is the core's, and slow for a list with many columns
+            y = poses.predictions.clone().requires_grad_()
+            with self.restored_state(), torch.enable_grad():
+                value = combined_prediction(self.combination, y, poses.copied_inputs())
         gradient = None
         if value.requires_grad:
             go = -3.7  # gradient of the loss; 1 would not show a backward that ignores it

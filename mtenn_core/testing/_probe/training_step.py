@@ -19,8 +19,8 @@ class Step:
     Attributes
     ----------
     poses : the predictions and the pose inputs
-    gradients : the gradients of all poses for each parameter, each of shape
-        (n_poses, *shape of the parameter)
+    gradients : the gradients of all predictions for each parameter, each of shape
+        (n_poses, *shape of the parameter). With columns, the first dimension is n_poses · n_columns
     params : the parameters, in the order of ``param_names``
     """
 
@@ -42,7 +42,14 @@ class Step:
 
     def grad_dict(self) -> dict[str, list[Tensor]]:
         """Return a copy of each gradient, as an argument of ``forward``."""
-        return {n: [gradient.clone() for gradient in all] for n, all in self.gradients.items()}
+        return {
+            name: [gradient.clone() for gradient in self.by_pose(gradients)]
+            for name, gradients in self.gradients.items()
+        }
+
+    def by_pose(self, gradients: Tensor) -> Tensor:
+        """Return a view of gradients with one entry for each pose, as ``grad_dict`` has it."""
+        return gradients.unflatten(0, self.poses.predictions.shape)
 
 
 def gradients_of(value: Tensor, params: Mapping[str, Tensor], **options: Any) -> dict[str, Tensor]:

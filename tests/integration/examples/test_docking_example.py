@@ -101,7 +101,8 @@ def test_the_rmsd_is_that_of_the_best_matching_in_place(ran):
 
 
 def test_every_combination_gives_what_its_formula_says(ran):
-    assert set(ran.figures["combinations"]) == set(registry.names())
+    names = {name for name in registry.names() if registry.get(name).pose_columns is None}
+    assert set(ran.figures["combinations"]) == names
     assert not ran.figures["refused"]
     formulas = {
         "mean": lambda y: y.mean(),
