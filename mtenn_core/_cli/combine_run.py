@@ -93,9 +93,9 @@ def _created(name: str, arguments: dict[str, Any]) -> Combination:
     takes_all = any(p.kind is p.VAR_KEYWORD for p in known)
     for argument in arguments:
         if argument not in signature.parameters and not takes_all:
+            meant = suggestion(argument, signature.parameters)
             raise MtennError(
-                f"{name} takes no argument {argument!r}.{suggestion(argument, signature.parameters)}"
-                f" Its arguments are: {shown}"
+                f"{name} takes no argument {argument!r}.{meant} Its arguments are: {shown}"
             )
     try:
         combination = registry.create(name, **arguments)
@@ -181,7 +181,7 @@ def _write_files(
     outputs: Outputs,
     name: str,
 ) -> None:
-    if outputs.weights:
+    if outputs.weights and results.weights is not None:
         weights = compounds.in_table_order(results.weights)
         write_weights(outputs.weights, table, _weight_columns(chosen.predictions), weights)
     if outputs.plot:

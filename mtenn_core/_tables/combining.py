@@ -69,9 +69,9 @@ def check_choice(combination: Combination, chosen: Chosen) -> None:
     n_wanted = 1 if columns is None else columns.number
     found = len(chosen.predictions)
     if n_wanted is not None and found != n_wanted:
-        names = f" ({', '.join(columns.names)})" if columns is not None and columns.names else ""
+        named = f" ({', '.join(columns.names)})" if columns is not None and columns.names else ""
         raise PredictionError(
-            f"{who} takes {n_wanted} number(s) per pose{names}; found --column {found} time(s)."
+            f"{who} takes {n_wanted} number(s) per pose{named}; found --column {found} time(s)."
             f" Give one --column for each, in this order"
         )
     names = tuple(combination.pose_inputs)
@@ -118,7 +118,12 @@ def combined(
                 raise _named(problem, first_compound, first_pose, sizes) from problem
             parts.append(own)
             on_poses(sum(sizes))
-    return Combined(*(_joined(own) for own in zip(*parts, strict=True)))
+    return Combined(
+        torch.cat([own.predictions for own in parts]),
+        _joined([own.weights for own in parts]),
+        _joined([own.errors for own in parts]),
+        _joined([own.effective for own in parts]),
+    )
 
 
 def batches(sizes: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:

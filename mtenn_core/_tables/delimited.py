@@ -19,9 +19,9 @@ from mtenn_core._tables.rows import (
     Wanted,
     check_frame,
     checked_rows,
-    table_error,
     missing_column,
     no_rows,
+    table_error,
 )
 from mtenn_core.errors import TableError
 
@@ -66,7 +66,7 @@ class DelimitedTable:
                     self.path,
                     1,
                     column,
-                    "the weights need a column of this name, which the table already has. Rename it",
+                    "the weights need a column of this name, which the table has. Rename it",
                     "line",
                 )
 
@@ -103,8 +103,8 @@ class DelimitedTable:
                     self.path,
                     1,
                     column,
-                    f"the name of a column that is used must be unique; found {header.count(column)}"
-                    " columns of this name. Rename the others",
+                    "the name of a column that is used must be unique; found"
+                    f" {header.count(column)} columns of this name. Rename the others",
                     "line",
                 )
         return [header.index(column) for column in columns]
@@ -155,7 +155,7 @@ class DelimitedTable:
             return n_fields > 1 and _is_periodic(file, self.delimiter.encode(), n_fields)
 
     def _fast_rows(self, wanted: Wanted) -> Rows | None:
-        """Return the rows from polars. None if something is wrong, and the careful way must say what."""
+        """Return the rows from polars. None if something is wrong: the careful way says what."""
         import polars
 
         types: dict[str, Any] = dict.fromkeys(wanted.numbers, polars.Float64)

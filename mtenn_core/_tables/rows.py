@@ -41,7 +41,9 @@ class Wanted(NamedTuple):
     @property
     def texts(self) -> tuple[str, ...]:
         """The columns with text: names of compounds, and of poses."""
-        return (self.name,) if self.pose in (None, self.name) else (self.name, self.pose)  # type: ignore[return-value]
+        if self.pose is None or self.pose == self.name:
+            return (self.name,)
+        return (self.name, self.pose)
 
     @property
     def columns(self) -> tuple[str, ...]:
@@ -110,7 +112,8 @@ def missing_column(path: object, column: str, columns: Iterable[str], *, unit: s
         path,
         None,
         column,
-        f"the table has no such column.{suggestion(column, known)} Its columns are {shown or 'none'}",
+        f"the table has no such column.{suggestion(column, known)} Its columns are"
+        f" {shown or 'none'}",
         unit,
     )
 

@@ -1,7 +1,7 @@
 """SDF files: the data items ("tags") of molecules.
 
-Tags are text behind each molecule, as the CTfile format describes it. They need no chemistry to
-read. So a molecule that a toolkit cannot read is no row that goes missing, and errors know the line.
+Tags are text behind each molecule, as the CTfile format describes it, and need no chemistry to
+read. A molecule that a toolkit would refuse is a row like others, and errors know the line.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from mtenn_core._tables.rows import (
     Rows,
     Wanted,
     checked_rows,
-    table_error,
     missing_column,
     no_rows,
+    table_error,
 )
 from mtenn_core.errors import TableError
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from mtenn_core._tables.delimited import DelimitedTable
@@ -10,13 +11,13 @@ from mtenn_core._tables.rows import table_error
 from mtenn_core._tables.sdf import SDFTable
 from mtenn_core.errors import TableError
 
-FORMATS = {
+Table = DelimitedTable | ParquetTable | SDFTable
+FORMATS: dict[str, Callable[[Path], Table]] = {
     ".csv": DelimitedTable,
     ".tsv": DelimitedTable,
     ".parquet": ParquetTable,
     ".sdf": SDFTable,
 }
-Table = DelimitedTable | ParquetTable | SDFTable
 
 
 def open_table(path: Path) -> Table:

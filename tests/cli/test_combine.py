@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from mtenn_core import Combination, registry
-from mtenn_core._cli import combine as command
+from mtenn_core._cli import combine as options
 from mtenn_core._cli import main
 from mtenn_core._tables import delimited, rows
 
@@ -273,7 +273,8 @@ def test_each_number_of_a_vector_has_a_column(folder):
         assert row["prediction_2"] == pytest.approx(math.fsum(SCORES[name]) / row["poses"])
     document = json.loads(combine("vector", "--column", "strain", "--json").stdout)
     assert document["compounds"][0]["prediction"] == [
-        row for row in (found[0]["prediction_1"], found[0]["prediction_2"])
+        found[0]["prediction_1"],
+        found[0]["prediction_2"],
     ]
 
 
@@ -301,7 +302,8 @@ def as_sdf(path):
     for row in csv.DictReader(io.StringIO(TABLE)):
         tags = "".join(f">  <{k}>  (1)\n{v}\n\n" for k, v in row.items())
         molecules.append(
-            f"{row['compound']}\n  by hand\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n{tags}$$$$\n"
+            f"{row['compound']}\n  by hand\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM "
+            f" END\n{tags}$$$$\n"
         )
     path.write_text("".join(molecules))
 
@@ -387,9 +389,7 @@ def test_json_has_all_results(folder):
     }
 
 
-def test_a_terminal_gets_a_table_of_the_first_compounds(folder, monkeypatch):
-    lines = [f"compound {i},{i}" for i in range(60)]
-    (folder / "many.csv").write_text("\n".join(["compound,score", *lines]))
+def test_a_terminal_gets_a_table_of_the_first_compounds(monkeypatch):
     monkeypatch.setattr("mtenn_core._cli.combine_results.MAX_SHOWN", 2)
 
     class Terminal(io.StringIO):
@@ -400,9 +400,8 @@ def test_a_terminal_gets_a_table_of_the_first_compounds(folder, monkeypatch):
 
     terminal = Terminal()
     show_results(polars.DataFrame({"compound": ["A", "B", "C"], "poses": [1, 2, 3]}), terminal)
-    assert re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).split() == (
-        "compound poses A 1 B 2 … and 1 more. --out FILE writes all".split()
-    )
+    shown = " ".join(re.sub(r"\x1b\[[\d;]*m", "", terminal.getvalue()).split())
+    assert shown == "compound poses A 1 B 2 … and 1 more. --out FILE writes all"
 
 
 @pytest.mark.parametrize("name", ["plot.png", "plot.svg", "plot.pdf"])
@@ -429,27 +428,63 @@ def test_a_picture_of_many_compounds_has_no_names(folder):
 HEAD = "compound,pose,score,sd,strain\n"
 # What is in the file below the header, and what the message must say.
 WRONG_ROWS = {
-    "text": ("A,1,-7,0,0\nA,2,high,0,0\n", "line 3, column 'score': the value must be a number; found 'high'"),
-    "comma": ('A,1,"-7,5",0,0\n', "line 2, column 'score': the value must be a number; found '-7,5'. Write a decimal point"),
-    "digits": ("A,1,1_000,0,0\n", "line 2, column 'score': the value must be a number; found '1_000'"),
+    "text": (
+        "A,1,-7,0,0\nA,2,high,0,0\n",
+        "line 3, column 'score': the value must be a number; found 'high'",
+    ),
+    "comma": (
+        'A,1,"-7,5",0,0\n',
+        "line 2, column 'score': the value must be a number; found '-7,5'. Write a decimal point",
+    ),
+    "digits": (
+        "A,1,1_000,0,0\n",
+        "line 2, column 'score': the value must be a number; found '1_000'",
+    ),
     "other digits": ("A,1,١,0,0\n", "line 2, column 'score': the value must be a number"),
     "empty": ("A,1,,0,0\n", "line 2, column 'score': the value must be a number; found nothing"),
-    "nan": ("A,1,-7,0,0\nB,1,nan,0,0\n", "line 3, column 'score': the value must be finite; found nan"),
+    "nan": (
+        "A,1,-7,0,0\nB,1,nan,0,0\n",
+        "line 3, column 'score': the value must be finite; found nan",
+    ),
     "null": ("A,1,null,0,0\n", "line 2, column 'score': the value must be a number; found 'null'"),
     "infinite": ("A,1,-inf,0,0\n", "line 2, column 'score': the value must be finite; found -inf"),
     "overflow": ("A,1,1e999,0,0\n", "line 2, column 'score': the value must be finite; found inf"),
-    "no name": ("A,1,-7,0,0\n,1,-7,0,0\n", "line 3, column 'compound': the name of the compound must not be empty; found ''"),
-    "blank name": (" ,1,-7,0,0\n", "line 2, column 'compound': the name of the compound must not be empty; found ' '"),
-    "repeated pose": ("A,1,-7,0,0\nB,1,-7,0,0\nA,1,-7,0,0\n", "line 4, column 'pose': compound 'A' must have each pose once; found pose '1' again, which is also in line 2"),
-    "repeated pose behind quotes": ('"A\nB",1,-7,0,0\n"A\nB",1,-7,0,0\n', "line 4, column 'pose': compound 'A\\nB' must have each pose once"),
-    "negative": ("A,1,-7,-0.1,0\n", "line 2, column 'sd': a standard deviation must not be negative; found -0.1"),
-    "short line": ("A,1,-7,0,0\nA,2,-7,0\n", "line 3: each line must have 5 fields, like the first one; found 4"),
-    "long line": ("A,1,-7,0,0\n\nA,2,-7,0,0,0\n", "line 4: each line must have 5 fields, like the first one; found 6"),
+    "no name": (
+        "A,1,-7,0,0\n,1,-7,0,0\n",
+        "line 3, column 'compound': the name of the compound must not be empty; found ''",
+    ),
+    "blank name": (
+        " ,1,-7,0,0\n",
+        "line 2, column 'compound': the name of the compound must not be empty; found ' '",
+    ),
+    "repeated pose": (
+        "A,1,-7,0,0\nB,1,-7,0,0\nA,1,-7,0,0\n",
+        (
+            "line 4, column 'pose': compound 'A' must have each pose once; found pose '1' "
+            "again, which is also in line 2"
+        ),
+    ),
+    "repeated pose behind quotes": (
+        '"A\nB",1,-7,0,0\n"A\nB",1,-7,0,0\n',
+        "line 4, column 'pose': compound 'A\\nB' must have each pose once",
+    ),
+    "negative": (
+        "A,1,-7,-0.1,0\n",
+        "line 2, column 'sd': a standard deviation must not be negative; found -0.1",
+    ),
+    "short line": (
+        "A,1,-7,0,0\nA,2,-7,0\n",
+        "line 3: each line must have 5 fields, like the first one; found 4",
+    ),
+    "long line": (
+        "A,1,-7,0,0\n\nA,2,-7,0,0,0\n",
+        "line 4: each line must have 5 fields, like the first one; found 6",
+    ),
     "short and long line": ("A,1,-7,0\nA,2,-7,0,0,0\n", "line 2: each line must have 5 fields"),
     "open quote": ('A,1,-7,0,0\n"A,2,-7,0,0\n', "line 3: the line cannot be split into fields"),
     "no rows": ("", ": the table must have at least one row; found none"),
     "blank lines": ("\n\n", ": the table must have at least one row; found none"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize(("body", "message"), WRONG_ROWS.values(), ids=WRONG_ROWS)
@@ -464,15 +499,39 @@ def test_a_wrong_row_is_named(folder, body, message):
 @pytest.mark.parametrize(
     ("frame", "message"),
     [
-        pytest.param({"score": ["high"]}, "column 'score': the column must hold numbers; its type is String", id="text"),
+        pytest.param(
+            {"score": ["high"]},
+            "column 'score': the column must hold numbers; its type is String",
+            id="text",
+        ),
         pytest.param({"score": [True]}, "column 'score': the column must hold numbers", id="bool"),
-        pytest.param({"score": [1.0, None]}, "row 2, column 'score': the value must be a number; found nothing", id="null"),
-        pytest.param({"score": [1.0, math.nan]}, "row 2, column 'score': the value must be finite; found nan", id="nan"),
-        pytest.param({"compound": ["A", None]}, "row 2, column 'compound': the name of the compound must not be empty; found nothing", id="no name"),
-        pytest.param({"compound": [["A"], ["B"]]}, "column 'compound': the column must hold text or numbers", id="list"),
-        pytest.param({"sd": [0, -1]}, "row 2, column 'sd': a standard deviation must not be negative; found -1.0", id="negative"),
+        pytest.param(
+            {"score": [1.0, None]},
+            "row 2, column 'score': the value must be a number; found nothing",
+            id="null",
+        ),
+        pytest.param(
+            {"score": [1.0, math.nan]},
+            "row 2, column 'score': the value must be finite; found nan",
+            id="nan",
+        ),
+        pytest.param(
+            {"compound": ["A", None]},
+            "row 2, column 'compound': the name of the compound must not be empty; found nothing",
+            id="no name",
+        ),
+        pytest.param(
+            {"compound": [["A"], ["B"]]},
+            "column 'compound': the column must hold text or numbers",
+            id="list",
+        ),
+        pytest.param(
+            {"sd": [0, -1]},
+            "row 2, column 'sd': a standard deviation must not be negative; found -1.0",
+            id="negative",
+        ),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_row_of_a_parquet_file_is_named(folder, frame, message):
     n = len(next(iter(frame.values())))
     columns = {"compound": ["A"] * n, "score": [1] * n, "sd": [0] * n} | frame
@@ -492,15 +551,37 @@ SDF = "A\n\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n> <score>\n-7\n\n
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        pytest.param(SDF.replace("-7", "high"), "line 7, column 'score': the value must be a number; found 'high'", id="text"),
-        pytest.param(f"{SDF}$$$$\n{SDF.replace('score', 'other')}$$$$\n", "line 10, column 'score': each molecule must have the tag <score>", id="lacks the tag"),
-        pytest.param(f"{SDF}$$$$\n{SDF.replace('A', '', 1)}", "line 16, column '_Name': the name of the compound must not be empty", id="no name"),
-        pytest.param(SDF.replace("score", "scores"), "column 'score': the table has no such column. Did you mean 'scores'?", id="no such tag"),
-        pytest.param(f"{SDF}> <score>\n1\n\n$$$$\n", "line 9, column 'score': a molecule must have each tag once", id="twice"),
-        pytest.param(f"{SDF}$$$$\n$$$$\n", "line 10: expected a molecule; found $$$$", id="no molecule"),
+        pytest.param(
+            SDF.replace("-7", "high"),
+            "line 7, column 'score': the value must be a number; found 'high'",
+            id="text",
+        ),
+        pytest.param(
+            f"{SDF}$$$$\n{SDF.replace('score', 'other')}$$$$\n",
+            "line 10, column 'score': each molecule must have the tag <score>",
+            id="lacks the tag",
+        ),
+        pytest.param(
+            f"{SDF}$$$$\n{SDF.replace('A', '', 1)}",
+            "line 16, column '_Name': the name of the compound must not be empty",
+            id="no name",
+        ),
+        pytest.param(
+            SDF.replace("score", "scores"),
+            "column 'score': the table has no such column. Did you mean 'scores'?",
+            id="no such tag",
+        ),
+        pytest.param(
+            f"{SDF}> <score>\n1\n\n$$$$\n",
+            "line 9, column 'score': a molecule must have each tag once",
+            id="twice",
+        ),
+        pytest.param(
+            f"{SDF}$$$$\n$$$$\n", "line 10: expected a molecule; found $$$$", id="no molecule"
+        ),
         pytest.param("", ": the table must have at least one row; found none", id="empty"),
     ],
-)  # fmt: skip
+)
 def test_a_wrong_molecule_is_named(folder, text, message):
     (folder / "poses.sdf").write_text(text)
     found = error("poses.sdf", "boltzmann", by="_Name")
@@ -525,39 +606,174 @@ def test_another_encoding_is_named_with_its_line(folder, name):
 WRONG_ARGUMENTS = {
     "no file": (["absent.csv", "boltzmann"], {}, "absent.csv: there is no such file"),
     "folder": (["folder.csv", "boltzmann"], {}, "folder.csv: the table must be a regular file"),
-    "suffix": (["poses.xls", "boltzmann"], {}, "poses.xls: the name of a table must end in one of .csv, .tsv, .parquet, .sdf; found '.xls'"),
-    "column": (["boltzmann"], {"column": "scor"}, "poses.csv, column 'scor': the table has no such column. Did you mean 'score'? Its columns are 'compound', 'pose', 'score', 'sd', 'strain'"),
-    "by": (["boltzmann"], {"by": "Compounds"}, "column 'Compounds': the table has no such column. Did you mean 'compound'?"),
-    "text column": (["boltzmann"], {"column": "compound"}, "line 2, column 'compound': the value must be a number; found 'A'"),
+    "suffix": (
+        ["poses.xls", "boltzmann"],
+        {},
+        (
+            "poses.xls: the name of a table must end in one of .csv, .tsv, .parquet, .sdf; "
+            "found '.xls'"
+        ),
+    ),
+    "column": (
+        ["boltzmann"],
+        {"column": "scor"},
+        (
+            "poses.csv, column 'scor': the table has no such column. Did you mean 'score'? "
+            "Its columns are 'compound', 'pose', 'score', 'sd', 'strain'"
+        ),
+    ),
+    "by": (
+        ["boltzmann"],
+        {"by": "Compounds"},
+        "column 'Compounds': the table has no such column. Did you mean 'compound'?",
+    ),
+    "text column": (
+        ["boltzmann"],
+        {"column": "compound"},
+        "line 2, column 'compound': the value must be a number; found 'A'",
+    ),
     "combination": (["boltzman"], {}, "unknown combination 'boltzman'"),
-    "argument": (["boltzmann", "--arg", "kt=1"], {}, "boltzmann takes no argument 'kt'. Did you mean 'kT'? Its arguments are: kT=1.0"),
-    "value": (["boltzmann", "--arg", "kT=-1"], {}, "boltzmann cannot be made with these arguments: ValueError: kT must be positive; found -1. Its arguments are: kT=1.0"),
-    "text as value": (["boltzmann", "--arg", "kT=warm"], {}, "boltzmann cannot be made with these arguments: TypeError"),
-    "too few columns": (["pair"], {}, "Pair takes 2 number(s) per pose (energy, confidence); found --column 1 time(s)"),
-    "too many columns": (["boltzmann", "--column", "sd"], {}, "Boltzmann takes 1 number(s) per pose; found --column 2 time(s)"),
-    "no input": (["strained"], {}, "Strained needs the pose input 'strain'. Name its column with --pose-input strain"),
-    "another input": (["boltzmann", "--pose-input", "strain"], {}, "Boltzmann takes no pose input 'strain'; its pose inputs are none"),
-    "column of an input": (["strained", "--pose-input", "strain=s"], {}, "column 's': the table has no such column"),
-    "errors": (["pair", "--column", "sd", "--error-column", "sd"], {}, "each --column needs its own --error-column; found 2 and 1"),
-    "errors of a vector": (["vector", "--error-column", "sd"], {}, "--error-column needs one combined number per compound; vector returns several"),
-    "weights of a vector": (["vector", "--weights", "w.csv"], {}, "--weights needs one combined number per compound; vector returns several"),
-    "plot of columns": (["pair", "--column", "sd", "--plot", "p.png"], {}, "--plot needs one number per pose; pair takes several"),
-    "kind": (["degenerate", "--pose-input", "degeneracy=strain"], {}, "poses.csv, line 5: compound 'A': pose_inputs['degeneracy'] must be a number above 0"),
-    "domain": (["power-mean"], {}, "poses.csv, line 2: compound 'A': PowerMean gives nan. It takes predictions between 0.0 and inf"),
+    "argument": (
+        ["boltzmann", "--arg", "kt=1"],
+        {},
+        "boltzmann takes no argument 'kt'. Did you mean 'kT'? Its arguments are: kT=1.0",
+    ),
+    "value": (
+        ["boltzmann", "--arg", "kT=-1"],
+        {},
+        (
+            "boltzmann cannot be made with these arguments: ValueError: kT must be "
+            "positive; found -1. Its arguments are: kT=1.0"
+        ),
+    ),
+    "text as value": (
+        ["boltzmann", "--arg", "kT=warm"],
+        {},
+        "boltzmann cannot be made with these arguments: TypeError",
+    ),
+    "too few columns": (
+        ["pair"],
+        {},
+        "Pair takes 2 number(s) per pose (energy, confidence); found --column 1 time(s)",
+    ),
+    "too many columns": (
+        ["boltzmann", "--column", "sd"],
+        {},
+        "Boltzmann takes 1 number(s) per pose; found --column 2 time(s)",
+    ),
+    "no input": (
+        ["strained"],
+        {},
+        "Strained needs the pose input 'strain'. Name its column with --pose-input strain",
+    ),
+    "another input": (
+        ["boltzmann", "--pose-input", "strain"],
+        {},
+        "Boltzmann takes no pose input 'strain'; its pose inputs are none",
+    ),
+    "column of an input": (
+        ["strained", "--pose-input", "strain=s"],
+        {},
+        "column 's': the table has no such column",
+    ),
+    "errors": (
+        ["pair", "--column", "sd", "--error-column", "sd"],
+        {},
+        "each --column needs its own --error-column; found 2 and 1",
+    ),
+    "errors of a vector": (
+        ["vector", "--error-column", "sd"],
+        {},
+        "--error-column needs one combined number per compound; vector returns several",
+    ),
+    "weights of a vector": (
+        ["vector", "--weights", "w.csv"],
+        {},
+        "--weights needs one combined number per compound; vector returns several",
+    ),
+    "plot of columns": (
+        ["pair", "--column", "sd", "--plot", "p.png"],
+        {},
+        "--plot needs one number per pose; pair takes several",
+    ),
+    "kind": (
+        ["degenerate", "--pose-input", "degeneracy=strain"],
+        {},
+        "poses.csv, line 5: compound 'A': pose_inputs['degeneracy'] must be a number above 0",
+    ),
+    "domain": (
+        ["power-mean"],
+        {},
+        (
+            "poses.csv, line 2: compound 'A': PowerMean gives nan. It takes predictions "
+            "between 0.0 and inf"
+        ),
+    ),
     "raises": (["failing"], {}, "failing failed: RuntimeError: no luck"),
-    "exists": (["boltzmann", "--out", "there.csv"], {}, "there.csv: the file already exists. Choose another name, or replace it with --force"),
-    "itself": (["boltzmann", "--weights", "./poses.csv", "--force"], {}, "poses.csv: the output must be another file than the table itself"),
-    "twice": (["boltzmann", "--out", "w.csv", "--weights", "w.csv"], {}, "w.csv: two outputs need two files"),
-    "no folder": (["boltzmann", "--out", "absent/out.csv"], {}, "absent/out.csv: there is no folder 'absent'"),
-    "folder as output": (["boltzmann", "--out", "folder.csv", "--force"], {}, "folder.csv: the output must be a file; found a folder"),
-    "suffix of results": (["boltzmann", "--out", "out.sdf"], {}, "out.sdf: the file of --out must end in .csv or .tsv or .parquet"),
-    "suffix of weights": (["boltzmann", "--weights", "w.tsv"], {}, "w.tsv: the file of --weights must end in .csv"),
-    "suffix of plot": (["boltzmann", "--plot", "p.gif"], {}, "p.gif: the file of --plot must end in .png or .svg or .pdf"),
-    "weight exists": (["weighted.csv", "boltzmann", "--weights", "w.csv"], {}, "weighted.csv, line 1, column 'weight': the weights need a column of this name"),
-    "same name": (["same.csv", "boltzmann"], {}, "same.csv, line 1, column 'score': the name of a column that is used must be unique; found 2 columns"),
-    "empty file": (["empty.csv", "boltzmann"], {}, "empty.csv: the table must have at least one row; found none"),
-    "few poses": (["few.csv", "spread"], {}, "few.csv, line 4: compound 'B': Spread needs at least 2 pose(s); found 1"),
-}  # fmt: skip
+    "exists": (
+        ["boltzmann", "--out", "there.csv"],
+        {},
+        "there.csv: the file already exists. Choose another name, or replace it with --force",
+    ),
+    "itself": (
+        ["boltzmann", "--weights", "./poses.csv", "--force"],
+        {},
+        "poses.csv: the output must be another file than the table itself",
+    ),
+    "twice": (
+        ["boltzmann", "--out", "w.csv", "--weights", "w.csv"],
+        {},
+        "w.csv: two outputs need two files",
+    ),
+    "no folder": (
+        ["boltzmann", "--out", "absent/out.csv"],
+        {},
+        "absent/out.csv: there is no folder 'absent'",
+    ),
+    "folder as output": (
+        ["boltzmann", "--out", "folder.csv", "--force"],
+        {},
+        "folder.csv: the output must be a file; found a folder",
+    ),
+    "suffix of results": (
+        ["boltzmann", "--out", "out.sdf"],
+        {},
+        "out.sdf: the file of --out must end in .csv or .tsv or .parquet",
+    ),
+    "suffix of weights": (
+        ["boltzmann", "--weights", "w.tsv"],
+        {},
+        "w.tsv: the file of --weights must end in .csv",
+    ),
+    "suffix of plot": (
+        ["boltzmann", "--plot", "p.gif"],
+        {},
+        "p.gif: the file of --plot must end in .png or .svg or .pdf",
+    ),
+    "weight exists": (
+        ["weighted.csv", "boltzmann", "--weights", "w.csv"],
+        {},
+        "weighted.csv, line 1, column 'weight': the weights need a column of this name",
+    ),
+    "same name": (
+        ["same.csv", "boltzmann"],
+        {},
+        (
+            "same.csv, line 1, column 'score': the name of a column that is used must be "
+            "unique; found 2 columns"
+        ),
+    ),
+    "empty file": (
+        ["empty.csv", "boltzmann"],
+        {},
+        "empty.csv: the table must have at least one row; found none",
+    ),
+    "few poses": (
+        ["few.csv", "spread"],
+        {},
+        "few.csv, line 4: compound 'B': Spread needs at least 2 pose(s); found 1",
+    ),
+}
 
 
 @pytest.mark.parametrize(
@@ -605,9 +821,9 @@ def test_a_missing_package_is_named_with_its_extra(folder, module):
     with mock.patch.dict(sys.modules, {module: None}):
         found = error("boltzmann")
     assert (
-        f'tables need {module}, which is not installed. Install it with pip install "mtenn-core[tables]"'
-        in found
-    )
+        f"tables need {module}, which is not installed. Install it with pip install "
+        f'"mtenn-core[tables]"'
+    ) in found
 
 
 def test_a_missing_matplotlib_is_named_before_the_work(folder):
@@ -654,7 +870,10 @@ def test_a_closed_pipe_ends_the_command_quietly(folder):
         "with registry.temporary({'the-mean': Mean}): main()\n"
     )
     (folder / "program.py").write_text(program)
-    line = f"'{sys.executable}' program.py combine many.csv the-mean --by compound --column score | head -n 1; echo ${{PIPESTATUS[0]}}"
+    command = (
+        f"'{sys.executable}' program.py combine many.csv the-mean --by compound --column score"
+    )
+    line = f"{command} | head -n 1; echo ${{PIPESTATUS[0]}}"
     done = subprocess.run(
         ["bash", "-c", line], capture_output=True, text=True, timeout=300, check=False
     )
@@ -806,4 +1025,4 @@ def test_the_fast_reader_agrees_with_the_careful_one(tmp_path, table):
 def test_the_suffixes_are_those_of_the_picture():
     from mtenn_core._tables import picture
 
-    assert command.PICTURE_SUFFIXES == picture.SUFFIXES
+    assert options.PICTURE_SUFFIXES == picture.SUFFIXES

@@ -48,6 +48,7 @@ WRONG = """
         def __init__(self, needed):
             super().__init__()
 """
+TABLE = ["{folder}/poses.csv", "healthy", "--by", "name", "--column", "score"]
 # A command, its exit status, and a part of what it must print.
 COMMANDS = {
     "list": (["list"], 0, '"name": "healthy"'),
@@ -59,6 +60,8 @@ COMMANDS = {
     "check at the gate": (["check", "healthy", "--level", "gate"], 0, '"curves": {}'),
     "check with advice": (["check", "advised", "--only", "A10"], 0, '"status": "advice"'),
     "check of what cannot be made": (["check", "unready", "no.module:Class"], 1, '"error": {'),
+    "combine": (["combine", *TABLE], 0, '"effective_poses": 1.0'),
+    "combine without a table": (["combine", "absent.csv", *TABLE[1:]], 1, '"error": {'),
     "doctor": (["doctor"], 1, '"kind": "does not load"'),
     "doctor without imports": (["doctor", "--no-import"], 0, '"problems": []'),
     "new": (["new", "my-rule", "--output", "{folder}/new"], 0, '"files": ['),
@@ -94,6 +97,7 @@ def test_schema_is_valid(name):
 @pytest.mark.parametrize(("arguments", "status", "part"), COMMANDS.values(), ids=COMMANDS)
 def test_a_document_matches_its_schema(arguments, status, part, plugins, tmp_path):
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    (tmp_path / "poses.csv").write_text("name,score\nA,-7\n")
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == status
     assert part in result.stdout

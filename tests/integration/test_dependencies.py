@@ -22,7 +22,7 @@ SOURCES = {
 }
 PLUGINS = sorted(SOURCES.keys() - {"mtenn-core"})
 # Imported where they are there, and not required.
-OPTIONAL = {"mtenn-core": {"jinja2", "markupsafe", "matplotlib", "numpy", "pytest"}}
+OPTIONAL = {"mtenn-core": {"jinja2", "markupsafe", "matplotlib", "numpy", "polars", "pytest"}}
 
 USE_IT = """
 import importlib.abc
