@@ -75,6 +75,12 @@ file_type = click.Path(path_type=Path)
     metavar="FILE",
     help="Draw the values, their errors and the pose weights: a .png, .svg or .pdf.",
 )
+@click.option(
+    "--digits",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Round the results to N significant digits. The weights keep all digits.",
+)
 @click.option("--force", is_flag=True, help="Replace files that exist.")
 @json_option
 @errors_to_exit_code
@@ -90,6 +96,7 @@ def command(
     out: Path | None,
     weights: Path | None,
     plot: Path | None,
+    digits: int | None,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -117,7 +124,7 @@ def command(
                 deviations=deviations,
                 inputs=inputs,
                 pose=pose,
-                outputs=Outputs(out, weights, plot, as_json),
+                outputs=Outputs(out, weights, plot, digits, as_json),
             )
     except BrokenPipeError:
         raise

@@ -21,7 +21,7 @@ from mtenn_core._tables.table import Table
 MAX_SHOWN = 50
 
 
-def results_frame(compounds: Compounds, results: Combined) -> polars.DataFrame:
+def results_frame(compounds: Compounds, results: Combined, digits: int | None) -> polars.DataFrame:
     """Return the results with a row for each compound, in the order of the table."""
     columns = [compounds.names.alias("compound")]
     if results.predictions.dim() == 1:
@@ -38,7 +38,10 @@ def results_frame(compounds: Compounds, results: Combined) -> polars.DataFrame:
         effective = polars.Series("effective_poses", results.effective.numpy())
         columns.append(effective.fill_nan(None))
     columns.append(polars.Series("poses", compounds.sizes, dtype=polars.Int64))
-    return polars.DataFrame(columns)
+    frame = polars.DataFrame(columns)
+    if digits is None:
+        return frame
+    return frame.with_columns(polars.col(polars.Float64).round_sig_figs(digits))
 
 
 def write_results(path: Path, frame: polars.DataFrame) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import click
+from polars import DataFrame
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -39,12 +40,14 @@ class Outputs(NamedTuple):
     Attributes
     ----------
     out, weights, plot : the files to write, or None
+    digits : the number of significant digits of the results, or None for all
     as_json : True to print a JSON document
     """
 
     out: Path | None
     weights: Path | None
     plot: Path | None
+    digits: int | None
     as_json: bool
 
 
@@ -74,8 +77,8 @@ def combine_table(
         compounds = grouped(rows)
         results = _combined(table, rows, combination, compounds, chosen, name, outputs)
         _check_results(results, chosen, outputs, name)
-        _write_files(table, compounds, results, combination, chosen, outputs, name)
-        frame = results_frame(compounds, results)
+        frame = results_frame(compounds, results, outputs.digits)
+        _write_files(table, compounds, results, frame, combination, chosen, outputs, name)
         if outputs.as_json:
             given = constructor_arguments(combination)
             print_json(results_json(table.path, name, given, len(rows.names), frame), stdout)
@@ -176,6 +179,7 @@ def _write_files(
     table: Table,
     compounds: Compounds,
     results: Combined,
+    frame: DataFrame,
     combination: Combination,
     chosen: Chosen,
     outputs: Outputs,
@@ -189,7 +193,7 @@ def _write_files(
         with new_file(outputs.plot) as temporary:
             _drawing()(temporary, compounds, results, f"{name}({given}) of {table.path.name}")
     if outputs.out:
-        write_results(outputs.out, results_frame(compounds, results))
+        write_results(outputs.out, frame)
 
 
 def _drawing() -> Callable[..., None]:

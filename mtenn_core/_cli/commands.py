@@ -52,7 +52,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="mtenn-core", message="mtenn-core %(version)s")
 def main() -> None:
-    """List combinations of pose predictions, check their gradients, and write new ones."""
+    """List combinations of pose predictions, check them, use them on tables, and write new ones."""
 
 
 @contextmanager

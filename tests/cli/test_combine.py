@@ -378,6 +378,12 @@ def test_results_go_to_a_file(folder, name):
     assert read(name).to_dicts() == expected
 
 
+def test_results_are_rounded_to_significant_digits(folder):
+    found = results(*BOLTZMANN, "--error-column", "sd", "--digits", "3")
+    assert [row["prediction"] for row in found] == [-6.81, -6.05]
+    assert [row["error"] for row in found] == [0.279, 0.304]
+
+
 def test_json_has_all_results(folder):
     document = json.loads(combine(*BOLTZMANN, "--error-column", "sd", "--json").stdout)
     assert document["compounds"] == results(*BOLTZMANN, "--error-column", "sd")
