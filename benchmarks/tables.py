@@ -13,7 +13,6 @@ of one that only imports. The limit of the ratio is 5.
 from __future__ import annotations
 
 import argparse
-import resource
 import statistics
 import subprocess
 import sys
@@ -52,7 +51,8 @@ def write_table(path: Path, n_rows: int, n_compounds: int, order: str) -> None:
             "score": generator.normal(-7.0, 1.0, n_rows).round(3),
         }
     )
-    frame.with_columns("ZINC" + polars.col("compound")).write_csv(path)
+    names = polars.concat_str(polars.lit("ZINC"), "compound").alias("compound")
+    frame.with_columns(names).write_csv(path)
 
 
 def by_polars(path: Path, out: Path) -> None:
@@ -98,8 +98,10 @@ def print_own_peak(way: str, path: Path, out: Path) -> None:
 
     if way in RUN:
         RUN[way](path, out)
-    unit = 1 if sys.platform == "darwin" else 1024
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+    # getrusage does not work here: on Linux, a child's ru_maxrss starts at its parent's peak.
+    status = Path("/proc/self/status").read_text().splitlines()
+    (peak,) = (line.split()[1] for line in status if line.startswith("VmHWM"))
+    print(1024 * int(peak))
 
 
 def measure(order: str, options: argparse.Namespace, folder: Path) -> list[str]:
@@ -153,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for order in ORDERS:
         with tempfile.TemporaryDirectory() as folder:
             table.add_row(*measure(order, options, Path(folder)))
-    console = Console(highlight=False)
+    console = Console(highlight=False, width=120)
     console.print(
         f"{options.rows:,} rows, {options.compounds:,} compounds, polars {polars.__version__} with"
         f" {polars.thread_pool_size()} threads; the fastest of {options.repeats} turns"

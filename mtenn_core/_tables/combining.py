@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
@@ -110,7 +111,7 @@ def combined(
         prediction that is not finite
     """
     parts: list[Combined] = []
-    with torch.no_grad():
+    with torch.no_grad(), _one_thread():
         for first_compound, first_pose, sizes in batches(compounds.sizes):
             try:
                 own = _batch(combination, compounds, chosen, first_pose, sizes)
@@ -124,6 +125,21 @@ def combined(
         _joined([own.errors for own in parts]),
         _joined([own.effective for own in parts]),
     )
+
+
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Let torch use one thread.
+
+    Each operation takes the compounds of one size, often too few for several threads: these would
+    wait for one another longer than they work.
+    """
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def batches(sizes: Sequence[int]) -> Iterator[tuple[int, int, list[int]]]:

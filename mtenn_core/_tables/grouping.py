@@ -48,7 +48,8 @@ def grouped(rows: Rows) -> Compounds:
 
     runs = rows.names.rle()
     names, lengths = runs.struct.field("value"), runs.struct.field("len")
-    if names.n_unique() == len(names):
+    # In many short runs, it would be slow to look for a name that comes again.
+    if len(names) <= len(rows.names) / 2 and names.n_unique() == len(names):
         numbers = {column: _tensor(series) for column, series in rows.numbers.items()}
         return Compounds(names, lengths.to_list(), numbers, None)
     columns = [series.alias(f"number {i}") for i, series in enumerate(rows.numbers.values())]
