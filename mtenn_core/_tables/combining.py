@@ -183,6 +183,10 @@ def _batch(
         deviations = _together([column(name) for name in chosen.deviations], combination)
         per_pose = [size * len(chosen.deviations) for size in sizes]
         errors = propagated_error(weights.flatten(), deviations.flatten(), per_pose)
+        if not errors.isfinite().all():
+            compound = int((~errors.isfinite()).nonzero()[0])
+            message = f"the error is {errors[compound]}. The deviations are too large"
+            raise PredictionError(message, compound=compound)
     effective = effective_poses(weights, sizes) if weights.dim() == 1 else None
     return Combined(values, weights, errors, effective)
 

@@ -165,6 +165,7 @@ class DelimitedTable:
             self.path,
             separator=self.delimiter,
             quote_char=None,
+            glob=False,
             infer_schema=False,
             schema_overrides=types,
         )

@@ -42,7 +42,10 @@ def new_file(path: Path) -> Iterator[Path]:
     try:
         yield temporary
         temporary.replace(path)
-    except BaseException:  # Ctrl-C, too
+    except BaseException as problem:  # Ctrl-C, too
         with suppress(OSError):
             temporary.unlink()
+        if isinstance(problem, OSError):
+            message = f"the file cannot be written: {problem.strerror or problem}"
+            raise table_error(path, None, None, message, "line") from problem
         raise

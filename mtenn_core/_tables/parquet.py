@@ -57,7 +57,10 @@ class ParquetTable:
             {name: numbers.numpy() for name, numbers in zip(columns, values.T, strict=True)}
         )
         both = polars.concat([self._scan(), further.lazy()], how="horizontal")
-        both.sink_parquet(path)
+        try:
+            both.sink_parquet(path)
+        except polars.exceptions.PolarsError as problem:
+            raise self._unreadable(problem) from None
 
     def _scan(self) -> LazyFrame:
         import polars

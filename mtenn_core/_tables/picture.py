@@ -28,11 +28,12 @@ def draw(path: Path, compounds: Compounds, combined: Combined, title: str) -> No
     title : the combination and its arguments
     """
     order = combined.predictions.argsort(stable=True).tolist()
-    height = min(9.0, max(3.2, 0.24 * min(len(order), MAX_NAMED) + 1.2))
+    is_named = len(order) <= MAX_NAMED
+    height = max(3.2, 0.24 * (len(order) if is_named else N_SHOWN) + 1.2)
     figure = Figure(figsize=(10, height), layout="constrained")
     left, right = figure.subplots(1, 2)
     figure.suptitle(title)
-    if len(order) <= MAX_NAMED:
+    if is_named:
         _named_values(left, compounds, combined, order)
     else:
         _many_values(left, combined, order)
@@ -82,8 +83,11 @@ def _weights(axes: Axes, compounds: Compounds, combined: Combined, order: list[i
     axes.set_yticks(range(len(order)), [_short(compounds.names[i]) for i in order])
     axes.set_ylim(len(order) - 0.5, -0.5)
     axes.grid(axis="x", alpha=0.3)
-    axes.set_xlabel("weight of a pose (at the right: effective poses of all)")
-    axes.set_title("pose weights" + (", lowest compounds" if len(order) == N_SHOWN else ""))
+    axes.set_xlabel("weight of a pose")
+    axes.set_title("pose weights" + (f", {N_SHOWN} lowest" if len(order) == N_SHOWN else ""))
+    axes.annotate(
+        "effective\nposes", (1.01, 1.01), xycoords="axes fraction", va="bottom", fontsize=8
+    )
 
 
 def _short(name: str) -> str:

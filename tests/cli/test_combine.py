@@ -68,6 +68,11 @@ class Function(torch.autograd.Function):
         return None, None, None, *sums
 
 
+class Mean(Combination):
+    def combine(self, predictions):
+        return predictions.mean()
+
+
 class Forward(Combination):
     """It defines only forward: the mean of the squares."""
 
@@ -127,6 +132,7 @@ class Failing(Boltzmann):
 
 COMBINATIONS = {
     "boltzmann": Boltzmann,
+    "the-mean": Mean,
     "forward-only": Forward,
     "strained": Strained,
     "degenerate": Degenerate,
@@ -822,6 +828,25 @@ def test_force_replaces_a_file(folder):
     assert read_csv((folder / "out.csv").read_text()) == results(*BOLTZMANN)
 
 
+def test_a_full_disk_is_named_and_leaves_no_file(folder):
+    full = OSError(28, "No space left on device")
+    with mock.patch("polars.DataFrame.write_csv", side_effect=full):
+        found = error(*BOLTZMANN, "--out", "out.csv")
+    assert found == "out.csv: the file cannot be written: No space left on device"
+    assert sorted(os.listdir(folder)) == ["poses.csv"]
+
+
+def test_brackets_in_the_name_of_a_file_have_no_meaning(folder):
+    (folder / "poses[1].csv").write_text(TABLE)
+    assert results("poses[1].csv", *BOLTZMANN) == results(*BOLTZMANN)
+
+
+def test_an_error_that_overflows_is_named(folder):
+    (folder / "poses.csv").write_text("compound,score,sd\nA,1,0\nB,1,1e200\n")
+    found = error(*BOLTZMANN, "--error-column", "sd")
+    assert found.startswith("poses.csv, line 3: compound 'B': the error is inf")
+
+
 @pytest.mark.parametrize("module", ["polars", "numpy"])
 def test_a_missing_package_is_named_with_its_extra(folder, module):
     with mock.patch.dict(sys.modules, {module: None}):
@@ -950,11 +975,6 @@ def read_by_python(data):
     return rows if rows and same and right else None
 
 
-class Mean(Combination):
-    def combine(self, predictions):
-        return predictions.mean()
-
-
 @st.composite
 def tables(draw):
     names = draw(st.sampled_from([NAMES, PLAIN]))
@@ -969,9 +989,7 @@ def tables(draw):
 def check_fuzzed_table(path, data, rows):
     path.write_bytes(data)
     weights = path.with_name("weights.csv")
-    with registry.temporary({"the-mean": Mean}):
-        given_weights = ("--weights", str(weights), "--force")
-        result = combine(str(path), "the-mean", "--json", *given_weights)
+    result = combine(str(path), "the-mean", "--json", "--weights", str(weights), "--force")
     document = json.loads(result.stdout)
     expected = read_by_python(data)
     if rows is not None:
