@@ -1027,6 +1027,37 @@ def test_each_of_a_thousand_fuzzed_tables_is_right_or_a_clear_error(tmp_path, ta
     check_fuzzed_table(tmp_path / "fuzzed.csv", *table)
 
 
+@st.composite
+def sdf_files(draw):
+    tags = "".join(f"> <{tag}>\n{{}}\n\n" for tag in draw(st.permutations(["score", "other"])))
+    molecule = "{}\n\n\n  0  0\nM  END\n" + tags + "$$$$\n"
+    values = st.tuples(PLAIN, NUMBERS.map(repr), NUMBERS.map(repr))
+    molecules = draw(st.lists(values, min_size=1, max_size=5))
+    data = "".join(molecule.format(*own) for own in molecules).encode()
+    mutations = ["end of the file missing", "byte", "newline", "return", "nan", "twice", "windows"]
+    for mutation in draw(st.lists(st.sampled_from(mutations), max_size=2)):
+        data = MUTATIONS[mutation](data, draw(st.integers(0, len(data))))
+    return data
+
+
+@settings(FUZZ, max_examples=50)
+@given(data=sdf_files())
+def test_a_fuzzed_sdf_file_is_right_or_a_clear_error(tmp_path, data):
+    path, weights = tmp_path / "fuzzed.sdf", tmp_path / "weights.sdf"
+    path.write_bytes(data)
+    options = "--json", "--weights", str(weights), "--force"
+    result = combine(str(path), "the-mean", *options, by="_Name")
+    document = json.loads(result.stdout)
+    if result.exit_code:
+        assert path.name in document["error"]["message"]
+        return
+    lines = io.StringIO(data.decode("utf-8-sig"), newline=None).read().splitlines()
+    parts = "\n".join(lines).split("$$$$")
+    n_molecules = sum(bool(part.strip()) for part in parts)
+    assert document["rows"] == n_molecules == sum(c["poses"] for c in document["compounds"])
+    assert weights.read_text(encoding="utf-8").count(">  <weight>\n") == n_molecules
+
+
 @settings(FUZZ, max_examples=50)
 @given(table=tables())
 def test_the_fast_reader_agrees_with_the_careful_one(tmp_path, table):
