@@ -74,18 +74,19 @@ def combine_table(
         if outputs.weights:
             table.check_new_columns(_weight_columns(chosen.predictions))
         rows = table.read(Wanted(by, numbers, chosen.deviations, pose))
-        compounds = grouped(rows)
+        compounds, rows = grouped(rows), rows.only_places()
+        n_rows = sum(compounds.sizes)
         results = _combined(table, rows, combination, compounds, chosen, name, outputs)
         _check_results(results, chosen, outputs, name)
         frame = results_frame(compounds, results, outputs.digits)
         _write_files(table, compounds, results, frame, combination, chosen, outputs, name)
         if outputs.as_json:
             given = constructor_arguments(combination)
-            print_json(results_json(table.path, name, given, len(rows.names), frame), stdout)
+            print_json(results_json(table.path, name, given, n_rows, frame), stdout)
         elif outputs.out is None:
             show_results(frame, stdout)
         else:
-            echo(f"wrote {outputs.out}: {len(frame)} compounds, {len(rows.names)} poses", err=True)
+            echo(f"wrote {outputs.out}: {len(frame)} compounds, {n_rows} poses", err=True)
 
 
 def _created(name: str, arguments: dict[str, Any]) -> Combination:
@@ -127,11 +128,11 @@ def _combined(
 ) -> Combined:
     """Combine all compounds. An error names the line of a pose, and its compound."""
     try:
-        with _progress(len(rows.names), name, hidden=outputs.as_json) as on_poses:
+        with _progress(sum(compounds.sizes), name, hidden=outputs.as_json) as on_poses:
             return combined(combination, compounds, chosen, on_poses)
     except CompoundError as problem:
         row = compounds.row(problem.pose)
-        message = f"compound {rows.names[row]!r}: {problem}"
+        message = f"compound {compounds.name(problem.pose)!r}: {problem}"
         raise table_error(table.path, rows.place(row), None, message, rows.unit) from problem
     except MtennError:
         raise

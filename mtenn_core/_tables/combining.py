@@ -19,7 +19,7 @@ from mtenn_core.errors import MtennError, PredictionError
 from mtenn_core.uncertainty import effective_poses, propagated_error
 
 # The largest number of poses in a batch, unless one compound has more.
-LARGEST_BATCH = 2**21
+LARGEST_BATCH = 2**20
 
 
 class Chosen(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import TYPE_CHECKING, NamedTuple
 
 from mtenn_core._tables.rows import Rows
@@ -31,6 +32,11 @@ class Compounds(NamedTuple):
         """Return the row of a pose."""
         return pose if self.rows is None else int(self.rows[pose])
 
+    def name(self, pose: int) -> str:
+        """Return the name of the compound of a pose."""
+        ends = itertools.accumulate(self.sizes)
+        return str(next(name for name, end in zip(self.names, ends, strict=True) if pose < end))
+
     def in_table_order(self, numbers: Tensor) -> Tensor:
         """Return numbers of the poses, shape (n_poses, …), in the order of the table's rows."""
         if self.rows is None:
@@ -46,12 +52,13 @@ def grouped(rows: Rows) -> Compounds:
     """Return the compounds of a table. Rows of one compound need not be adjacent."""
     import polars
 
-    runs = rows.names.rle()
-    names, lengths = runs.struct.field("value"), runs.struct.field("len")
-    # In many short runs, it would be slow to look for a name that comes again.
-    if len(names) <= len(rows.names) / 2 and names.n_unique() == len(names):
-        numbers = {column: _tensor(series) for column, series in rows.numbers.items()}
-        return Compounds(names, lengths.to_list(), numbers, None)
+    # Many short runs would need time and memory, and they usually are no compounds.
+    if rows.names.rle_id()[-1] < len(rows.names) / 2:
+        runs = rows.names.rle()
+        names, lengths = runs.struct.field("value"), runs.struct.field("len")
+        if names.n_unique() == len(names):
+            numbers = {column: _tensor(series) for column, series in rows.numbers.items()}
+            return Compounds(names, lengths.to_list(), numbers, None)
     columns = [series.alias(f"number {i}") for i, series in enumerate(rows.numbers.values())]
     frame = polars.DataFrame([rows.names.alias("name"), *columns]).with_row_index("row")
     lists = frame.group_by("name", maintain_order=True).agg(polars.all())

@@ -71,6 +71,10 @@ class Rows(NamedTuple):
     first: int = 1
     unit: str = "line"
 
+    def only_places(self) -> Rows:
+        """Return the rows without their values, so that these need no more memory."""
+        return self._replace(names=self.names.clear(), numbers={}, poses=None)
+
     def place(self, row: int) -> int:
         """Return the line of a row."""
         return row + self.first if self.places is None else int(self.places[row])
@@ -250,13 +254,21 @@ def check_poses(path: object, rows: Rows, wanted: Wanted) -> None:
         seen[key] = row
 
 
+def _first_empty(names: Series) -> int | None:
+    """Return the row of the first name that is missing, empty or blank, or None."""
+    for start in range(0, len(names), CHUNK):  # since it copies the names
+        empty = (names[start : start + CHUNK].str.strip_chars() == "").fill_null(True)
+        if empty.any():
+            return start + int(empty.arg_true()[0])
+    return None
+
+
 def check_frame(path: object, rows: Rows, wanted: Wanted) -> None:
     """Check the rows of a table whose columns have types. A missing value is null."""
     if not len(rows.names):
         raise no_rows(path)
     wrong: list[tuple[int, int]] = []
-    empty = (rows.names.str.strip_chars() == "").fill_null(True)
-    if (first := empty.arg_max()) is not None and empty[first]:
+    if (first := _first_empty(rows.names)) is not None:
         wrong.append((first, -1))
     for i, (column, numbers) in enumerate(rows.numbers.items()):
         bad = ~numbers.is_finite().fill_null(False)
