@@ -140,11 +140,11 @@ class DelimitedTable:
         return table_error(self.path, line, None, message, "line")
 
     def _records(self, wanted: Wanted) -> Iterator[Record]:
-        texts, numbers = self._places(wanted.texts), self._places(wanted.numbers)
+        places = self._places((*wanted.texts, *wanted.numbers))
         with self._lines() as lines:
             next(lines)
             for line, fields in lines:
-                yield Record(line, [fields[i] for i in texts], [fields[i] for i in numbers])
+                yield (line, *[fields[i] for i in places])
 
     def _is_plain(self) -> bool:
         """Return True if each line is a row with the same number of fields, without quotes."""

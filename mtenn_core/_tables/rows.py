@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from mtenn_core._process.printable import printable
 from mtenn_core._registry.messages import suggestion
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from polars import Series
 
 # Python objects of at most so many rows are in memory at a time.
-CHUNK = 100_000
+CHUNK = 10_000
 
 
 class Wanted(NamedTuple):
@@ -80,18 +80,9 @@ class Rows(NamedTuple):
         return row + self.first if self.places is None else int(self.places[row])
 
 
-class Record(NamedTuple):
-    """One row as text.
-
-    Attributes
-    ----------
-    place : its line in the file
-    texts, numbers : the values of ``Wanted.texts`` and ``Wanted.numbers``
-    """
-
-    place: int
-    texts: Sequence[str]
-    numbers: Sequence[str]
+# One row as text: its line in the file, and the values of Wanted.texts and of Wanted.numbers. It is
+# flat, because the garbage collector looks at each tuple that holds another one again and again.
+Record = tuple[Any, ...]
 
 
 def table_error(
@@ -139,16 +130,16 @@ def checked_rows(path: object, records: Iterable[Record], wanted: Wanted) -> Row
     parts: list[polars.DataFrame] = []
     stream = iter(records)
     while chunk := list(islice(stream, CHUNK)):
-        columns: dict[str, Series] = {}
-        for i in range(len(wanted.texts)):
-            texts = [record.texts[i] for record in chunk]
-            columns[f"text {i}"] = polars.Series(texts, dtype=polars.String)
-        for record in chunk:
-            check_name(path, record.place, wanted.name, record.texts[0])
-        for i, column in enumerate(wanted.numbers):
-            numbers = array("d", _numbers(path, chunk, i, column, column in wanted.deviations))
-            columns[f"number {i}"] = polars.Series(numbers, dtype=polars.Float64)
-        columns["place"] = polars.Series([r.place for r in chunk], dtype=polars.UInt32)
+        places, *values = zip(*chunk, strict=True)
+        texts, numbers = values[: len(wanted.texts)], values[len(wanted.texts) :]
+        columns: dict[str, Series] = {"place": polars.Series(places, dtype=polars.UInt32)}
+        for i, own in enumerate(texts):
+            columns[f"text {i}"] = polars.Series(own, dtype=polars.String)
+        if (empty := _first_empty(columns["text 0"])) is not None:
+            check_name(path, places[empty], wanted.name, texts[0][empty])
+        for i, (column, own) in enumerate(zip(wanted.numbers, numbers, strict=True)):
+            is_deviation = column in wanted.deviations
+            columns[f"number {i}"] = _numbers(path, places, own, column, is_deviation)
         parts.append(polars.DataFrame(columns))
     if not parts:
         raise no_rows(path)
@@ -175,15 +166,23 @@ def check_name(path: object, place: int, column: str, name: str | None, unit: st
 
 
 def _numbers(
-    path: object, chunk: Sequence[Record], i: int, column: str, is_deviation: bool
-) -> Iterator[float]:
-    for record in chunk:
-        text = record.numbers[i]
+    path: object, places: Sequence[int], texts: Sequence[str], column: str, is_deviation: bool
+) -> Series:
+    """Return the numbers of a column of text, each checked."""
+    import polars
+
+    found = polars.Series(texts, dtype=polars.String).cast(polars.Float64, strict=False)
+    right = found.is_finite().fill_null(False)
+    if right.all() and not (is_deviation and (found < 0).any()):
+        return found
+    numbers = array("d")
+    for place, text in zip(places, texts, strict=True):
         number = parsed(text)
         if number is None:
-            raise table_error(path, record.place, column, _found(text), "line")
-        check_number(path, record.place, column, number, is_deviation)
-        yield number
+            raise table_error(path, place, column, _found(text), "line")
+        check_number(path, place, column, number, is_deviation)
+        numbers.append(number)
+    return polars.Series(numbers, dtype=polars.Float64)
 
 
 def _found(text: str) -> str:

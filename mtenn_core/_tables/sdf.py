@@ -84,9 +84,7 @@ class SDFTable:
     def _records(self, wanted: Wanted) -> Iterator[Record]:
         for molecule in self._molecules():
             values = [self._value(molecule, tag) for tag in (*wanted.texts, *wanted.numbers)]
-            place = molecule.tags[wanted.numbers[0]][0]
-            texts, numbers = values[: len(wanted.texts)], values[len(wanted.texts) :]
-            yield Record(place, texts, numbers)
+            yield (molecule.tags[wanted.numbers[0]][0], *values)
 
     def _value(self, molecule: Molecule, tag: str) -> str:
         if tag in molecule.tags:
