@@ -63,11 +63,9 @@ class SDFTable:
 
     def check_new_columns(self, columns: Sequence[str]) -> None:
         """Raise an error if the first molecule already has one of these tags."""
-        first = next(self._molecules(), None)
+        first = next(self._molecules())
         for column in columns:
-            if first is not None and column in first.tags:
-                message = "the weights need a tag of this name, which the file has. Rename it"
-                raise table_error(self.path, first.tags[column][0], column, message, "line")
+            self._check_new(first, column)
 
     def write(self, file: IO[str], columns: Sequence[str], values: Tensor) -> None:
         """Write all molecules with further tags. All else stays as it is."""
@@ -78,8 +76,14 @@ class SDFTable:
                 has_tags = len(molecule.tags) > 1
                 file.write("\n" * has_tags)
             for name, number in zip(columns, own, strict=True):
+                self._check_new(molecule, name)
                 file.write(f">  <{name}>\n{number!r}\n\n")
             file.write(f"{END}\n")
+
+    def _check_new(self, molecule: Molecule, tag: str) -> None:
+        if tag in molecule.tags:
+            message = "the weights need a tag of this name, which the file has. Rename it"
+            raise table_error(self.path, molecule.tags[tag][0], tag, message, "line")
 
     def _records(self, wanted: Wanted) -> Iterator[Record]:
         for molecule in self._molecules():

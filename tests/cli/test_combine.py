@@ -601,6 +601,16 @@ def test_a_wrong_molecule_is_named(folder, text, message):
     assert message in found
 
 
+@pytest.mark.parametrize("n_before", [0, 1])
+def test_a_molecule_that_already_has_a_weight_is_named(folder, n_before):
+    weighted = SDF.replace("> <score>", "> <weight>\n1\n\n> <score>")
+    (folder / "poses.sdf").write_text(f"{SDF}$$$$\n" * n_before + f"{weighted}$$$$\n")
+    found = error("poses.sdf", "boltzmann", "--weights", "w.sdf", by="_Name")
+    line = 7 + 9 * n_before
+    assert found.startswith(f"poses.sdf, line {line}, column 'weight': the weights need a tag")
+    assert "w.sdf" not in os.listdir(folder)
+
+
 @pytest.mark.parametrize("name", ["poses.csv", "poses.sdf"])
 def test_another_encoding_is_named_with_its_line(folder, name):
     text = TABLE if name == "poses.csv" else f"{SDF}$$$$\n{SDF}"
