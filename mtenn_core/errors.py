@@ -30,6 +30,30 @@ class PredictionError(MtennError, ValueError):
         self.compound = compound
 
 
+class TableError(MtennError, ValueError):
+    """A table of poses cannot be read, or a result cannot be written. Correct the file.
+
+    Attributes
+    ----------
+    path : the file, or None
+    place : the line of the file, counted from 1, or None. In a Parquet file, the row
+    column : the name of the column, or None
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        path: str | None = None,
+        place: int | None = None,
+        column: str | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.path = path
+        self.place = place
+        self.column = column
+
+
 class GradientError(MtennError, ValueError):
     """Gradients are malformed, or a mode would lose them. Correct the ``grad_dict`` or the mode.
 

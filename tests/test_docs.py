@@ -9,7 +9,8 @@ A page runs from top to bottom in one namespace. What its fenced blocks mean:
 ``console``
     ``$ mtenn …`` is run and prints the lines below it; so is ``$ torchrun``, which must pass. ``$
     pytest`` must pass, ``$ pip install .`` or ``./folder`` installs the page's own package (without
-    an index), and other commands are not run. Only ``mtenn`` and ``torchrun`` may show output.
+    an index), and other commands are not run. Only ``mtenn``, ``torchrun`` and ``cat`` may show
+    output. ``$ cat FILE`` shows a file: one that ``mtenn`` has written, or the reader's own.
 ``sh``, ``bash``
     are not run: the README's set-up is what runs the tests.
 ``{…}``
@@ -57,6 +58,7 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/explanation/combinations.md",
     ROOT / "docs/explanation/gradients-per-pose.md",
     ROOT / "docs/how-to/choose-a-combination.md",
+    ROOT / "docs/how-to/combine-a-table.md",
     ROOT / "docs/how-to/error-bars.md",
     ROOT / "docs/how-to/move-from-mtenn.md",
     ROOT / "docs/how-to/predict-several-numbers.md",
@@ -167,6 +169,8 @@ def run_console(block: Block, folder: Path, where: str) -> None:
             given = run_module("torch.distributed.run", arguments, folder, where_it_is)
             if shown.strip():
                 assert_same_output(shown, given, where_it_is)
+        elif program == "cat" and shown.strip():
+            check_file(folder / arguments[0], shown, where_it_is)
         elif shown.strip():
             raise AssertionError(f"{where_it_is}: nothing checks this output")
         elif program == "pytest":
@@ -185,6 +189,13 @@ def check_mtenn(arguments: list[str], shown: str, folder: Path, where: str) -> N
         wanted = [line.split() for line in shown.splitlines()]
         given = "\n".join(line for line in given.splitlines() if line.split() in wanted)
     assert_same_output(without_times(shown), without_times(given), where)
+
+
+def check_file(path: Path, shown: str, where: str) -> None:
+    """Hold a file to what the page shows of it. A new one is the reader's, who types it in."""
+    if not path.exists():
+        path.write_text(shown, encoding="utf-8")
+    assert_same_output(shown, path.read_text(encoding="utf-8"), where)
 
 
 def run_mtenn(arguments: list[str], folder: Path) -> Result:

@@ -25,6 +25,7 @@ LAYERS = (
     ("testing: checks", "testing._checks"),
     ("testing", "_pytest_plugin testing"),
     ("registry", "_registry"),
+    ("tables", "_tables"),
     ("command line", "_cli __main__"),
 )
 LAYER_OF = {

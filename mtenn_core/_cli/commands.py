@@ -16,7 +16,7 @@ from mtenn_core import __version__
 from mtenn_core._cli.output import discard, echo, encode_all_text
 from mtenn_core.errors import PluginWarning
 
-COMMANDS = ("check", "doctor", "info", "list", "new")
+COMMANDS = ("check", "combine", "doctor", "info", "list", "new")
 INTERRUPTED = 128 + signal.SIGINT
 CLOSED_PIPE = 128 + 13  # exit code of a shell for SIGPIPE; Windows has no signal.SIGPIPE
 
@@ -52,7 +52,7 @@ class Commands(click.Group):
 @click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, package_name="mtenn-core", message="mtenn-core %(version)s")
 def main() -> None:
-    """List combinations of pose predictions, check their gradients, and write new ones."""
+    """List combinations of pose predictions, check them, use them on tables, and write new ones."""
 
 
 @contextmanager

@@ -163,6 +163,22 @@ def combine_full_depth(
     return torch.stack(values)
 
 
+def combine_without_gradients(
+    combination: Combination, predictions: Tensor, inputs: PoseInputs, sizes: list[int]
+) -> Tensor:
+    """Return the combined prediction of each compound, for known numbers at any depth.
+
+    Parameters
+    ----------
+    predictions, inputs, sizes : as for :func:`combine_compounds`
+    """
+    if overrides(type(combination), "combine"):
+        return combine_compounds(combination, predictions, inputs, sizes, closed_form=True)
+    # It defines only forward, which gets no parameters here.
+    no_gradients = [PoseGradients({}, dict)] * len(sizes)
+    return combine_full_depth(combination, predictions, inputs, sizes, no_gradients)
+
+
 def weights_of_compounds(
     combination: Combination, predictions: Tensor, inputs: PoseInputs, sizes: list[int]
 ) -> Tensor:

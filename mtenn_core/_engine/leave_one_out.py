@@ -8,9 +8,8 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.compound_index import compound_of_pose
-from mtenn_core._engine.compounds import combine_compounds, combine_full_depth
-from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import PoseGradients, PoseInputs
+from mtenn_core._engine.compounds import combine_without_gradients
+from mtenn_core._engine.evaluation import PoseInputs
 from mtenn_core.combination import Combination
 
 # The largest number of predictions that are combined together, unless one set has more.
@@ -35,7 +34,7 @@ def predictions_without_each_pose(
     for places, n_poses in _batches_of_sets(sizes, chosen):
         places = places.to(predictions.device)
         own = predictions[places], {name: numbers[places] for name, numbers in inputs.items()}
-        values.append(_combine(combination, *own, n_poses))
+        values.append(combine_without_gradients(combination, *own, n_poses))
     return torch.cat(values)
 
 
@@ -63,14 +62,3 @@ def _batches_of_sets(sizes: list[int], chosen: Tensor) -> Iterator[tuple[Tensor,
         places += places >= chosen[sets]  # jump over the pose
         yield places, own.tolist()
         first = last
-
-
-def _combine(
-    combination: Combination, predictions: Tensor, inputs: PoseInputs, sizes: list[int]
-) -> Tensor:
-    """Return the combined prediction of each compound, shape (n_compounds,)."""
-    if overrides(type(combination), "combine"):
-        return combine_compounds(combination, predictions, inputs, sizes, closed_form=True)
-    # It defines only forward, which gets no parameters here.
-    no_gradients = [PoseGradients({}, dict)] * len(sizes)
-    return combine_full_depth(combination, predictions, inputs, sizes, no_gradients)

@@ -70,6 +70,7 @@ WRONG = '''
         def combine(self, predictions, strain, charge):
             return predictions.mean() + self.shift[0]
 '''
+TABLE = ["{folder}/poses.csv", "healthy", "--by", "name", "--column", "score"]
 # A command, its exit status, and a part of what it must print.
 COMMANDS = {
     "list": (["list"], 0, '"name": "healthy"'),
@@ -89,6 +90,8 @@ COMMANDS = {
     "check at the gate": (["check", "healthy", "--level", "gate"], 0, '"curves": {}'),
     "check with advice": (["check", "advised", "--only", "A10"], 0, '"status": "advice"'),
     "check of what cannot be made": (["check", "unready", "no.module:Class"], 1, '"error": {'),
+    "combine": (["combine", *TABLE], 0, '"effective_poses": 1.0'),
+    "combine without a table": (["combine", "absent.csv", *TABLE[1:]], 1, '"error": {'),
     "doctor": (["doctor"], 1, '"kind": "does not load"'),
     "doctor without imports": (["doctor", "--no-import"], 0, '"problems": []'),
     "new": (["new", "my-rule", "--output", "{folder}/new"], 0, '"files": ['),
@@ -138,6 +141,7 @@ def test_schema_is_valid(name):
 @pytest.mark.parametrize(("arguments", "status", "part"), COMMANDS.values(), ids=COMMANDS)
 def test_a_document_matches_its_schema(arguments, status, part, plugins, tmp_path):
     arguments = [argument.format(folder=tmp_path) for argument in arguments]
+    (tmp_path / "poses.csv").write_text("name,score\nA,-7\n")
     result = CliRunner().invoke(main, [*arguments, "--json"])
     assert result.exit_code == status
     assert part in result.stdout

@@ -164,3 +164,29 @@ def test_all_ways_to_score_run_the_same_poses(screening):
     assert [name for name, *_ in found.pop(screening.ROWS)] == ["CCO", "CCCO"]
     assert len(found) == 2
     assert all(torch.equal(out.pose_predictions, alone) for out in found.values())
+
+
+@pytest.fixture
+def tables(monkeypatch) -> ModuleType:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    return importlib.import_module("tables")
+
+
+@pytest.mark.parametrize("order", ["by compound", "shuffled"])
+def test_both_ways_read_the_same_compounds(tables, order, tmp_path):
+    path, out = tmp_path / "poses.csv", tmp_path / "out.csv"
+    tables.write_table(path, 500, 20, order)
+    found = {}
+    for way in tables.WAYS:
+        tables.RUN[way](path, out)
+        found[way] = {line.split(",")[0] for line in out.read_text().splitlines()[1:]}
+    assert len(found["polars"]) == 20
+    assert found["polars"] == found["mtenn combine"]
+
+
+@pytest.mark.slow("six new processes import torch")
+def test_the_quick_benchmark_of_tables_prints_both_orders(tables, capsys):
+    tables.main(["--quick"])
+    printed = capsys.readouterr().out
+    assert "20,000 rows, 400 compounds" in printed
+    assert all(order in printed for order in tables.ORDERS)

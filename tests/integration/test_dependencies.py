@@ -22,7 +22,17 @@ SOURCES = {
 }
 PLUGINS = sorted(SOURCES.keys() - {"mtenn-core"})
 # Imported where they are there, and not required.
-OPTIONAL = {"mtenn-core": {"jinja2", "markupsafe", "matplotlib", "numpy", "pytest", "safetensors"}}
+OPTIONAL = {
+    "mtenn-core": {
+        "jinja2",
+        "markupsafe",
+        "matplotlib",
+        "numpy",
+        "polars",
+        "pytest",
+        "safetensors",
+    }
+}
 
 USE_IT = """
 import importlib.abc
