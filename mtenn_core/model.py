@@ -123,9 +123,6 @@ class MultiPoseModel(torch.nn.Module):
     CombinationNotFoundError, GradientValidationError : see :meth:`mtenn_core.Registry.create`
     """
 
-    # Models that were pickled before they had tasks have none.
-    tasks: int | Sequence[str] | None = None
-
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Return an empty model. Raise a TypeError that helps with an unknown argument."""
         combination = kwargs.get("combination", args[1] if len(args) > 1 else None)

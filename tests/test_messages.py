@@ -432,3 +432,28 @@ def test_doctor_accepts_requirements_that_are_met_or_do_not_apply(places, requir
     registry.refresh()
     result = CliRunner().invoke(main, ["doctor", "--no-import"])
     assert "demo-fine" not in result.stdout
+
+
+class CountingCalls(Softmin):
+    """Counts its calls, and its value has no graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("n_calls", torch.zeros(()))
+
+    def combine(self, predictions):
+        self.n_calls += 1
+        return super().combine(predictions.detach())
+
+
+def test_a_hint_is_never_an_error_and_does_not_change_the_combination(no_hint_was_given):
+    combination = CountingCalls()
+    assert hints(combination, PIC50) == []  # its weights cannot be computed
+    assert combination.n_calls == 2
+
+
+def test_a_hint_points_to_the_call_of_the_model(no_hint_was_given):
+    model = MultiPoseModel(Identity(), Softmin()).eval()
+    with pytest.warns(DirectionWarning) as caught:
+        model(PIC50)
+    assert caught[0].filename == __file__

@@ -428,13 +428,13 @@ def test_the_jackknife_leaves_each_pose_out(y, combination, limit, monkeypatch):
 def test_no_batch_is_larger_than_the_limit(limit, monkeypatch):
     monkeypatch.setattr(leave_one_out, "LARGEST_BATCH", limit)
     sizes, seen = [9, 2, 5, 1, 6], []
-    combine = leave_one_out.combine_compounds
+    combine = leave_one_out.combine_without_gradients
 
-    def note(combination, predictions, inputs, sizes, **options):
+    def note(combination, predictions, inputs, sizes):
         seen.append(len(predictions))
-        return combine(combination, predictions, inputs, sizes, **options)
+        return combine(combination, predictions, inputs, sizes)
 
-    monkeypatch.setattr(leave_one_out, "combine_compounds", note)
+    monkeypatch.setattr(leave_one_out, "combine_without_gradients", note)
     jackknife_error(Mean(), torch.randn(sum(sizes)), sizes)
     assert sum(seen) == sum(n * (n - 1) for n in sizes)
     assert len(seen) > 1

@@ -62,13 +62,16 @@ def _model(model: SavedModel, content: Mapping[str, Any], *, imports: bool) -> d
         _combination(identity, state) | {"now": made and made[i]}
         for i, (identity, state) in enumerate(zip(model.identities, model.states(), strict=True))
     ]
+    status = "not imported"
+    if imports:
+        status = "passes" if made else "fails"
     return {
         "path": model.path,
         "combinations": combinations,
         "tasks": names,
         "n_tasks": len(names or combinations) if names or model.several else None,
         "numbers": numbers,
-        "status": {True: "not imported", False: "passes" if made else "fails"}[not imports],
+        "status": status,
         "error": error,
     }
 

@@ -73,7 +73,7 @@ def _examine(*, imports: bool, time_limit: float, as_json: bool) -> bool:
 
 
 def _unmet(records: list[PluginRecord]) -> Iterator[Problem]:
-    """Yield a problem for each distribution whose declared dependencies are missing or too old."""
+    """Yield a problem for each distribution whose declared dependencies are not met."""
     for record in {r.metadata: r for r in reversed(records) if r.metadata}.values():
         if unmet := unmet_requirements(record):
             found = ", ".join(f"{wanted} (found: {found})" for wanted, found in unmet.items())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import functools
 import warnings
 from collections.abc import Callable, Mapping
@@ -175,7 +176,12 @@ def hint_at_direction(
     y, (low, high) = predictions.detach(), PIC50_RANGE
     if not ((y >= low) & (y <= high)).all():
         return
-    weights = pose_weights(combination, y[poses], {name: i[poses] for name, i in inputs.items()})
+    try:  # on a copy, because a call may change the combination's state
+        weights = pose_weights(
+            copy.deepcopy(combination), y[poses], {name: i[poses] for name, i in inputs.items()}
+        )
+    except Exception:  # a hint is never an error
+        return
     if not weights[y[poses].argmin()] > weights[y[poses].argmax()]:
         return
     _HINTS_GIVEN.add(DirectionWarning)
@@ -185,7 +191,7 @@ def hint_at_direction(
         " pIC50, use 'max', or negate the predictions. If lower is better for your predictions,"
         " ignore this hint (mtenn_core.errors.DirectionWarning)",
         DirectionWarning,
-        stacklevel=2,
+        stacklevel=6,  # the caller of the model, behind two functions of torch
     )
 
 

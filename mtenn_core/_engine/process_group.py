@@ -101,8 +101,10 @@ def same_random_numbers(device: torch.device, group: Group) -> Iterator[None]:
     if dist.get_rank(group) == 0:
         seed.random_()
     dist.broadcast(seed, first, group)
-    devices = [] if device.type == "cpu" else [device]
-    with torch.random.fork_rng(devices, device_type=device.type if devices else "cuda"):
+    # manual_seed seeds all devices, so the states of all are put back.
+    kind = "cuda" if device.type == "cpu" else device.type
+    devices = list(range(getattr(torch, kind).device_count()))
+    with torch.random.fork_rng(devices, device_type=kind):
         torch.manual_seed(int(seed))
         yield
 

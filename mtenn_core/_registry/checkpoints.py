@@ -52,9 +52,12 @@ def make_again(
     except MtennError:
         raise
     except Exception as error:
+        advice = "Make the combination yourself."
+        if record.version != identity["version"]:
+            advice = _version_to_install(identity)
         raise CheckpointError(
             f"the checkpoint is of {description(identity)}, and {record} cannot be made with these"
-            f" arguments: {describe_error(error)}. {_version_to_install(identity)}"
+            f" arguments: {describe_error(error)}. {advice}"
         ) from error
     _load(combination, state, description(identity))
     check_one(identity, combination)

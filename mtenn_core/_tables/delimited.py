@@ -19,6 +19,7 @@ from mtenn_core._tables.rows import (
     Wanted,
     check_frame,
     checked_rows,
+    column_of,
     missing_column,
     no_rows,
     table_error,
@@ -170,12 +171,13 @@ class DelimitedTable:
             schema_overrides=types,
         )
         try:
-            frame = scan.select(wanted.columns).collect()
+            # By name: polars would take a column ^x$ for a pattern.
+            frame = scan.select(polars.selectors.by_name(wanted.columns)).collect()
         except polars.exceptions.PolarsError:
             return None
-        poses = None if wanted.pose is None else frame[wanted.pose]
-        numbers = {column: frame[column] for column in wanted.numbers}
-        rows = Rows(frame[wanted.name], numbers, poses, None, first=2)
+        poses = None if wanted.pose is None else column_of(frame, wanted.pose)
+        numbers = {each: column_of(frame, each) for each in wanted.numbers}
+        rows = Rows(column_of(frame, wanted.name), numbers, poses, None, first=2)
         if rows.poses is not None and rows.poses.null_count():
             return None
         try:

@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mtenn_core._tables.rows import Rows, Wanted, check_frame, missing_column, table_error
+from mtenn_core._tables.rows import (
+    Rows,
+    Wanted,
+    check_frame,
+    column_of,
+    missing_column,
+    table_error,
+)
 from mtenn_core.errors import TableError
 
 if TYPE_CHECKING:
@@ -34,10 +41,10 @@ class ParquetTable:
         for column in wanted.texts:
             if schema[column].is_nested() or schema[column] == polars.Binary:
                 raise self._wrong_type(column, "text or numbers", schema[column])
-        frame = self._collect(self._scan().select(wanted.columns))
-        poses = None if wanted.pose is None else frame[wanted.pose].cast(polars.String)
-        numbers = {column: frame[column].cast(polars.Float64) for column in wanted.numbers}
-        names = frame[wanted.name].cast(polars.String)
+        frame = self._collect(self._scan().select(polars.selectors.by_name(wanted.columns)))
+        poses = None if wanted.pose is None else column_of(frame, wanted.pose).cast(polars.String)
+        numbers = {each: column_of(frame, each).cast(polars.Float64) for each in wanted.numbers}
+        names = column_of(frame, wanted.name).cast(polars.String)
         rows = Rows(names, numbers, poses, None, first=1, unit="row")
         check_frame(self.path, rows, wanted)
         return rows

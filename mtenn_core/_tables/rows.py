@@ -16,7 +16,7 @@ from mtenn_core._registry.messages import suggestion
 from mtenn_core.errors import TableError
 
 if TYPE_CHECKING:
-    from polars import Series
+    from polars import DataFrame, Series
 
 # Python objects of at most so many rows are in memory at a time.
 CHUNK = 10_000
@@ -83,6 +83,11 @@ class Rows(NamedTuple):
 # One row as text: its line in the file, and the values of Wanted.texts and of Wanted.numbers. It is
 # flat, because the garbage collector looks at each tuple that holds another one again and again.
 Record = tuple[Any, ...]
+
+
+def column_of(frame: DataFrame, name: str) -> Series:
+    """Return a column without its name. polars would take a name such as ^x$ for a pattern."""
+    return frame[name].alias("")
 
 
 def table_error(

@@ -11,13 +11,13 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, NamedTuple
 
+from mtenn_core._registry.messages import suggestion
 from mtenn_core._tables.delimited import not_utf8
 from mtenn_core._tables.rows import (
     Record,
     Rows,
     Wanted,
     checked_rows,
-    missing_column,
     no_rows,
     table_error,
 )
@@ -59,7 +59,23 @@ class SDFTable:
 
     def read(self, wanted: Wanted) -> Rows:
         """Return the wanted tags, as :meth:`DelimitedTable.read` does."""
-        return checked_rows(self.path, self._records(wanted), wanted)
+        try:
+            return checked_rows(self.path, self._records(wanted), wanted)
+        except TableError as problem:
+            raise self._at_own_line(problem, wanted) from None
+
+    def _at_own_line(self, problem: TableError, wanted: Wanted) -> TableError:
+        """Return the error with the line of its column. A record has that of its first number."""
+        if problem.place is None or problem.column is None:
+            return problem
+        for molecule in self._molecules():
+            tags = molecule.tags
+            is_here = tags.get(wanted.numbers[0], (None,))[0] == problem.place
+            if is_here and problem.column in tags:
+                line = tags[problem.column][0]
+                text = str(problem).replace(f"line {problem.place}", f"line {line}", 1)
+                return TableError(text, path=problem.path, place=line, column=problem.column)
+        return problem
 
     def check_new_columns(self, columns: Sequence[str]) -> None:
         """Raise an error if the first molecule already has one of these tags."""
@@ -72,9 +88,8 @@ class SDFTable:
         for molecule, own in zip(self._molecules(), _rows(values), strict=True):
             text = molecule.text[:-1] if molecule.text[-1].startswith(END) else molecule.text
             file.writelines(f"{line}\n" for line in text)
-            if text[-1]:  # a tag ends with a blank line
-                has_tags = len(molecule.tags) > 1
-                file.write("\n" * has_tags)
+            if text[-1] and len(molecule.tags) > 1:  # a tag ends with a blank line
+                file.write("\n")
             for name, number in zip(columns, own, strict=True):
                 self._check_new(molecule, name)
                 file.write(f">  <{name}>\n{number!r}\n\n")
@@ -94,7 +109,12 @@ class SDFTable:
         if tag in molecule.tags:
             return molecule.tags[tag][1]
         if molecule.line == 1:
-            raise missing_column(self.path, tag, molecule.tags, unit="line")
+            known = [each for each in molecule.tags if each != TITLE]
+            message = (
+                f"the first molecule has no tag <{tag}>.{suggestion(tag, known)} Its tags are"
+                f" {', '.join(known) or 'none'}"
+            )
+            raise table_error(self.path, None, tag, message, "line")
         message = (
             f"each molecule must have the tag <{tag}>; the one that begins here lacks it. Add the"
             " tag, or leave the molecule out"
@@ -109,6 +129,9 @@ class SDFTable:
                 for number, line in enumerate(file, start=1):
                     text.append(line.rstrip("\n"))
                     if line.startswith(END):
+                        if line.strip() != END:
+                            message = f"the line {END} ends a molecule; found text behind it"
+                            raise table_error(self.path, number, None, message, "line")
                         yield self._molecule(first, text)
                         text, first = [], number + 1
             except UnicodeDecodeError:

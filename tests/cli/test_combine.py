@@ -348,6 +348,43 @@ def test_the_weights_of_an_sdf_file_are_tags(folder):
     assert re.sub(r">  <weight>\n.*\n\n", "", after) == before
 
 
+MOLECULE = "A\n\n\n  0  0\nM  END\n> <score>\n1.0\n\n> <sd>\n{}\n\n$$$$\n"
+
+
+def test_an_error_in_an_sdf_file_names_the_line_of_the_tag(folder):
+    path = folder / "poses.sdf"
+    path.write_text(MOLECULE.format(0.5) + MOLECULE.format("oops"))
+    result = combine(str(path), "the-mean", "--error-column", "sd", by="_Name")
+    assert result.exit_code == 1
+    assert "poses.sdf, line 22, column 'sd'" in result.stderr
+
+
+def test_text_behind_the_end_of_a_molecule_is_an_error(folder):
+    path = folder / "poses.sdf"
+    path.write_text(MOLECULE.format(0.5).replace("$$$$", "$$$$nan"))
+    result = combine(str(path), "the-mean", by="_Name")
+    assert result.exit_code == 1
+    assert "line 12: the line $$$$ ends a molecule; found text behind it" in result.stderr
+
+
+def test_a_tag_that_the_first_molecule_lacks_is_named(folder):
+    path = folder / "poses.sdf"
+    path.write_text(MOLECULE.format(0.5))
+    result = combine(str(path), "the-mean", by="_Name", column="scor")
+    assert "the first molecule has no tag <scor>. Did you mean 'score'?" in result.stderr
+
+
+@pytest.mark.parametrize("suffix", ["csv", "parquet"])
+def test_a_column_may_have_the_name_of_a_pattern(folder, suffix):
+    import polars
+
+    frame = polars.DataFrame({"compound": ["A", "A"], "^x$": [1.0, 3.0]})
+    path = folder / f"poses.{suffix}"
+    frame.write_csv(path) if suffix == "csv" else frame.write_parquet(path)
+    result = combine(str(path), "the-mean", "--json", column="^x$")
+    assert json.loads(result.stdout)["compounds"][0]["prediction"] == 2.0
+
+
 def test_the_tags_of_an_sdf_file_are_those_of_rdkit(folder):
     chem = pytest.importorskip("rdkit.Chem")
     with chem.SDWriter("rdkit.sdf") as writer:
@@ -575,12 +612,12 @@ SDF = "A\n\n\n  0  0  0  0  0  0  0  0  0  0999 V2000\nM  END\n> <score>\n-7\n\n
         ),
         pytest.param(
             f"{SDF}$$$$\n{SDF.replace('A', '', 1)}",
-            "line 16, column '_Name': the name of the compound must not be empty",
+            "line 10, column '_Name': the name of the compound must not be empty",
             id="no name",
         ),
         pytest.param(
             SDF.replace("score", "scores"),
-            "column 'score': the table has no such column. Did you mean 'scores'?",
+            "the first molecule has no tag <score>. Did you mean 'scores'? Its tags are scores",
             id="no such tag",
         ),
         pytest.param(

@@ -285,7 +285,11 @@ def test_another_version_of_the_plugin_is_a_warning(shifted):
 @pytest.mark.parametrize(
     ("before", "after", "message"),
     [
-        ('"shift"', '"shift_of"', r"cannot be made with these arguments.*pip install demo-shifts="),
+        (
+            '"shift"',
+            '"shift_of"',
+            r"cannot be made with these arguments.*Make the combination",
+        ),
         ("demo_shifts:Shifted", "demo_shifts:Old", r"has another class: demo_shifts:Shifted"),
         ('"shift": 0.25', '"shift": {"!eval": 1}', r"argument 'shift' cannot be read"),
     ],

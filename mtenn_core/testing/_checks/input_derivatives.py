@@ -12,11 +12,12 @@ from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
+from mtenn_core._engine.stored import MOST_COLUMNS
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import directions_for
 from mtenn_core.testing._checks.many_poses import has_pairs_of_poses, loops_over_poses
 from mtenn_core.testing._checks.numbers_of_columns import again_with_more_columns
-from mtenn_core.testing._checks.whole_model import MOST_STORED, outputs_of
+from mtenn_core.testing._checks.whole_model import outputs_of
 from mtenn_core.testing._outcomes import Metrics, Skip
 from mtenn_core.testing._probe.comparison import Comparison, compare, judge
 from mtenn_core.testing._probe.finite_differences import Estimate, climb, extrapolate
@@ -160,7 +161,7 @@ def _modes(subject: Subject) -> dict[str, Value]:
         )
     if subject.thorough:
         in_model: tuple[str, ...] = MODES_OF_COMBINE if "graph" in modes else ("stored",)
-        if subject.probes.shape(1)[-1] > MOST_STORED:
+        if subject.probes.shape(1)[-1] > MOST_COLUMNS:
             in_model = tuple(mode for mode in in_model if mode != "stored")
         modes |= {f"{mode} in a model": _in_a_model(subject, mode) for mode in in_model}
     return modes

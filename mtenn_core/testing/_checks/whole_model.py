@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.stored import MOST_COLUMNS
 from mtenn_core.model import MultiPoseModel, MultiPoseOutput
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Metrics
@@ -27,7 +28,6 @@ from mtenn_core.testing._probe.subject import Subject
 
 N_FEATURES = 2
 # "stored" takes at most so many numbers for each pose.
-MOST_STORED = 16
 # A loss of the combined prediction, shape (), and of the pose predictions, shape (n_poses,).
 Loss = Callable[[Tensor, Tensor], Tensor]
 
@@ -76,7 +76,7 @@ BOTH = ", a loss of the combined prediction and of the pose predictions"
 
 
 def modes_of(subject: Subject) -> list[str]:
-    first = "stored" if subject.probes.shape(1)[-1] <= MOST_STORED else "recomputed"
+    first = "stored" if subject.probes.shape(1)[-1] <= MOST_COLUMNS else "recomputed"
     return [first, "graph"] if overrides(type(subject.combination), "combine") else [first]
 
 
