@@ -68,7 +68,7 @@ weights = model.pose_weights(out.pose_predictions, sizes)
 columns = [list(new), out.prediction.tolist(), effective_poses(weights, sizes).tolist()]
 pl.DataFrame(columns, ["name", "dG", "effective_poses"]).write_csv("scores.csv", float_precision=2)
 best = int(out.prediction.argmin())
-print("best:", list(new)[best], "with weights", weights.split(sizes)[best].tolist())
+print("best:", list(new)[best], "with weights", weights.split(sizes)[best])
 
 torch.save(model.state_dict(), "model.pt")
 again = MultiPoseModel(PoseModel(rows.shape[1]), registry.from_checkpoint("model.pt"))
