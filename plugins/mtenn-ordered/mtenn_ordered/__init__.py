@@ -11,7 +11,7 @@ from torch import Tensor
 from mtenn_core import Combination
 
 
-class Ranks(NamedTuple):
+class _Ranks(NamedTuple):
     """Neighbouring ranks in ascending order, from ``start`` to ``stop`` - 1. The lowest rank is 0.
 
     Attributes
@@ -54,7 +54,7 @@ class TopKMeanCombination(Combination):
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the k lowest or highest predictions, shape (), in their unit."""
-        return mean_at(self._ranks(len(predictions)), predictions)
+        return _mean_at(self._ranks(len(predictions)), predictions)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative: 1/k for the k poses, and 0 for the others.
@@ -69,16 +69,16 @@ class TopKMeanCombination(Combination):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        return weights_at(self._ranks(len(predictions)), predictions)
+        return _weights_at(self._ranks(len(predictions)), predictions)
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return the mean of what ``torch.topk`` gives."""
         k = min(self.k, len(predictions))
         return torch.topk(predictions, k, largest=self.largest).values.mean()
 
-    def _ranks(self, n_poses: int) -> list[Ranks]:
+    def _ranks(self, n_poses: int) -> list[_Ranks]:
         k = min(self.k, n_poses)
-        return [Ranks(n_poses - k, n_poses) if self.largest else Ranks(0, k)]
+        return [_Ranks(n_poses - k, n_poses) if self.largest else _Ranks(0, k)]
 
 
 class TrimmedMeanCombination(Combination):
@@ -113,7 +113,7 @@ class TrimmedMeanCombination(Combination):
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the predictions that are not cut off, shape (), in their unit."""
-        return mean_at(self._ranks(len(predictions)), predictions)
+        return _mean_at(self._ranks(len(predictions)), predictions)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative: 1/K for the K poses that are left, and 0 for the others.
@@ -128,7 +128,7 @@ class TrimmedMeanCombination(Combination):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        return weights_at(self._ranks(len(predictions)), predictions)
+        return _weights_at(self._ranks(len(predictions)), predictions)
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return the mean of the middle of the sorted predictions."""
@@ -136,10 +136,10 @@ class TrimmedMeanCombination(Combination):
         middle = len(predictions) - 2 * cut
         return predictions.sort().values.narrow(0, cut, middle).mean()
 
-    def _ranks(self, n_poses: int) -> list[Ranks]:
+    def _ranks(self, n_poses: int) -> list[_Ranks]:
         # The product is below n_poses / 2, also in floating point, so at least one pose is left.
         cut = int(self.proportion * n_poses)
-        return [Ranks(cut, n_poses - cut)]
+        return [_Ranks(cut, n_poses - cut)]
 
 
 class MedianCombination(Combination):
@@ -163,7 +163,7 @@ class MedianCombination(Combination):
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the median of the predictions, shape (), in their unit."""
-        return mean_at(self._ranks(len(predictions)), predictions)
+        return _mean_at(self._ranks(len(predictions)), predictions)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative: 1 for the pose in the middle, or 1/2 for each of two.
@@ -178,14 +178,14 @@ class MedianCombination(Combination):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        return weights_at(self._ranks(len(predictions)), predictions)
+        return _weights_at(self._ranks(len(predictions)), predictions)
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return the mean of the medians from below and from above."""
         return (predictions.median() - (-predictions).median()) / 2
 
-    def _ranks(self, n_poses: int) -> list[Ranks]:
-        return [Ranks((n_poses - 1) // 2, n_poses // 2 + 1)]
+    def _ranks(self, n_poses: int) -> list[_Ranks]:
+        return [_Ranks((n_poses - 1) // 2, n_poses // 2 + 1)]
 
 
 class QuantileCombination(Combination):
@@ -218,7 +218,7 @@ class QuantileCombination(Combination):
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the quantile of the predictions, shape (), in their unit."""
-        return mean_at(self._ranks(len(predictions)), predictions)
+        return _mean_at(self._ranks(len(predictions)), predictions)
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative: 1 - f and f for the two poses next to the rank, 0 for the others.
@@ -234,13 +234,13 @@ class QuantileCombination(Combination):
         -------
         shape (n_poses,), dimensionless, dtype and device of ``predictions``
         """
-        return weights_at(self._ranks(len(predictions)), predictions)
+        return _weights_at(self._ranks(len(predictions)), predictions)
 
     def reference(self, predictions: Tensor) -> Tensor:
         """Return what ``torch.quantile`` gives."""
         return torch.quantile(predictions, self.q)
 
-    def _ranks(self, n_poses: int) -> list[Ranks]:
+    def _ranks(self, n_poses: int) -> list[_Ranks]:
         rank = self.q * (n_poses - 1)
         # Without this, 0.57 * 100 = 56.99999999999999 would give rank 56 a weight of 7e-15, which
         # is enough to make the value infinite.
@@ -249,14 +249,14 @@ class QuantileCombination(Combination):
         below = math.floor(rank)
         fraction = rank - below
         if fraction == 0:
-            return [Ranks(below, below + 1)]
-        return [Ranks(below, below + 1, 1 - fraction), Ranks(below + 1, below + 2, fraction)]
+            return [_Ranks(below, below + 1)]
+        return [_Ranks(below, below + 1, 1 - fraction), _Ranks(below + 1, below + 2, fraction)]
 
 
-def mean_at(ranks: Sequence[Ranks], predictions: Tensor) -> Tensor:
+def _mean_at(ranks: Sequence[_Ranks], predictions: Tensor) -> Tensor:
     """Return the weighted mean of the predictions at some ranks.
 
-    Autograd gives the derivative of :func:`weights_at`, also at ties. The derivative of
+    Autograd gives the derivative of :func:`_weights_at`, also at ties. The derivative of
     ``torch.sort`` would go to only one of the tied poses.
 
     Parameters
@@ -269,7 +269,7 @@ def mean_at(ranks: Sequence[Ranks], predictions: Tensor) -> Tensor:
     shape (), dtype and device of ``predictions``
     """
     wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-    weights = weights_at(ranks, wide.detach())
+    weights = _weights_at(ranks, wide.detach())
     # Of a pose without weight, 0 * inf would be NaN.
     mean = (weights * torch.where(weights == 0, 0.0, wide)).sum()
     # The weights of three tied poses are 1/3 each, and three thirds of y may not be y. The sorted
@@ -280,14 +280,14 @@ def mean_at(ranks: Sequence[Ranks], predictions: Tensor) -> Tensor:
     return (mean + correction).to(predictions.dtype)
 
 
-def weights_at(ranks: Sequence[Ranks], predictions: Tensor) -> Tensor:
-    """Return the derivative of :func:`mean_at`, shape (n_poses,). Tied poses have equal weights.
+def _weights_at(ranks: Sequence[_Ranks], predictions: Tensor) -> Tensor:
+    """Return the derivative of :func:`_mean_at`, shape (n_poses,). Tied poses have equal weights.
 
     If a prediction is NaN, all weights are NaN.
 
     Parameters
     ----------
-    ranks, predictions : as for :func:`mean_at`
+    ranks, predictions : as for :func:`_mean_at`
     """
     wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
     in_order = wide.sort().values
@@ -296,7 +296,7 @@ def weights_at(ranks: Sequence[Ranks], predictions: Tensor) -> Tensor:
     return weights.to(predictions.dtype)
 
 
-def _mean_of_sorted(ranks: Sequence[Ranks], in_order: Tensor) -> Tensor:
+def _mean_of_sorted(ranks: Sequence[_Ranks], in_order: Tensor) -> Tensor:
     """Return the weighted mean from sorted predictions. Equal predictions give their own value."""
     lowest = in_order[ranks[0].start]
     above = in_order - lowest
