@@ -95,7 +95,8 @@ def interface() -> Iterator[str]:
     for file in sorted(ROOT.glob("plugins/*/mtenn_*/__init__.py")):
         module = _module_in(file)
         for name, value in vars(module).items():
-            if inspect.isclass(value) and value.__module__ == module.__name__:
+            is_own = inspect.isclass(value) and value.__module__ == module.__name__
+            if is_own and not name.startswith("_"):
                 path = f"{module.__name__}.{name}"
                 shown[id(value)] = path
                 yield from _lines(path, value, shown)

@@ -133,7 +133,9 @@ def own_classes(module):
     return [
         each
         for each, value in vars(module).items()
-        if inspect.isclass(value) and value.__module__ == module.__name__
+        if not each.startswith("_")
+        and inspect.isclass(value)
+        and value.__module__ == module.__name__
     ]
 
 
