@@ -93,11 +93,6 @@ BEYOND_THE_SUITE = {
         ],
     },
     "any error is enough for a bad argument, also one from a later call": {
-        "test_a_proportion_that_leaves_nothing_is_refused": [
-            "TrimmedMeanCombination.__init__: 0.5 -> 1.0",
-            "TrimmedMeanCombination.__init__: raise ValueError(f'proportion must be at least 0 and"
-            " below 0.5; found proportion = {proportion!r}') -> pass",
-        ],
         "test_a_quantile_outside_of_zero_to_one_is_refused": [
             "QuantileCombination.__init__: 1 -> 2",
             "QuantileCombination.__init__: raise ValueError(f'q must be between 0 and 1; found q ="
