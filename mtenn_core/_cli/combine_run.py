@@ -21,9 +21,14 @@ from mtenn_core._cli.combine_results import (
     write_weights,
 )
 from mtenn_core._cli.output import echo, print_json, separate_stdout
-from mtenn_core._engine.declarations import constructor_arguments, constructor_signature
+from mtenn_core._engine.declarations import (
+    check_argument_names,
+    constructor_arguments,
+    constructor_signature,
+    listed_arguments,
+)
 from mtenn_core._registry import registry
-from mtenn_core._registry.messages import describe_error, suggestion
+from mtenn_core._registry.messages import describe_error
 from mtenn_core._tables.combining import Chosen, Combined, CompoundError, check_choice, combined
 from mtenn_core._tables.files import new_file
 from mtenn_core._tables.grouping import Compounds, grouped
@@ -35,7 +40,7 @@ from mtenn_core.testing._target import parse_argument
 
 
 class Outputs(NamedTuple):
-    """Where the results go.
+    """The files and the form in which the command writes its results.
 
     Attributes
     ----------
@@ -91,30 +96,22 @@ def combine_table(
 
 def _created(name: str, arguments: dict[str, Any]) -> Combination:
     """Return the validated combination, for float64 and evaluation."""
-    signature = constructor_signature(registry.get(name, validate=False))
-    known = signature.parameters.values()
-    shown = ", ".join(str(p).partition(":")[0] + _default(p) for p in known) or "none"
-    takes_all = any(p.kind is p.VAR_KEYWORD for p in known)
-    for argument in arguments:
-        if argument not in signature.parameters and not takes_all:
-            meant = suggestion(argument, signature.parameters)
-            raise MtennError(
-                f"{name} takes no argument {argument!r}.{meant} Its arguments are: {shown}"
-            )
+    cls = registry.get(name, validate=False)
+    try:
+        check_argument_names(cls, arguments)
+    except TypeError as problem:
+        raise MtennError(str(problem)) from None
     try:
         combination = registry.create(name, **arguments)
     except MtennError:
         raise
     except Exception as problem:
+        shown = listed_arguments(constructor_signature(cls).parameters)
         raise MtennError(
             f"{name} cannot be made with these arguments: {describe_error(problem)}. Its arguments"
             f" are: {shown}"
         ) from problem
     return combination.eval().double()
-
-
-def _default(parameter: Any) -> str:
-    return "" if parameter.default is parameter.empty else f"={parameter.default!r}"
 
 
 def _combined(

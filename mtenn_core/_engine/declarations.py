@@ -79,13 +79,16 @@ def check_argument_names(
         if name not in parameters:
             meant = closest(name, parameters)
             hint = f" Did you mean {meant!r}?" if meant else advice
-            shown = ", ".join(
-                str(each.replace(annotation=each.empty)) for each in parameters.values()
-            )
             raise TypeError(
                 f"{cls.__name__} got an unexpected keyword argument {name!r}.{hint} Its arguments"
-                f" are: {shown or 'none'}"
+                f" are: {listed_arguments(parameters)}"
             )
+
+
+def listed_arguments(parameters: Mapping[str, inspect.Parameter]) -> str:
+    """Return the arguments of a constructor with their defaults, for messages."""
+    shown = [str(each.replace(annotation=each.empty)) for each in parameters.values()]
+    return ", ".join(shown) or "none"
 
 
 def closest(name: str, candidates: Iterable[str]) -> str:

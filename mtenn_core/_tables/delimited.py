@@ -194,7 +194,7 @@ def _is_periodic(file: IO[bytes], delimiter: bytes, n_fields: int) -> bool:
     """Return True if each line has ``n_fields`` fields, and if there are no quotes.
 
     polars does not say so itself: it fills short lines, and it may read only the beginning of long
-    ones. So this looks at the delimiters and ends of lines alone: each end must follow
+    ones. So this function looks only at delimiters and ends of lines: each end must follow
     ``n_fields - 1`` delimiters.
     """
     period = delimiter * (n_fields - 1) + b"\n"

@@ -12,7 +12,6 @@ from matplotlib.figure import Figure
 from mtenn_core._tables.combining import Combined
 from mtenn_core._tables.grouping import Compounds
 
-SUFFIXES = (".png", ".svg", ".pdf")
 # More compounds than this are a line with a band, and have no names.
 MAX_NAMED = 40
 # So many compounds show the weights of their poses.

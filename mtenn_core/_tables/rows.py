@@ -29,7 +29,7 @@ class Wanted(NamedTuple):
     ----------
     name : the column with the name of the compound
     numbers : the columns with finite numbers
-    deviations : the columns of these with standard deviations, which are not negative
+    deviations : those of ``numbers`` that hold standard deviations, which must not be negative
     pose : the column that tells the poses of a compound apart, or None
     """
 

@@ -176,7 +176,7 @@ class WeightsOfVector(MeanOfColumns):
         return torch.full_like(predictions, 1 / len(predictions))
 
 
-# What autograd does not see, in combine. C1.
+# Parts of combine without a derivative. C1.
 
 
 @wrong("columns: a gate is detached", "C1", "is the column detached")

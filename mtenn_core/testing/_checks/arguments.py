@@ -20,6 +20,7 @@ from mtenn_core._engine.declarations import (
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights
+from mtenn_core.testing._checks.numbers_of_columns import MORE_COLUMNS
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.comparison import judge
 from mtenn_core.testing._probe.poses import Poses
@@ -62,10 +63,6 @@ def arguments(subject: Subject) -> Metrics:
     return {"arguments": sorted([*tried, *inputs])}
 
 
-# For ``pose_columns = "any"``. A rule may ignore columns after those of the usual probes.
-N_COLUMNS_OF_ANY = 5
-
-
 def _check_columns(subject: Subject, where: str = "") -> int:
     """Check that each column of the predictions has an effect, and return their number.
 
@@ -75,7 +72,8 @@ def _check_columns(subject: Subject, where: str = "") -> int:
     if subject.probes.columns is None:
         return 0
     if subject.combination.pose_columns == ANY:
-        subject = _again(subject, N_COLUMNS_OF_ANY)
+        # A rule may ignore columns after those of the usual probes.
+        subject = _again(subject, MORE_COLUMNS)
     n_columns = subject.probes.shape(1)[-1]
     hidden = [j for j in range(n_columns) if not _column_shows(subject, j)]
     if len(hidden) == n_columns:

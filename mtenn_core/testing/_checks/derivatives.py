@@ -72,7 +72,7 @@ MORE_PROBES = (
 
 
 # For ``pose_columns = "any"``, besides the number of the other probes.
-N_COLUMNS_OF_ANY = (1, 5, 40)
+NUMBERS_OF_COLUMNS = (1, 5, 40)
 
 
 @check("C1", "pose weights are the derivative of the value", "gate")
@@ -93,7 +93,7 @@ def _check_other_numbers_of_columns(subject: Subject) -> None:
     """Compare the weights for other numbers of columns, if the combination takes any number."""
     if subject.combination.pose_columns != ANY:
         return
-    for n_columns in N_COLUMNS_OF_ANY:
+    for n_columns in NUMBERS_OF_COLUMNS:
         other = Subject(subject.original, subject.seed, thorough=True, n_columns=n_columns)
         points = [
             other.probes.poses(n, 0.0, spread) for n, spread in ((1, 1.0), (3, 0.5), (6, 0.1))
