@@ -77,7 +77,12 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
     Returns
     -------
     one tensor for each compound and rank
+
+    Raises
+    ------
+    PredictionError : the ranks have different numbers of columns. All ranks raise the same error.
     """
+    _check_same_columns(own, group)
     longest = max(map(sum, shares))
     # gloo and nccl need tensors of the same shape on all ranks.
     padding = (0, 0) * (own.dim() - 1) + (0, longest - len(own))  # the last dimension is first
@@ -87,6 +92,20 @@ def gather_poses(own: Tensor, shares: Sequence[Sequence[int]], group: Group) -> 
         for of_rank, share in zip(gathered, shares, strict=True)
     ]
     return [part[compound] for compound in range(len(shares[0])) for part in parts]
+
+
+def _check_same_columns(own: Tensor, group: Group) -> None:
+    if own.dim() == 1:
+        return
+    n_columns = [0] * dist.get_world_size(group)
+    dist.all_gather_object(n_columns, own.shape[1], group)
+    for rank, found in enumerate(n_columns):
+        if found != n_columns[0]:
+            raise PredictionError(
+                f"rank {rank} of the group: the pose model must return the same number of columns"
+                f" on all ranks. It returned {n_columns[0]} on rank 0; found {found}. Build the"
+                " same pose model on each rank."
+            )
 
 
 @contextmanager

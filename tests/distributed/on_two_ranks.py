@@ -120,6 +120,13 @@ class Attention(Combination):
         return torch.softmax(self.score(predictions).squeeze(-1), dim=0) @ predictions
 
 
+class AnyAttention(Combination):
+    pose_columns = "any"
+
+    def combine(self, predictions: Tensor) -> Tensor:
+        return (predictions[:, 0].softmax(0) @ predictions).sum()
+
+
 class Confident(Combination):
     """Weights the first column by the second, with its derivative in closed form."""
 
@@ -744,6 +751,16 @@ def bad_input_on_one_rank_is_the_same_error_on_all(what, mode):
         call |= change
     model = MultiPoseModel(new_pose_model(), Docked(), gradients=mode)
     check_raises(PredictionError, match, lambda: model(**call, group=dist.group.WORLD))
+
+
+@case(mode=["graph", "recomputed"])
+def ranks_with_different_numbers_of_columns_raise_the_same_error(mode):
+    model = MultiPoseModel(
+        new_pose_model(n_columns=2 + dist.get_rank()), AnyAttention(), gradients=mode
+    )
+    (poses, _) = new_poses([3, 3])
+    call = partial(model, poses, [2, 1], group=dist.group.WORLD)
+    check_raises(PredictionError, "rank 1 of the group: the pose model must return", call)
 
 
 @case()
