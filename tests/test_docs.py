@@ -55,6 +55,7 @@ README = ROOT / "README.md"
 # These are run in the environment that has the plugins: integration/test_docs_with_plugins.py.
 PAGES_WITH_PLUGINS = [
     README,
+    ROOT / "packaging/description.md",
     ROOT / "docs/explanation/combinations.md",
     ROOT / "docs/explanation/gradients-per-pose.md",
     ROOT / "docs/how-to/choose-a-combination.md",
