@@ -348,7 +348,10 @@ def test_the_statuses_are_those_of_a_record():
     assert tuple(row[0] for row in table(CONFORMANCE, "status")) == get_args(Status)
 
 
-@pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
+LINKING_PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "packaging/RELEASE.md"]
+
+
+@pytest.mark.parametrize("page", [*LINKING_PAGES, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
 def test_links_lead_somewhere(page):
     for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         target = (page.parent / path) if path else page

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import re
 import tomllib
+from configparser import ConfigParser
 from pathlib import Path
 from typing import Any
 
@@ -42,6 +43,14 @@ def test_the_extra_has_every_plugin_of_this_version():
     assert sorted(allowed) == PLUGINS
     for plugin in PLUGINS:
         assert project(plugin)["version"] in allowed[plugin]
+
+
+@pytest.mark.parametrize("section", ["all", "testenv:alone", "testenv:dist", "testenv:wheels"])
+def test_tox_names_every_plugin_and_no_other(section):
+    tox = ConfigParser(interpolation=None)
+    tox.read(ROOT / "tox.ini", encoding="utf-8")
+    named = re.findall(r"mtenn-(?!core)[a-z]+", " ".join(tox[section].values()))
+    assert sorted(set(named)) == PLUGINS
 
 
 @pytest.mark.parametrize("plugin", PLUGINS)
