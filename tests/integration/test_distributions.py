@@ -182,7 +182,7 @@ def test_the_extras_bring_all_plugins_and_tables(new_environment, tmp_path):
 
 
 def test_rattler_build_reads_the_conda_recipe(distribution):
-        path = ROOT / "packaging/conda" / distribution / "recipe.yaml"
+    path = ROOT / "packaging/conda" / distribution / "recipe.yaml"
     recipe = rattler_build.Stage0Recipe.from_file(str(path))
     (variant,) = recipe.render(rattler_build.VariantConfig(), rattler_build.RenderConfig())
     assert variant.recipe.package.name == distribution
