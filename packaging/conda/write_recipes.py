@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -117,12 +118,12 @@ def conda_requirement(line: str) -> str:
     return f"{name} {','.join(lower_first)}".rstrip()
 
 
-def items(lines: Any, indent: int) -> str:
+def items(lines: Iterable[str], indent: int) -> str:
     """Return the lines as a list in YAML."""
     return "\n".join(f"{' ' * indent}- {line}" for line in lines)
 
 
-def section(title: str, lines: Any, indent: int) -> str:
+def section(title: str, lines: Iterable[str], indent: int) -> str:
     """Return a list with its title and a line break, or nothing if there are no lines."""
     listed = items(lines, indent)
     return f"{title}\n{listed}\n" if listed else ""
