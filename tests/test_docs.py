@@ -55,6 +55,7 @@ README = ROOT / "README.md"
 # These are run in the environment that has the plugins: integration/test_docs_with_plugins.py.
 PAGES_WITH_PLUGINS = [
     README,
+    ROOT / "packaging/description.md",
     ROOT / "docs/explanation/combinations.md",
     ROOT / "docs/explanation/gradients-per-pose.md",
     ROOT / "docs/how-to/choose-a-combination.md",
@@ -347,7 +348,10 @@ def test_the_statuses_are_those_of_a_record():
     assert tuple(row[0] for row in table(CONFORMANCE, "status")) == get_args(Status)
 
 
-@pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
+LINKING_PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "packaging/RELEASE.md"]
+
+
+@pytest.mark.parametrize("page", [*LINKING_PAGES, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
 def test_links_lead_somewhere(page):
     for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         target = (page.parent / path) if path else page
