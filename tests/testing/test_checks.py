@@ -9,7 +9,7 @@ from bank import WRONG
 
 from mtenn_core import Combination
 from mtenn_core.testing import check_combination
-from mtenn_core.testing._probe.torch_internals import pretended
+from mtenn_core.testing._probe.operations import pretended
 
 
 def only(check, combination):
