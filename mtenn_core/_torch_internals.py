@@ -47,13 +47,14 @@ class _Needed(NamedTuple):
     """Stands for an interface that nothing replaces: who needs it, and what to use instead."""
 
     by: str
-    use: str
+    use: str = ""
 
     def error(self, path: str) -> Callable[..., NoReturn]:
         def fail(*_: object, **__: object) -> NoReturn:
+            others = f"{self.use}, or " if self.use else ""
             raise TorchVersionError(
                 f"{self.by} needs {path} of torch, a private interface that torch"
-                f" {torch.__version__} does not have. Use {self.use}, or torch {VERSIONS}."
+                f" {torch.__version__} does not have. Use {others}torch {VERSIONS}."
             )
 
         return fail
@@ -148,10 +149,10 @@ sequence_number = methodcaller("_sequence_nr") if INTERFACES["Node._sequence_nr"
 
 # Describes the gradients that enter a node: the shapes and dtypes of its results. Without it:
 # "stored" scales all gradients as it does those in float16, and check A1 has an error.
-input_metadata = _find_attribute("Node._input_metadata", _Needed("check A1", "the other checks"))
+input_metadata = _find_attribute("Node._input_metadata", _Needed("check A1"))
 
 # The tables of a module: its parameters and its buffers by name. Without them: an error.
-_TABLES = _Needed("a mode that runs the pose model again or takes its gradients", "plain modules")
+_TABLES = _Needed("mtenn-core")
 parameters_of = _find_attribute("Module._parameters", _TABLES)
 buffers_of = _find_attribute("Module._buffers", _TABLES)
 
@@ -287,7 +288,7 @@ default_device_mode = _find("_GLOBAL_DEVICE_CONTEXT", threading.local())
 
 # The base class of modes that see every operation. Without it: an error.
 _MODE = "utils._python_dispatch.TorchDispatchMode"
-_needed = {"__init__": _Needed("mtenn check", "the combination without checks").error(_MODE)}
+_needed = {"__init__": _Needed("mtenn check").error(_MODE)}
 _DispatchMode: Any = _find(_MODE, type("_NoDispatchMode", (), _needed))
 
 
@@ -301,9 +302,7 @@ class DispatchMode(_DispatchMode):
 
 
 # The schema of an operation: which arguments it changes, and what it returns. Without it: an error.
-schema_of = _find_attribute(
-    "ops.aten.add.Tensor._schema", _Needed("a check of operations in place", "the other checks")
-)
+schema_of = _find_attribute("ops.aten.add.Tensor._schema", _Needed("mtenn check"))
 
 # --- Settings. A setting without its interface is not watched ---
 
