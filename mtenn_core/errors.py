@@ -79,6 +79,10 @@ class ChangedBeforeBackwardError(MtennError, RuntimeError):
     """A pose cannot run again because the model or the pose changed. Call backward earlier."""
 
 
+class TorchVersionError(MtennError, RuntimeError):
+    """The installed torch lacks an interface. Use what the message names, or another torch."""
+
+
 class CheckpointError(MtennError, RuntimeError):
     """The checkpoint belongs to another combination. Make the model with that combination."""
 

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine import checkpoint
-from mtenn_core._engine.autograd_nodes import base_of
 from mtenn_core._engine.call import checked_call, checked_poses, given_sizes, total_sizes
 from mtenn_core._engine.columns import Columns, are_columns, columns_of
 from mtenn_core._engine.compounds import (
@@ -40,6 +39,7 @@ from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
+from mtenn_core._torch_internals import base_of
 from mtenn_core.combination import Combination
 
 if TYPE_CHECKING:

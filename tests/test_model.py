@@ -15,8 +15,8 @@ from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, registry
 from mtenn_core._engine import mode_table
-from mtenn_core._engine.autograd_nodes import graph_is_retained
 from mtenn_core._engine.gradient_buffers import _SPARE
+from mtenn_core._torch_internals import graph_is_retained
 from mtenn_core.errors import (
     CombinationContractError,
     CombinationNotFoundError,

@@ -1,17 +1,11 @@
-"""The nodes of autograd's graphs, and every private interface of torch that the engine uses.
-
-For each private interface, a comment gives its use, the version of torch in which it was seen, and
-a replacement ("Without it"). The other modules of the engine use these interfaces only through this
-module.
-"""
+"""The nodes of autograd's graphs, and what autograd's engine does with them."""
 
 from __future__ import annotations
 
 import functools
-import operator
 import re
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -19,23 +13,17 @@ import torch
 from torch import Tensor
 
 from mtenn_core._process.interrupts import delayed_interrupts
-
-# Returns the number of the backward pass that runs on this thread, or -1 if none runs. Two calls of
-# a hook or a Function belong to the same backward if they get the same number. Seen in torch 2.13,
-# where torch.utils.checkpoint and register_multi_grad_hook use it, too. Without it: _Join
-# (skipping.py) could count its backwards, but would miss backwards that start below the join.
-current_backward = torch._C._current_graph_task_id
-
-# Returns True if the running backward pass was called with retain_graph=True. Seen in torch 2.13,
-# where AOTAutograd calls it before it frees saved tensors. Without it: the memory of the gradients
-# could not be reused, and each step would fill fresh memory.
-graph_is_retained = torch._C._autograd._get_current_graph_task_keep_graph
-
-# Returns how often a tensor was changed in place, or raises a RuntimeError for a tensor that was
-# made in inference_mode. Autograd compares the same number when it checks saved tensors. Seen in
-# torch 2.13; every release since 0.4 has it, but it is not documented. Without it: keep copies of
-# the values, which need memory.
-version_of = operator.attrgetter("_version")
+from mtenn_core._torch_internals import (
+    ENGINE_CODE,
+    AccumulateGrad,
+    current_transform,
+    hooks_of,
+    input_metadata,
+    is_batched_by_vmap,
+    is_legacy_batched,
+    version_of,
+)
+from mtenn_core.errors import TorchVersionError
 
 
 def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
@@ -47,56 +35,12 @@ def versions_of(tensors: Iterable[Tensor | None]) -> list[int]:
         return [-1 if t is None or t.is_inference() else version_of(t) for t in tensors]
 
 
-# Returns the tensor of which a tensor is a view, or None. Seen in torch 2.13; every release has it,
-# but it is not documented. Without it: compare the addresses of the memory.
-base_of = operator.attrgetter("_base")
-
-# Returns a node's number. Nodes that one thread creates later have larger numbers. Seen in torch
-# 2.13, where profilers use it. Without it: skip no pose if the pose model keeps any tensor.
-sequence_number = operator.methodcaller("_sequence_nr")
-
-# Returns an object for the innermost transform of torch.func that runs this code, or None. Seen in
-# torch 2.13. Without it: errors inside of transforms are torch's own, and name no mode that works.
-current_transform = torch._C._functorch.peek_interpreter_stack
-
-# Returns the level of torch.autograd.forward_ad, or -1 outside of it. Seen in torch 2.13. Without
-# it: "stored" would lose tangents.
-forward_ad_level = functools.partial(getattr, torch.autograd.forward_ad, "_current_level")
-
-
 def is_batched(tensor: Tensor) -> bool:
     """Return whether a tensor represents many tensors, under ``vmap`` or ``is_grads_batched``.
 
     Such a tensor has a hidden dimension, so its values cannot be read (``tolist``, ``item``).
     """
-    # Both functions were seen in torch 2.13. is_grads_batched makes "legacy" tensors. Without them:
-    # try tolist() and catch the RuntimeError.
-    functorch = torch._C._functorch
-    return functorch.is_batchedtensor(tensor) or functorch.is_legacy_batchedtensor(tensor)
-
-
-def over_rows(
-    function: Callable[..., Tensor], rows: Tensor, named_rows: Mapping[str, Tensor]
-) -> Tensor:
-    """Call a function once for all rows, as ``torch.func.vmap`` does. Return its results.
-
-    Parameters
-    ----------
-    function : ``function(row, **{name: row})``
-    rows, named_rows : tensors with one entry per row
-    """
-    # torch.func.vmap takes 30 µs more per call, for trees of arguments. The four functions were
-    # seen in torch 2.13, where vmap calls them. Without them: torch.func.vmap.
-    functorch, n_rows = torch._C._functorch, len(rows)
-    level = functorch._vmap_increment_nesting(n_rows, "error")
-    try:
-        row, *named = (
-            functorch._add_batch_dim(each, 0, level) for each in (rows, *named_rows.values())
-        )
-        result = function(row, **dict(zip(named_rows, named, strict=True)))
-        return functorch._remove_batch_dim(result, level, n_rows, 0)
-    finally:
-        functorch._vmap_decrement_nesting()
+    return is_batched_by_vmap(tensor) or is_legacy_batched(tensor)
 
 
 def inside_vmap() -> bool:
@@ -115,28 +59,13 @@ def engine_asks() -> bool:
     caller = hook.f_back
     # The engine runs CPU nodes on the thread that called the engine. There, the hook's caller is
     # the function that called the engine. On threads of accelerators, the hook has no Python
-    # caller. _engine_run_backward was seen in torch 2.13; backward(), grad() and similar functions
-    # all call it. Without it: always return the tensor. Poses without a gradient would then run
-    # again, too.
-    return caller is None or caller.f_code is torch.autograd.graph._engine_run_backward.__code__
-
-
-# The class of the nodes that add gradients to leaves. It has no public name. Seen in torch 2.13,
-# where the gradient edge of a leaf has such a node. Without it: compare class names.
-AccumulateGrad = type(
-    torch.autograd.graph.get_gradient_edge(torch.empty((), requires_grad=True)).node
-)
+    # caller.
+    return caller is None or caller.f_code is ENGINE_CODE
 
 
 def is_leaf(node: Any) -> bool:
     """Return whether a node adds a gradient to a leaf. The leaf is ``node.variable``."""
     return type(node) is AccumulateGrad
-
-
-# Returns the hooks of a tensor as a dict, or None. For a leaf, the engine reads this dict in every
-# backward. Seen in torch 2.13; every release has it, because Tensor.register_hook writes to it.
-# Without it: take the gradients of detached aliases, which a pose model can tell from parameters.
-hooks_of = operator.attrgetter("_backward_hooks")
 
 
 @contextmanager
@@ -193,17 +122,24 @@ def operations(root: Tensor) -> list[type]:
 
 
 def computes_in(dtype: torch.dtype, root: Tensor) -> bool:
-    """Return whether any node of a graph has a result of this dtype."""
-    # _input_metadata describes the gradients that enter a node. They have the dtypes of its
-    # results. Seen in torch 2.13. Without it: a TorchDispatchMode around the run, which is slow.
+    """Return whether any node of a graph has a result of this dtype, or True if it is unknown."""
+    # The gradients that enter a node have the dtypes of its results.
     nodes = nodes_of(root.grad_fn)
-    return any(result.dtype == dtype for node in nodes for result in node._input_metadata)
+    try:
+        return any(result.dtype == dtype for node in nodes for result in input_metadata(node))
+    except TorchVersionError:
+        return True
 
 
 # These nodes of torch (fused attention and recurrent layers) read their saved tensors even if they
 # get no gradient. They were found in torch 2.13. tests/engine/test_skipping.py repeats the search:
 # it runs, without a gradient, every formula of derivatives.yaml that has several results.
 _READS_ANYWAY = re.compile("Attention|Rnn|Lstm|Mkldnn")
+
+
+def is_function(node_class: type) -> bool:
+    """Return whether a node belongs to a ``torch.autograd.Function`` in Python."""
+    return hasattr(node_class, "saved_tensors")
 
 
 @functools.lru_cache
@@ -215,9 +151,7 @@ def computes_anyway(node_class: type) -> bool:
     code.
     """
     name = node_class.__name__
-    # BackwardCFunction is the base class of the nodes of all Functions in Python. It is not
-    # documented; seen in torch 2.13. Without it: hasattr(node, "saved_tensors").
-    in_python = issubclass(node_class, torch.autograd.function.BackwardCFunction)
+    in_python = is_function(node_class)
     # torch 2.13 gives this name to the nodes of Functions in C++.
     in_cpp = name == "CppFunction"
     return in_python or in_cpp or _READS_ANYWAY.search(name) is not None
@@ -230,10 +164,3 @@ def is_compiled(node_class: type) -> bool:
     # (donated buffers). Seen in torch 2.13. Without it: catch the RuntimeError about donated
     # buffers, and take the gradient of the pose without retain_graph.
     return node_class.__name__ == "CompiledFunctionBackward"
-
-
-def add_in_place(sums: list[Tensor], tensors: list[Tensor], factor: float) -> None:
-    """Add ``factor`` · tensor to each sum in one call."""
-    # This is a beta interface of torch 2.13, which the optimizers also use. Without it: a loop of
-    # add_().
-    torch._foreach_add_(sums, tensors, alpha=factor)

@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from mtenn_core._engine.autograd_nodes import is_batched, version_of, versions_of
+from mtenn_core._engine.autograd_nodes import is_batched, versions_of
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, combined_prediction
 from mtenn_core._engine.plain_attributes import PlainAttributes
 from mtenn_core._process.printable import error_text
 from mtenn_core._process.settings import preserved_process_state
+from mtenn_core._torch_internals import version_of
 from mtenn_core.combination import Combination
 
 _WEIGHTS = ("pose weights", "derivative of combine")

@@ -11,9 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import current_transform, forward_ad_level
 from mtenn_core._engine.batch_probe import CannotBatchError, check_can_batch, from_rows
 from mtenn_core._engine.evaluation import NO_INPUTS, PoseInputs, combined_prediction
+from mtenn_core._torch_internals import (
+    buffers_of,
+    current_transform,
+    forward_ad_level,
+    parameters_of,
+)
 from mtenn_core.combination import Combination
 
 Rows = tuple[Tensor, PoseInputs]
@@ -165,7 +170,7 @@ def attributes_unchanged(combination: Combination) -> Iterator[None]:
 
 
 def _held_by(module: torch.nn.Module) -> Sequence[dict[str, Any]]:
-    return module.__dict__, module._parameters, module._buffers
+    return module.__dict__, parameters_of(module), buffers_of(module)
 
 
 def _put_back(held: dict[str, Any], old: dict[str, Any]) -> bool:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mtenn_core._engine.module_tensors import is_sharded
+from mtenn_core._torch_internals import buffers_of, non_persistent_of
 
 # Arrays with more values, and data with a longer text, are represented by a hash.
 MAX_VALUES = 16
@@ -272,7 +273,7 @@ def persistent_tensors(module: torch.nn.Module) -> dict[str, Tensor]:
     """
     tensors: dict[str, Tensor] = dict(module.named_parameters(remove_duplicate=False))
     for prefix, child in module.named_modules(remove_duplicate=False):
-        for name in child._buffers.keys() - child._non_persistent_buffers_set:
-            if (tensor := child._buffers[name]) is not None:
+        for name in buffers_of(child).keys() - non_persistent_of(child):
+            if (tensor := buffers_of(child)[name]) is not None:
                 tensors[f"{prefix}.{name}" if prefix else name] = tensor
     return tensors

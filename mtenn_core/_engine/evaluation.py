@@ -13,11 +13,11 @@ from weakref import WeakKeyDictionary, WeakSet
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import current_transform, over_rows
 from mtenn_core._engine.columns import Columns, named_column, named_type
 from mtenn_core._engine.declarations import KINDS, check_facts, declared_kinds, overrides
 from mtenn_core._engine.known_gradients import refuse_double_backward
 from mtenn_core._engine.precision import at_least_float32, no_autocast
+from mtenn_core._torch_internals import current_transform, over_rows
 from mtenn_core.combination import Combination
 from mtenn_core.errors import CombinationContractError, DirectionWarning, PredictionError
 

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import base_of
 from mtenn_core._engine.precision import no_autocast
+from mtenn_core._torch_internals import base_of
 
 # A checksum multiplies a tensor's numbers by fixed factors of both signs. The factors repeat after
 # this many numbers, so that they need little memory; another factor belongs to each repetition.

@@ -9,8 +9,9 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import graph_is_retained, is_batched
+from mtenn_core._engine.autograd_nodes import is_batched
 from mtenn_core._engine.precision import at_least_float32, no_autocast
+from mtenn_core._torch_internals import graph_is_retained
 
 Params = Mapping[str, Tensor]
 # The parameters of one matrix, in the order of the columns.

@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import add_in_place
 from mtenn_core._engine.precision import at_least_float32
+from mtenn_core._torch_internals import add_in_place
 from mtenn_core.errors import DoubleBackwardError
 
 WeightedSum = Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]]
@@ -100,5 +100,5 @@ def sum_over_poses(
         if weight == 0:  # 0 · inf would be NaN
             continue
         of_pose = list(gradients[pose * n_params : (pose + 1) * n_params])
-        add_in_place(sums, of_pose, weight)
+        add_in_place(sums, of_pose, alpha=weight)
     return [total.to(dtype) for total, dtype in zip(sums, dtypes, strict=True)]

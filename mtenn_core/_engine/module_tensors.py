@@ -12,6 +12,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
+from mtenn_core._torch_internals import buffers_of, parameters_of
 from mtenn_core.errors import GradientError
 
 
@@ -45,7 +46,8 @@ class Places:
 
     def __init__(self, modules: Iterable[torch.nn.Module], kind: str) -> None:
         # setattr would refuse a plain tensor in place of a parameter.
-        self.dicts = [getattr(module, f"_{kind}") for module in modules]
+        table_of = parameters_of if kind == "parameters" else buffers_of
+        self.dicts = [table_of(module) for module in modules]
         if any(map(torch.nn.parameter.is_lazy, self.tensors())):
             raise GradientError(
                 "a lazy module of the pose model has no parameters yet. First run the pose model"
@@ -148,7 +150,7 @@ def sharded_part(module: torch.nn.Module) -> str | None:
     modules = list(module.named_modules())
     sharding = set(filter(_is_sharding, {type(part) for _, part in modules}))
     for name, part in modules:
-        if type(part) in sharding or any(map(is_sharded, part._parameters.values())):
+        if type(part) in sharding or any(map(is_sharded, parameters_of(part).values())):
             return name or type(module).__name__
     return None
 

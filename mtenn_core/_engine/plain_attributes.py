@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import versions_of
+from mtenn_core._torch_internals import buffers_of
 
 Attributes = dict[str, Any]
 
@@ -103,7 +104,7 @@ class KeptTensors:
 
     def __init__(self, modules: Iterable[torch.nn.Module]) -> None:
         self.found = False
-        self.owned = [held for m in modules for held in (m.__dict__, m._buffers)]
+        self.owned = [held for m in modules for held in (m.__dict__, buffers_of(m))]
         self.lengths: list[int] = []
         self.places: list[tuple[Attributes, str]] = []
 

@@ -20,16 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from mtenn_core._engine.autograd_nodes import (
-    current_backward,
-    current_transform,
-    engine_asks,
-    inside_vmap,
-    is_leaf,
-    nodes_of,
-    sequence_number,
-    version_of,
-)
+from mtenn_core._engine.autograd_nodes import engine_asks, inside_vmap, is_leaf, nodes_of
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.chunk import Chunk
 from mtenn_core._engine.cost import ModeCost, StepTotals
@@ -37,6 +28,12 @@ from mtenn_core._engine.mode import Collate, Mode, Options, check_has_combine
 from mtenn_core._engine.replay import Replay, Run
 from mtenn_core._engine.shared_part import nodes_of_outputs
 from mtenn_core._engine.skipping import join_chunks
+from mtenn_core._torch_internals import (
+    current_backward,
+    current_transform,
+    sequence_number,
+    version_of,
+)
 from mtenn_core.combination import Combination
 from mtenn_core.errors import ChangedBeforeBackwardError, GradientError, MtennError
 

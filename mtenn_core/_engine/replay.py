@@ -18,13 +18,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import (
-    current_backward,
-    is_leaf,
-    nodes_of,
-    version_of,
-    versions_of,
-)
+from mtenn_core._engine.autograd_nodes import is_leaf, nodes_of, versions_of
 from mtenn_core._engine.fingerprint import Fingerprint, difference, marks_of
 from mtenn_core._engine.module_tensors import (
     Places,
@@ -38,6 +32,7 @@ from mtenn_core._engine.noted_buffers import Buffers, NotedBuffers
 from mtenn_core._engine.plain_attributes import PlainAttributes, tensors_with_graph
 from mtenn_core._engine.tensor_search import tensors_in
 from mtenn_core._process.interrupts import delayed_interrupts
+from mtenn_core._torch_internals import current_backward, version_of
 from mtenn_core.errors import ChangedBeforeBackwardError
 
 

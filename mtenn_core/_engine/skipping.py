@@ -8,14 +8,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import (
-    computes_anyway,
-    current_backward,
-    is_batched,
-    is_leaf,
-    nodes_of,
-)
+from mtenn_core._engine.autograd_nodes import computes_anyway, is_batched, is_leaf, nodes_of
 from mtenn_core._engine.columns import check_same_columns
+from mtenn_core._torch_internals import current_backward
 
 
 class Skippable(Protocol):

@@ -17,16 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
-from mtenn_core._engine.autograd_nodes import (
-    AccumulateGrad,
-    computes_in,
-    current_transform,
-    forward_ad_level,
-    hooks_of,
-    is_compiled,
-    muted_hooks,
-    version_of,
-)
+from mtenn_core._engine.autograd_nodes import computes_in, is_compiled, muted_hooks
 from mtenn_core._engine.call import Call
 from mtenn_core._engine.columns import other_columns
 from mtenn_core._engine.cost import ModeCost, StepTotals
@@ -47,6 +38,13 @@ from mtenn_core._engine.plain_attributes import SIMPLE, KeptTensors
 from mtenn_core._engine.precision import no_autocast
 from mtenn_core._engine.shared_part import NO_GATE, NOTHING, Gate, Replaced, replaced, with_outputs
 from mtenn_core._engine.skipping import join_chunks
+from mtenn_core._torch_internals import (
+    AccumulateGrad,
+    current_transform,
+    forward_ad_level,
+    hooks_of,
+    version_of,
+)
 from mtenn_core.combination import Combination
 from mtenn_core.errors import GradientError
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from mtenn_core._process import floating_point, torch_internals
+from mtenn_core._process import floating_point, torch_state
 
 
 class Setting(NamedTuple):
@@ -36,7 +36,7 @@ _inference_guards: list[Any] = []
 
 
 def _default_device() -> torch.device:
-    context = torch_internals.device_context()
+    context = torch_state.device_context()
     return _CPU if context is None else context.device
 
 
@@ -146,20 +146,20 @@ RANDOM_STATES = {
 # sets the grad mode.
 THREAD_SETTINGS = {
     "torch's modes for functions": Setting(
-        torch_internals.function_modes, torch_internals.set_function_modes
+        torch_state.function_modes, torch_state.set_function_modes
     ),
     "torch's modes for operations": Setting(
-        torch_internals.dispatch_modes, torch_internals.set_dispatch_modes
+        torch_state.dispatch_modes, torch_state.set_dispatch_modes
     ),
     "the inference mode": Setting(torch.is_inference_mode_enabled, _set_inference_mode),
     "the grad mode": Setting(torch.is_grad_enabled, torch.set_grad_enabled),
     "autograd's switches": Setting(
-        torch_internals.autograd_switches, torch_internals.set_autograd_switches
+        torch_state.autograd_switches, torch_state.set_autograd_switches
     ),
     "autograd's hooks for saved tensors": Setting(
-        torch_internals.saved_tensors_hooks, torch_internals.set_saved_tensors_hooks
+        torch_state.saved_tensors_hooks, torch_state.set_saved_tensors_hooks
     ),
-    "autocast": Setting(torch_internals.autocast_state, torch_internals.set_autocast_state),
+    "autocast": Setting(torch_state.autocast_state, torch_state.set_autocast_state),
     "torch's default device": Setting(_default_device, _set_default_device),
     "torch's number of threads": Setting(torch.get_num_threads, torch.set_num_threads),
     "torch's flushing of denormal numbers": Setting(
@@ -180,9 +180,9 @@ PROCESS_SETTINGS = {
         torch.get_default_dtype, torch.set_default_dtype, torch.float32
     ),
     "torch's float32 precision": Setting(
-        torch_internals.float32_precision,
-        torch_internals.set_float32_precision,
-        torch_internals.FLOAT32_PRECISION,
+        torch_state.float32_precision,
+        torch_state.set_float32_precision,
+        torch_state.FLOAT32_PRECISION,
     ),
     "torch's deterministic mode": Setting(
         torch.get_deterministic_debug_mode, torch.set_deterministic_debug_mode, 0
@@ -190,20 +190,14 @@ PROCESS_SETTINGS = {
     "autograd's anomaly mode": Setting(
         _anomaly_mode, lambda mode: torch.set_anomaly_enabled(*mode), (False, True)
     ),
-    "hooks of all modules": Setting(
-        torch_internals.module_hooks, torch_internals.set_module_hooks, {}
-    ),
-    "torch's default generator": Setting(
-        torch_internals.generators, torch_internals.set_generators
-    ),
+    "hooks of all modules": Setting(torch_state.module_hooks, torch_state.set_module_hooks, {}),
+    "torch's default generator": Setting(torch_state.generators, torch_state.set_generators),
     "torch's checks of sparse tensors": Setting(_sparse_checks, _set_sparse_checks),
     "torch's filling of uninitialized memory": Setting(
-        torch_internals.fills_memory, torch_internals.set_fills_memory
+        torch_state.fills_memory, torch_state.set_fills_memory
     ),
     "torch's conversion of parameters": Setting(_conversion, _set_conversion),
-    "torch's print options": Setting(
-        torch_internals.print_options, torch_internals.set_print_options
-    ),
+    "torch's print options": Setting(torch_state.print_options, torch_state.set_print_options),
     "torch's number of interop threads": Setting(
         torch.get_num_interop_threads, torch.set_num_interop_threads
     ),
@@ -211,9 +205,9 @@ PROCESS_SETTINGS = {
         torch.backends.mha.get_fastpath_enabled, torch.backends.mha.set_fastpath_enabled
     ),
     "torch.backends.opt_einsum": Setting(
-        torch_internals.einsum_options, torch_internals.set_einsum_options
+        torch_state.einsum_options, torch_state.set_einsum_options
     ),
-    **{name: Setting(*functions) for name, functions in torch_internals.backend_flags().items()},
+    **{name: Setting(*functions) for name, functions in torch_state.backend_flags().items()},
     "the garbage collector": Setting(_garbage_collector, _set_garbage_collector),
     "the recursion limit": Setting(sys.getrecursionlimit, sys.setrecursionlimit),
     "the locale": Setting(

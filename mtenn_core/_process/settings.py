@@ -19,7 +19,8 @@ from mtenn_core._process.setting_table import (
     THREAD_SETTINGS,
     Setting,
 )
-from mtenn_core._process.torch_internals import n_dispatch_modes, n_function_modes, paused_modes
+from mtenn_core._process.torch_state import paused_modes
+from mtenn_core._torch_internals import n_dispatch_modes, n_function_modes
 
 # A plugin may replace functions in these namespaces while it is imported.
 NAMESPACES = {

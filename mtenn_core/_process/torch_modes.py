@@ -1,20 +1,19 @@
 """Run a block without the modes and settings of torch that the caller uses.
 
-The private interfaces of torch here, and most in ``torch_internals``, were seen in torch 2.13.
-Without them: a new thread has no modes of its caller. But it would wait forever for a module that
-the caller is importing.
+A new thread has no modes of its caller either. But it would wait forever for a module that the
+caller is importing.
 """
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor
 
-from mtenn_core._process import torch_internals
+from mtenn_core import _torch_internals as internals
+from mtenn_core._process import torch_state
 from mtenn_core._process.settings import (
     default_settings,
     default_thread_settings,
@@ -53,10 +52,10 @@ def without_modes(*, process_wide: bool = True) -> Iterator[None]:
 def uses_modes() -> bool:
     """Return True if :func:`without_modes` would change a mode or a setting."""
     return bool(
-        torch_internals.n_function_modes()
-        or torch_internals.n_dispatch_modes()
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch_internals.has_saved_tensors_hooks()
+        internals.n_function_modes()
+        or internals.n_dispatch_modes()
+        or internals.current_transform() is not None
+        or torch_state.has_saved_tensors_hooks()
         or torch.is_inference_mode_enabled()
         or not torch.is_grad_enabled()
         or torch.is_autocast_enabled("cpu")
@@ -71,33 +70,31 @@ def has_numbers(tensor: Tensor) -> bool:
     These are tensors on the meta device, fake tensors, and tensors inside of a transform of
     ``torch.func``.
     """
-    fake = sys.modules.get("torch._subclasses.fake_tensor")  # slow to import, and then unused
-    if fake is not None and isinstance(tensor, fake.FakeTensor):
+    # By name, because the module of this class is private and slow to import.
+    if type(tensor).__name__ == "FakeTensor":
         return False
-    return not (tensor.is_meta or torch._C._functorch.is_functorch_wrapped_tensor(tensor))
+    return not (tensor.is_meta or internals.is_wrapped(tensor))
 
 
 def _function_modes() -> Callable[[], None]:
     """Remove the modes for functions, such as ``torch.device``. Return a function to undo it."""
-    modes = torch_internals.all_function_modes()
-    torch_internals.set_all_function_modes([])
-    return lambda: torch_internals.set_all_function_modes(modes)
+    modes = torch_state.all_function_modes()
+    torch_state.set_all_function_modes([])
+    return lambda: torch_state.set_all_function_modes(modes)
 
 
 def _dispatch_modes() -> Callable[[], None]:
     """Remove the modes for operations, such as ``FakeTensorMode``."""
-    modes = torch_internals.dispatch_modes()
-    torch_internals.set_dispatch_modes(())
-    return lambda: torch_internals.set_dispatch_modes(modes)
+    modes = torch_state.dispatch_modes()
+    torch_state.set_dispatch_modes(())
+    return lambda: torch_state.set_dispatch_modes(modes)
 
 
 def _transforms() -> Callable[[], None]:
     """Leave the transforms of ``torch.func``, such as vmap."""
-    if torch._C._functorch.peek_interpreter_stack() is None:
+    if internals.current_transform() is None:
         return lambda: None
-    from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
-
-    left = temporarily_clear_interpreter_stack()
+    left = internals.outside_transforms()
     left.__enter__()
 
     def restore() -> None:
@@ -108,15 +105,15 @@ def _transforms() -> Callable[[], None]:
 
 def _saved_hooks() -> Callable[[], None]:
     """Remove the hooks for tensors that are saved for backward."""
-    hooks = torch_internals.saved_tensors_hooks()
-    torch_internals.set_saved_tensors_hooks(())
-    return lambda: torch_internals.set_saved_tensors_hooks(hooks)
+    hooks = torch_state.saved_tensors_hooks()
+    torch_state.set_saved_tensors_hooks(())
+    return lambda: torch_state.set_saved_tensors_hooks(hooks)
 
 
 # Modes for functions come first, because they may change the results of every call of torch.
 _REMOVE = (
     _function_modes,
-    torch_internals.forget_device_context,
+    torch_state.forget_device_context,
     _dispatch_modes,
     _transforms,
     _saved_hooks,

@@ -720,7 +720,7 @@ class InPlace(torch.nn.Module):
         return self.inner[2](hidden.exp_())
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.(trace|trace_method). is deprecated")
 @pytest.mark.parametrize("scale", [1.0, 1e5], ids=["dense", "sharp"])
 @pytest.mark.parametrize(
     "wrap",
@@ -1151,7 +1151,7 @@ def test_a_collate_that_refers_to_the_pose_model_does_not_keep_it():
     assert reference() is None
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.(trace|trace_method). is deprecated")
 @pytest.mark.parametrize("gradients", ["stored", "recomputed"])
 def test_a_scripted_model_with_buffers_is_right(poses, gradients):
     net = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3), torch.nn.Linear(3, 1))

@@ -22,9 +22,9 @@ from mtenn_core._process.settings import (
     process_state,
     restoring_process_state,
 )
+from mtenn_core._torch_internals import DispatchMode
 from mtenn_core.errors import GradientValidationError, PluginWarning
 from mtenn_core.testing import check_combination
-from mtenn_core.testing._probe.torch_internals import DispatchMode
 
 UPWARD = {"x86_64": 0x800, "aarch64": 0x400000}.get(platform.machine())
 SET_ROUNDING = f"import ctypes; ctypes.CDLL(None).fesetround({UPWARD})"

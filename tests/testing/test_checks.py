@@ -9,7 +9,7 @@ from bank import WRONG
 
 from mtenn_core import Combination
 from mtenn_core.testing import check_combination
-from mtenn_core.testing._probe.torch_internals import pretended
+from mtenn_core.testing._probe.operations import pretended
 
 
 def only(check, combination):
@@ -249,7 +249,7 @@ class ScriptedLayer(Combination):
 
 
 # Newer versions of torch deprecate TorchScript, and modules of older plugins still use it.
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
 def test_parameters_of_a_torchscript_module_are_own_parameters():
     report = check_combination(ScriptedLayer, only=["B1", "C2", "C3", "A7", "A10"])
     assert [record.status for record in report.records] == ["pass"] * 5, str(report)

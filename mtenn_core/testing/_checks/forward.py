@@ -4,19 +4,21 @@ from __future__ import annotations
 
 from dataclasses import replace
 from inspect import signature
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mtenn_core._engine.autograd_nodes import is_function
 from mtenn_core._engine.declarations import overrides
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.chain_rule import check_chain_rule, kernels
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
 from mtenn_core.testing._probe.meta_device import ShapesFromCpu
+from mtenn_core.testing._probe.operations import output_shapes
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import output_shapes
 from mtenn_core.testing._probe.training_step import Step
 
 
@@ -34,12 +36,13 @@ def raw_return(subject: Subject) -> Metrics:
 
 def _check_returned(step: Step, subject: Subject, dtype: torch.dtype) -> None:
     value = subject.call(step, combination=subject.copy(dtype))
-    if not isinstance(value.grad_fn, torch.autograd.function.BackwardCFunction):
+    node: Any = value.grad_fn
+    if not is_function(type(node)):
         raise Skip("the output does not come from an autograd.Function")
     # If forward returns the pair (combined prediction, pose predictions), no loss uses the second.
-    others = [torch.zeros(shape, dtype=dtype) for shape in output_shapes(value.grad_fn)[1:]]
+    others = [torch.zeros(shape, dtype=dtype) for shape in output_shapes(node)[1:]]
     with torch.no_grad():  # as in an ordinary backward
-        returned = value.grad_fn.apply(torch.ones((), dtype=dtype), *others)
+        returned = node.apply(torch.ones((), dtype=dtype), *others)
     returned = returned if isinstance(returned, tuple) else (returned,)
     n_params = len(step.params)
     if len(returned) < n_params:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mtenn_core._torch_internals import DispatchMode
 from mtenn_core.testing._checks.chain_rule import check_chain_rule
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._checks.derivatives import compare_weights, directions_for
@@ -15,9 +16,9 @@ from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import judge
 from mtenn_core.testing._probe.finite_differences import ULPS, resolution
 from mtenn_core.testing._probe.kinks import KINK, at_kink
+from mtenn_core.testing._probe.operations import is_in_place, tensors_of
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import DispatchMode, is_in_place, tensors_of
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 # Buffers, chunks and tables often have a power of two as their size.

@@ -14,8 +14,8 @@ from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import equal_with_nan
 from mtenn_core.testing._probe.instances import own_parameter
+from mtenn_core.testing._probe.operations import pretended
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import pretended
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 

@@ -17,9 +17,9 @@ from mtenn_core.testing._checks.arguments import alternatives
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics
 from mtenn_core.testing._probe.comparison import equal_with_nan
+from mtenn_core.testing._probe.operations import OperationCount
 from mtenn_core.testing._probe.poses import Poses
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import OperationCount
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 N_THREADS = 8

@@ -12,18 +12,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core._engine.autograd_nodes import version_of
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import first_of_pair
 from mtenn_core._process.setting_table import RANDOM_STATES, SETTINGS
 from mtenn_core._process.settings import changed, process_state
+from mtenn_core._torch_internals import version_of
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Outcome
 from mtenn_core.testing._probe.comparison import equal_with_nan
+from mtenn_core.testing._probe.operations import n_hooks
 from mtenn_core.testing._probe.state_size import state_size
 from mtenn_core.testing._probe.subject import Subject
-from mtenn_core.testing._probe.torch_internals import n_hooks
 from mtenn_core.testing._probe.training_step import Step, gradients_of
 
 

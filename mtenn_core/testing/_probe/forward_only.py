@@ -6,15 +6,14 @@ from typing import Any
 
 from torch.overrides import TorchFunctionMode
 
-from mtenn_core.testing._probe.torch_internals import custom_function_call
+from mtenn_core._torch_internals import custom_function_call
 
 
 class ForwardOnly(TorchFunctionMode):
     """A mode in which ``torch.func.vmap`` calls only the ``forward`` of an autograd function.
 
     Otherwise, vmap would require ``generate_vmap_rule`` of the function, which is a rule for
-    backward. In torch 2.13, ``Function.apply`` calls ``custom_function_call`` inside a transform of
-    torch.func. If another release does not, vmap raises, and the caller runs poses one by one.
+    backward. ``Function.apply`` calls ``custom_function_call`` inside a transform of torch.func.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

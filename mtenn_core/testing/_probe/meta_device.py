@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mtenn_core.testing._probe.torch_internals import (
-    DispatchMode,
+from mtenn_core._torch_internals import DispatchMode
+from mtenn_core.testing._probe.operations import (
     changes_first_argument,
     makes_new_tensors,
     tensors_of,

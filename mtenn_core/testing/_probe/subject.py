@@ -19,6 +19,7 @@ from mtenn_core._engine.evaluation import (
     combined_prediction,
     first_of_pair,
 )
+from mtenn_core._torch_internals import buffers_of, parameters_of
 from mtenn_core.combination import Combination
 from mtenn_core.testing._probe.forward_only import ForwardOnly
 from mtenn_core.testing._probe.instances import independent_copy, own_parameter
@@ -297,7 +298,7 @@ class Subject:
         row = poses.row()
 
         def value(combination: Combination, setting: Tensor) -> Tensor:
-            parameters: dict[str, Any] = combination.get_submodule(module)._parameters
+            parameters: dict[str, Any] = parameters_of(combination.get_submodule(module))
             parameters[own] = setting.view_as(param)
             return self._value(combination, row.clone())
 
@@ -340,7 +341,7 @@ class Subject:
             with torch.inference_mode(False):
                 for name, buffer in self._buffers.items():
                     module, _, own = name.rpartition(".")
-                    self.combination.get_submodule(module)._buffers[own] = buffer.clone()
+                    buffers_of(self.combination.get_submodule(module))[own] = buffer.clone()
 
 
 def _agree(batch: Tensor, one_by_one: Tensor, rows: Tensor) -> bool:
