@@ -10,8 +10,8 @@ A comment gives the use of each interface. "Without it" says what happens in a t
 - A feature raises a :class:`TorchVersionError`, which says what to use.
 - A setting of torch is not watched, so a plugin could change it unnoticed.
 
-An import never fails. Every interface was seen in torch 2.6.0, 2.13.0 and 2.14.1, unless its
-comment names another first version.
+An import never fails. Every interface was seen in torch 2.6.0, 2.13.0 and 2.14.1, except that
+torch 2.6.0 lacks those in ``NOT_IN_2_6``.
 """
 
 from __future__ import annotations
@@ -25,11 +25,22 @@ from operator import attrgetter, methodcaller
 from typing import Any, NamedTuple, NoReturn
 
 import torch
+import torch.backends.opt_einsum  # torch 2.6 does not import it by itself
 from torch import Tensor
 
 from mtenn_core.errors import TorchVersionError
 
 VERSIONS = "2.6 to 2.14"
+NOT_IN_2_6 = frozenset(
+    {
+        "_C._autograd._top_saved_tensors_default_hooks",
+        "_C._get_cublas_allow_fp16_accumulation",
+        "_C._set_cublas_allow_fp16_accumulation",
+        "_C._get_fp32_precision_getter",
+        "_C._set_fp32_precision_setter",
+        "compiler._is_exporting_flag",
+    }
+)
 
 # The class of the nodes that add gradients to leaves. It has no public name, and it has the private
 # attributes of all nodes.
@@ -338,8 +349,8 @@ KIND_OF_MODULE_HOOKS = "_global_is_full_backward_hook"
 for _name in ("_global_forward_hooks", "_global_backward_hooks"):
     _find(f"nn.modules.module.{_name}")
 
-# Read and set the precision of float32 on each backend. First seen in torch 2.9. Without them: only
-# torch.get_float32_matmul_precision, as before.
+# Read and set the precision of float32 on each backend. Without them: only
+# torch.get_float32_matmul_precision.
 get_precision, set_precision = _find_all(
     "_C.", "_get_fp32_precision_getter _set_fp32_precision_setter", None, None
 )
