@@ -7,6 +7,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx.transforms import SphinxTransform
+
 import mtenn_core
 
 HERE = Path(__file__).parent
@@ -107,7 +110,42 @@ def name_factories(
     return signature and signature.replace("<factory>", "..."), returns
 
 
+class DarkPictures(SphinxTransform):
+    """Show a picture's dark version on dark pages, and put a picture that has none on white."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Put NAME-dark.svg next to NAME.svg; the classes of the theme hide one of them."""
+        folder = Path(self.env.doc2path(self.env.docname)).parent
+        for light in [*self.document.findall(nodes.image)]:
+            path = Path(light["uri"])
+            dark = path.with_stem(f"{path.stem}-dark")
+            if (folder / dark).is_file():
+                copy = light.copy()
+                copy["uri"] = dark.as_posix()
+                light["classes"].append("only-light")
+                copy["classes"].append("only-dark")
+                light.parent.insert(light.parent.index(light) + 1, copy)
+            else:
+                light["classes"].append("on-white")
+
+
+class WideTables(SphinxTransform):
+    """Give a table of many columns the class that keeps its head and first column in sight."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Add the class ``matrix``."""
+        for group in self.document.findall(nodes.tgroup):
+            if group["cols"] > 12:
+                group.parent["classes"].append("matrix")
+
+
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
+    app.add_transform(DarkPictures)
+    app.add_transform(WideTables)
     app.connect("autodoc-process-docstring", describe, priority=400)
     app.connect("autodoc-process-signature", name_factories)
