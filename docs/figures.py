@@ -9,6 +9,7 @@ script writes the dark version of it, too.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import sys
@@ -118,17 +119,17 @@ def overview(figure: Figure) -> None:
         (488, "a combination"),
         (645, "one ΔG"),
     ):
-        axes.text(x, 362, title, ha="center", fontweight="bold")
+        axes.text(x, 360, title, ha="center", fontsize=11, fontweight="bold")
     box(axes, (140, 86), (104, 256), BLUE_TINT, BLUE)
     network(axes, 192, 222)
     axes.text(192, 110, "parameters θ", ha="center")
     box(axes, (436, 86), (104, 256), GREEN_TINT, GREEN)
     for y, name in ((300, "mean"), (257, "boltzmann"), (171, "median"), (128, "your own")):
-        axes.text(488, y, name, ha="center", va="center", color="#595959")
-    axes.text(488, 214, "min", ha="center", va="center", fontsize=17, fontweight="bold")
+        axes.text(488, y, name, ha="center", va="center", fontsize=12, color="#595959")
+    axes.text(488, 214, "min", ha="center", va="center", fontsize=18, fontweight="bold")
     box(axes, (582, 180), (126, 68), GREY_TINT, "#767676")
     number(axes, 645, 224, f"ΔG = {combined:.1f}", BLUE, fontsize=14, fontweight="bold")
-    axes.text(645, 197, "kcal/mol", ha="center", va="center")
+    axes.text(645, 197, "kcal/mol", ha="center", va="center", fontsize=12)
     arrow(axes, (542, 222), (580, 222), BLUE)
     arrow(axes, (580, 206), (542, 206), ORANGE, "--")
     for index, (y, prediction, weight) in enumerate(
@@ -139,17 +140,17 @@ def overview(figure: Figure) -> None:
         pose(axes, 56, y, (25, 150, 265)[index])
         arrow(axes, (102, y), (138, y), BLUE)
         box(axes, (284, y - 30), (108, 60), GREY_TINT, "#767676")
-        number(axes, 338, y + 13, f"ŷ{sub} = {prediction:.1f}", BLUE, fontsize=12)
-        number(axes, 338, y - 13, f"w{sub} = {weight:.2f}", ORANGE, fontsize=12)
+        number(axes, 338, y + 13, f"ŷ{sub} = {prediction:.1f}", BLUE, fontsize=13)
+        number(axes, 338, y - 13, f"w{sub} = {weight:.2f}", ORANGE, fontsize=13)
         for start, end in ((246, 282), (394, 434)):
             arrow(axes, (start, y + 8), (end, y + 8), BLUE)
             arrow(axes, (end, y - 8), (start, y - 8), ORANGE, "--")
 
     arrow(axes, (14, 54), (50, 54), BLUE)
-    axes.text(60, 54, "forward: the same network scores each pose", va="center", fontsize=11)
+    axes.text(60, 54, "forward: the same network scores each pose", va="center", fontsize=12)
     arrow(axes, (50, 24), (14, 24), ORANGE, "--")
     sums = "backward: ∂ΔG/∂θ = Σ wᵢ · ∂ŷᵢ/∂θ, with the pose weights wᵢ = ∂ΔG/∂ŷᵢ"
-    axes.text(60, 24, sums, va="center", fontsize=11)
+    axes.text(60, 24, sums, va="center", fontsize=12)
 
 
 def box(
@@ -190,7 +191,7 @@ def network(axes: Axes, x: float, y: float) -> None:
         [(x + dx, y + dy) for dy in heights]
         for dx, heights in ((-30, (-40, 0, 40)), (0, (-60, -20, 20, 60)), (30, (0,)))
     ]
-    for left, right in zip(layers, layers[1:], strict=False):
+    for left, right in itertools.pairwise(layers):
         for a in left:
             for b in right:
                 axes.plot(*zip(a, b, strict=True), color=BLUE, linewidth=0.6, alpha=0.6)
