@@ -131,21 +131,34 @@ class DarkPictures(SphinxTransform):
                 light["classes"].append("on-white")
 
 
-class WideTables(SphinxTransform):
-    """Give a table of many columns the class that keeps its head and first column in sight."""
+class Tables(SphinxTransform):
+    """Name the tables and cells that the style sheet has rules for."""
 
     default_priority = 500
 
     def apply(self, **kwargs: Any) -> None:
-        """Add the class ``matrix``."""
+        """Add the classes ``matrix``, for a table of many columns, and ``prose``, for a cell."""
         for group in self.document.findall(nodes.tgroup):
             if group["cols"] > 12:
                 group.parent["classes"].append("matrix")
+                continue
+            for cell in group.findall(nodes.entry):
+                if len(cell.astext()) > 40:
+                    cell["classes"].append("prose")
+
+
+def number_citations(app: Any, doctree: nodes.document, name: str) -> None:
+    """Show the number that a docstring has for a reference, without numpydoc's prefix."""
+    for text in [*doctree.findall(nodes.Text)]:
+        number = re.fullmatch(r"\[R[0-9a-f]+-(\d+)\]", text.astext())
+        if number:
+            text.parent.replace(text, nodes.Text(f"[{number[1]}]"))
 
 
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
     app.add_transform(DarkPictures)
-    app.add_transform(WideTables)
+    app.add_transform(Tables)
+    app.connect("doctree-resolved", number_citations)
     app.connect("autodoc-process-docstring", describe, priority=400)
     app.connect("autodoc-process-signature", name_factories)
