@@ -175,7 +175,7 @@ def test_every_setting_is_described():
     )
 
 
-@pytest.mark.parametrize("folder", ["how-to", "examples", "explanation"])
+@pytest.mark.parametrize("folder", ["how-to", "examples", "explanation", "reference"])
 def test_every_page_of_a_folder_is_on_its_list(folder):
     pages = {path.name for path in (ROOT / "docs" / folder).glob("*.md")} - {"index.md"}
     listed = re.findall(r"^- \[.+\]\(([\w-]+\.md)\)", index(folder), re.MULTILINE)
