@@ -7,6 +7,9 @@ import zlib
 from pathlib import Path
 from typing import Any
 
+from docutils import nodes
+from sphinx.transforms import SphinxTransform
+
 import mtenn_core
 
 HERE = Path(__file__).parent
@@ -107,7 +110,55 @@ def name_factories(
     return signature and signature.replace("<factory>", "..."), returns
 
 
+class DarkPictures(SphinxTransform):
+    """Show a picture's dark version on dark pages, and put a picture that has none on white."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Put NAME-dark.svg next to NAME.svg; the classes of the theme hide one of them."""
+        folder = Path(self.env.doc2path(self.env.docname)).parent
+        for light in [*self.document.findall(nodes.image)]:
+            path = Path(light["uri"])
+            dark = path.with_stem(f"{path.stem}-dark")
+            if (folder / dark).is_file():
+                copy = light.copy()
+                copy["uri"] = dark.as_posix()
+                light["classes"].append("only-light")
+                copy["classes"].append("only-dark")
+                light.parent.insert(light.parent.index(light) + 1, copy)
+            else:
+                light["classes"].append("on-white")
+
+
+class Tables(SphinxTransform):
+    """Name the tables and cells that the style sheet has rules for."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Add the classes ``matrix``, for a table of many columns, and ``prose``, for a cell."""
+        for group in self.document.findall(nodes.tgroup):
+            if group["cols"] > 12:
+                group.parent["classes"].append("matrix")
+                continue
+            for cell in group.findall(nodes.entry):
+                if len(cell.astext()) > 40:
+                    cell["classes"].append("prose")
+
+
+def number_citations(app: Any, doctree: nodes.document, name: str) -> None:
+    """Show the number that a docstring has for a reference, without numpydoc's prefix."""
+    for text in [*doctree.findall(nodes.Text)]:
+        number = re.fullmatch(r"\[R[0-9a-f]+-(\d+)\]", text.astext())
+        if number:
+            text.parent.replace(text, nodes.Text(f"[{number[1]}]"))
+
+
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
+    app.add_transform(DarkPictures)
+    app.add_transform(Tables)
+    app.connect("doctree-resolved", number_citations)
     app.connect("autodoc-process-docstring", describe, priority=400)
     app.connect("autodoc-process-signature", name_factories)

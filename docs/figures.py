@@ -1,13 +1,17 @@
-"""Draw the pictures of the pages from the registered combinations.
+"""Draw the pictures of the pages from the registered combinations, for light and dark pages.
 
     python docs/figures.py [FOLDER]
 
 The committed ones are in docs/images. ``modes.svg`` there is not drawn here: it is measured, the
-``trade_off.svg`` of ``python benchmarks/engine.py --trade-off --threads 1 --plots FOLDER``.
+``trade_off.svg`` of ``python benchmarks/engine.py --trade-off --threads 1 --plots FOLDER``. This
+script writes the dark version of it, too.
 """
 
 from __future__ import annotations
 
+import itertools
+import math
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -17,12 +21,14 @@ import matplotlib.style
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Arc, FancyArrowPatch, FancyBboxPatch
 from torch import Tensor
 
 from mtenn_core import Combination, MultiPoseModel, propagated_error, registry
 
 KT = 0.593  # kcal/mol at 298 K
 FOLDER = Path(__file__).parent / "images"
+MEASURED = FOLDER / "modes.svg"
 # Okabe and Ito's colours; each line has a style of its own, too.
 BLUE, ORANGE, GREEN, BLACK = "#0072B2", "#D55E00", "#009E73", "#000000"
 STYLE = {
@@ -30,7 +36,7 @@ STYLE = {
     "axes.spines.right": False,
     "axes.spines.top": False,
     "figure.constrained_layout.use": True,
-    "figure.facecolor": "white",  # on dark pages too
+    "figure.facecolor": "white",  # for dark viewers that show the light picture
     "font.family": "sans-serif",
     "font.sans-serif": ["DejaVu Sans", "Arial", "sans-serif"],
     "font.size": 10,
@@ -42,13 +48,33 @@ STYLE = {
 }
 # What matplotlib would say of itself and of the day.
 METADATA = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+# The tints of boxes in the overview.
+GREY_TINT, BLUE_TINT, GREEN_TINT = "#F1F3F5", "#E3F0F9", "#E2F4EE"
+# The colour on a dark page for each colour on a white one.
+DARK = {
+    "#ffffff": "none",
+    "#000000": "#e6e6e6",
+    "#595959": "#b8b8b8",
+    "#767676": "#9a9a9a",
+    "#cccccc": "#5a5a5a",
+    "#0072b2": "#5aa9ff",
+    "#56b4e9": "#a5e0ff",
+    "#d55e00": "#ff8f4d",
+    "#e69f00": "#ffcf5c",
+    "#009e73": "#35cf9f",
+    "#b0b0b0": "#b0b0b0",
+    GREY_TINT.lower(): "#25282d",
+    BLUE_TINT.lower(): "#12293d",
+    GREEN_TINT.lower(): "#10302a",
+}
 
 
 def main(folder: Path = FOLDER) -> list[Path]:
     """Draw all pictures into a folder and return their paths."""
     folder.mkdir(parents=True, exist_ok=True)
     with matplotlib.style.context(STYLE, after_reset=True):
-        return [save(draw, folder) for draw in PICTURES]
+        drawn = [save(draw, folder) for draw in PICTURES]
+    return drawn + [save_dark(path, folder) for path in (*drawn, MEASURED)]
 
 
 def save(draw: Callable[[Figure], None], folder: Path) -> Path:
@@ -58,6 +84,134 @@ def save(draw: Callable[[Figure], None], folder: Path) -> Path:
     path = folder / f"{draw.__name__.replace('_', '-')}.svg"
     figure.savefig(path, metadata=METADATA)
     return path
+
+
+def save_dark(light: Path, folder: Path) -> Path:
+    """Write a picture again, in colours for a dark page and without a background."""
+    path = folder / f"{light.stem}-dark.svg"
+    path.write_text(dark(light.read_text(encoding="utf-8")), encoding="utf-8")
+    return path
+
+
+def dark(svg: str) -> str:
+    """Replace the colours of a picture. A colour without a dark version raises KeyError."""
+    svg = re.sub("#[0-9a-fA-F]{6}(?![0-9a-fA-F])", lambda found: DARK[found[0].lower()], svg)
+    # What has no colour of its own (matplotlib's black text) takes that of the whole picture.
+    return re.sub(r"(<style [^>]*>)", rf"\1svg{{fill: {DARK[BLACK]}}}", svg, count=1)
+
+
+def overview(figure: Figure) -> None:
+    """Draw one compound: the way of its poses to one ΔG, and the way of the gradient back."""
+    figure.set_size_inches(7.2, 3.9)
+    figure.set_layout_engine("none")
+    axes = figure.add_axes((0, 0, 1, 1))
+    axes.set(xlim=(0, 720), ylim=(0, 390))
+    axes.axis("off")
+    combination = minimum(1 / KT)
+    predictions = doubles([-8.9, -8.5, -7.6])
+    combined = combination.combine(predictions).item()
+    weights = combination.pose_weights(predictions).tolist()
+
+    for x, title in (
+        (56, "poses"),
+        (192, "one network"),
+        (337, "a ΔG per pose"),
+        (488, "a combination"),
+        (645, "one ΔG"),
+    ):
+        axes.text(x, 360, title, ha="center", fontsize=11, fontweight="bold")
+    box(axes, (140, 86), (104, 256), BLUE_TINT, BLUE)
+    network(axes, 192, 222)
+    axes.text(192, 110, "parameters θ", ha="center")
+    box(axes, (436, 86), (104, 256), GREEN_TINT, GREEN)
+    for y, name in ((300, "mean"), (257, "boltzmann"), (171, "median"), (128, "your own")):
+        axes.text(488, y, name, ha="center", va="center", fontsize=12, color="#595959")
+    axes.text(488, 214, "min", ha="center", va="center", fontsize=18, fontweight="bold")
+    box(axes, (582, 180), (126, 68), GREY_TINT, "#767676")
+    number(axes, 645, 224, f"ΔG = {combined:.1f}", BLUE, fontsize=14, fontweight="bold")
+    axes.text(645, 197, "kcal/mol", ha="center", va="center", fontsize=12)
+    arrow(axes, (542, 222), (580, 222), BLUE)
+    arrow(axes, (580, 206), (542, 206), ORANGE, "--")
+    for index, (y, prediction, weight) in enumerate(
+        zip((306, 214, 122), predictions.tolist(), weights, strict=True)
+    ):
+        sub = "₁₂₃"[index]
+        box(axes, (12, y - 36), (88, 72), GREY_TINT, "#767676")
+        pose(axes, 56, y, (25, 150, 265)[index])
+        arrow(axes, (102, y), (138, y), BLUE)
+        box(axes, (284, y - 30), (108, 60), GREY_TINT, "#767676")
+        number(axes, 338, y + 13, f"ŷ{sub} = {prediction:.1f}", BLUE, fontsize=13)
+        number(axes, 338, y - 13, f"w{sub} = {weight:.2f}", ORANGE, fontsize=13)
+        for start, end in ((246, 282), (394, 434)):
+            arrow(axes, (start, y + 8), (end, y + 8), BLUE)
+            arrow(axes, (end, y - 8), (start, y - 8), ORANGE, "--")
+
+    arrow(axes, (14, 54), (50, 54), BLUE)
+    axes.text(60, 54, "forward: the same network scores each pose", va="center", fontsize=12)
+    arrow(axes, (50, 24), (14, 24), ORANGE, "--")
+    sums = "backward: ∂ΔG/∂θ = Σ wᵢ · ∂ŷᵢ/∂θ, with the pose weights wᵢ = ∂ΔG/∂ŷᵢ"
+    axes.text(60, 24, sums, va="center", fontsize=12)
+
+
+def box(
+    axes: Axes, corner: tuple[float, float], size: tuple[float, float], fill: str, edge: str
+) -> None:
+    """Draw a rounded box, from its lower left corner."""
+    style = "round,pad=0,rounding_size=8"
+    axes.add_patch(FancyBboxPatch(corner, *size, style, facecolor=fill, edgecolor=edge))
+
+
+def arrow(
+    axes: Axes, start: tuple[float, float], end: tuple[float, float], colour: str, line: str = "-"
+) -> None:
+    """Draw a straight arrow."""
+    head = "-|>,head_length=4,head_width=2.5"
+    axes.add_patch(
+        FancyArrowPatch(
+            start,
+            end,
+            arrowstyle=head,
+            color=colour,
+            linestyle=line,
+            linewidth=1.6,
+            shrinkA=0,
+            shrinkB=0,
+        )
+    )
+
+
+def number(axes: Axes, x: float, y: float, text: str, colour: str, **style: object) -> None:
+    """Write a number, with a minus sign instead of a hyphen."""
+    axes.text(x, y, text.replace("-", "−"), color=colour, ha="center", va="center", **style)
+
+
+def network(axes: Axes, x: float, y: float) -> None:
+    """Draw the nodes and edges of a small network."""
+    layers = [
+        [(x + dx, y + dy) for dy in heights]
+        for dx, heights in ((-30, (-40, 0, 40)), (0, (-60, -20, 20, 60)), (30, (0,)))
+    ]
+    for left, right in itertools.pairwise(layers):
+        for a in left:
+            for b in right:
+                axes.plot(*zip(a, b, strict=True), color=BLUE, linewidth=0.6, alpha=0.6)
+    for layer in layers:
+        axes.plot(*zip(*layer, strict=True), "o", color=BLUE, markersize=7)
+
+
+def pose(axes: Axes, x: float, y: float, turn: float) -> None:
+    """Draw a molecule in a pocket, turned by some degrees."""
+    axes.add_patch(Arc((x, y), 62, 58, theta1=150, theta2=390, color="#767676", linewidth=3))
+
+    def at(radius: float, angle: float) -> tuple[float, float]:
+        angle = math.radians(angle + turn)
+        return x + radius * math.cos(angle), y + radius * math.sin(angle)
+
+    ring = [at(9, 60 * corner) for corner in range(7)]
+    axes.plot(*zip(*ring, strict=True), color=BLACK, linewidth=1.8)
+    for bond in ((at(9, 0), at(19, 8)), (at(9, 180), at(17, 180), at(22, 205))):
+        axes.plot(*zip(*bond, strict=True), color=BLACK, linewidth=1.8)
+    axes.plot(*at(19, 8), "o", color=ORANGE, markersize=5)
 
 
 def number_of_poses(figure: Figure) -> None:
@@ -180,7 +334,7 @@ def doubles(numbers: list[float]) -> Tensor:
     return torch.tensor(numbers, dtype=torch.float64)
 
 
-PICTURES = (number_of_poses, not_monotone, sharp_scales, error_bars)
+PICTURES = (overview, number_of_poses, not_monotone, sharp_scales, error_bars)
 
 if __name__ == "__main__":
     for written in main(*map(Path, sys.argv[1:])):

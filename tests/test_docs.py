@@ -88,6 +88,7 @@ FENCE = re.compile(
 )
 FILE_NAME = re.compile(r"(?:#|<!--) ([\w./-]+\.(?:py|toml|md))(?: -->)?\n")
 ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
+SOURCE = re.compile(r'\b(?:src|srcset)="([^"]+)"')
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 # Of `MultiPoseModel.estimate`: what the machine has, where it can be asked.
 FREE_MEMORY = re.compile(r"; [\d.]+ [kMGT]?B free")
@@ -359,13 +360,37 @@ def test_links_lead_somewhere(page):
         if anchor:
             titles = re.findall(r"^#+ (.+)$", target.read_text(encoding="utf-8"), re.MULTILINE)
             assert anchor in [re.sub(r"\W+", "-", title.lower()) for title in titles]
+    for path in SOURCE.findall(page.read_text(encoding="utf-8")):
+        assert (page.parent / path).is_file(), f"{page.name}: {path}"
 
 
 @pytest.mark.parametrize("image", sorted(IMAGES.iterdir()), ids=name)
 def test_every_picture_is_small_and_on_a_page(image):
     assert image.stat().st_size < {".svg": 60_000, ".png": 200_000}[image.suffix]
+    light = image.with_stem(image.stem.removesuffix("-dark")).name
     pages = [*ROOT.glob("docs/**/*.md"), *ROOT.glob("examples/*/README.md")]
-    assert any(f"/images/{image.name})" in page.read_text(encoding="utf-8") for page in pages)
+    assert any(f"images/{light})" in page.read_text(encoding="utf-8") for page in pages)
+
+
+@pytest.mark.parametrize("image", sorted(IMAGES.glob("*.svg")), ids=name)
+def test_every_drawing_is_there_for_light_and_dark_pages(image):
+    stem = image.stem.removesuffix("-dark")
+    light, dark = (IMAGES / f"{stem}{part}.svg" for part in ("", "-dark"))
+    assert "fill: #ffffff" in light.read_text(encoding="utf-8")
+    assert "#ffffff" not in dark.read_text(encoding="utf-8")
+
+
+def test_the_readme_is_short_and_in_order():
+    text = README.read_text(encoding="utf-8")
+    assert text.count("\n") <= 200
+    assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
+        "Install",
+        "Ten lines",
+        "Which combination",
+        "Write your own",
+        "Check it",
+        "The repository",
+    ]
 
 
 FAKES = {

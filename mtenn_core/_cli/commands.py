@@ -35,6 +35,7 @@ class Commands(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(f"mtenn_core._cli.{cmd_name}").command
+        command.name = cmd_name  # the heading on the reference page
         return command
 
     def make_context(self, *args: Any, **kwargs: Any) -> click.Context:

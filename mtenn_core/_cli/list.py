@@ -20,7 +20,7 @@ from mtenn_core._registry.lookup import current_snapshot
 from mtenn_core.errors import PluginPinError
 
 
-@click.command("list")
+@click.command()
 @click.option("--all", "everything", is_flag=True, help="Include disabled and shadowed plugins.")
 @click.option("--pins", is_flag=True, help="Print the lines of a pins file (MTENN_PINS) instead.")
 @json_option

@@ -119,11 +119,49 @@ def test_is_dark_where_that_is_wanted(screen, address):
         page.emulate_media(color_scheme=colours)
         found.append(page.evaluate(background))
     assert found == ["rgb(255, 255, 255)", "rgb(19, 20, 22)"]
-    # Pictures are drawn on white.
-    show(screen, address, "explanation/combinations.html")
-    assert (
-        page.locator("article img").first.evaluate(
-            "image => getComputedStyle(image).backgroundColor"
-        )
-        == "rgb(255, 255, 255)"
+
+
+@pytest.mark.parametrize("colours", ["light", "dark"])
+def test_a_drawing_has_the_colours_of_the_page(screen, address, colours):
+    screen.emulate_media(color_scheme=colours)
+    page = show(screen, address, "explanation/combinations.html")
+    shown = page.evaluate(
+        "[...document.querySelectorAll('article img')]"
+        ".filter(image => image.getBoundingClientRect().width > 0).map(image => image.src)"
     )
+    assert len(shown) == 3
+    assert all(src.endswith("-dark.svg") == (colours == "dark") for src in shown)
+
+
+def test_a_picture_without_a_dark_version_is_on_white(screen, address):
+    screen.emulate_media(color_scheme="dark")
+    page = show(screen, address, "examples/docking.html")
+    backgrounds = page.evaluate(
+        "[...document.querySelectorAll('article img')]"
+        ".map(image => getComputedStyle(image).backgroundColor)"
+    )
+    assert backgrounds == ["rgb(255, 255, 255)"] * 2
+
+
+def test_head_and_first_column_of_the_matrix_stay(screen, address):
+    page = show(screen, address, "explanation/mistakes.html")
+    box = page.locator(".table-wrapper").filter(has=page.locator("table.matrix"))
+    box.scroll_into_view_if_needed()
+    outer = box.bounding_box()
+    assert outer["height"] < screen.viewport_size["height"]
+    box.evaluate("e => e.scrollTo(200, 2000)")
+    assert box.evaluate("e => [e.scrollLeft, e.scrollTop]") == [200, 2000]
+    outer = box.bounding_box()
+    head = page.locator("table.matrix thead th")
+    for place, (edge, cell) in {
+        "first head": ("both", head.first),
+        "last head": ("y", head.last),
+        "first column": ("x", page.locator("table.matrix tbody tr").nth(150).locator("td").first),
+    }.items():
+        inner = cell.bounding_box()
+        for axis in ("x", "y") if edge == "both" else edge:
+            assert inner[axis] == pytest.approx(outer[axis], abs=2), place
+    # What lies under the corner does not show through.
+    at = [outer["x"] + 10, outer["y"] + 10]
+    top = page.evaluate("([x, y]) => document.elementFromPoint(x, y).closest('th')?.innerText", at)
+    assert top == "mistake"

@@ -10,6 +10,7 @@ import inspect
 import re
 import zlib
 from functools import cache, cached_property
+from html import unescape
 from html.parser import HTMLParser
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
@@ -172,6 +173,39 @@ def test_every_setting_is_described():
     assert set(re.findall(r"\bMTENN_[A-Z_]+\b", code)) <= set(
         re.findall(r"\bMTENN_[A-Z_]+\b", page_text)
     )
+
+
+@pytest.mark.parametrize("folder", ["how-to", "examples", "explanation", "reference"])
+def test_every_page_of_a_folder_is_on_its_list(folder):
+    pages = {path.name for path in (ROOT / "docs" / folder).glob("*.md")} - {"index.md"}
+    listed = re.findall(r"^- \[.+\]\(([\w-]+\.md)\)", index(folder), re.MULTILINE)
+    assert sorted(listed) == sorted(pages)
+
+
+def index(folder):
+    return (ROOT / "docs" / folder / "index.md").read_text("utf-8")
+
+
+def test_the_sidebar_has_its_captions_in_order():
+    text = (SITE / "index.html").read_text("utf-8")
+    captions = re.findall(r'<p class="caption"[^>]*><span class="caption-text">([^<]+)<', text)
+    assert captions == ["Tutorial", "How-to", "Examples", "Explanation", "Reference", "Project"]
+
+
+def test_the_first_page_has_the_sections_of_the_readme():
+    sections = re.findall(r"^## (.+)$", (ROOT / "README.md").read_text("utf-8"), re.MULTILINE)
+    assert sections.pop() == "The repository"
+    anchors = {section.lower().replace(" ", "-") for section in sections}
+    assert anchors <= page(SITE / "index.html").anchors
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("*/README.md")), ids=str)
+def test_an_example_shows_its_code(path):
+    text = (SITE / f"examples/{path.parent.name}.html").read_text("utf-8")
+    assert "The code" in text
+    shown = re.sub(r"<[^>]+>", "", unescape(text))
+    scripts = [script.read_text("utf-8") for script in path.parent.glob("*.py")]
+    assert any(script.strip() in shown for script in scripts)
 
 
 def test_every_schema_is_on_its_page():
