@@ -60,6 +60,7 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/how-to/choose-a-combination.md",
     ROOT / "docs/how-to/combine-a-table.md",
     ROOT / "docs/how-to/error-bars.md",
+    ROOT / "docs/how-to/export-a-model.md",
     ROOT / "docs/how-to/from-sdf-to-model.md",
     ROOT / "docs/how-to/move-from-mtenn.md",
     ROOT / "docs/how-to/predict-several-numbers.md",
