@@ -3,21 +3,23 @@
 A page runs from top to bottom in one namespace. What its fenced blocks mean:
 
 ``python``
-    is executed; as a doctest, outputs included, if it starts with ``>>>``.
+    is executed; as a doctest, outputs included, if it starts with ``>>>``. A script, with a line
+    ``if __name__ == "__main__":``, is only written.
 ``text``
     is what the ``python`` block before it prints.
 ``console``
-    ``$ mtenn …`` is run and prints the lines below it; so is ``$ torchrun``, which must pass. ``$
-    pytest`` must pass, ``$ pip install .`` or ``./folder`` installs the page's own package (without
-    an index), and other commands are not run. Only ``mtenn``, ``torchrun`` and ``cat`` may show
-    output. ``$ cat FILE`` shows a file: one that ``mtenn`` has written, or the reader's own.
+    ``$ mtenn …`` is run and prints the lines below it; so are ``$ torchrun`` and ``$ python
+    FILE``, which must pass. ``$ pytest`` must pass, ``$ pip install .`` or ``./folder`` installs
+    the page's own package (without an index), and other commands are not run. Only ``mtenn``,
+    ``torchrun``, ``python`` and ``cat`` may show output. ``$ cat FILE`` shows a file: one that
+    ``mtenn`` has written, or the reader's own.
 ``sh``, ``bash``
     are not run: the README's set-up is what runs the tests.
 ``{…}``
     is for Sphinx, see tests/site.
 
-A ``python``, ``toml`` or ``markdown`` block that begins with a comment such as ``# demo/module.py``
-or ``<!-- demo/README.md -->`` is a file of the page's own package.
+A ``python``, ``toml``, ``yaml`` or ``markdown`` block that begins with a comment such as ``#
+demo/module.py`` or ``<!-- demo/README.md -->`` is a file of the page's own package.
 
 What the pages say of the conformance suite is held to the suite itself.
 """
@@ -59,6 +61,7 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/explanation/gradients-per-pose.md",
     ROOT / "docs/how-to/choose-a-combination.md",
     ROOT / "docs/how-to/combine-a-table.md",
+    ROOT / "docs/how-to/configure.md",
     ROOT / "docs/how-to/error-bars.md",
     ROOT / "docs/how-to/export-a-model.md",
     ROOT / "docs/how-to/from-sdf-to-model.md",
@@ -71,7 +74,12 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/tutorial/train-a-model.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
-LONG_PAGES = ("score-a-library.md", "train-on-several-machines.md", "your-own-combination.md")
+LONG_PAGES = (
+    "configure.md",
+    "score-a-library.md",
+    "train-on-several-machines.md",
+    "your-own-combination.md",
+)
 IMAGES = ROOT / "docs/images"
 # Written by `tox run -e bank`, which measures what it says.
 MISTAKES = ROOT / "docs/explanation/mistakes.md"
@@ -81,12 +89,13 @@ CONFORMANCE = ROOT / "docs/explanation/conformance.md"
 FIX = ROOT / "docs/how-to/fix-a-failing-check.md"
 
 # Of these, nothing can be an output.
-COMMANDS_AND_FILES = ("sh", "bash", "toml", "markdown")
+COMMANDS_AND_FILES = ("sh", "bash", "toml", "yaml", "markdown")
 # A directive may have an argument behind its name.
 FENCE = re.compile(
     r"^```(?P<language>[^\s`]*)(?: [^\n`]*)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-FILE_NAME = re.compile(r"(?:#|<!--) ([\w./-]+\.(?:py|toml|md))(?: -->)?\n")
+FILE_NAME = re.compile(r"(?:#|<!--) ([\w./-]+\.(?:py|toml|yaml|md))(?: -->)?\n")
+SCRIPT = 'if __name__ == "__main__":'
 ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
 # Of `MultiPoseModel.estimate`: what the machine has, where it can be asked.
@@ -119,6 +128,9 @@ def run_page(page: Path, folder: Path) -> None:
     for block in blocks(page):
         where = f"{page.name}, line {block.line}"
         write_file(block, folder)
+        if block.language == "python" and SCRIPT in block.body:
+            printed = None
+            continue
         if block.language == "python":
             with chdir(folder):  # a page may write a file, and a command read it
                 printed = run_python(block, namespace, where)
@@ -167,8 +179,12 @@ def run_console(block: Block, folder: Path, where: str) -> None:
         where_it_is = f"{where}: {command}"
         if program == "mtenn":
             check_mtenn(arguments, shown, folder, where_it_is)
-        elif program == "torchrun":
-            given = run_module("torch.distributed.run", arguments, folder, where_it_is)
+        elif program in ("python", "torchrun"):
+            if program == "python":
+                module, *arguments = arguments
+                given = run_module(module.removesuffix(".py"), arguments, folder, where_it_is)
+            else:
+                given = run_module("torch.distributed.run", arguments, folder, where_it_is)
             if shown.strip():
                 assert_same_output(shown, given, where_it_is)
         elif program == "cat" and shown.strip():
