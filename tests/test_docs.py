@@ -45,6 +45,7 @@ from click.testing import CliRunner, Result
 from conftest import forget_modules_in
 from tiers import slow
 
+import mtenn_core
 from mtenn_core import Policy, registry
 from mtenn_core._cli import main
 from mtenn_core.errors import RegistryError
@@ -364,7 +365,7 @@ def test_the_statuses_are_those_of_a_record():
     assert tuple(row[0] for row in table(CONFORMANCE, "status")) == get_args(Status)
 
 
-@pytest.mark.parametrize("page", [README, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
+@pytest.mark.parametrize("page", [*ROOT.glob("*.md"), *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
 def test_links_lead_somewhere(page):
     for path, anchor in LINK.findall(page.read_text(encoding="utf-8")):
         target = (page.parent / path) if path else page
@@ -410,3 +411,12 @@ def test_warning_on_a_page_is_an_error(package):
     page.write_text("```python\nimport warnings\nwarnings.warn('old')\n```\n")
     with pytest.raises(UserWarning, match="old"):
         run_page(page, package)
+
+
+def test_the_citation_is_that_of_the_latest_version():
+    fact = re.compile(r"^([\w-]+): (.+)$", re.MULTILINE)
+    cited = dict(fact.findall((ROOT / "CITATION.cff").read_text(encoding="utf-8")))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## (\S+) \((.+)\)$", changes, re.MULTILINE).groups()
+    assert cited["version"] == version == mtenn_core.__version__
+    assert cited.get("date-released", "unreleased") == date
