@@ -15,7 +15,7 @@ import mtenn_core
 HERE = Path(__file__).parent
 
 project = "mtenn-core"
-author = "the mtenn-core authors"
+author = "the mtenn-core developers"
 copyright = author
 version = release = mtenn_core.__version__
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
+from functools import partial, update_wrapper
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex
 
 import torch
@@ -156,6 +156,9 @@ class MultiPoseModel(torch.nn.Module):
         self.tasks = tasks
         options = self._options()
         MODES[options.gradients].check_options(options)
+
+    # inspect.signature and jsonargparse read __new__ first. This leads them to __init__.
+    update_wrapper(__new__, __init__, assigned=["__annotations__"], updated=[])
 
     def forward(
         self,

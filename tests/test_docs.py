@@ -3,21 +3,23 @@
 A page runs from top to bottom in one namespace. What its fenced blocks mean:
 
 ``python``
-    is executed; as a doctest, outputs included, if it starts with ``>>>``.
+    is executed; as a doctest, outputs included, if it starts with ``>>>``. A script, with a line
+    ``if __name__ == "__main__":``, is only written.
 ``text``
     is what the ``python`` block before it prints.
 ``console``
-    ``$ mtenn …`` is run and prints the lines below it; so is ``$ torchrun``, which must pass. ``$
-    pytest`` must pass, ``$ pip install .`` or ``./folder`` installs the page's own package (without
-    an index), and other commands are not run. Only ``mtenn``, ``torchrun`` and ``cat`` may show
-    output. ``$ cat FILE`` shows a file: one that ``mtenn`` has written, or the reader's own.
+    ``$ mtenn …`` is run and prints the lines below it; so are ``$ torchrun`` and ``$ python
+    FILE``, which must pass. ``$ pytest`` must pass, ``$ pip install .`` or ``./folder`` installs
+    the page's own package (without an index), and other commands are not run. Only ``mtenn``,
+    ``torchrun``, ``python`` and ``cat`` may show output. ``$ cat FILE`` shows a file: one that
+    ``mtenn`` has written, or the reader's own.
 ``sh``, ``bash``
     are not run: the README's set-up is what runs the tests.
 ``{…}``
     is for Sphinx, see tests/site.
 
-A ``python``, ``toml`` or ``markdown`` block that begins with a comment such as ``# demo/module.py``
-or ``<!-- demo/README.md -->`` is a file of the page's own package.
+A ``python``, ``toml``, ``yaml`` or ``markdown`` block that begins with a comment such as ``#
+demo/module.py`` or ``<!-- demo/README.md -->`` is a file of the page's own package.
 
 What the pages say of the conformance suite is held to the suite itself.
 """
@@ -43,6 +45,7 @@ from click.testing import CliRunner, Result
 from conftest import forget_modules_in
 from tiers import slow
 
+import mtenn_core
 from mtenn_core import Policy, registry
 from mtenn_core._cli import main
 from mtenn_core.errors import RegistryError
@@ -60,7 +63,9 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/explanation/gradients-per-pose.md",
     ROOT / "docs/how-to/choose-a-combination.md",
     ROOT / "docs/how-to/combine-a-table.md",
+    ROOT / "docs/how-to/configure.md",
     ROOT / "docs/how-to/error-bars.md",
+    ROOT / "docs/how-to/export-a-model.md",
     ROOT / "docs/how-to/from-sdf-to-model.md",
     ROOT / "docs/how-to/move-from-mtenn.md",
     ROOT / "docs/how-to/predict-several-numbers.md",
@@ -71,7 +76,12 @@ PAGES_WITH_PLUGINS = [
     ROOT / "docs/tutorial/train-a-model.md",
     *sorted(ROOT.glob("plugins/*/README.md")),
 ]
-LONG_PAGES = ("score-a-library.md", "train-on-several-machines.md", "your-own-combination.md")
+LONG_PAGES = (
+    "configure.md",
+    "score-a-library.md",
+    "train-on-several-machines.md",
+    "your-own-combination.md",
+)
 IMAGES = ROOT / "docs/images"
 # Written by `tox run -e bank`, which measures what it says.
 MISTAKES = ROOT / "docs/explanation/mistakes.md"
@@ -81,12 +91,13 @@ CONFORMANCE = ROOT / "docs/explanation/conformance.md"
 FIX = ROOT / "docs/how-to/fix-a-failing-check.md"
 
 # Of these, nothing can be an output.
-COMMANDS_AND_FILES = ("sh", "bash", "toml", "markdown")
+COMMANDS_AND_FILES = ("sh", "bash", "toml", "yaml", "markdown")
 # A directive may have an argument behind its name.
 FENCE = re.compile(
     r"^```(?P<language>[^\s`]*)(?: [^\n`]*)?\n(?P<body>.*?)^```$", re.MULTILINE | re.DOTALL
 )
-FILE_NAME = re.compile(r"(?:#|<!--) ([\w./-]+\.(?:py|toml|md))(?: -->)?\n")
+FILE_NAME = re.compile(r"(?:#|<!--) ([\w./-]+\.(?:py|toml|yaml|md))(?: -->)?\n")
+SCRIPT = 'if __name__ == "__main__":'
 ROW = re.compile(r"^\|(.+)\|$", re.MULTILINE)
 SOURCE = re.compile(r'\b(?:src|srcset)="([^"]+)"')
 LINK = re.compile(r"\[[^\]]+\]\((?!https?:)([^)#]*)(?:#([^)]+))?\)")
@@ -120,6 +131,9 @@ def run_page(page: Path, folder: Path) -> None:
     for block in blocks(page):
         where = f"{page.name}, line {block.line}"
         write_file(block, folder)
+        if block.language == "python" and SCRIPT in block.body:
+            printed = None
+            continue
         if block.language == "python":
             with chdir(folder):  # a page may write a file, and a command read it
                 printed = run_python(block, namespace, where)
@@ -168,8 +182,12 @@ def run_console(block: Block, folder: Path, where: str) -> None:
         where_it_is = f"{where}: {command}"
         if program == "mtenn":
             check_mtenn(arguments, shown, folder, where_it_is)
-        elif program == "torchrun":
-            given = run_module("torch.distributed.run", arguments, folder, where_it_is)
+        elif program in ("python", "torchrun"):
+            if program == "python":
+                module, *arguments = arguments
+                given = run_module(module.removesuffix(".py"), arguments, folder, where_it_is)
+            else:
+                given = run_module("torch.distributed.run", arguments, folder, where_it_is)
             if shown.strip():
                 assert_same_output(shown, given, where_it_is)
         elif program == "cat" and shown.strip():
@@ -349,7 +367,7 @@ def test_the_statuses_are_those_of_a_record():
     assert tuple(row[0] for row in table(CONFORMANCE, "status")) == get_args(Status)
 
 
-LINKING_PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "packaging/RELEASE.md"]
+LINKING_PAGES = [*ROOT.glob("*.md"), ROOT / "packaging/RELEASE.md"]
 
 
 @pytest.mark.parametrize("page", [*LINKING_PAGES, *sorted(ROOT.glob("docs/**/*.md"))], ids=name)
@@ -422,3 +440,12 @@ def test_warning_on_a_page_is_an_error(package):
     page.write_text("```python\nimport warnings\nwarnings.warn('old')\n```\n")
     with pytest.raises(UserWarning, match="old"):
         run_page(page, package)
+
+
+def test_the_citation_is_that_of_the_latest_version():
+    fact = re.compile(r"^([\w-]+): (.+)$", re.MULTILINE)
+    cited = dict(fact.findall((ROOT / "CITATION.cff").read_text(encoding="utf-8")))
+    changes = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    version, date = re.search(r"^## (\S+) \((.+)\)$", changes, re.MULTILINE).groups()
+    assert cited["version"] == version == mtenn_core.__version__
+    assert cited.get("date-released", "unreleased") == date

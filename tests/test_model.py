@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import inspect
 import subprocess
 import sys
 import threading
@@ -7,7 +8,7 @@ import weakref
 from collections import UserDict
 from concurrent.futures import ThreadPoolExecutor
 from itertools import product
-from typing import get_args
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
@@ -111,6 +112,13 @@ def test_gradients_equal_plain_autograd(pose_model, poses, gradients, collate, c
 
 def test_the_type_of_the_option_names_all_modes():
     assert tuple(mode_table.MODES) == GRADIENTS
+
+
+def test_the_signature_of_the_class_is_that_of_its_constructor():
+    _, *arguments = inspect.signature(MultiPoseModel.__init__).parameters.values()
+    assert [*inspect.signature(MultiPoseModel).parameters.values()] == arguments
+    # jsonargparse reads the types from __new__.
+    assert get_type_hints(MultiPoseModel.__new__)["gradients"] == GradientMode
 
 
 @MODES

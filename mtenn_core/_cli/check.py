@@ -10,6 +10,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from mtenn_core._cli.completion import complete_check_id, complete_name_or_file
 from mtenn_core._cli.list import nothing_installed
 from mtenn_core._cli.output import errors_to_exit_code, json_option
 from mtenn_core._cli.torch_import import torch_importable
@@ -22,7 +23,7 @@ LEVELS = ("gate", "full", "quality")
 
 
 @click.command()
-@click.argument("targets", nargs=-1, metavar="[TARGET]...")
+@click.argument("targets", nargs=-1, metavar="[TARGET]...", shell_complete=complete_name_or_file)
 @click.option("--all", "everything", is_flag=True, help="Check every installed combination.")
 @click.option(
     "--arg",
@@ -39,7 +40,11 @@ LEVELS = ("gate", "full", "quality")
     help="gate: the checks of the registry; full: the contract; quality: advice is a failure.",
 )
 @click.option(
-    "--only", multiple=True, metavar="ID", help="Run only the check with this id. Can be repeated."
+    "--only",
+    multiple=True,
+    metavar="ID",
+    shell_complete=complete_check_id,
+    help="Run only the check with this id. Can be repeated.",
 )
 @click.option(
     "--seed",

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import click
 
+from mtenn_core._cli.completion import complete_name
 from mtenn_core._cli.output import errors_to_exit_code, json_option
 from mtenn_core._cli.torch_import import torch_importable
 from mtenn_core._registry import registry
@@ -22,7 +23,7 @@ file_type = click.Path(path_type=Path)
 
 @click.command()
 @click.argument("table", type=file_type)
-@click.argument("name")
+@click.argument("name", shell_complete=complete_name)
 @click.option(
     "--by", required=True, metavar="COLUMN", help="The column with the names of the compounds."
 )

@@ -8,6 +8,7 @@ from typing import Any, TextIO
 import click
 
 from mtenn_core._cli.checkpoint_info import checkpoint_facts, checkpoint_lines, is_checkpoint
+from mtenn_core._cli.completion import complete_name_or_file
 from mtenn_core._cli.output import (
     echo,
     error_text,
@@ -23,7 +24,7 @@ from mtenn_core.errors import MtennError, PluginPinError
 
 
 @click.command()
-@click.argument("name", metavar="NAME|FILE")
+@click.argument("name", metavar="NAME|FILE", shell_complete=complete_name_or_file)
 @click.option("--no-import", is_flag=True, help="Show only facts that need no import of a plugin.")
 @json_option
 @errors_to_exit_code

@@ -24,8 +24,9 @@ class MeanCombination(Combination):
         """Return the mean of the predictions, shape (), in their unit."""
         mean = predictions.mean()
         # The sum of large predictions overflows, though their mean does not. Dividing first avoids
-        # this, but rounds every term.
-        return torch.where(mean.isfinite(), mean, (predictions / len(predictions)).sum())
+        # this, but rounds every term. torch.export would take len(predictions) for a constant.
+        n_poses = predictions.shape[0]
+        return torch.where(mean.isfinite(), mean, (predictions / n_poses).sum())
 
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative of the mean, ∂m/∂y_i = 1/M.
