@@ -45,6 +45,8 @@ from mtenn_core.combination import Combination
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
 
+    from mtenn_core.combination import typed_as
+
 GradientMode = Literal["graph", "stored", "recomputed"]
 
 
@@ -146,7 +148,7 @@ class MultiPoseModel(torch.nn.Module):
         if not isinstance(pose_model, torch.nn.Module):
             raise TypeError(f"pose_model must be a torch.nn.Module; found {pose_model!r}")
         self.pose_model = pose_model
-        self.combination = _combinations(combination, tasks)
+        self.combination: Combination | torch.nn.ModuleList = _combinations(combination, tasks)
         self.gradients = gradients
         self.collate = collate
         self.chunk_size = chunk_size
@@ -211,6 +213,11 @@ class MultiPoseModel(torch.nn.Module):
         if ptr is not None:
             sizes = given_sizes(sizes, ptr)
         return run(poses, sizes, pose_inputs, shared_inputs, collated, group)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _predict(
         self,

@@ -54,8 +54,8 @@ class Registry:
     """
 
     def __init__(self, group: str = GROUP, policy: Policy | None = None) -> None:
-        self.group = group
-        self.policy = policy or Policy()
+        self.group: str = group
+        self.policy: Policy = policy or Policy()
         # This lock guards the attributes below. It is never held while code of a plugin runs.
         self._lock = Lock()
         self._scan: Scan | None = None
@@ -469,4 +469,4 @@ def _record_to_register(name: str, combination: type[Combination]) -> PluginReco
     return PluginRecord(name, target, plugin=combination)
 
 
-registry = Registry()
+registry: Registry = Registry()
