@@ -29,6 +29,20 @@ if TYPE_CHECKING:
 # the engine when they are called.
 
 
+class ConstructorSignature:
+    """The attribute ``__signature__`` of a class whose ``__new__`` takes ``*args, **kwargs``.
+
+    ``inspect.signature``, ``help`` and Sphinx show ``__new__``, unless a class has this attribute.
+    """
+
+    def __get__(self, instance: object, owner: type[torch.nn.Module]) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("only the class has __signature__")  # a call is another signature
+        from mtenn_core._engine.declarations import constructor_signature  # needs Combination
+
+        return constructor_signature(owner)
+
+
 class Combination(torch.nn.Module):
     """A rule h that makes one prediction h(ŷ_1 … ŷ_M) from the predictions for a compound's poses.
 
@@ -67,10 +81,14 @@ class Combination(torch.nn.Module):
     pose_inputs: ClassVar[tuple[str, ...] | Mapping[str, InputKind]] = ()
     pose_columns: int | str | tuple[str, ...] | None = None
 
-    split_grad_dict: ClassVar[staticmethod[[GradDict], tuple[list[str], list[Tensor]]]] = staticmethod(split_grad_dict)
+    split_grad_dict: ClassVar[staticmethod[[GradDict], tuple[list[str], list[Tensor]]]] = (
+        staticmethod(split_grad_dict)
+    )
     join_grad_dict: ClassVar[
         staticmethod[[Sequence[str], Sequence[Tensor]], dict[str, list[Tensor]]]
     ] = staticmethod(join_grad_dict)
+
+    __signature__ = ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if cls.combine is Combination.combine and cls.forward is Combination.forward:

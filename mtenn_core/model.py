@@ -40,7 +40,7 @@ from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
-from mtenn_core.combination import Combination
+from mtenn_core.combination import Combination, ConstructorSignature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
@@ -79,31 +79,22 @@ class MultiPoseModel(torch.nn.Module):
         maps a pose to shape (n_columns,) and a batch to (n, n_columns).
     combination : the combination's name in the registry, or an instance. With ``tasks``, it may be
         a list with one for each task.
-    gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
-        ``"stored"`` runs pose by pose. It keeps the gradient of each pose and frees the graph of
-        the pose. It needs memory for one graph and n_poses gradients. On a CPU, it keeps this
-        memory for the next step until :meth:`~torch.nn.Module.eval`.
-        ``"recomputed"`` keeps only the predictions. In backward, it runs poses with nonzero weight
-        again, one chunk at a time. It needs memory for the graph of one chunk, and about 1 kB for
-        each operation of each pose. If a second run differs from the first, it raises an error.
-        All modes give the same numbers, with three exceptions. First, poses of one batch may
-        influence each other (BatchNorm in training); ``"stored"`` never makes batches. Second, with
-        ``collate``, random numbers (dropout) depend on the sizes of the batches. Third, the pose
-        model may have nonlinear backward hooks (for example, clip); in ``"stored"`` they run before
-        the weighting.
-        While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose
-        model.
+    gradients : the mode, which decides what is kept of the poses until backward. All modes give the
+        same numbers; the notes below name three exceptions.
+
+        - ``"graph"`` keeps the graphs of all poses, as plain autograd does.
+        - ``"stored"`` runs pose by pose. It keeps the gradient of each pose and frees the graph of
+          the pose. It needs memory for one graph and n_poses gradients.
+        - ``"recomputed"`` keeps only the predictions. In backward, it runs poses with nonzero
+          weight again, one chunk at a time. It needs memory for the graph of one chunk, and about
+          1 kB for each operation of each pose. If a second run differs from the first, it raises an
+          error.
     collate : a function that makes a batch from a list of poses (``torch.stack``, PyG's
         ``Batch.from_data_list``). Without it, the pose model gets one pose at a time.
     chunk_size : the number of poses in a batch, with ``collate``. The default is all poses of a
-        call in ``"graph"``, and one pose in the other modes. If ``fully_shard`` has sharded parts
-        of the pose model, every rank must run the same number of batches. For this, give every rank
-        the same number of poses, or a ``chunk_size`` above the number of poses.
+        call in ``"graph"``, and one pose in the other modes.
     skip_below : in backward, skip each pose whose weight in the loss is at most this fraction of
-        the largest weight. The error of the gradient is then at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the
-        skipped poses, where v_i is the derivative of the loss with respect to ŷ_i. 0 skips poses
-        with weight exactly zero. None skips no pose. For a skipped pose, hooks on tensors of the
-        pose model get None instead of a gradient of zeros.
+        the largest weight. 0 skips poses with weight exactly zero. None skips no pose.
     check_finite : raise an error for a NaN or infinite prediction. The error names the pose. False
         passes such predictions to the combination; forward then does not wait for a GPU. In
         evaluation mode, True also gives a :class:`~mtenn_core.errors.DirectionWarning` once if
@@ -111,10 +102,7 @@ class MultiPoseModel(torch.nn.Module):
     shared : a module for the part that all poses of a compound share, such as the embedding of
         the receptor. It runs once for each compound, on an entry of ``shared_inputs``. The pose
         model gets its output as a second argument: ``pose_model(pose, output)``. With ``collate``
-        or ``collated``, this argument is a list with one output per pose. The gradient of the
-        output is summed over the poses of the compound, and then goes through the shared part
-        once. The graph of the shared part stays in memory until backward. ``"stored"`` also stores
-        the gradient of the output for each pose.
+        or ``collated``, this argument is a list with one output per pose.
     tasks : the number of tasks, or their names. The pose model then predicts one number for each
         task, and each task is combined on its own. None means that the pose model predicts one
         number, or the numbers that the combination declares.
@@ -123,7 +111,35 @@ class MultiPoseModel(torch.nn.Module):
     ------
     ValueError : an option does not exist, or two options exclude each other
     CombinationNotFoundError, GradientValidationError : see :meth:`mtenn_core.Registry.create`
+
+    Notes
+    -----
+    The numbers of the modes differ in three cases:
+
+    - Poses of one batch influence each other (BatchNorm in training). ``"stored"`` never makes
+      batches.
+    - With ``collate``, random numbers (dropout) depend on the sizes of the batches.
+    - The pose model has nonlinear backward hooks (for example, clip). In ``"stored"`` they run
+      before the weighting.
+
+    While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose
+    model. On a CPU, ``"stored"`` keeps its memory for the next step until
+    :meth:`~torch.nn.Module.eval`.
+
+    If ``fully_shard`` has sharded parts of the pose model, every rank must run the same number of
+    batches. For this, give every rank the same number of poses, or a ``chunk_size`` above the
+    number of poses.
+
+    With ``skip_below``, the error of the gradient is at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the skipped
+    poses, where v_i is the derivative of the loss with respect to ŷ_i. For a skipped pose, hooks on
+    tensors of the pose model get None instead of a gradient of zeros.
+
+    The gradient of the output of ``shared`` is summed over the poses of the compound, and then goes
+    through the shared part once. The graph of the shared part stays in memory until backward.
+    ``"stored"`` also stores the gradient of the output for each pose.
     """
+
+    __signature__ = ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Return an empty model. Raise a TypeError that helps with an unknown argument."""
