@@ -180,7 +180,7 @@ def classes_with_arguments():
             yield cls
 
 
-@pytest.mark.parametrize("cls", classes_with_arguments(), ids=lambda cls: cls.__name__)
+@pytest.mark.parametrize("cls", [*classes_with_arguments()], ids=lambda cls: cls.__name__)
 def test_a_page_shows_the_arguments_of_a_class(cls):
     is_model = cls is MultiPoseModel
     path = SITE / "reference" / ("model.html" if is_model else "combinations.html")
