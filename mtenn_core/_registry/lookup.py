@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mtenn_core._process.html_table import html_table
 from mtenn_core._process.locks import Lock
 from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.gate import Gate
@@ -44,6 +45,8 @@ class Registry:
     A query imports no plugin and changes nothing. :meth:`get` and :meth:`create` import only the
     plugin that has the name, and compare its gradient with finite differences. In one process, they
     do this once for each class and its arguments.
+
+    Notebooks show a registry as a table of its combinations and the problems.
 
     Parameters
     ----------
@@ -107,6 +110,20 @@ class Registry:
         except RegistryError as error:  # a malformed setting
             names = str(error)
         return f"Registry({self.group!r}: {names or 'no combinations'})"
+
+    def _repr_html_(self) -> str:
+        try:
+            snapshot = self._current(strict=False)
+        except RegistryError as error:  # a malformed setting
+            return html_table(repr(self.group), (), (), [str(error)])
+        rows = [
+            (each.name, each.distribution or each.origin, each.version or "", each.target)
+            for each in snapshot.available_records()
+        ]
+        columns = ("name", "distribution", "version", "class") if rows else ()
+        problems = [f"{each.kind}: {each.message}" for each in snapshot.problems()]
+        title = f"Registry({self.group!r}){'' if rows else ': no combinations'}"
+        return html_table(title, columns, rows, problems)
 
     def info(self, name: str) -> PluginRecord:
         """Return the facts about one plugin, without importing it.
