@@ -16,8 +16,8 @@ def html_table(
 ) -> str:
     """Return a title, a table and notes as HTML.
 
-    All text is escaped, because it may come from a plugin. There are no colors, so that the table
-    is readable on a dark and on a light background.
+    All text is escaped, because it may come from a plugin. The colors are those of the page, so
+    that the table is readable on a dark and on a light background.
 
     Parameters
     ----------
@@ -27,7 +27,10 @@ def html_table(
     """
     head = "".join(map(_head, columns))
     body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows)
-    table = f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    # Without "inherit", a page without a doctype shows black text.
+    table = (
+        f'<table style="color: inherit"><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>'
+    )
     below = "".join(map(_paragraph, notes))
     return f"<div>{_paragraph(title)}{table if columns else ''}{below}</div>"
 
@@ -43,8 +46,9 @@ def _head(text: str) -> str:
 def _cell(content: str | int) -> str:
     # Notebooks align cells to the right, which suits only numbers.
     if isinstance(content, int):
-        return f"<td>{content}</td>"
-    return f'<td style="text-align: left; white-space: pre-wrap">{_escaped(content)}</td>'
+        return f'<td style="text-align: right; vertical-align: top">{content}</td>'
+    style = "text-align: left; vertical-align: top; white-space: pre-wrap"
+    return f'<td style="{style}">{_escaped(content)}</td>'
 
 
 def _escaped(text: str) -> str:
