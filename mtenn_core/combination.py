@@ -88,7 +88,7 @@ class Combination(torch.nn.Module):
         staticmethod[[Sequence[str], Sequence[Tensor]], dict[str, list[Tensor]]]
     ] = staticmethod(join_grad_dict)
 
-    __signature__ = ConstructorSignature()
+    __signature__: ClassVar[ConstructorSignature] = ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if cls.combine is Combination.combine and cls.forward is Combination.forward:

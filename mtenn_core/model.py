@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -139,7 +139,7 @@ class MultiPoseModel(torch.nn.Module):
     ``"stored"`` also stores the gradient of the output for each pose.
     """
 
-    __signature__ = ConstructorSignature()
+    __signature__: ClassVar[ConstructorSignature] = ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Return an empty model. Raise a TypeError that helps with an unknown argument."""
