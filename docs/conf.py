@@ -37,7 +37,9 @@ nitpicky = True
 nitpick_ignore = [
     ("py:class", name)
     for name in (
+        "Collate",
         "Expected",
+        "GradientMode",
         "Group",
         "Level",
         "Source",
@@ -58,6 +60,8 @@ numpydoc_validation_checks = {"GL08"}  # no docstring
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
+# A longer signature has one argument a line.
+python_maximum_signature_line_length = 88
 
 copybutton_prompt_text = "$ "
 

@@ -6,7 +6,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self, TypeVar
 
 import torch
 from torch import Tensor
@@ -17,8 +17,30 @@ from mtenn_core.hookspecs import hookimpl
 
 InputKind = Literal["real", "positive", "label"]
 
+if TYPE_CHECKING:
+    _Method = TypeVar("_Method", bound=Callable[..., Any])
+
+    def typed_as(method: _Method, /) -> Callable[[Callable[..., Any]], _Method]:
+        """Return a decorator that gives ``__call__``, whose result is Any in torch, a signature."""
+        ...
+
+
 # The engine imports this class, and some methods of this class use the engine. These methods import
 # the engine when they are called.
+
+
+class ConstructorSignature:
+    """The attribute ``__signature__`` of a class whose ``__new__`` takes ``*args, **kwargs``.
+
+    ``inspect.signature``, ``help`` and Sphinx show ``__new__``, unless a class has this attribute.
+    """
+
+    def __get__(self, instance: object, owner: type[torch.nn.Module]) -> inspect.Signature:
+        if instance is not None:
+            raise AttributeError("only the class has __signature__")  # a call is another signature
+        from mtenn_core._engine.declarations import constructor_signature  # needs Combination
+
+        return constructor_signature(owner)
 
 
 class Combination(torch.nn.Module):
@@ -59,8 +81,14 @@ class Combination(torch.nn.Module):
     pose_inputs: ClassVar[tuple[str, ...] | Mapping[str, InputKind]] = ()
     pose_columns: int | str | tuple[str, ...] | None = None
 
-    split_grad_dict = staticmethod(split_grad_dict)
-    join_grad_dict = staticmethod(join_grad_dict)
+    split_grad_dict: ClassVar[staticmethod[[GradDict], tuple[list[str], list[Tensor]]]] = (
+        staticmethod(split_grad_dict)
+    )
+    join_grad_dict: ClassVar[
+        staticmethod[[Sequence[str], Sequence[Tensor]], dict[str, list[Tensor]]]
+    ] = staticmethod(join_grad_dict)
+
+    __signature__: ClassVar[ConstructorSignature] = ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if cls.combine is Combination.combine and cls.forward is Combination.forward:
@@ -103,7 +131,12 @@ class Combination(torch.nn.Module):
         shown = constructor_arguments(self, defaults=True)
         return ", ".join(f"{name}={value!r}" for name, value in shown.items())
 
-    # With *args, type checkers accept subclasses that take pose inputs by position or by name.
+    if TYPE_CHECKING:  # torch's own accepts any argument
+
+        def __init__(self) -> None: ...
+
+    # With *args: Any and **kwargs: Any at the end, type checkers accept subclasses that name their
+    # pose inputs there. The same holds for forward.
     def combine(self, predictions: Tensor, *args: Any, **pose_inputs: Any) -> Tensor:
         """Return the combined prediction h, differentiable by autograd.
 
@@ -169,10 +202,10 @@ class Combination(torch.nn.Module):
 
     def forward(
         self,
-        pred_list: Sequence[Tensor],
-        grad_dict: GradDict,
-        param_names: Sequence[str],
-        *model_params: Tensor,
+        pred_list: list[Tensor],
+        grad_dict: dict[str, list[Tensor]],
+        param_names: list[str],
+        *model_params: Any,
         **pose_inputs: Any,
     ) -> Tensor:
         """Return the combined prediction. Its backward uses the gradients of the poses.
@@ -198,6 +231,11 @@ class Combination(torch.nn.Module):
             predictions = attach_gradients(numbers, split, param_names, *model_params)
             predictions = predictions.view(-1, n_columns)
         return combined_prediction(self, predictions, pose_inputs)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 
 def _initializing_module(init: Callable[..., None]) -> Callable[..., None]:

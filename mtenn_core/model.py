@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -40,10 +40,12 @@ from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
 from mtenn_core._torch_internals import base_of
-from mtenn_core.combination import Combination
+from mtenn_core.combination import Combination, ConstructorSignature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
+
+    from mtenn_core.combination import typed_as
 
 GradientMode = Literal["graph", "stored", "recomputed"]
 
@@ -77,31 +79,22 @@ class MultiPoseModel(torch.nn.Module):
         maps a pose to shape (n_columns,) and a batch to (n, n_columns).
     combination : the combination's name in the registry, or an instance. With ``tasks``, it may be
         a list with one for each task.
-    gradients : ``"graph"`` keeps the graphs of all poses until backward, as plain autograd does.
-        ``"stored"`` runs pose by pose. It keeps the gradient of each pose and frees the graph of
-        the pose. It needs memory for one graph and n_poses gradients. On a CPU, it keeps this
-        memory for the next step until :meth:`~torch.nn.Module.eval`.
-        ``"recomputed"`` keeps only the predictions. In backward, it runs poses with nonzero weight
-        again, one chunk at a time. It needs memory for the graph of one chunk, and about 1 kB for
-        each operation of each pose. If a second run differs from the first, it raises an error.
-        All modes give the same numbers, with three exceptions. First, poses of one batch may
-        influence each other (BatchNorm in training); ``"stored"`` never makes batches. Second, with
-        ``collate``, random numbers (dropout) depend on the sizes of the batches. Third, the pose
-        model may have nonlinear backward hooks (for example, clip); in ``"stored"`` they run before
-        the weighting.
-        While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose
-        model.
+    gradients : the mode, which decides what is kept of the poses until backward. All modes give the
+        same numbers; the notes below name three exceptions.
+
+        - ``"graph"`` keeps the graphs of all poses, as plain autograd does.
+        - ``"stored"`` runs pose by pose. It keeps the gradient of each pose and frees the graph of
+          the pose. It needs memory for one graph and n_poses gradients.
+        - ``"recomputed"`` keeps only the predictions. In backward, it runs poses with nonzero
+          weight again, one chunk at a time. It needs memory for the graph of one chunk, and about
+          1 kB for each operation of each pose. If a second run differs from the first, it raises an
+          error.
     collate : a function that makes a batch from a list of poses (``torch.stack``, PyG's
         ``Batch.from_data_list``). Without it, the pose model gets one pose at a time.
     chunk_size : the number of poses in a batch, with ``collate``. The default is all poses of a
-        call in ``"graph"``, and one pose in the other modes. If ``fully_shard`` has sharded parts
-        of the pose model, every rank must run the same number of batches. For this, give every rank
-        the same number of poses, or a ``chunk_size`` above the number of poses.
+        call in ``"graph"``, and one pose in the other modes.
     skip_below : in backward, skip each pose whose weight in the loss is at most this fraction of
-        the largest weight. The error of the gradient is then at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the
-        skipped poses, where v_i is the derivative of the loss with respect to ŷ_i. 0 skips poses
-        with weight exactly zero. None skips no pose. For a skipped pose, hooks on tensors of the
-        pose model get None instead of a gradient of zeros.
+        the largest weight. 0 skips poses with weight exactly zero. None skips no pose.
     check_finite : raise an error for a NaN or infinite prediction. The error names the pose. False
         passes such predictions to the combination; forward then does not wait for a GPU. In
         evaluation mode, True also gives a :class:`~mtenn_core.errors.DirectionWarning` once if
@@ -109,10 +102,7 @@ class MultiPoseModel(torch.nn.Module):
     shared : a module for the part that all poses of a compound share, such as the embedding of
         the receptor. It runs once for each compound, on an entry of ``shared_inputs``. The pose
         model gets its output as a second argument: ``pose_model(pose, output)``. With ``collate``
-        or ``collated``, this argument is a list with one output per pose. The gradient of the
-        output is summed over the poses of the compound, and then goes through the shared part
-        once. The graph of the shared part stays in memory until backward. ``"stored"`` also stores
-        the gradient of the output for each pose.
+        or ``collated``, this argument is a list with one output per pose.
     tasks : the number of tasks, or their names. The pose model then predicts one number for each
         task, and each task is combined on its own. None means that the pose model predicts one
         number, or the numbers that the combination declares.
@@ -121,7 +111,35 @@ class MultiPoseModel(torch.nn.Module):
     ------
     ValueError : an option does not exist, or two options exclude each other
     CombinationNotFoundError, GradientValidationError : see :meth:`mtenn_core.Registry.create`
+
+    Notes
+    -----
+    The numbers of the modes differ in three cases:
+
+    - Poses of one batch influence each other (BatchNorm in training). ``"stored"`` never makes
+      batches.
+    - With ``collate``, random numbers (dropout) depend on the sizes of the batches.
+    - The pose model has nonlinear backward hooks (for example, clip). In ``"stored"`` they run
+      before the weighting.
+
+    While ``"stored"`` or a backward of ``"recomputed"`` runs, no other thread may use the pose
+    model. On a CPU, ``"stored"`` keeps its memory for the next step until
+    :meth:`~torch.nn.Module.eval`.
+
+    If ``fully_shard`` has sharded parts of the pose model, every rank must run the same number of
+    batches. For this, give every rank the same number of poses, or a ``chunk_size`` above the
+    number of poses.
+
+    With ``skip_below``, the error of the gradient is at most Σ ‖v_i ∂ŷ_i/∂θ‖ over the skipped
+    poses, where v_i is the derivative of the loss with respect to ŷ_i. For a skipped pose, hooks on
+    tensors of the pose model get None instead of a gradient of zeros.
+
+    The gradient of the output of ``shared`` is summed over the poses of the compound, and then goes
+    through the shared part once. The graph of the shared part stays in memory until backward.
+    ``"stored"`` also stores the gradient of the output for each pose.
     """
+
+    __signature__: ClassVar[ConstructorSignature] = ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Return an empty model. Raise a TypeError that helps with an unknown argument."""
@@ -146,7 +164,7 @@ class MultiPoseModel(torch.nn.Module):
         if not isinstance(pose_model, torch.nn.Module):
             raise TypeError(f"pose_model must be a torch.nn.Module; found {pose_model!r}")
         self.pose_model = pose_model
-        self.combination = _combinations(combination, tasks)
+        self.combination: Combination | torch.nn.ModuleList = _combinations(combination, tasks)
         self.gradients = gradients
         self.collate = collate
         self.chunk_size = chunk_size
@@ -157,7 +175,7 @@ class MultiPoseModel(torch.nn.Module):
         options = self._options()
         MODES[options.gradients].check_options(options)
 
-    # inspect.signature and jsonargparse read __new__ first. This leads them to __init__.
+    # jsonargparse reads __new__ and not __signature__. This leads it to __init__.
     update_wrapper(__new__, __init__, assigned=["__annotations__"], updated=[])
 
     def forward(
@@ -214,6 +232,11 @@ class MultiPoseModel(torch.nn.Module):
         if ptr is not None:
             sizes = given_sizes(sizes, ptr)
         return run(poses, sizes, pose_inputs, shared_inputs, collated, group)
+
+    if TYPE_CHECKING:
+
+        @typed_as(forward)
+        def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _predict(
         self,

@@ -1,11 +1,12 @@
 import copy
+import inspect
 import pickle
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtenn_core import Combination, as_mtenn_combination
+from mtenn_core import Combination, MultiPoseModel, as_mtenn_combination
 from mtenn_core._engine.evaluation import combined_prediction
 from mtenn_core.errors import CombinationContractError, DoubleBackwardError, PredictionError
 
@@ -377,3 +378,22 @@ class NeedsScores(SumOfSquares):
 def test_what_the_model_of_mtenn_cannot_train_is_refused(combination, message):
     with pytest.raises(ValueError, match=message):
         as_mtenn_combination(combination)
+
+
+@pytest.mark.parametrize(
+    ("cls", "signature"),
+    [(SumOfSquares, "()"), (Picklable, "(power: float) -> None")],
+    ids=["no constructor", "a constructor"],
+)
+def test_the_signature_of_a_class_is_that_of_its_constructor(cls, signature):
+    assert str(inspect.signature(cls)) == signature
+
+
+def test_the_signature_of_the_model_has_its_options():
+    parameters = inspect.signature(MultiPoseModel).parameters
+    assert list(parameters)[:3] == ["pose_model", "combination", "gradients"]
+    assert parameters["gradients"].default == "graph"
+
+
+def test_the_signature_of_an_instance_is_not_that_of_the_constructor():
+    assert "power" not in inspect.signature(Picklable(2.0)).parameters

@@ -37,6 +37,7 @@ def class_facts(record: PluginRecord, cls: type[Combination]) -> dict[str, Any]:
     ------
     PluginSpecError : its ``examples`` are malformed
     """
+    from mtenn_core._engine.declarations import constructor_signature
     from mtenn_core._registry.gate import class_examples
 
     docstring = docstring_of(cls)
@@ -46,7 +47,7 @@ def class_facts(record: PluginRecord, cls: type[Combination]) -> dict[str, Any]:
         "text": docstring.text,
         "arguments": [
             _argument(parameter, docstring.parameters.get(parameter.name, ""))
-            for parameter in _constructor_parameters(cls)
+            for parameter in constructor_signature(cls).parameters.values()
         ],
         **_declared_facts(record, cls, examples),
         "examples": [
@@ -77,16 +78,6 @@ def _declared_facts(
         "properties": sorted(found["properties"]),
         "of_first_example": varying,
     }
-
-
-def _constructor_parameters(cls: type[Combination]) -> list[inspect.Parameter]:
-    import torch
-
-    from mtenn_core._engine.declarations import constructor_signature
-
-    if cls.__init__ is torch.nn.Module.__init__:  # it takes anything, and refuses it
-        return []
-    return list(constructor_signature(cls).parameters.values())
 
 
 def class_lines(facts: Mapping[str, Any]) -> Iterator[str]:

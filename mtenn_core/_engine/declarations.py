@@ -27,9 +27,11 @@ def overrides(combination: type[Combination], method: str) -> bool:
 def constructor_signature(combination: type[torch.nn.Module]) -> inspect.Signature:
     """Return the signature of ``__init__``, without ``self``.
 
-    In early releases of Python 3.11, ``inspect.signature(combination)`` would return the signature
-    of ``Combination.__new__``.
+    ``inspect.signature(combination)`` returns the same, see
+    :class:`mtenn_core.combination.ConstructorSignature`.
     """
+    if combination.__init__ is torch.nn.Module.__init__ and not combination.call_super_init:
+        return inspect.Signature()  # it says *args, **kwargs, but raises an error for any argument
     signature = inspect.signature(combination.__init__)
     _, *parameters = signature.parameters.values()
     return signature.replace(parameters=parameters)
@@ -69,11 +71,8 @@ def check_argument_names(
     ----------
     advice : is added if the name is similar to none of the arguments
     """
-    parameters = dict(constructor_signature(cls).parameters)
-    takes_none = cls.__init__ is torch.nn.Module.__init__ and not cls.call_super_init
-    if takes_none:  # its signature says *args, **kwargs
-        parameters = {}
-    elif any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
+    parameters = constructor_signature(cls).parameters
+    if any(each.kind is each.VAR_KEYWORD for each in parameters.values()):
         return
     for name in given:
         if name not in parameters:

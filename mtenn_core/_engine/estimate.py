@@ -32,15 +32,18 @@ from mtenn_core._engine.precision import at_least_float32
 from mtenn_core._engine.shared_part import replaced, with_outputs
 from mtenn_core._engine.skipping import with_weight
 from mtenn_core._engine.stored import NOT_IN_A_BATCH
+from mtenn_core._process.html_table import html_table
 
 # Bytes of one node. They include the allocator's overhead and the Python hooks for saved tensors.
 # Measured with torch 2.13 on graphs of 6 to 300 nodes.
 NODE = 1000
 
+_COLUMNS = ("gradients", "forwards", "backwards", "memory", "")
+
 
 @dataclass(frozen=True)
 class Estimate:
-    """The result of :meth:`MultiPoseModel.estimate`. ``print`` shows it as a table.
+    """The result of :meth:`MultiPoseModel.estimate`. Notebooks and ``print`` show it as a table.
 
     Attributes
     ----------
@@ -62,19 +65,28 @@ class Estimate:
     best: str
 
     def __str__(self) -> str:
-        free = "" if self.free is None else f"; {_size(self.free)} free"
-        lines = [
-            f"{self.n_poses} poses, {self.n_with_weight} with a weight that is not zero; the graph"
-            f" of one: {_size(self.graph)}; parameters: {_size(self.parameters)}{free}",
-            f"{'gradients':<12}{'forwards':>10}{'backwards':>11}{'memory':>10}",
+        rows = [
+            f"{gradients:<12}{forwards:>10}{backwards:>11}{memory:>10}  {advice}".rstrip()
+            for gradients, forwards, backwards, memory, advice in [_COLUMNS, *self._rows()]
         ]
-        for mode in self.modes:
-            take = "  <- take this" if mode.gradients == self.best else ""
-            lines.append(
-                f"{mode.gradients:<12}{mode.forwards:>10}{mode.backwards:>11}"
-                f"{_size(mode.memory):>10}{take}"
-            )
-        return "\n".join(lines)
+        return "\n".join([self._summary(), *rows])
+
+    def _repr_html_(self) -> str:
+        return html_table(self._summary(), _COLUMNS, self._rows())
+
+    def _summary(self) -> str:
+        free = "" if self.free is None else f"; {_size(self.free)} free"
+        return (
+            f"{self.n_poses} poses, {self.n_with_weight} with a weight that is not zero; the graph"
+            f" of one: {_size(self.graph)}; parameters: {_size(self.parameters)}{free}"
+        )
+
+    def _rows(self) -> list[tuple[str, int, int, str, str]]:
+        """Return the row of each mode in the table."""
+        return [
+            (*mode[:3], _size(mode.memory), "<- take this" if mode.gradients == self.best else "")
+            for mode in self.modes
+        ]
 
 
 def estimate(

@@ -360,15 +360,21 @@ def full_depth_prediction(combination: Combination, *args: Any, **pose_inputs: A
     """
     pred_list, *_ = args
     with no_autocast(pred_list[0].device.type):
-        return _checked_value(combination, first_of_pair(combination(*args, **pose_inputs)))
+        return _checked_value(combination, value_of_forward(combination, *args, **pose_inputs))
 
 
-def first_of_pair(value: Any) -> Any:
-    """Return the combined prediction if a combination returned a pair, as mtenn's combinations do.
+def value_of_forward(combination: Callable[..., Any], *args: Any, **pose_inputs: Any) -> Any:
+    """Return the combined prediction of a combination's ``forward``, without any check.
 
-    The pair is (combined, pose predictions). A :class:`~mtenn_core.MultiPoseModel` has its own pose
-    predictions and does not need the second element.
+    mtenn's combinations return a pair, (combined, pose predictions). A
+    :class:`~mtenn_core.MultiPoseModel` has its own pose predictions and does not need the second
+    element.
+
+    Parameters
+    ----------
+    *args : ``pred_list, grad_dict, param_names, *model_params``
     """
+    value = combination(*args, **pose_inputs)
     return value[0] if isinstance(value, tuple) and len(value) == 2 else value
 
 

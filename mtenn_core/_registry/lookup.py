@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from mtenn_core._process.html_table import html_table
 from mtenn_core._process.locks import Lock
 from mtenn_core._registry.class_cache import ClassCache
 from mtenn_core._registry.gate import Gate
@@ -45,6 +46,8 @@ class Registry:
     plugin that has the name, and compare its gradient with finite differences. In one process, they
     do this once for each class and its arguments.
 
+    Notebooks show a registry as a table of its combinations and the problems.
+
     Parameters
     ----------
     group : the entry-point group
@@ -54,8 +57,8 @@ class Registry:
     """
 
     def __init__(self, group: str = GROUP, policy: Policy | None = None) -> None:
-        self.group = group
-        self.policy = policy or Policy()
+        self.group: str = group
+        self.policy: Policy = policy or Policy()
         # This lock guards the attributes below. It is never held while code of a plugin runs.
         self._lock = Lock()
         self._scan: Scan | None = None
@@ -107,6 +110,20 @@ class Registry:
         except RegistryError as error:  # a malformed setting
             names = str(error)
         return f"Registry({self.group!r}: {names or 'no combinations'})"
+
+    def _repr_html_(self) -> str:
+        try:
+            snapshot = self._current(strict=False)
+        except RegistryError as error:  # a malformed setting
+            return html_table(repr(self.group), (), (), [str(error)])
+        rows = [
+            (each.name, each.distribution or each.origin, each.version or "", each.target)
+            for each in snapshot.available_records()
+        ]
+        columns = ("name", "distribution", "version", "class") if rows else ()
+        problems = [f"{each.kind}: {each.message}" for each in snapshot.problems()]
+        title = f"Registry({self.group!r}){'' if rows else ': no combinations'}"
+        return html_table(title, columns, rows, problems)
 
     def info(self, name: str) -> PluginRecord:
         """Return the facts about one plugin, without importing it.
@@ -469,4 +486,4 @@ def _record_to_register(name: str, combination: type[Combination]) -> PluginReco
     return PluginRecord(name, target, plugin=combination)
 
 
-registry = Registry()
+registry: Registry = Registry()

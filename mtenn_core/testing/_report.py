@@ -8,6 +8,8 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal
 
+from mtenn_core._process.html_table import html_table
+
 SUITE_VERSION = "1.0"
 
 Status = Literal["pass", "fail", "error", "inconclusive", "advice", "skip", "xfail", "xpass"]
@@ -57,18 +59,22 @@ class Record:
         return self.status in ("fail", "error", "inconclusive")
 
     def __str__(self) -> str:
-        lines = [f"{self.status:<12} {self.id}  {self.title}"]
-        lines += [textwrap.indent(self.reason, "    ")] if self.reason else []
+        details = textwrap.indent("\n".join(self._details()), "    ")
+        return "\n".join(filter(None, [f"{self.status:<12} {self.id}  {self.title}", details]))
+
+    def _details(self) -> list[str]:
+        """Return the reason, the likely cause and the command, as far as they are of interest."""
+        lines = [self.reason] if self.reason else []
         if self.cause and (self.failed or self.status == "advice"):
-            lines += [f"    {'to do' if self.is_advice else 'likely cause'}: {self.cause}"]
+            lines.append(f"{'to do' if self.is_advice else 'likely cause'}: {self.cause}")
         if self.failed:
-            lines += [f"    again: {self.repro}"]
-        return "\n".join(lines)
+            lines.append(f"again: {self.repro}")
+        return lines
 
 
 @dataclass(frozen=True)
 class Report:
-    """The results of all checks of one combination.
+    """The results of all checks of one combination. Notebooks show it as a table.
 
     Attributes
     ----------
@@ -107,14 +113,32 @@ class Report:
         return len(self.records) == self.n_expected and not self.failures
 
     def __str__(self) -> str:
-        who = ", ".join(filter(None, [self.name, self.combination]))
-        lines = [f"{who}: {self.verdict}"]
-        shown = [record for record in self.records if record.status not in ("pass", "skip")]
-        lines += [str(record) for record in shown]
-        ran = [record.id for record in self.records if record.status == "pass"]
-        if shown and ran:
-            lines.append(f"{'passed':<12} {', '.join(ran)}")
+        lines = [self._headline(), *map(str, self._notable())]
+        if passed := self._passed_ids():
+            lines.append(f"{'passed':<12} {passed}")
         return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows: list[tuple[str, str, str]] = [
+            (record.status, record.id, "\n".join([record.title, *record._details()]))
+            for record in self._notable()
+        ]
+        if passed := self._passed_ids():
+            rows.append(("passed", "", passed))
+        return html_table(self._headline(), ("status", "check", "") if rows else (), rows)
+
+    def _headline(self) -> str:
+        who = ", ".join(filter(None, [self.name, self.combination]))
+        return f"{who}: {self.verdict}"
+
+    def _notable(self) -> list[Record]:
+        """Return the records to show one by one."""
+        return [record for record in self.records if record.status not in ("pass", "skip")]
+
+    def _passed_ids(self) -> str:
+        """Return the ids of the checks that passed, or "" if there is no other check to show."""
+        passed = [record.id for record in self.records if record.status == "pass"]
+        return ", ".join(passed) if self._notable() else ""
 
     @property
     def verdict(self) -> str:

@@ -17,8 +17,9 @@ from urllib.parse import unquote, urldefrag
 
 import click
 import pytest
+import torch
 
-from mtenn_core import errors
+from mtenn_core import Combination, MultiPoseModel, errors
 from mtenn_core._cli import main
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +154,46 @@ def methods(cls):
 )
 def test_what_is_public_is_described(public):
     assert public in documented()
+
+
+def signatures(path):
+    """Return, by name, the signatures of the classes on a page, as a reader sees them."""
+    found = re.findall(
+        r'<dt class="sig sig-object py" id="([\w.]+)">(.*?)</dt>',
+        path.read_text("utf-8"),
+        re.DOTALL,
+    )
+    texts = ((name, re.sub(r"\s+", " ", unescape(re.sub("<[^>]*>", "", dt)))) for name, dt in found)
+    return {name: text for name, text in texts if text.strip().startswith("class ")}
+
+
+def classes_with_arguments():
+    modules = [importlib.import_module(module) for module in PUBLIC if module != "mtenn_core"]
+    combinations = [
+        getattr(module, each)
+        for module in modules
+        for each in own_classes(module)
+        if issubclass(getattr(module, each), Combination)
+    ]
+    for cls in [*combinations, MultiPoseModel]:
+        if cls.__init__ is not torch.nn.Module.__init__:
+            yield cls
+
+
+@pytest.mark.parametrize("cls", [*classes_with_arguments()], ids=lambda cls: cls.__name__)
+def test_a_page_shows_the_arguments_of_a_class(cls):
+    is_model = cls is MultiPoseModel
+    path = SITE / "reference" / ("model.html" if is_model else "combinations.html")
+    prefix = "mtenn_core" if is_model else cls.__module__
+    shown = signatures(path)[f"{prefix}.{cls.__name__}"]
+    _, *arguments = inspect.signature(cls.__init__).parameters.values()
+    assert arguments
+    for argument in arguments:
+        assert f"{argument.name}: " in shown
+        if argument.default is not argument.empty:
+            assert re.search(
+                rf"\b{argument.name}: [^=]+ = {re.escape(repr(argument.default))}", shown
+            )
 
 
 def options():

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from mtenn_core._engine.autograd_nodes import is_function
 from mtenn_core._engine.declarations import overrides
+from mtenn_core._engine.evaluation import value_of_forward
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.chain_rule import check_chain_rule, kernels
 from mtenn_core.testing._checks.check import check
@@ -362,6 +363,6 @@ def _on_meta(subject: Subject) -> list[Tensor]:
         params = [param.detach().to("meta").requires_grad_() for param in step.params.values()]
         grad_dict = {name: list(each.to("meta")) for name, each in step.gradients.items()}
         given = list(predictions.detach()), grad_dict, list(step.params), *params
-        value = combination(*given, **inputs)
+        value = value_of_forward(combination, *given, **inputs)
         made += [value, *torch.autograd.grad(value, params)]
     return made

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import combined_prediction, first_of_pair
+from mtenn_core._engine.evaluation import combined_prediction, value_of_forward
 from mtenn_core.combination import Combination
 from mtenn_core.testing._checks.arguments import alternatives
 from mtenn_core.testing._checks.check import check
@@ -241,7 +241,7 @@ def _forward(subject: Subject, poses: Poses) -> tuple[Tensor, Tensor]:
     unit_vectors = torch.eye(len(y), dtype=y.dtype)
     param = torch.zeros_like(y, requires_grad=True)
     given = list(y), {"w": list(unit_vectors)}, ["w"], param
-    return first_of_pair(subject.combination(*given, **poses.inputs)), param
+    return value_of_forward(subject.combination, *given, **poses.inputs), param
 
 
 def _check_two_live_calls(

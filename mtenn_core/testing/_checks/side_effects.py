@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mtenn_core._engine.declarations import overrides
-from mtenn_core._engine.evaluation import first_of_pair
+from mtenn_core._engine.evaluation import value_of_forward
 from mtenn_core._process.setting_table import RANDOM_STATES, SETTINGS
 from mtenn_core._process.settings import changed, process_state
 from mtenn_core._torch_internals import version_of
@@ -242,7 +242,7 @@ def _check_not_reseeded(subject: Subject, step: Step) -> None:
 def call_keeping_state(combination: Combination, step: Step) -> None:
     """Call ``forward``, and do not restore the state that it changes."""
     given = step.pred_list(), step.grad_dict(), list(step.params), *step.params.values()
-    combination(*given, **step.poses.copied_inputs())
+    value_of_forward(combination, *given, **step.poses.copied_inputs())
 
 
 @check("A8", "memory is freed after every call")
@@ -334,10 +334,10 @@ def _check_growth(subject: Subject) -> float:
 
     def validate() -> None:
         with torch.no_grad():
-            subject.combination(*given, **inputs)
+            value_of_forward(subject.combination, *given, **inputs)
 
     def train() -> None:
-        first_of_pair(subject.combination(*given, **inputs)).backward()
+        value_of_forward(subject.combination, *given, **inputs).backward()
 
     worst = 0.0
     with subject.restored_state():

@@ -17,7 +17,7 @@ from mtenn_core._engine.evaluation import (
     autograd_weights,
     backward_weights,
     combined_prediction,
-    first_of_pair,
+    value_of_forward,
 )
 from mtenn_core._torch_internals import buffers_of, parameters_of
 from mtenn_core.combination import Combination
@@ -194,7 +194,7 @@ class Subject:
         zeros = list(torch.zeros(len(poses), 1, dtype=row.dtype))
         param = torch.zeros(1, dtype=row.dtype, requires_grad=True)
         step = list(poses.predictions), {"probe": zeros}, ["probe"], param
-        return first_of_pair(combination(*step, **poses.inputs))
+        return value_of_forward(combination, *step, **poses.inputs)
 
     def _poses_of(self, row: Tensor) -> Poses:
         names, columns = self.combination.pose_inputs, self.probes.columns
@@ -274,9 +274,8 @@ class Subject:
         param_names = list(step.params) if param_names is None else param_names
         pose_inputs = step.poses.copied_inputs() if pose_inputs is None else pose_inputs
         with self.restored_state():
-            forward = combination or self.combination
             args = (pred_list, grad_dict, param_names, *step.params.values())
-            return first_of_pair(forward(*args, **pose_inputs))
+            return value_of_forward(combination or self.combination, *args, **pose_inputs)
 
     def gradients(self, step: Step, **instead: Any) -> dict[str, Tensor]:
         """Return the gradient of the combined prediction with respect to each parameter."""

@@ -1,7 +1,8 @@
 """Boltzmann-weighted mean of the pose predictions."""
 
 import math
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class BoltzmannCombination(Combination):
     """
 
     # The mean is not monotone. It falls if a prediction rises that is more than kT above the mean.
-    properties = frozenset(
+    properties: ClassVar[frozenset[str]] = frozenset(
         {
             "permutation_invariant",
             "translation_equivariant",
@@ -46,15 +47,15 @@ class BoltzmannCombination(Combination):
             "replication_invariant",
         }
     )
-    examples = ({}, {"kT": 0.593, "learnable": True})
+    examples: ClassVar[Sequence[dict[str, Any]]] = ({}, {"kT": 0.593, "learnable": True})
 
     def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         number = _positive("kT", kT)
-        self.learnable = _flag("learnable", learnable)
+        self.learnable: bool = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_kT = torch.nn.Parameter(torch.tensor([math.log(number)]))
+            self.log_kT: torch.nn.Parameter = torch.nn.Parameter(torch.tensor([math.log(number)]))
         else:
             self._kT = number
 

@@ -2,7 +2,8 @@
 
 import math
 import re
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -42,8 +43,10 @@ class MaxCombination(Combination):
         not True or False
     """
 
-    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
-    examples = (
+    properties: ClassVar[frozenset[str]] = frozenset(
+        {"permutation_invariant", "translation_equivariant", "monotone"}
+    )
+    examples: ClassVar[Sequence[dict[str, Any]]] = (
         {},
         {"pred_scale": 10.0, "normalize": True},
         {"negate_preds": True, "pred_scale": 10.0, "normalize": True},
@@ -59,12 +62,14 @@ class MaxCombination(Combination):
     ) -> None:
         super().__init__()
         scale = _positive("pred_scale", pred_scale)
-        self.negate_preds = _flag("negate_preds", negate_preds)
-        self.normalize = _flag("normalize", normalize)
-        self.learnable = _flag("learnable", learnable)
+        self.negate_preds: bool = _flag("negate_preds", negate_preds)
+        self.normalize: bool = _flag("normalize", normalize)
+        self.learnable: bool = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_pred_scale = torch.nn.Parameter(torch.tensor([math.log(scale)]))
+            self.log_pred_scale: torch.nn.Parameter = torch.nn.Parameter(
+                torch.tensor([math.log(scale)])
+            )
         else:
             self._pred_scale = scale
 
@@ -210,7 +215,7 @@ class MinCombination(MaxCombination):
     pred_scale, normalize, learnable : see :class:`MaxCombination`
     """
 
-    examples = (
+    examples: ClassVar[Sequence[dict[str, Any]]] = (
         {},
         {"pred_scale": 1000.0},
         {"pred_scale": 10.0, "normalize": True},

@@ -1,5 +1,7 @@
 """Mean of the pose predictions."""
 
+from typing import ClassVar
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from mtenn_core import Combination
 class MeanCombination(Combination):
     """The mean, Σ_i y_i / M. Every pose has the same weight."""
 
-    properties = frozenset(
+    properties: ClassVar[frozenset[str]] = frozenset(
         {
             "permutation_invariant",
             "translation_equivariant",
