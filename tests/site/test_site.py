@@ -21,6 +21,7 @@ import torch
 
 from mtenn_core import Combination, MultiPoseModel, errors
 from mtenn_core._cli import main
+from mtenn_core._cli.commands import COMMANDS
 
 ROOT = Path(__file__).parents[2]
 SITE = ROOT / "docs/_build/html"
@@ -197,8 +198,8 @@ def test_a_page_shows_the_arguments_of_a_class(cls):
 
 
 def options():
-    for command, value in main.commands.items():
-        for parameter in value.params:
+    for command in COMMANDS:
+        for parameter in main.get_command(click.Context(main), command).params:
             if isinstance(parameter, click.Option):
                 yield command, max(parameter.opts, key=len)
 
@@ -206,6 +207,17 @@ def options():
 @pytest.mark.parametrize(("command", "option"), [*options()])
 def test_every_option_is_described(command, option):
     assert f"mtenn-{command}.{option}" in documented()
+
+
+def test_every_command_has_a_heading():
+    text = (SITE / "reference/command-line.html").read_text("utf-8")
+    assert set(COMMANDS) <= set(re.findall(r"<h3>([\w-]+)<", text))
+
+
+@pytest.mark.parametrize("path", PAGES, ids=name)
+def test_references_have_plain_numbers(path):
+    """Numpydoc makes the number of a reference unique: [Ref8d7eeaa0bc-1]."""
+    assert re.findall(r"\[R[0-9a-f]{6,}-\d+\]", path.read_text("utf-8")) == []
 
 
 def test_every_setting_is_described():
