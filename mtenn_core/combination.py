@@ -20,8 +20,11 @@ InputKind = Literal["real", "positive", "label"]
 if TYPE_CHECKING:
     _Method = TypeVar("_Method", bound=Callable[..., Any])
 
-    def typed_as(method: _Method, /) -> Callable[[Callable[..., Any]], _Method]:
-        """Return a decorator that gives ``__call__``, whose result is Any in torch, a signature."""
+    def _typed_as(method: _Method, /) -> Callable[[Callable[..., Any]], _Method]:
+        """Return a decorator for ``__call__``: type checkers then see the signature of ``method``.
+
+        In torch, the result of ``__call__`` is Any.
+        """
         ...
 
 
@@ -29,7 +32,7 @@ if TYPE_CHECKING:
 # the engine when they are called.
 
 
-class ConstructorSignature:
+class _ConstructorSignature:
     """The attribute ``__signature__`` of a class whose ``__new__`` takes ``*args, **kwargs``.
 
     ``inspect.signature``, ``help`` and Sphinx show ``__new__``, unless a class has this attribute.
@@ -88,7 +91,7 @@ class Combination(torch.nn.Module):
         staticmethod[[Sequence[str], Sequence[Tensor]], dict[str, list[Tensor]]]
     ] = staticmethod(join_grad_dict)
 
-    __signature__: ClassVar[ConstructorSignature] = ConstructorSignature()
+    __signature__: ClassVar[_ConstructorSignature] = _ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         if cls.combine is Combination.combine and cls.forward is Combination.forward:
@@ -234,7 +237,7 @@ class Combination(torch.nn.Module):
 
     if TYPE_CHECKING:
 
-        @typed_as(forward)
+        @_typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
 

@@ -40,12 +40,12 @@ from mtenn_core._engine.mode import Collate, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
 from mtenn_core._torch_internals import base_of
-from mtenn_core.combination import Combination, ConstructorSignature
+from mtenn_core.combination import Combination, _ConstructorSignature
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
 
-    from mtenn_core.combination import typed_as
+    from mtenn_core.combination import _typed_as
 
 GradientMode = Literal["graph", "stored", "recomputed"]
 
@@ -139,7 +139,7 @@ class MultiPoseModel(torch.nn.Module):
     ``"stored"`` also stores the gradient of the output for each pose.
     """
 
-    __signature__: ClassVar[ConstructorSignature] = ConstructorSignature()
+    __signature__: ClassVar[_ConstructorSignature] = _ConstructorSignature()
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Self:
         """Return an empty model. Raise a TypeError that helps with an unknown argument."""
@@ -235,7 +235,7 @@ class MultiPoseModel(torch.nn.Module):
 
     if TYPE_CHECKING:
 
-        @typed_as(forward)
+        @_typed_as(forward)
         def __call__(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def _predict(

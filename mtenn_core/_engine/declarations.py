@@ -28,7 +28,7 @@ def constructor_signature(combination: type[torch.nn.Module]) -> inspect.Signatu
     """Return the signature of ``__init__``, without ``self``.
 
     ``inspect.signature(combination)`` returns the same, see
-    :class:`mtenn_core.combination.ConstructorSignature`.
+    ``mtenn_core.combination._ConstructorSignature``.
     """
     if combination.__init__ is torch.nn.Module.__init__ and not combination.call_super_init:
         return inspect.Signature()  # it says *args, **kwargs, but raises an error for any argument
