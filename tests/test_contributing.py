@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from packaging.requirements import Requirement
+from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -51,5 +52,4 @@ def test_the_lowest_versions_are_those_that_the_pyproject_files_allow():
     lines = (ROOT / "lowest.txt").read_text(encoding="utf-8").splitlines()
     pins = dict(line.split("==") for line in lines if "==" in line)
     for name, floor in floors.items():
-        padded = [*floor.split("."), "0", "0"][:3]
-        assert pins[name].split(".") == padded, name
+        assert Version(pins[name]) == Version(floor), name
