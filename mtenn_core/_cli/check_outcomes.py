@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -127,7 +127,7 @@ def _progress(
     description = TextColumn("{task.description}", markup=False)
     columns = description, BarColumn(), MofNCompleteColumn()
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
-    bar = Progress(*columns, console=Console(stderr=True), transient=True, disable=not is_terminal)
+    bar = Progress(*columns, console=Console(stderr=True), transient=True)
     task = bar.add_task("", total=len(checks.ids))
 
     def update() -> None:
@@ -139,7 +139,8 @@ def _progress(
         records.append(record)
         update()
 
-    with bar:
+    # With disable=True, rich 13 prints an empty line.
+    with bar if is_terminal else nullcontext():
         update()
         yield on_record
 

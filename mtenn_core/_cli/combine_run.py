@@ -141,11 +141,11 @@ def _combined(
 def _progress(n_poses: int, name: str, *, hidden: bool) -> Iterator[Callable[[int], object]]:
     """Show a progress bar on a terminal. Yield a function that advances it by a number of poses."""
     is_terminal = sys.stderr is not None and sys.stderr.isatty()
+    if hidden or not is_terminal:
+        yield lambda n: None
+        return
     columns = TextColumn("{task.description}", markup=False), BarColumn(), TimeRemainingColumn()
-    console = Console(stderr=True)
-    with Progress(
-        *columns, console=console, transient=True, disable=hidden or not is_terminal
-    ) as bar:
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(name, total=n_poses)
         yield lambda n: bar.advance(task, n)
 

@@ -43,6 +43,8 @@ def _default_device() -> torch.device:
 def _set_default_device(device: torch.device) -> None:
     # Set None instead of "cpu", because "cpu" makes every later call of torch slower.
     torch.set_default_device(None if device.type == "cpu" else device)
+    if device.type == "cpu":
+        torch_state.forget_device_context()
 
 
 def _set_inference_mode(mode: bool) -> None:

@@ -47,9 +47,11 @@ def device_context() -> Any:
 
 def forget_device_context() -> Callable[[], None]:
     """Forget the mode of the default device. Return a function to undo it."""
-    context = device_context()
-    internals.default_device_mode.device_context = None
-    return lambda: setattr(internals.default_device_mode, "device_context", context)
+    # Not None instead: torch.get_default_device of torch 2.6 would raise an AttributeError.
+    of_this_thread = vars(internals.default_device_mode)
+    before = dict(of_this_thread)
+    of_this_thread.clear()
+    return lambda: of_this_thread.update(before)
 
 
 def dispatch_modes() -> tuple[Any, ...]:

@@ -171,8 +171,8 @@ class DelimitedTable:
             schema_overrides=types,
         )
         try:
-            # By name: polars would take a column ^x$ for a pattern.
-            frame = scan.select(polars.selectors.by_name(wanted.columns)).collect()
+            # By place: before 2.0, polars takes a name such as ^x$ for a pattern.
+            frame = scan.select(polars.nth(self._places(wanted.columns))).collect()
         except polars.exceptions.PolarsError:
             return None
         poses = None if wanted.pose is None else column_of(frame, wanted.pose)
