@@ -305,6 +305,11 @@ def test_a_batch_of_gradients_is_found_without_the_private_interfaces():
     assert seen == [True]
 
 
+def test_a_sparse_tensor_has_numbers_without_the_private_interface():
+    sparse = torch.eye(2).to_sparse()  # it has no storage of its own, but belongs to no transform
+    assert not without("_C._functorch.is_functorch_wrapped_tensor").is_wrapped(sparse)
+
+
 def test_unknown_transforms_count_as_vmap():
     other = without("_C._functorch.peek_interpreter_stack")
     names = []
@@ -377,11 +382,16 @@ def test_a_mode_names_the_modes_that_work(path, mode, works, pose_model, poses, 
         torch.testing.assert_close(found, expected)  # modes differ by roundoff
 
 
-def test_a_check_that_needs_an_interface_is_an_error_and_the_others_pass(hide):
-    hide("Tensor._backward_hooks")
-    report = check_combination(SmoothMinimum, only=["B1", "A4"])
-    assert [record.status for record in report.records] == ["pass", "error"]
-    assert "Tensor._backward_hooks" in report.records[1].reason
+@pytest.mark.parametrize(
+    ("path", "check"),
+    [("Tensor._backward_hooks", "A4"), ("ops.aten.add.Tensor._schema", "A13")],
+)
+def test_a_check_that_needs_an_interface_is_an_error_and_the_others_pass(path, check, hide):
+    hide(path)
+    report = check_combination(SmoothMinimum, only=["B1", check])
+    records = {record.id: record for record in report.records}
+    assert {id: record.status for id, record in records.items()} == {"B1": "pass", check: "error"}
+    assert path in records[check].reason
 
 
 # Interfaces for settings that are not watched without them: what the module then says.
