@@ -222,18 +222,12 @@ PUBLIC_WAYS = {
     "_C._current_graph_task_id": ["recomputed", "stored"],
     "_C._autograd._get_current_graph_task_keep_graph": ["stored"],
     "autograd.graph._engine_run_backward": ["recomputed"],
-    "_foreach_add_": ["graph"],
     "Tensor._base": ["graph", "stored", "recomputed"],
     "Node._input_metadata": ["stored"],
-    "Module._non_persistent_buffers_set": ["graph"],
     "_C._functorch.peek_interpreter_stack": ["graph", "stored", "recomputed"],
     "_C._functorch.is_batchedtensor": ["graph", "stored", "recomputed"],
     "_C._functorch.is_legacy_batchedtensor": ["stored", "recomputed"],
     "autograd.forward_ad._current_level": ["stored"],
-    "_C._functorch._vmap_increment_nesting": ["graph"],
-    "_C._functorch._add_batch_dim": ["graph"],
-    "_C._functorch._remove_batch_dim": ["graph"],
-    "_C._functorch._vmap_decrement_nesting": ["graph"],
 }
 
 
@@ -247,6 +241,39 @@ def test_the_public_way_gives_the_same_numbers(path, modes, combination, pose_mo
         found = gradients(pose_model, poses, combination(), mode, **options)
         for a, b in zip(found, expected[mode], strict=True):
             assert torch.equal(a, b)
+
+
+VMAP = [
+    f"_C._functorch.{name}"
+    for name in (
+        "_vmap_increment_nesting",
+        "_add_batch_dim",
+        "_remove_batch_dim",
+        "_vmap_decrement_nesting",
+    )
+]
+
+
+@pytest.mark.parametrize("path", VMAP)
+def test_compounds_of_one_size_give_the_same_numbers_without_vmaps_own_functions(
+    path, pose_model, hide, monkeypatch
+):
+    def results():
+        model = MultiPoseModel(pose_model, SmoothMinimum())  # anew: it compares a batch first
+        rows = torch.linspace(-1, 1, 96, dtype=torch.float64).view(24, 4)
+        prediction = model(rows, sizes=[3] * 8).prediction
+        return [prediction, *torch.autograd.grad(prediction.sum(), list(pose_model.parameters()))]
+
+    expected = results()
+    other = hide(path)
+    calls = []
+    vmap = torch.func.vmap
+    monkeypatch.setattr(torch.func, "vmap", lambda f: calls.append(f) or vmap(f))
+    found = results()
+    assert other._VMAP == []
+    assert calls
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_sum_without_foreach_is_the_same():
@@ -484,6 +511,9 @@ BY_NAME_ONLY = {
     "nn.modules.module._global_backward_hooks",
 }
 OTHERS = {
+    "_foreach_add_",  # test_a_sum_without_foreach_…
+    "Module._non_persistent_buffers_set",  # test_buffers_outside_…
+    *VMAP,
     "_C._functorch.is_functorch_wrapped_tensor",  # test_a_transform_is_found_without…
     *(f"backends.opt_einsum.m._{n}" for n in ("get_enabled", "get_strategy")),  # test_einsum_…
     *(f"backends.opt_einsum.m._{n}" for n in ("set_enabled", "set_strategy")),
