@@ -205,10 +205,14 @@ is_batched_by_vmap, is_legacy_batched = _find_all(
     lambda tensor: False,
 )
 
-# Returns whether a tensor belongs to a transform. Without it: it has no memory of its own.
-is_wrapped = _find(
-    "_C._functorch.is_functorch_wrapped_tensor", partial(_fails, Tensor.untyped_storage)
-)
+
+def _has_no_memory(tensor: Tensor) -> bool:
+    # A sparse tensor belongs to no transform, and has no memory of its own either.
+    return tensor.layout == torch.strided and _fails(Tensor.untyped_storage, tensor)
+
+
+# Returns whether a tensor belongs to a transform. Without it: whether it has no memory of its own.
+is_wrapped = _find("_C._functorch.is_functorch_wrapped_tensor", _has_no_memory)
 
 # A context outside of all transforms. Without it: an error, because a gate would see the transform.
 outside_transforms = _find(

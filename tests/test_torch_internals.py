@@ -217,18 +217,12 @@ PUBLIC_WAYS = {
     "_C._current_graph_task_id": ["recomputed", "stored"],
     "_C._autograd._get_current_graph_task_keep_graph": ["stored"],
     "autograd.graph._engine_run_backward": ["recomputed"],
-    "_foreach_add_": ["graph"],
     "Tensor._base": ["graph", "stored", "recomputed"],
     "Node._input_metadata": ["stored"],
-    "Module._non_persistent_buffers_set": ["graph"],
     "_C._functorch.peek_interpreter_stack": ["graph", "stored", "recomputed"],
     "_C._functorch.is_batchedtensor": ["graph", "stored", "recomputed"],
     "_C._functorch.is_legacy_batchedtensor": ["stored", "recomputed"],
     "autograd.forward_ad._current_level": ["stored"],
-    "_C._functorch._vmap_increment_nesting": ["graph"],
-    "_C._functorch._add_batch_dim": ["graph"],
-    "_C._functorch._remove_batch_dim": ["graph"],
-    "_C._functorch._vmap_decrement_nesting": ["graph"],
 }
 
 
@@ -242,6 +236,39 @@ def test_the_public_way_gives_the_same_numbers(path, modes, combination, pose_mo
         found = gradients(pose_model, poses, combination(), mode, **options)
         for a, b in zip(found, expected[mode], strict=True):
             assert torch.equal(a, b)
+
+
+VMAP = [
+    f"_C._functorch.{name}"
+    for name in (
+        "_vmap_increment_nesting",
+        "_add_batch_dim",
+        "_remove_batch_dim",
+        "_vmap_decrement_nesting",
+    )
+]
+
+
+@pytest.mark.parametrize("path", VMAP)
+def test_compounds_of_one_size_give_the_same_numbers_without_vmaps_own_functions(
+    path, pose_model, hide, monkeypatch
+):
+    def results():
+        model = MultiPoseModel(pose_model, SmoothMinimum())  # anew: it compares a batch first
+        rows = torch.linspace(-1, 1, 96, dtype=torch.float64).view(24, 4)
+        prediction = model(rows, sizes=[3] * 8).prediction
+        return [prediction, *torch.autograd.grad(prediction.sum(), list(pose_model.parameters()))]
+
+    expected = results()
+    other = hide(path)
+    calls = []
+    vmap = torch.func.vmap
+    monkeypatch.setattr(torch.func, "vmap", lambda f: calls.append(f) or vmap(f))
+    found = results()
+    assert other._VMAP == []
+    assert calls
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a, b)
 
 
 def test_a_sum_without_foreach_is_the_same():
@@ -300,6 +327,11 @@ def test_a_batch_of_gradients_is_found_without_the_private_interfaces():
     doubled.register_hook(lambda g: seen.append(other.is_batched_by_vmap(g)))
     torch.autograd.grad(doubled, tensor, torch.eye(3), is_grads_batched=True)
     assert seen == [True]
+
+
+def test_a_sparse_tensor_has_numbers_without_the_private_interface():
+    sparse = torch.eye(2).to_sparse()  # it has no storage of its own, but belongs to no transform
+    assert not without("_C._functorch.is_functorch_wrapped_tensor").is_wrapped(sparse)
 
 
 def test_unknown_transforms_count_as_vmap():
@@ -374,11 +406,16 @@ def test_a_mode_names_the_modes_that_work(path, mode, works, pose_model, poses, 
         torch.testing.assert_close(found, expected)  # modes differ by roundoff
 
 
-def test_a_check_that_needs_an_interface_is_an_error_and_the_others_pass(hide):
-    hide("Tensor._backward_hooks")
-    report = check_combination(SmoothMinimum, only=["B1", "A4"])
-    assert [record.status for record in report.records] == ["pass", "error"]
-    assert "Tensor._backward_hooks" in report.records[1].reason
+@pytest.mark.parametrize(
+    ("path", "check"),
+    [("Tensor._backward_hooks", "A4"), ("ops.aten.add.Tensor._schema", "A13")],
+)
+def test_a_check_that_needs_an_interface_is_an_error_and_the_others_pass(path, check, hide):
+    hide(path)
+    report = check_combination(SmoothMinimum, only=["B1", check])
+    records = {record.id: record for record in report.records}
+    assert {id: record.status for id, record in records.items()} == {"B1": "pass", check: "error"}
+    assert path in records[check].reason
 
 
 # Interfaces for settings that are not watched without them: what the module then says.
@@ -473,6 +510,9 @@ BY_NAME_ONLY = {
     "nn.modules.module._global_backward_hooks",
 }
 OTHERS = {
+    "_foreach_add_",  # test_a_sum_without_foreach_…
+    "Module._non_persistent_buffers_set",  # test_buffers_outside_…
+    *VMAP,
     "_C._functorch.is_functorch_wrapped_tensor",  # test_a_transform_is_found_without…
     *(f"backends.opt_einsum.m._{n}" for n in ("get_enabled", "get_strategy")),  # test_einsum_…
     *(f"backends.opt_einsum.m._{n}" for n in ("set_enabled", "set_strategy")),

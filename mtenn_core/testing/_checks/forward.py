@@ -13,6 +13,7 @@ from mtenn_core._engine.autograd_nodes import is_function
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import value_of_forward
 from mtenn_core.combination import Combination
+from mtenn_core.errors import TorchVersionError
 from mtenn_core.testing._checks.chain_rule import check_chain_rule, kernels
 from mtenn_core.testing._checks.check import check
 from mtenn_core.testing._outcomes import Fail, Metrics, Skip
@@ -331,7 +332,7 @@ def device(subject: Subject) -> Metrics:
     try:
         with ShapesFromCpu():
             devices = [tensor.device.type for tensor in _on_meta(subject)]
-    except MemoryError:
+    except (MemoryError, TorchVersionError):
         raise
     except Exception as error:
         if "expected device" in str(error) or "same device" in str(error):
