@@ -162,10 +162,19 @@ sequence_number = methodcaller("_sequence_nr") if INTERFACES["Node._sequence_nr"
 # "stored" scales all gradients as it does those in float16, and check A1 has an error.
 input_metadata = _find_attribute("Node._input_metadata", _Needed("check A1"))
 
-# The tables of a module: its parameters and its buffers by name. Without them: an error.
+# The tables of a module: its parameters, buffers and children by name. Without them: an error.
 _TABLES = _Needed("mtenn-core")
 parameters_of = _find_attribute("Module._parameters", _TABLES)
 buffers_of = _find_attribute("Module._buffers", _TABLES)
+children_of = _find_attribute("Module._modules", _TABLES)
+
+# The attributes with the hooks of a module, and the start of attributes that Module.compile() and
+# fully_shard add. Without them: a checkpoint of a combination with hooks, or of a compiled or
+# sharded one, counts as a checkpoint of another combination.
+HOOKS_OF_MODULE = frozenset(
+    {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
+)
+ADDED_TO_MODULES = ("_compiled_call_impl", "_is_fsdp_", "_fsdp_", "__composable_api_state_key")
 
 # The names of buffers that state_dict() leaves out. Without it: compare the two. Hooks of
 # state_dict() may be slow.

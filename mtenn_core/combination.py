@@ -253,10 +253,10 @@ def _initializing_module(init: Callable[..., None]) -> Callable[..., None]:
         try:
             init(self, *args, **kwargs)
         except AttributeError as error:
-            if "_modules" not in vars(self):
+            if "training" not in vars(self):
                 raise CombinationContractError(f"{rule}; found: {error}") from error
             raise
-        if "_modules" not in vars(self) and vars(type(self).__init__).get("__wrapped__") is init:
+        if "training" not in vars(self) and vars(type(self).__init__).get("__wrapped__") is init:
             raise CombinationContractError(f"{rule}; found that it never does")
 
     return checked

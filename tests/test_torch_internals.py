@@ -52,6 +52,10 @@ def chain(node: ast.AST) -> list[str]:
 KNOWN = names_in(_torch_internals.INTERFACES)
 
 
+# Also as a text, which vars(module) takes.
+IN_MODULES = set(filter(is_private, vars(torch.nn.Module())))
+
+
 def private_uses(source: str) -> list[str]:
     """Return the lines of a module that touch a private interface of torch."""
     tree = ast.parse(source)
@@ -79,6 +83,8 @@ def private_uses(source: str) -> list[str]:
             texts = [a.value for a in node.args if isinstance(a, ast.Constant)]
             if name in BY_NAME and KNOWN & set(texts):
                 found.append((node.lineno, ast.unparse(node)))
+        elif isinstance(node, ast.Constant) and node.value in IN_MODULES:
+            found.append((node.lineno, ast.unparse(node)))
     return sorted({f"{line}: {code}" for line, code in found})
 
 
@@ -108,6 +114,7 @@ def test_a_module_touches_no_private_interface_of_torch(path):
         "def f(node):\n    return node().next._sequence_nr()",
         "hooks = getattr(tensor, '_backward_hooks')",
         "import operator\nbase = operator.attrgetter('_base')",
+        "children = vars(module)['_modules']",
     ],
 )
 def test_a_private_interface_is_found(code):
@@ -367,6 +374,7 @@ ERRORS = {
     "Node._input_metadata": ("input_metadata", "check A1 .*Use torch 2"),
     "Module._parameters": ("parameters_of", "mtenn-core .*Use torch 2"),
     "Module._buffers": ("buffers_of", "mtenn-core .*Use torch 2"),
+    "Module._modules": ("children_of", "mtenn-core .*Use torch 2"),
     "_functorch.pyfunctorch.temporarily_clear_interpreter_stack": (
         "outside_transforms",
         "validation inside a transform.*Use registry.create outside of it, or",

@@ -17,20 +17,20 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from mtenn_core._engine.module_tensors import is_sharded
-from mtenn_core._torch_internals import buffers_of, non_persistent_of
+from mtenn_core._torch_internals import (
+    ADDED_TO_MODULES,
+    HOOKS_OF_MODULE,
+    buffers_of,
+    children_of,
+    non_persistent_of,
+    parameters_of,
+)
 
 # Arrays with more values, and data with a longer text, are represented by a hash.
 MAX_VALUES = 16
 MAX_LENGTH = 400
-# Attributes of every module. The tables and the hooks are described by their contents.
-_TABLES = frozenset({"_parameters", "_buffers", "_modules"})
-_HOOKS = frozenset(
-    {"_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"}
-)
+# Attributes of every module. Its tables and hooks are described by their contents.
 _IGNORED = frozenset(vars(torch.nn.Module())) | {"_arguments"}
-# The start of attributes that Module.compile() and fully_shard add (seen in torch 2.13). They do
-# not change what is computed. Without this: a start value may not differ in a sharded combination.
-_IGNORED_PREFIXES = ("_compiled_call_impl", "_is_fsdp_", "_fsdp_", "__composable_api_state_key")
 
 
 class Describer:
@@ -72,15 +72,18 @@ class Describer:
 
     def attributes(self, module: torch.nn.Module) -> dict[str, Any]:
         """Return a description of each attribute, parameter, buffer, child and hook of a module."""
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = {
+            **parameters_of(module),
+            **buffers_of(module),
+            **children_of(module),
+        }
         for name, value in vars(module).items():
-            if name in _TABLES:
-                own |= value
-            elif name in _HOOKS:
+            if name in HOOKS_OF_MODULE:
                 # The keys are arbitrary numbers. The hooks of fully_shard compute nothing.
                 hooks = [hook for hook in value.values() if not _is_distributed(hook)]
                 own |= {name: hooks} if hooks else {}
-            elif name not in _IGNORED and not name.startswith(_IGNORED_PREFIXES):
+            # What compile() and fully_shard add does not change what is computed.
+            elif name not in _IGNORED and not name.startswith(ADDED_TO_MODULES):
                 own[name] = value
         return {name: self.describe(own[name]) for name in sorted(own)}
 
