@@ -1,6 +1,8 @@
 import copy
+import functools
 import inspect
 import pickle
+from typing import get_type_hints
 
 import pytest
 import torch
@@ -393,6 +395,19 @@ def test_the_signature_of_the_model_has_its_options():
     parameters = inspect.signature(MultiPoseModel).parameters
     assert list(parameters)[:3] == ["pose_model", "combination", "gradients"]
     assert parameters["gradients"].default == "graph"
+
+
+def test_a_function_that_wraps_the_model_has_a_signature():
+    @functools.wraps(MultiPoseModel)  # copies the attributes of the class
+    def make_model(*args, **kwargs):
+        return MultiPoseModel(*args, **kwargs)
+
+    assert list(inspect.signature(make_model).parameters) == ["args", "kwargs"]
+
+
+@pytest.mark.parametrize("cls", [Combination, SumOfSquares, MultiPoseModel])
+def test_annotations_of_a_class_can_be_evaluated(cls):
+    assert "training" in get_type_hints(cls)
 
 
 def test_the_signature_of_an_instance_is_not_that_of_the_constructor():
