@@ -105,6 +105,7 @@ def test_a_shell_completes_without_torch_and_plugins(line, incomplete, expected,
     path = os.pathsep.join([str(MTENN.parent), os.environ["PATH"]])
     done = subprocess.run(
         [program, "-c", script.format(line=line, incomplete=incomplete)],
+        cwd=tmp_path,  # fish also completes files of the working folder
         env=os.environ | {"PATH": path, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
         capture_output=True,
         encoding="utf-8",
