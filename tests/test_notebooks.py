@@ -148,5 +148,6 @@ def test_an_empty_registry_and_a_malformed_setting_are_shown(monkeypatch):
     registry = Registry("no.such.group")
     assert shown(registry).words == ["Registry('no.such.group'):", "no", "combinations"]
     monkeypatch.setenv("MTENN_STRICT", "<perhaps>")
-    words = " ".join(shown(Registry(policy=Policy())).words)
-    assert re.search(r"MTENN_STRICT.*<perhaps>", words)
+    title, error = shown(Registry(policy=Policy())).paragraphs
+    assert title == "Registry('mtenn.combinations')"
+    assert re.search(r"MTENN_STRICT.*<perhaps>", error)
