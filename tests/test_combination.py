@@ -1,5 +1,4 @@
 import copy
-import functools
 import inspect
 import pickle
 from typing import get_type_hints
@@ -8,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mtenn_core import Combination, MultiPoseModel, as_mtenn_combination
+from mtenn_core import Combination, as_mtenn_combination
 from mtenn_core._engine.evaluation import combined_prediction
 from mtenn_core.errors import CombinationContractError, DoubleBackwardError, PredictionError
 
@@ -391,21 +390,7 @@ def test_the_signature_of_a_class_is_that_of_its_constructor(cls, signature):
     assert str(inspect.signature(cls)) == signature
 
 
-def test_the_signature_of_the_model_has_its_options():
-    parameters = inspect.signature(MultiPoseModel).parameters
-    assert list(parameters)[:3] == ["pose_model", "combination", "gradients"]
-    assert parameters["gradients"].default == "graph"
-
-
-def test_a_function_that_wraps_the_model_has_a_signature():
-    @functools.wraps(MultiPoseModel)  # copies the attributes of the class
-    def make_model(*args, **kwargs):
-        return MultiPoseModel(*args, **kwargs)
-
-    assert list(inspect.signature(make_model).parameters) == ["args", "kwargs"]
-
-
-@pytest.mark.parametrize("cls", [Combination, SumOfSquares, MultiPoseModel])
+@pytest.mark.parametrize("cls", [Combination, SumOfSquares])
 def test_annotations_of_a_class_can_be_evaluated(cls):
     assert "training" in get_type_hints(cls)
 
