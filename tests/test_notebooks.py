@@ -135,11 +135,12 @@ def test_a_registry_lists_its_combinations_and_imports_none(tmp_path, monkeypatc
     assert "notebook_demo" not in sys.modules
 
 
-def test_a_registry_lists_its_problems(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_registry_lists_its_problems(strict, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("notebook-one", "notebook-two"):
         write_distribution(tmp_path, name, {"same": "notebook_one:Good"})
-    registry = Registry()
+    registry = Registry(policy=Policy(strict=strict))
     (problem,) = (each for each in registry.problems() if "'same'" in each.message)
     assert f"{problem.kind}: {problem.message}" in shown(registry).paragraphs
 

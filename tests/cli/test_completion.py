@@ -64,6 +64,11 @@ def test_a_malformed_setting_completes_nothing_and_is_no_error(rules, monkeypatc
     assert complete("mtenn combine poses.csv", "low") == []
 
 
+def test_a_setting_that_names_no_plugin_gives_no_warning(rules, monkeypatch):
+    monkeypatch.setenv("MTENN_DISABLE_PLUGINS", "no-such-plugin")
+    assert complete("mtenn combine poses.csv", "low") == [("plain", "lower"), ("plain", "lowest")]
+
+
 def test_the_ids_and_titles_in_the_source_are_those_of_the_checks():
     assert sorted(check_titles()) == sorted((check.id, check.title) for check in CHECKS)
 
