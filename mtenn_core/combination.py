@@ -32,11 +32,16 @@ if TYPE_CHECKING:
 # the engine when they are called.
 
 
-class _ConstructorSignature:
+class _ConstructorSignature(inspect.Signature):
     """The attribute ``__signature__`` of a class whose ``__new__`` takes ``*args, **kwargs``.
 
     ``inspect.signature``, ``help`` and Sphinx show ``__new__``, unless a class has this attribute.
+    It is a signature itself, because ``functools.wraps(cls)`` copies it to a function.
     """
+
+    def __init__(self) -> None:
+        kinds = inspect.Parameter
+        super().__init__([kinds("args", kinds.VAR_POSITIONAL), kinds("kwargs", kinds.VAR_KEYWORD)])
 
     def __get__(self, instance: object, owner: type[torch.nn.Module]) -> inspect.Signature:
         if instance is not None:
@@ -84,12 +89,14 @@ class Combination(torch.nn.Module):
     pose_inputs: ClassVar[tuple[str, ...] | Mapping[str, InputKind]] = ()
     pose_columns: int | str | tuple[str, ...] | None = None
 
-    split_grad_dict: ClassVar[staticmethod[[GradDict], tuple[list[str], list[Tensor]]]] = (
-        staticmethod(split_grad_dict)
-    )
-    join_grad_dict: ClassVar[
-        staticmethod[[Sequence[str], Sequence[Tensor]], dict[str, list[Tensor]]]
-    ] = staticmethod(join_grad_dict)
+    if TYPE_CHECKING:  # staticmethod[…] is an error when it is evaluated
+        split_grad_dict: ClassVar[staticmethod[[GradDict], tuple[list[str], list[Tensor]]]]
+        join_grad_dict: ClassVar[
+            staticmethod[[Sequence[str], Sequence[Tensor]], dict[str, list[Tensor]]]
+        ]
+
+    split_grad_dict = staticmethod(split_grad_dict)
+    join_grad_dict = staticmethod(join_grad_dict)
 
     __signature__: ClassVar[_ConstructorSignature] = _ConstructorSignature()
 

@@ -1,12 +1,13 @@
 import copy
 import inspect
 import pickle
+from typing import get_type_hints
 
 import pytest
 import torch
 from torch import Tensor
 
-from mtenn_core import Combination, MultiPoseModel, as_mtenn_combination
+from mtenn_core import Combination, as_mtenn_combination
 from mtenn_core._engine.evaluation import combined_prediction
 from mtenn_core.errors import CombinationContractError, DoubleBackwardError, PredictionError
 
@@ -389,10 +390,9 @@ def test_the_signature_of_a_class_is_that_of_its_constructor(cls, signature):
     assert str(inspect.signature(cls)) == signature
 
 
-def test_the_signature_of_the_model_has_its_options():
-    parameters = inspect.signature(MultiPoseModel).parameters
-    assert list(parameters)[:3] == ["pose_model", "combination", "gradients"]
-    assert parameters["gradients"].default == "graph"
+@pytest.mark.parametrize("cls", [Combination, SumOfSquares])
+def test_annotations_of_a_class_can_be_evaluated(cls):
+    assert "training" in get_type_hints(cls)
 
 
 def test_the_signature_of_an_instance_is_not_that_of_the_constructor():

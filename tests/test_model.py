@@ -1,5 +1,6 @@
 import contextlib
 import copy
+import functools
 import inspect
 import subprocess
 import sys
@@ -119,6 +120,14 @@ def test_the_signature_of_the_class_is_that_of_its_constructor():
     assert [*inspect.signature(MultiPoseModel).parameters.values()] == arguments
     # jsonargparse reads the types from __new__.
     assert get_type_hints(MultiPoseModel.__new__)["gradients"] == GradientMode
+
+
+def test_a_function_that_wraps_the_model_has_a_signature():
+    @functools.wraps(MultiPoseModel)  # copies the attributes of the class
+    def make_model(*args, **kwargs):
+        return MultiPoseModel(*args, **kwargs)
+
+    assert list(inspect.signature(make_model).parameters) == ["args", "kwargs"]
 
 
 @MODES

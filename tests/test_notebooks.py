@@ -135,11 +135,12 @@ def test_a_registry_lists_its_combinations_and_imports_none(tmp_path, monkeypatc
     assert "notebook_demo" not in sys.modules
 
 
-def test_a_registry_lists_its_problems(tmp_path, monkeypatch):
+@pytest.mark.parametrize("strict", [False, True])
+def test_a_registry_lists_its_problems(strict, tmp_path, monkeypatch):
     monkeypatch.syspath_prepend(tmp_path)
     for name in ("notebook-one", "notebook-two"):
         write_distribution(tmp_path, name, {"same": "notebook_one:Good"})
-    registry = Registry()
+    registry = Registry(policy=Policy(strict=strict))
     (problem,) = (each for each in registry.problems() if "'same'" in each.message)
     assert f"{problem.kind}: {problem.message}" in shown(registry).paragraphs
 
@@ -148,5 +149,6 @@ def test_an_empty_registry_and_a_malformed_setting_are_shown(monkeypatch):
     registry = Registry("no.such.group")
     assert shown(registry).words == ["Registry('no.such.group'):", "no", "combinations"]
     monkeypatch.setenv("MTENN_STRICT", "<perhaps>")
-    words = " ".join(shown(Registry(policy=Policy())).words)
-    assert re.search(r"MTENN_STRICT.*<perhaps>", words)
+    title, error = shown(Registry(policy=Policy())).paragraphs
+    assert title == "Registry('mtenn.combinations')"
+    assert re.search(r"MTENN_STRICT.*<perhaps>", error)

@@ -112,18 +112,18 @@ class Registry:
         return f"Registry({self.group!r}: {names or 'no combinations'})"
 
     def _repr_html_(self) -> str:
+        title = f"Registry({self.group!r})"
         try:
             snapshot = self._current(strict=False)
         except RegistryError as error:  # a malformed setting
-            return html_table(repr(self.group), (), (), [str(error)])
+            return html_table(title, (), (), [str(error)])
         rows = [
             (each.name, each.distribution or each.origin, each.version or "", each.target)
             for each in snapshot.available_records()
         ]
         columns = ("name", "distribution", "version", "class") if rows else ()
         problems = [f"{each.kind}: {each.message}" for each in snapshot.problems()]
-        title = f"Registry({self.group!r}){'' if rows else ': no combinations'}"
-        return html_table(title, columns, rows, problems)
+        return html_table(title if rows else f"{title}: no combinations", columns, rows, problems)
 
     def info(self, name: str) -> PluginRecord:
         """Return the facts about one plugin, without importing it.

@@ -64,6 +64,11 @@ def test_a_malformed_setting_completes_nothing_and_is_no_error(rules, monkeypatc
     assert complete("mtenn combine poses.csv", "low") == []
 
 
+def test_a_setting_that_names_no_plugin_gives_no_warning(rules, monkeypatch):
+    monkeypatch.setenv("MTENN_DISABLE_PLUGINS", "no-such-plugin")
+    assert complete("mtenn combine poses.csv", "low") == [("plain", "lower"), ("plain", "lowest")]
+
+
 def test_the_ids_and_titles_in_the_source_are_those_of_the_checks():
     assert sorted(check_titles()) == sorted((check.id, check.title) for check in CHECKS)
 
@@ -105,6 +110,7 @@ def test_a_shell_completes_without_torch_and_plugins(line, incomplete, expected,
     path = os.pathsep.join([str(MTENN.parent), os.environ["PATH"]])
     done = subprocess.run(
         [program, "-c", script.format(line=line, incomplete=incomplete)],
+        cwd=tmp_path,  # fish also completes files of the working folder
         env=os.environ | {"PATH": path, "PYTHONPATH": str(tmp_path), "HOME": str(tmp_path)},
         capture_output=True,
         encoding="utf-8",

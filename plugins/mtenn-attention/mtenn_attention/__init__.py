@@ -4,7 +4,7 @@ import math
 import operator
 import re
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -41,12 +41,10 @@ class SoftmaxCombination(Combination):
     def __init__(self, temperature: float, learnable: bool) -> None:
         super().__init__()
         number = _positive("temperature", temperature)
-        self.learnable: bool = _flag("learnable", learnable)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_temperature: torch.nn.Parameter = torch.nn.Parameter(
-                torch.tensor([math.log(number)])
-            )
+            self.log_temperature = torch.nn.Parameter(torch.tensor([math.log(number)]))
         else:
             self._temperature = number
 
@@ -114,7 +112,7 @@ class AttentionCombination(SoftmaxCombination):
     """
 
     pose_columns: int | str = "any"  # of an instance: n_features
-    examples: ClassVar[Sequence[dict[str, Any]]] = (
+    examples = (
         {"n_features": 3, "n_hidden": 4},
         {"n_features": 3, "n_hidden": 4, "readout": True, "temperature": 0.5},
         {"n_features": 3, "n_hidden": 4, "dropout": 0.25, "readout": True, "learnable": True},
@@ -132,15 +130,13 @@ class AttentionCombination(SoftmaxCombination):
         super().__init__(temperature, learnable)
         self.pose_columns = _whole_number("n_features", n_features)
         n_hidden = _whole_number("n_hidden", n_hidden)
-        self.dropout: float = _number(dropout)
+        self.dropout = _number(dropout)
         if not 0 <= self.dropout < 1:
             raise ValueError(f"dropout must be at least 0 and below 1; found dropout = {dropout!r}")
         has_readout = _flag("readout", readout)
-        self.V: torch.nn.Linear = torch.nn.Linear(self.pose_columns, n_hidden, bias=False)
-        self.w: torch.nn.Linear = torch.nn.Linear(n_hidden, 1, bias=False)
-        self.readout: torch.nn.Linear | None = (
-            torch.nn.Linear(self.pose_columns, 1) if has_readout else None
-        )
+        self.V = torch.nn.Linear(self.pose_columns, n_hidden, bias=False)
+        self.w = torch.nn.Linear(n_hidden, 1, bias=False)
+        self.readout = torch.nn.Linear(self.pose_columns, 1) if has_readout else None
 
     # Facts of the instance, read-only: mypy knows them as attributes of the class.
     @property
@@ -248,7 +244,7 @@ class GatedAttentionCombination(AttentionCombination):
         learnable: bool = False,
     ) -> None:
         super().__init__(n_features, n_hidden, dropout, readout, temperature, learnable)
-        self.U: torch.nn.Linear = torch.nn.Linear(n_features, n_hidden, bias=False)
+        self.U = torch.nn.Linear(n_features, n_hidden, bias=False)
 
     def _hidden_units(self, embeddings: Tensor) -> Tensor:
         """Return tanh(V h_i) ⊙ sigm(U h_i), shape (n_poses, n_hidden)."""
@@ -279,11 +275,9 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         is not True or False
     """
 
-    pose_columns: tuple[str, str] = ("affinity", "confidence")
-    properties: ClassVar[frozenset[str]] = frozenset(
-        {"permutation_invariant", "replication_invariant"}
-    )
-    examples: ClassVar[Sequence[dict[str, Any]]] = ({}, {"temperature": 0.5, "learnable": True})
+    pose_columns = ("affinity", "confidence")
+    properties = frozenset({"permutation_invariant", "replication_invariant"})
+    examples = ({}, {"temperature": 0.5, "learnable": True})
 
     def __init__(self, temperature: float = 1.0, learnable: bool = False) -> None:
         super().__init__(temperature, learnable)

@@ -1,8 +1,7 @@
 """Boltzmann-weighted mean of the pose predictions."""
 
 import math
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,7 +37,7 @@ class BoltzmannCombination(Combination):
     """
 
     # The mean is not monotone. It falls if a prediction rises that is more than kT above the mean.
-    properties: ClassVar[frozenset[str]] = frozenset(
+    properties = frozenset(
         {
             "permutation_invariant",
             "translation_equivariant",
@@ -47,15 +46,15 @@ class BoltzmannCombination(Combination):
             "replication_invariant",
         }
     )
-    examples: ClassVar[Sequence[dict[str, Any]]] = ({}, {"kT": 0.593, "learnable": True})
+    examples = ({}, {"kT": 0.593, "learnable": True})
 
     def __init__(self, kT: float = 1.0, learnable: bool = False) -> None:
         super().__init__()
         number = _positive("kT", kT)
-        self.learnable: bool = _flag("learnable", learnable)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_kT: torch.nn.Parameter = torch.nn.Parameter(torch.tensor([math.log(number)]))
+            self.log_kT = torch.nn.Parameter(torch.tensor([math.log(number)]))
         else:
             self._kT = number
 

@@ -2,8 +2,7 @@
 
 import math
 import re
-from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -43,10 +42,8 @@ class MaxCombination(Combination):
         not True or False
     """
 
-    properties: ClassVar[frozenset[str]] = frozenset(
-        {"permutation_invariant", "translation_equivariant", "monotone"}
-    )
-    examples: ClassVar[Sequence[dict[str, Any]]] = (
+    properties = frozenset({"permutation_invariant", "translation_equivariant", "monotone"})
+    examples = (
         {},
         {"pred_scale": 10.0, "normalize": True},
         {"negate_preds": True, "pred_scale": 10.0, "normalize": True},
@@ -62,14 +59,12 @@ class MaxCombination(Combination):
     ) -> None:
         super().__init__()
         scale = _positive("pred_scale", pred_scale)
-        self.negate_preds: bool = _flag("negate_preds", negate_preds)
-        self.normalize: bool = _flag("normalize", normalize)
-        self.learnable: bool = _flag("learnable", learnable)
+        self.negate_preds = _flag("negate_preds", negate_preds)
+        self.normalize = _flag("normalize", normalize)
+        self.learnable = _flag("learnable", learnable)
         if learnable:
             # It has one dimension because fully_shard does not accept parameters of shape ().
-            self.log_pred_scale: torch.nn.Parameter = torch.nn.Parameter(
-                torch.tensor([math.log(scale)])
-            )
+            self.log_pred_scale = torch.nn.Parameter(torch.tensor([math.log(scale)]))
         else:
             self._pred_scale = scale
 
@@ -215,7 +210,7 @@ class MinCombination(MaxCombination):
     pred_scale, normalize, learnable : see :class:`MaxCombination`
     """
 
-    examples: ClassVar[Sequence[dict[str, Any]]] = (
+    examples = (
         {},
         {"pred_scale": 1000.0},
         {"pred_scale": 10.0, "normalize": True},

@@ -1,7 +1,5 @@
 """Mean of the pose predictions."""
 
-from typing import ClassVar
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,7 @@ from mtenn_core import Combination
 class MeanCombination(Combination):
     """The mean, Σ_i y_i / M. Every pose has the same weight."""
 
-    properties: ClassVar[frozenset[str]] = frozenset(
+    properties = frozenset(
         {
             "permutation_invariant",
             "translation_equivariant",

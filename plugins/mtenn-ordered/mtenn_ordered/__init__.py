@@ -3,7 +3,7 @@
 import math
 import operator
 from collections.abc import Sequence
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,16 +41,16 @@ class TopKMeanCombination(Combination):
     ValueError : ``k`` is no whole number, or below 1, or ``largest`` is not True or False
     """
 
-    smooth: ClassVar[bool] = False
-    properties: ClassVar[frozenset[str]] = frozenset(
+    smooth = False
+    properties = frozenset(
         {"permutation_invariant", "translation_equivariant", "monotone", "bounded", "idempotent"}
     )
-    examples: ClassVar[Sequence[dict[str, Any]]] = ({}, {"k": 1}, {"k": 2, "largest": True})
+    examples = ({}, {"k": 1}, {"k": 2, "largest": True})
 
     def __init__(self, k: int = 3, largest: bool = False) -> None:
         super().__init__()
-        self.k: int = _whole_number("k", k)
-        self.largest: bool = _flag("largest", largest)
+        self.k = _whole_number("k", k)
+        self.largest = _flag("largest", largest)
 
     def combine(self, predictions: Tensor) -> Tensor:
         """Return the mean of the k lowest or highest predictions, shape (), in their unit."""
@@ -97,15 +97,15 @@ class TrimmedMeanCombination(Combination):
     ValueError : ``proportion`` is outside this range
     """
 
-    smooth: ClassVar[bool] = False
-    properties: ClassVar[frozenset[str]] = frozenset(
+    smooth = False
+    properties = frozenset(
         {"permutation_invariant", "translation_equivariant", "monotone", "bounded", "idempotent"}
     )
-    examples: ClassVar[Sequence[dict[str, Any]]] = ({}, {"proportion": 0.4})
+    examples = ({}, {"proportion": 0.4})
 
     def __init__(self, proportion: float = 0.25) -> None:
         super().__init__()
-        self.proportion: float = _number(proportion)
+        self.proportion = _number(proportion)
         if not 0 <= self.proportion < 0.5:
             raise ValueError(
                 f"proportion must be at least 0 and below 0.5; found proportion = {proportion!r}"
@@ -149,8 +149,8 @@ class MedianCombination(Combination):
     share the weight equally. An infinite pose has no weight unless it is in the middle.
     """
 
-    smooth: ClassVar[bool] = False
-    properties: ClassVar[frozenset[str]] = frozenset(
+    smooth = False
+    properties = frozenset(
         {
             "permutation_invariant",
             "translation_equivariant",
@@ -204,15 +204,15 @@ class QuantileCombination(Combination):
     ValueError : ``q`` is outside this range
     """
 
-    smooth: ClassVar[bool] = False
-    properties: ClassVar[frozenset[str]] = frozenset(
+    smooth = False
+    properties = frozenset(
         {"permutation_invariant", "translation_equivariant", "monotone", "bounded", "idempotent"}
     )
-    examples: ClassVar[Sequence[dict[str, Any]]] = ({}, {"q": 0.9})
+    examples = ({}, {"q": 0.9})
 
     def __init__(self, q: float = 0.25) -> None:
         super().__init__()
-        self.q: float = _number(q)
+        self.q = _number(q)
         if not 0 <= self.q <= 1:
             raise ValueError(f"q must be between 0 and 1; found q = {q!r}")
 
