@@ -502,10 +502,10 @@ def _check_options(options: Options) -> None:
 
 def _columns_of_tasks(tasks: int | Sequence[str], combinations: Sequence[Combination]) -> Columns:
     """Return one column for each task. Raise a ValueError if the combinations do not fit them."""
-    if isinstance(tasks, str) or not are_columns(tasks):
+    if not are_columns(tasks):
         raise ValueError(
-            "tasks must be a whole number above 0, a list or tuple of different names, or None;"
-            f" found {tasks!r}"
+            "tasks must be a whole number above 0, a list of different names, or None; found"
+            f" {tasks!r}"
         )
     columns = columns_of(tasks)
     if len(combinations) not in (1, columns.number):

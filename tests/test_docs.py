@@ -403,7 +403,7 @@ def test_the_readme_is_short_and_in_order():
     assert text.count("\n") <= 200
     assert re.findall(r"^## (.+)$", text, re.MULTILINE) == [
         "Install",
-        "Ten lines",
+        "Train",
         "Which combination",
         "Write your own",
         "Check it",

@@ -145,7 +145,7 @@ def check(state: object, combinations: Sequence[Combination], tasks: Tasks = Non
 
 def _names(tasks: Tasks) -> list[str] | None:
     """Return the names of tasks; None if they have none."""
-    return list(tasks) if isinstance(tasks, list | tuple) else None
+    return list(tasks) if isinstance(tasks, Sequence) else None
 
 
 def check_one(then: Mapping[str, Any], combination: Combination) -> None:

@@ -42,8 +42,8 @@ def columns_of(declared: SupportsIndex | str | Sequence[str]) -> Columns:
 
 
 def are_columns(declared: object) -> bool:
-    """Return whether a value is a number of columns above 0, or a list of different names."""
-    if isinstance(declared, list | tuple):
+    """Return whether a value is a number of columns above 0, or a sequence of different names."""
+    if isinstance(declared, Sequence) and not isinstance(declared, str):
         are_names = all(isinstance(name, str) for name in declared)
         return bool(declared) and are_names and len({*declared}) == len(declared)
     if isinstance(declared, bool) or not isinstance(declared, SupportsIndex):

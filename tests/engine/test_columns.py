@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+from collections import UserList
 
 import pytest
 import torch
@@ -477,7 +478,7 @@ def test_vectors_of_different_lengths_are_an_error():
     [
         ({"tasks": 0}, "tasks must be a whole number above 0, .*; found 0"),
         ({"tasks": True}, "found True"),
-        ({"tasks": "ab"}, "a list or tuple of different names, or None; found 'ab'"),
+        ({"tasks": "ab"}, "a list of different names, or None; found 'ab'"),
         ({"tasks": ["a", "a"]}, "different names"),
         ({"tasks": 2.0}, "found 2.0"),
         ({"tasks": []}, r"found \[\]"),
@@ -490,6 +491,16 @@ def test_tasks_that_fit_nothing_are_refused(options, words):
     options = {"combination": SmoothMinimum()} | options
     with pytest.raises(ValueError, match=words):
         MultiPoseModel(new_pose_model(2), **options)
+
+
+@pytest.mark.parametrize("names", [("a", "b"), UserList("ab")], ids=["tuple", "UserList"])
+def test_names_of_tasks_may_be_in_any_sequence(names):
+    model = new_model(SmoothMinimum(), 2, tasks=names)
+    state = new_model(SmoothMinimum(), 2, tasks=["a", "b"]).state_dict()
+    model.load_state_dict(state)
+    with pytest.raises(CheckpointError, match="tasks"):
+        new_model(SmoothMinimum(), 2, tasks=UserList("ba")).load_state_dict(state)
+    assert model(new_poses(), SIZES).prediction.shape == (len(SIZES), 2)
 
 
 @pytest.mark.parametrize(
