@@ -202,7 +202,7 @@ def _any_transform() -> Any:
 
 
 # Returns an object for the innermost transform that runs this code, or None; key().name is its
-# kind. Without it: see above. "recomputed" then refuses all transforms.
+# kind. Without it: _any_transform, so "recomputed" refuses all transforms.
 current_transform = _find("_C._functorch.peek_interpreter_stack", _any_transform)
 
 # Both return whether a tensor represents many tensors, so that its values cannot be read: in vmap,
@@ -237,7 +237,7 @@ def _dual_level() -> int:
     )
 
 
-# Returns the level of torch.autograd.forward_ad, or -1 outside of it. Without it: see above.
+# Returns the level of torch.autograd.forward_ad, or -1 outside of it. Without it: _dual_level.
 _find("autograd.forward_ad._current_level")
 forward_ad_level = (
     partial(getattr, torch.autograd.forward_ad, "_current_level")
