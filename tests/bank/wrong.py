@@ -17,6 +17,7 @@ from typing import ClassVar
 import torch
 
 from mtenn_core import Combination
+from mtenn_core._torch_internals import INTERFACES
 from mtenn_core.combination import InputKind
 from mtenn_core.gradients import check_gradients, stack_predictions
 
@@ -1084,9 +1085,11 @@ def hook_all_modules(pred_list, grad_dict, param_names, model_params):
     torch.nn.modules.module.register_module_forward_hook(lambda *args: None)
 
 
-@before("hooks for saved tensors left on", "A4", "context manager")
-def hook_saved_tensors(pred_list, grad_dict, param_names, model_params):
-    torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x).__enter__()
+if INTERFACES["_C._autograd._top_saved_tensors_default_hooks"]:  # torch 2.6 cannot read them
+
+    @before("hooks for saved tensors left on", "A4", "context manager")
+    def hook_saved_tensors(pred_list, grad_dict, param_names, model_params):
+        torch.autograd.graph.saved_tensors_hooks(lambda x: x, lambda x: x).__enter__()
 
 
 @before("autocast left on", "A4", "context manager")

@@ -9,12 +9,18 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from packaging.version import Version
 
 import mtenn_core
 
 if not (dist.is_available() and dist.is_gloo_available()):
     pytest.skip("needs torch.distributed with gloo", allow_module_level=True)
+
+if Version(torch.__version__) < Version("2.7"):
+    reason = "torch 2.6 may hang when it destroys the group of a case; its fully_shard needs a GPU"
+    pytest.skip(reason, allow_module_level=True)
 
 from filelock import FileLock  # which torch depends on
 

@@ -30,7 +30,8 @@ def assert_same(found, expected):
             assert_same(one, other)
     elif isinstance(expected, torch.Tensor | np.ndarray | np.generic):
         assert (found.dtype, found.shape) == (expected.dtype, expected.shape)
-        pair = torch.as_tensor(found).double(), torch.as_tensor(expected).double()
+        # as_tensor would warn about a scalar of numpy 1.
+        pair = [torch.as_tensor(each[None]).double() for each in (found, expected)]
         torch.testing.assert_close(*pair, rtol=0, atol=0, equal_nan=True)
     elif isinstance(expected, float) and math.isnan(expected):
         assert math.isnan(found)

@@ -124,12 +124,12 @@ def test_the_registry_gives_the_same_verdict_in_every_mode(mode):
 @UNDER
 def test_a_mode_is_as_before_after_a_block_without_modes(mode):
     with mode():
-        before = uses_modes(), torch.get_default_device(), torch.softmax(torch.ones(1), 0).dtype
+        before = uses_modes(), torch.ones(1).device, torch.softmax(torch.ones(1), 0).dtype
         with without_modes():
             assert not uses_modes()
-            assert torch.get_default_device().type == "cpu"
+            assert torch.ones(1).device.type == "cpu"
             assert torch.ones(1).add(1).item() == 2
-        after = uses_modes(), torch.get_default_device(), torch.softmax(torch.ones(1), 0).dtype
+        after = uses_modes(), torch.ones(1).device, torch.softmax(torch.ones(1), 0).dtype
     assert before == after
     assert before[0]
     assert not uses_modes()
