@@ -136,12 +136,11 @@ BEYOND_THE_SUITE = {
     "no probe is infinite, or overflows": {
         "test_the_mean_of_large_predictions_does_not_overflow": [
             "MeanCombination.combine: torch.where(mean.isfinite(), mean,"
-            " (predictions / len(predictions)).sum()) -> torch.where(mean.isfinite(),"
-            " (predictions / len(predictions)).sum(), mean)",
-            "MeanCombination.combine: predictions / len(predictions)"
-            " -> predictions * len(predictions)",
-            "MeanCombination.combine: (predictions / len(predictions)).sum()"
-            " -> (predictions / len(predictions)).mean()",
+            " (predictions / n_poses).sum()) -> torch.where(mean.isfinite(),"
+            " (predictions / n_poses).sum(), mean)",
+            "MeanCombination.combine: predictions / n_poses -> predictions * n_poses",
+            "MeanCombination.combine: (predictions / n_poses).sum()"
+            " -> (predictions / n_poses).mean()",
         ],
         "test_the_mean_of_whole_numbers_is_exact": [
             "MeanCombination.combine: mean.isfinite() -> mean.isnan()",
