@@ -29,6 +29,9 @@ from mtenn_core._torch_internals import (
 # Arrays with more values, and data with a longer text, are represented by a hash.
 MAX_VALUES = 16
 MAX_LENGTH = 400
+# Deeper values are represented by their class. Python's own limit would leave a depth that depends
+# on the caller, and a value could differ from itself (seen in Python 3.13).
+MAX_DEPTH = 100
 # Attributes of every module. Its tables and hooks are described by their contents.
 _IGNORED = frozenset(vars(torch.nn.Module())) | {"_arguments"}
 
@@ -60,6 +63,8 @@ class Describer:
         """Return JSON data that describes a value."""
         if id(value) in self._open:  # the value contains itself
             return f"level {self._open.index(id(value))}"
+        if len(self._open) == MAX_DEPTH:
+            return _class_name(type(value))
         self._open.append(id(value))
         try:
             return self._describe(value)
