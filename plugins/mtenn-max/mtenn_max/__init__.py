@@ -165,8 +165,9 @@ def scaled_log_mean_exp(exponents: Tensor, growth: Tensor) -> Tensor:
     """
     center = exponents.mean()
     beyond = exponents - center
-    # The clamp acts where the result is not used, and exp would overflow.
-    logs = exp_beyond_line(growth * beyond.clamp(max=NEAR)).mean().log1p()
+    # The clamp acts where the result is not used, and exp would overflow. The bound lies beyond the
+    # last used value: there, clamp has the derivative 0 since torch 2.14.
+    logs = exp_beyond_line(growth * beyond.clamp(max=2 * NEAR)).mean().log1p()
     about_extreme = log_mean_exp(growth * exponents) / growth
     return torch.where(beyond.amax() <= NEAR, center + logs / growth, about_extreme)
 
@@ -194,8 +195,9 @@ def log_mean_exp(exponents: Tensor) -> Tensor:
     """
     below_one = exponents.expm1().mean()
     # The clamp acts where the result is not used. The mean may round to -1, where log1p has an
-    # infinite derivative. Times the zero that torch.where sends back, that would be NaN.
-    near_one = below_one.clamp(min=-0.5).log1p()
+    # infinite derivative. Times the zero that torch.where sends back, that would be NaN. The bound
+    # lies beyond the last used value: there, clamp has the derivative 0 since torch 2.14.
+    near_one = below_one.clamp(min=-0.75).log1p()
     return torch.where(below_one < -0.5, exponents.exp().mean().log(), near_one)
 
 
