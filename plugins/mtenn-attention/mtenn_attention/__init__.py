@@ -69,13 +69,13 @@ class SoftmaxCombination(Combination):
         share the weight equally.
         """
         temperature = self._temperature_within_range(scores.dtype)
-        largest = torch.finfo(scores.dtype).max
         # Infinite scores count as the largest numbers, because inf - inf is NaN.
-        finite = scores.clamp(-largest, largest)
+        finite = torch.where(scores.isinf(), scores.detach().nan_to_num(), scores)
         # The softmax does not depend on this shift, so autograd need not differentiate the highest.
         below = finite - finite.detach().amax()
         # If scores/τ were infinite, the derivative with respect to ln τ would be 0 * inf.
-        factors = (below.clamp(min=-FAR * temperature) / temperature).exp()
+        far = below < -FAR * temperature
+        factors = (below.masked_fill(far, 0) / temperature).exp().masked_fill(far, 0)
         return factors / factors.sum()
 
     def _temperature_within_range(self, dtype: torch.dtype) -> float | Tensor:
@@ -312,9 +312,9 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         temperature = self._temperature_within_range(weights.dtype)
         of_confidences = weights * (differences - mean) / temperature
         # A finite change of an infinite confidence has no effect, nor has a confidence without
-        # weight. Autograd gives 0 there, and for NaN, because that is the derivative of a clamp.
-        has_effect = (weights > 0) & predictions[:, 1].isfinite()
-        of_confidences = of_confidences.masked_fill(~has_effect, 0)
+        # weight. Autograd gives 0 there.
+        no_effect = (weights == 0) | predictions[:, 1].isinf()
+        of_confidences = of_confidences.masked_fill(no_effect, 0)
         return torch.stack([weights, of_confidences], dim=1).to(predictions.dtype)
 
     def reference(self, predictions: Tensor) -> Tensor:

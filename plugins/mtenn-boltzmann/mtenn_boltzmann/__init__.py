@@ -106,17 +106,16 @@ class BoltzmannCombination(Combination):
         """
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
         kT = self._kT_within_range(wide.dtype)
-        largest = torch.finfo(wide.dtype).max
         lowest = wide.amin()
         # Subtract the lowest y first: without this shift, y/kT loses its last digits if |y| is
         # large. A shift of all y shifts the mean equally. So the derivative of the mean does not
         # depend on the shift, and autograd need not differentiate the lowest y.
         # Infinite y count as the largest numbers, because inf - inf is NaN.
-        above = wide.clamp(-largest, largest) - lowest.detach().clamp(-largest, largest)
+        above = wide.nan_to_num(nan=math.nan) - lowest.detach().nan_to_num(nan=math.nan)
         # If y or y/kT were infinite, p y would be 0 * inf, which is NaN.
         above = above.clamp(max=FAR * kT)
-        # An infinite lowest y is the exception. clamp has no derivative there. amin has one, and
-        # shares it equally among ties.
+        # An infinite lowest y is the exception. There, the derivative of nan_to_num is 0. That of
+        # amin is not, and is shared equally among ties.
         lowest = torch.where(lowest.isinf(), lowest, lowest.detach())
         # torch.softmax loses three digits in float32 for 10 million poses.
         factors = (-above / kT).exp()

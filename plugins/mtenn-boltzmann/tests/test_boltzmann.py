@@ -222,11 +222,13 @@ def test_poses_at_an_infinite_minimum_share_the_weight(case, kT, dtype, learnabl
     assert found[3] == 0
 
 
-@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
-def test_nan_next_to_an_infinite_pose_stays_nan(infinity):
-    y = torch.tensor([math.nan, infinity, 1.0])
-    assert BoltzmannCombination().combine(y).isnan()
-    assert BoltzmannCombination().pose_weights(y).isnan().all()
+@LEARNABLE
+@pytest.mark.parametrize("other", [math.inf, -math.inf, 2.0])
+def test_with_a_nan_all_is_nan(other, learnable):
+    y = torch.tensor([math.nan, other, 1.0])
+    value, weights, by_autograd, _ = results(BoltzmannCombination(1, learnable), y)
+    for found in (value, weights, by_autograd):
+        assert found.isnan().all()
 
 
 def at_log_kT(log_kT):

@@ -92,8 +92,8 @@ class MaxCombination(Combination):
         else:
             log = log_mean_exp(exponents)
         # h does not depend on the shift by the extreme, so autograd need not differentiate it. An
-        # infinite extreme is the exception: clamp has no derivative there. amax has one, and shares
-        # it equally among ties.
+        # infinite extreme is the exception. There, the derivative of nan_to_num is 0. That of amax
+        # is not, and is shared equally among ties.
         value = torch.where(extreme.isinf(), extreme, extreme.detach() + log / scale)
         return value.to(predictions.dtype)
 
@@ -131,11 +131,10 @@ class MaxCombination(Combination):
         overflow for any t. All are float32 at least. An exponent below -1000 is returned as -1000.
         """
         wide = predictions.to(torch.promote_types(predictions.dtype, torch.float32))
-        largest = torch.finfo(wide.dtype).max
         extreme = wide.amin() if self.negate_preds else wide.amax()
         # Subtract the extreme first: without this shift, n t y loses its last digits if |y| is
         # large. Infinite y count as the largest numbers, because inf - inf is NaN.
-        difference = wide.clamp(-largest, largest) - extreme.detach().clamp(-largest, largest)
+        difference = wide.nan_to_num(nan=math.nan) - extreme.detach().nan_to_num(nan=math.nan)
         scale, growth = self._scale_and_growth(wide.dtype)
         # Times the derivative 0, an infinite exponent would be NaN in the derivative of the growth.
         return extreme, (scale * difference).clamp(min=-FAR), scale, growth
@@ -165,9 +164,9 @@ def scaled_log_mean_exp(exponents: Tensor, growth: Tensor) -> Tensor:
     """
     center = exponents.mean()
     beyond = exponents - center
-    # The clamp acts where the result is not used, and exp would overflow. The bound lies beyond the
-    # last used value: there, clamp has the derivative 0 since torch 2.14.
-    logs = exp_beyond_line(growth * beyond.clamp(max=2 * NEAR)).mean().log1p()
+    # Where the result is not used, exp could overflow.
+    near = beyond.masked_fill(beyond > NEAR, 0)
+    logs = exp_beyond_line(growth * near).mean().log1p()
     about_extreme = log_mean_exp(growth * exponents) / growth
     return torch.where(beyond.amax() <= NEAR, center + logs / growth, about_extreme)
 
@@ -177,7 +176,7 @@ def exp_beyond_line(x: Tensor) -> Tensor:
 
     The series is x²/2 (1 + x/3 (1 + x/4 (1 + …))).
     """
-    small = x.clamp(-SMALL, SMALL)
+    small = x.masked_fill(x.abs() >= SMALL, 0)
     series = torch.ones_like(x)
     for k in range(10, 2, -1):
         series = 1 + small / k * series
@@ -194,11 +193,11 @@ def log_mean_exp(exponents: Tensor) -> Tensor:
     ln M.
     """
     below_one = exponents.expm1().mean()
-    # The clamp acts where the result is not used. The mean may round to -1, where log1p has an
-    # infinite derivative. Times the zero that torch.where sends back, that would be NaN. The bound
-    # lies beyond the last used value: there, clamp has the derivative 0 since torch 2.14.
-    near_one = below_one.clamp(min=-0.75).log1p()
-    return torch.where(below_one < -0.5, exponents.exp().mean().log(), near_one)
+    # Where the result is not used, the mean may round to -1. There, the derivative of log1p is
+    # infinite, and NaN times the zero that torch.where sends back.
+    far = below_one < -0.5
+    near_one = below_one.masked_fill(far, 0).log1p()
+    return torch.where(far, exponents.exp().mean().log(), near_one)
 
 
 class MinCombination(MaxCombination):

@@ -256,13 +256,27 @@ def test_poses_at_an_infinite_extreme_share_the_weight(case, dtype, normalize):
         assert found[1].tolist() == found[2].tolist() == weights
 
 
+@FLOATS
 @NORMALIZE
+def test_the_largest_numbers_have_a_derivative(dtype, normalize):
+    largest = torch.finfo(dtype).max
+    y = torch.tensor([largest, -largest, largest], dtype=dtype)
+    value, weights, by_autograd = results(MaxCombination(normalize=normalize), y)
+    assert value == largest
+    assert weights.tolist() == [0.5, 0, 0.5]
+    # Normalized, autograd divides the exponentials by 3 and multiplies by 3/2.
+    torch.testing.assert_close(by_autograd, weights, rtol=torch.finfo(dtype).eps, atol=0)
+
+
+@NORMALIZE
+@pytest.mark.parametrize("learnable", [False, True], ids=["fixed", "learnable"])
 @pytest.mark.parametrize("cls", [MaxCombination, MinCombination])
-@pytest.mark.parametrize("infinity", [math.inf, -math.inf])
-def test_nan_next_to_an_infinite_pose_stays_nan(cls, infinity, normalize):
-    y = torch.tensor([math.nan, infinity, 1.0])
-    assert cls(normalize=normalize).combine(y).isnan()
-    assert cls().pose_weights(y).isnan().all()
+@pytest.mark.parametrize("other", [math.inf, -math.inf, 2.0])
+def test_with_a_nan_all_is_nan(cls, other, learnable, normalize):
+    y = torch.tensor([math.nan, other, 1.0])
+    combination = cls(normalize=normalize, learnable=learnable)
+    for found in results(combination, y):
+        assert found.isnan().all()
 
 
 @FLOATS
