@@ -243,7 +243,9 @@ assert_type(three([torch.zeros(())], {"w": [torch.zeros(1)]}, ["w"], parameter),
 
 assert_type(registry, Registry)
 assert_type(registry.names(), list[str])
-assert_type(registry.get("boltzmann"), type[Combination])
+cls: type[Combination] = registry.get("boltzmann")
+assert_type(cls.properties, frozenset[str])
+unvalidated: Combination = registry.get("boltzmann", validate=False)(0.593, learnable=True)
 assert_type(registry.create("boltzmann", kT=0.593), Combination)
 assert_type(registry.create("boltzmann", 0.593, validate=False), Combination)
 assert_type(registry.from_checkpoint("model.pt"), Combination | list[Combination])
