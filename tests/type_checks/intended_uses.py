@@ -44,6 +44,7 @@ from mtenn_core.errors import (
     PredictionError,
     RegistryError,
 )
+from mtenn_core.model import GradientMode
 from mtenn_core.testing import (
     CombinationConformance,
     Record,
@@ -230,7 +231,9 @@ assert_type(model.combination, Combination | torch.nn.ModuleList)
 
 estimate = model.estimate(torch.randn(5, 3))
 assert_type(estimate, Estimate)
-assert_type(estimate.best, str)
+assert_type(estimate.best, GradientMode)
+assert_type(estimate.modes[0].gradients, GradientMode)
+MultiPoseModel(net, boltzmann, gradients=estimate.best)
 assert_type(estimate.free, int | None)
 assert_type(estimate.modes, tuple[ModeCost, ...])
 assert_type(estimate.modes[0].memory, int)
