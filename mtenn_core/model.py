@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial, update_wrapper
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple, Self, SupportsIndex
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, Self, SupportsIndex
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from mtenn_core._engine.evaluation import (
 )
 from mtenn_core._engine.gradient_buffers import forget_memory
 from mtenn_core._engine.mode import Collate, Options
+from mtenn_core._engine.mode import GradientMode as GradientMode  # users import it from here
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.shared_part import run_shared
 from mtenn_core._torch_internals import base_of
@@ -46,8 +47,6 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup as Group
 
     from mtenn_core.combination import _typed_as
-
-GradientMode = Literal["graph", "stored", "recomputed"]
 
 
 class MultiPoseOutput(NamedTuple):

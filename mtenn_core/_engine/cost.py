@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from mtenn_core._engine.mode import GradientMode
+
 
 class ModeCost(NamedTuple):
     """The cost of one training step in one mode.
@@ -16,7 +18,7 @@ class ModeCost(NamedTuple):
     memory : bytes of graphs, stored gradients and the gradient itself, without parameters and poses
     """
 
-    gradients: str
+    gradients: GradientMode
     forwards: int
     backwards: int
     memory: int

@@ -24,7 +24,7 @@ from mtenn_core._engine.compounds import (
 from mtenn_core._engine.cost import ModeCost, PoseGraph, step_totals
 from mtenn_core._engine.declarations import overrides
 from mtenn_core._engine.evaluation import PoseInputs, inputs_like
-from mtenn_core._engine.mode import Mode, Options
+from mtenn_core._engine.mode import GradientMode, Mode, Options
 from mtenn_core._engine.mode_table import MODES
 from mtenn_core._engine.module_tensors import Places, accelerators, copied, lock_of
 from mtenn_core._engine.plain_attributes import attributes_kept
@@ -62,7 +62,7 @@ class Estimate:
     parameters: int
     free: int | None
     modes: tuple[ModeCost, ...]
-    best: str
+    best: GradientMode
 
     def __str__(self) -> str:
         rows = [
@@ -293,7 +293,7 @@ class _Sizes:
         return tensor
 
 
-def choose(modes: Sequence[ModeCost], free: int | None) -> str:
+def choose(modes: Sequence[ModeCost], free: int | None) -> GradientMode:
     """Return the fastest mode that needs at most half of the free memory."""
     fitting = [mode for mode in modes if free is None or mode.memory <= free / 2]
     if not fitting:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from mtenn_core._engine.cost import ModeCost, StepTotals
 
 Collate = Callable[[list[Any]], Any]
+GradientMode = Literal["graph", "stored", "recomputed"]
 
 
 class Options(NamedTuple):
@@ -67,7 +68,7 @@ class Mode(ABC):
         combination has ``pose_weights``
     """
 
-    name: ClassVar[str]
+    name: ClassVar[GradientMode]
     needs_combine: ClassVar[bool] = True
     takes_batches: ClassVar[bool] = True
     most_columns: ClassVar[int | None] = None

@@ -9,5 +9,5 @@ from mtenn_core._engine.mode import Mode
 from mtenn_core._engine.recomputed import Recomputed
 from mtenn_core._engine.stored import Stored
 
-# To add a mode, add an entry here and a name in mtenn_core.model.GradientMode.
+# To add a mode, add an entry here and a name in GradientMode.
 MODES: Mapping[str, Mode] = {mode.name: mode for mode in (Graph(), Stored(), Recomputed())}

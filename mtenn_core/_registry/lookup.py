@@ -6,10 +6,10 @@ import importlib
 import os
 import re
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Concatenate, ParamSpec
 
 from mtenn_core._process.html_table import html_table
 from mtenn_core._process.locks import Lock
@@ -31,6 +31,23 @@ from mtenn_core.errors import (
 if TYPE_CHECKING:
     from mtenn_core.combination import Combination
     from mtenn_core.testing import Report
+
+    class _OfAnyArguments(Combination):
+        """A combination whose arguments a type checker does not know."""
+
+        def __init__(self, *args: Any, **kwargs: Any) -> None: ...
+
+
+_P = ParamSpec("_P")
+
+
+# Without this, type checkers accept only registry.get("boltzmann")(), without arguments: those of
+# Combination. The signature that readers see stays simple.
+def _of_any_arguments(
+    get: Callable[Concatenate[Registry, _P], type[Combination]],
+) -> Callable[Concatenate[Registry, _P], type[_OfAnyArguments]]:
+    return get  # type: ignore[return-value]
+
 
 GROUP = "mtenn.combinations"
 _NAME = re.compile(r"[A-Za-z0-9]+([-_.]+[A-Za-z0-9]+)*")
@@ -168,6 +185,7 @@ class Registry:
 
     # Combinations -------------------------------------------------------------------------------
 
+    @_of_any_arguments
     def get(self, name: str, *, validate: bool = True) -> type[Combination]:
         """Return the class of a combination, validated with each of its ``examples``.
 

@@ -84,6 +84,7 @@ def test_it_writes_a_package_and_says_what_to_do_next(new):
     assert "If no package index has it, see README.md, Install" in result.stdout
     install = readme.partition("## Install")[2].partition("## Use")[0]
     assert "export PIP_FIND_LINKS=" in install
+    assert "pip still looks on the index" in install
 
 
 def test_its_combination_passes_every_level_without_advice(new, monkeypatch):

@@ -7,6 +7,7 @@ An environment here sees only what the distributions require, and pip asks no in
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import sysconfig
@@ -96,6 +97,15 @@ def test_a_source_distribution_has_its_licence_and_tests(sdist):
     assert any(name.startswith("tests/test_") for name in files)
     assert "tests/test_packaging.py" not in files  # it needs the whole repository
     assert not any(name.startswith("plugins/") or "__pycache__" in name for name in files)
+
+
+def test_the_source_distribution_of_the_core_has_what_its_readme_links_to(dist):
+    (sdist,) = dist.glob("mtenn_core-*.tar.gz")
+    with tarfile.open(sdist) as opened:
+        files = {name.partition("/")[2] for name in opened.getnames()}
+    linked = re.findall(r"\]\(([^:)#]+)[^:)]*\)", (ROOT / "README.md").read_text(encoding="utf-8"))
+    assert "SECURITY.md" in linked
+    assert set(linked) <= files
 
 
 def test_a_source_distribution_builds_the_wheel_of_the_repository(wheel, distribution, tmp_path):

@@ -44,6 +44,7 @@ from mtenn_core.errors import (
     PredictionError,
     RegistryError,
 )
+from mtenn_core.model import GradientMode
 from mtenn_core.testing import (
     CombinationConformance,
     Record,
@@ -230,7 +231,9 @@ assert_type(model.combination, Combination | torch.nn.ModuleList)
 
 estimate = model.estimate(torch.randn(5, 3))
 assert_type(estimate, Estimate)
-assert_type(estimate.best, str)
+assert_type(estimate.best, GradientMode)
+assert_type(estimate.modes[0].gradients, GradientMode)
+MultiPoseModel(net, boltzmann, gradients=estimate.best)
 assert_type(estimate.free, int | None)
 assert_type(estimate.modes, tuple[ModeCost, ...])
 assert_type(estimate.modes[0].memory, int)
@@ -243,7 +246,9 @@ assert_type(three([torch.zeros(())], {"w": [torch.zeros(1)]}, ["w"], parameter),
 
 assert_type(registry, Registry)
 assert_type(registry.names(), list[str])
-assert_type(registry.get("boltzmann"), type[Combination])
+cls: type[Combination] = registry.get("boltzmann")
+assert_type(cls.properties, frozenset[str])
+unvalidated: Combination = registry.get("boltzmann", validate=False)(0.593, learnable=True)
 assert_type(registry.create("boltzmann", kT=0.593), Combination)
 assert_type(registry.create("boltzmann", 0.593, validate=False), Combination)
 assert_type(registry.from_checkpoint("model.pt"), Combination | list[Combination])

@@ -96,6 +96,8 @@ class WrongFacts(Combination):
 # The registry, errors and tests ----------------------------------------------------------------
 
 registry.gets("mean")  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
+registry.get("mean", valid=False)  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]
+registry.get("mean").pose_weight  # type: ignore[attr-defined]  # pyright: ignore[reportAttributeAccessIssue]
 registry.get(BoltzmannCombination)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 registry.create("mean", validate="no")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 registry.create("mean").pose_weights()  # type: ignore[call-arg]  # pyright: ignore[reportCallIssue]

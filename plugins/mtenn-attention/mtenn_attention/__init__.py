@@ -297,7 +297,7 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
 
         With p = softmax(c/τ) and h = Σ p_i y_i: ∂h/∂y_i = p_i and ∂h/∂c_i = p_i (y_i - h)/τ. The
         first sum to 1 and the second to 0. The README has the derivation. ∂h/∂c_i is 0 where c_i is
-        infinite or NaN.
+        infinite, and NaN where it is NaN.
 
         Parameters
         ----------
