@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 import ast
-import tomllib
 from collections.abc import Iterator
 from pathlib import Path
-
-from packaging.requirements import Requirement
-from packaging.version import Version
 
 ROOT = Path(__file__).parents[1]
 CONTRIBUTING = ROOT / "CONTRIBUTING.md"
@@ -36,20 +32,3 @@ def test_the_tree_is_that_of_the_core():
     lines = "\n".join(line.rstrip() for line in tree(ROOT / "mtenn_core"))
     shown = CONTRIBUTING.read_text(encoding="utf-8").partition(BEGIN)[2].partition(END)[0]
     assert shown == f"```text\n{lines}\n```\n"
-
-
-def test_the_lowest_versions_are_those_that_the_pyproject_files_allow():
-    floors = {}
-    for path in [ROOT / "pyproject.toml", *(ROOT / "plugins").glob("*/pyproject.toml")]:
-        project = tomllib.loads(path.read_text(encoding="utf-8"))["project"]
-        extras = project.get("optional-dependencies", {}).values()
-        for line in [*project["dependencies"], *(line for extra in extras for line in extra)]:
-            requirement = Requirement(line)
-            if requirement.name.startswith("mtenn"):
-                continue
-            (floor,) = (s.version for s in requirement.specifier if s.operator == ">=")
-            assert floors.setdefault(requirement.name, floor) == floor
-    lines = (ROOT / "lowest.txt").read_text(encoding="utf-8").splitlines()
-    pins = dict(line.split("==") for line in lines if "==" in line)
-    for name, floor in floors.items():
-        assert Version(pins[name]) == Version(floor), name

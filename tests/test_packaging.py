@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import mtenn_core
 
@@ -104,3 +105,20 @@ def test_the_conda_recipe_requires_the_same(distribution):
     }
     (version,) = re.findall(r'^  version: "(.+)"$', text, re.MULTILINE)
     assert version == project(distribution).get("version", mtenn_core.__version__)
+
+
+def test_the_lowest_versions_are_those_that_the_pyproject_files_allow():
+    floors = {}
+    for distribution in FOLDERS:
+        table = project(distribution)
+        extras = table.get("optional-dependencies", {}).values()
+        for line in [*table["dependencies"], *(line for extra in extras for line in extra)]:
+            requirement = Requirement(line)
+            if requirement.name.startswith("mtenn"):
+                continue
+            (floor,) = (s.version for s in requirement.specifier if s.operator == ">=")
+            assert floors.setdefault(requirement.name, floor) == floor
+    lines = (ROOT / "lowest.txt").read_text(encoding="utf-8").splitlines()
+    pins = dict(line.split("==") for line in lines if "==" in line)
+    for name, floor in floors.items():
+        assert Version(pins[name]) == Version(floor), name
