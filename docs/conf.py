@@ -32,6 +32,8 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build"]
+# Quotes and ellipses, but no dashes: the help of a command names options, such as --json.
+smartquotes_action = "qe"
 nitpicky = True
 # Types of what is not public, and names of types that only a type checker sees.
 nitpick_ignore = [
@@ -49,7 +51,7 @@ nitpick_ignore = [
     )
 ]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 # Nobody who reads the pages is seen by somebody else's server.
 mathjax_path = "mathjax/tex-chtml.js"
@@ -135,6 +137,23 @@ class DarkPictures(SphinxTransform):
                 light["classes"].append("on-white")
 
 
+class Punctuation(SphinxTransform):
+    """Keep a formula and the punctuation after it together: a browser may break the line there."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Put both into an element of the class ``together``."""
+        for formula in [*self.document.findall(nodes.math)]:
+            text = formula.next_node(nodes.Text, descend=False, siblings=True)
+            mark = text and re.match(r"[.,;:?)]+", text)
+            if mark and text is formula.parent[formula.parent.index(formula) + 1]:
+                text.parent.replace(text, nodes.Text(text[mark.end() :]))
+                together = nodes.inline(classes=["together"])
+                formula.replace_self(together)
+                together += [formula, nodes.Text(mark[0])]
+
+
 class Tables(SphinxTransform):
     """Name the tables and cells that the style sheet has rules for."""
 
@@ -162,6 +181,7 @@ def number_citations(app: Any, doctree: nodes.document, name: str) -> None:
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
     app.add_transform(DarkPictures)
+    app.add_transform(Punctuation)
     app.add_transform(Tables)
     app.connect("doctree-resolved", number_citations)
     app.connect("autodoc-process-docstring", describe, priority=400)
