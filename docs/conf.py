@@ -100,11 +100,18 @@ intersphinx_mapping = {
 def describe(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Hand numpydoc what follows ``name :`` as the description, not as a type.
 
-    Types are in the annotations, and a description begins where numpydoc expects one.
+    Types are in the annotations, and a description begins where numpydoc expects one. Of a result
+    that has no name, the lines are joined: each would be a result of its own.
     """
+    text = re.sub(
+        r"(?<=^Returns\n-------\n)(\S.*\n?)+",
+        lambda results: re.sub(r"\n(?=\S)(?!\w+ : )", " ", results[0]),
+        "\n".join(lines),
+        flags=re.MULTILINE,
+    )
     lines[:] = [
         part
-        for line in lines
+        for line in text.split("\n")
         for part in re.sub(r"^([\w*][\w*, ]*) : (?=\S)", "\\1\n    ", line).split("\n")
     ]
 
@@ -137,13 +144,16 @@ class DarkPictures(SphinxTransform):
                 light["classes"].append("on-white")
 
 
-class Punctuation(SphinxTransform):
-    """Keep a formula and the punctuation after it together: a browser may break the line there."""
+class Together(SphinxTransform):
+    """Keep a short piece of code on one line, and a formula with the punctuation after it."""
 
     default_priority = 500
 
     def apply(self, **kwargs: Any) -> None:
-        """Put both into an element of the class ``together``."""
+        """Give both the class ``together``. A browser may break after a hyphen or a formula."""
+        for code in self.document.findall(nodes.literal):
+            if len(code.astext()) <= 24:
+                code["classes"].append("together")
         for formula in [*self.document.findall(nodes.math)]:
             text = formula.next_node(nodes.Text, descend=False, siblings=True)
             mark = text and re.match(r"[.,;:?)]+", text)
@@ -181,7 +191,7 @@ def number_citations(app: Any, doctree: nodes.document, name: str) -> None:
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
     app.add_transform(DarkPictures)
-    app.add_transform(Punctuation)
+    app.add_transform(Together)
     app.add_transform(Tables)
     app.connect("doctree-resolved", number_citations)
     app.connect("autodoc-process-docstring", describe, priority=400)
