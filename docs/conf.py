@@ -32,6 +32,8 @@ extensions = [
     "sphinx-mathjax-offline",
 ]
 exclude_patterns = ["_build"]
+# Quotes and ellipses, but no dashes: the help of a command names options, such as --json.
+smartquotes_action = "qe"
 nitpicky = True
 # Types of what is not public, and names of types that only a type checker sees.
 nitpick_ignore = [
@@ -49,7 +51,7 @@ nitpick_ignore = [
     )
 ]
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["attrs_inline", "colon_fence", "dollarmath"]
 myst_heading_anchors = 3
 # Nobody who reads the pages is seen by somebody else's server.
 mathjax_path = "mathjax/tex-chtml.js"
@@ -98,11 +100,18 @@ intersphinx_mapping = {
 def describe(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Hand numpydoc what follows ``name :`` as the description, not as a type.
 
-    Types are in the annotations, and a description begins where numpydoc expects one.
+    Types are in the annotations, and a description begins where numpydoc expects one. Of a result
+    that has no name, the lines are joined: each would be a result of its own.
     """
+    text = re.sub(
+        r"(?<=^Returns\n-------\n)(\S.*\n?)+",
+        lambda results: re.sub(r"\n(?=\S)(?!\w+ : )", " ", results[0]),
+        "\n".join(lines),
+        flags=re.MULTILINE,
+    )
     lines[:] = [
         part
-        for line in lines
+        for line in text.split("\n")
         for part in re.sub(r"^([\w*][\w*, ]*) : (?=\S)", "\\1\n    ", line).split("\n")
     ]
 
@@ -135,6 +144,26 @@ class DarkPictures(SphinxTransform):
                 light["classes"].append("on-white")
 
 
+class Together(SphinxTransform):
+    """Keep a short piece of code on one line, and a formula with the punctuation after it."""
+
+    default_priority = 500
+
+    def apply(self, **kwargs: Any) -> None:
+        """Give both the class ``together``. A browser may break after a hyphen or a formula."""
+        for code in self.document.findall(nodes.literal):
+            if len(code.astext()) <= 24:
+                code["classes"].append("together")
+        for formula in [*self.document.findall(nodes.math)]:
+            text = formula.next_node(nodes.Text, descend=False, siblings=True)
+            mark = text and re.match(r"[.,;:?)]+", text)
+            if mark and text is formula.parent[formula.parent.index(formula) + 1]:
+                text.parent.replace(text, nodes.Text(text[mark.end() :]))
+                together = nodes.inline(classes=["together"])
+                formula.replace_self(together)
+                together += [formula, nodes.Text(mark[0])]
+
+
 class Tables(SphinxTransform):
     """Name the tables and cells that the style sheet has rules for."""
 
@@ -162,6 +191,7 @@ def number_citations(app: Any, doctree: nodes.document, name: str) -> None:
 def setup(app: Any) -> None:
     """Connect what is here; before numpydoc, which has the priority 500."""
     app.add_transform(DarkPictures)
+    app.add_transform(Together)
     app.add_transform(Tables)
     app.connect("doctree-resolved", number_citations)
     app.connect("autodoc-process-docstring", describe, priority=400)

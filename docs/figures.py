@@ -79,7 +79,8 @@ def main(folder: Path = FOLDER) -> list[Path]:
 
 def save(draw: Callable[[Figure], None], folder: Path) -> Path:
     """Draw one picture, with the name of what draws it, and return its path."""
-    figure = Figure(figsize=(7.2, 3.4))
+    # No wider: a phone shrinks a picture, and the words in it, to 3.7 inches.
+    figure = Figure(figsize=(5.1, 3.4))
     draw(figure)
     path = folder / f"{draw.__name__.replace('_', '-')}.svg"
     figure.savefig(path, metadata=METADATA)
@@ -102,55 +103,54 @@ def dark(svg: str) -> str:
 
 def overview(figure: Figure) -> None:
     """Draw one compound: the way of its poses to one ΔG, and the way of the gradient back."""
-    figure.set_size_inches(7.2, 3.9)
+    figure.set_size_inches(5.1, 4.5)
     figure.set_layout_engine("none")
     axes = figure.add_axes((0, 0, 1, 1))
-    axes.set(xlim=(0, 720), ylim=(0, 390))
+    axes.set(xlim=(0, 510), ylim=(0, 450))
     axes.axis("off")
     combination = minimum(1 / KT)
     predictions = doubles([-8.9, -8.5, -7.6])
     combined = combination.combine(predictions).item()
     weights = combination.pose_weights(predictions).tolist()
 
-    for x, title in (
-        (56, "poses"),
-        (192, "one network"),
-        (337, "a ΔG per pose"),
-        (488, "a combination"),
-        (645, "one ΔG"),
-    ):
-        axes.text(x, 360, title, ha="center", fontsize=11, fontweight="bold")
-    box(axes, (140, 86), (104, 256), BLUE_TINT, BLUE)
-    network(axes, 192, 222)
-    axes.text(192, 110, "parameters θ", ha="center")
-    box(axes, (436, 86), (104, 256), GREEN_TINT, GREEN)
-    for y, name in ((300, "mean"), (257, "boltzmann"), (171, "median"), (128, "your own")):
-        axes.text(488, y, name, ha="center", va="center", fontsize=12, color="#595959")
-    axes.text(488, 214, "min", ha="center", va="center", fontsize=18, fontweight="bold")
-    box(axes, (582, 180), (126, 68), GREY_TINT, "#767676")
-    number(axes, 645, 224, f"ΔG = {combined:.1f}", BLUE, fontsize=14, fontweight="bold")
-    axes.text(645, 197, "kcal/mol", ha="center", va="center", fontsize=12)
-    arrow(axes, (542, 222), (580, 222), BLUE)
-    arrow(axes, (580, 206), (542, 206), ORANGE, "--")
+    titles = ((46, "poses"), (158, "one network"), (290, "a ΔG per pose"), (440, "a combination"))
+    for x, title in titles:
+        axes.text(x, 424, title, ha="center", fontsize=11, fontweight="bold")
+    box(axes, (104, 152), (108, 256), BLUE_TINT, BLUE)
+    network(axes, 158, 288)
+    axes.text(158, 174, "parameters θ", ha="center")
+    box(axes, (378, 152), (124, 256), GREEN_TINT, GREEN)
+    for y, name in ((366, "mean"), (323, "boltzmann"), (237, "median"), (194, "your own")):
+        axes.text(440, y, name, ha="center", va="center", fontsize=12, color="#595959")
+    axes.text(440, 280, "min", ha="center", va="center", fontsize=18, fontweight="bold")
+    box(axes, (378, 36), (124, 76), GREY_TINT, "#767676")
+    number(axes, 440, 85, f"ΔG = {combined:.1f}", BLUE, fontsize=13, fontweight="bold")
+    axes.text(440, 57, "kcal/mol", ha="center", va="center", fontsize=12)
+    arrow(axes, (432, 150), (432, 114), BLUE)
+    arrow(axes, (448, 114), (448, 150), ORANGE, "--")
     for index, (y, prediction, weight) in enumerate(
-        zip((306, 214, 122), predictions.tolist(), weights, strict=True)
+        zip((372, 280, 188), predictions.tolist(), weights, strict=True)
     ):
         sub = "₁₂₃"[index]
-        box(axes, (12, y - 36), (88, 72), GREY_TINT, "#767676")
-        pose(axes, 56, y, (25, 150, 265)[index])
-        arrow(axes, (102, y), (138, y), BLUE)
-        box(axes, (284, y - 30), (108, 60), GREY_TINT, "#767676")
-        number(axes, 338, y + 13, f"ŷ{sub} = {prediction:.1f}", BLUE, fontsize=13)
-        number(axes, 338, y - 13, f"w{sub} = {weight:.2f}", ORANGE, fontsize=13)
-        for start, end in ((246, 282), (394, 434)):
+        box(axes, (8, y - 36), (76, 72), GREY_TINT, "#767676")
+        pose(axes, 46, y, (25, 150, 265)[index])
+        arrow(axes, (85, y), (103, y), BLUE)
+        box(axes, (232, y - 30), (116, 60), GREY_TINT, "#767676")
+        number(axes, 290, y + 13, f"ŷ{sub} = {prediction:.1f}", BLUE, fontsize=13)
+        number(axes, 290, y - 13, f"w{sub} = {weight:.2f}", ORANGE, fontsize=13)
+        for start, end in ((213, 231), (349, 377)):
             arrow(axes, (start, y + 8), (end, y + 8), BLUE)
             arrow(axes, (end, y - 8), (start, y - 8), ORANGE, "--")
 
-    arrow(axes, (14, 54), (50, 54), BLUE)
-    axes.text(60, 54, "forward: the same network scores each pose", va="center", fontsize=12)
-    arrow(axes, (50, 24), (14, 24), ORANGE, "--")
-    sums = "backward: ∂ΔG/∂θ = Σ wᵢ · ∂ŷᵢ/∂θ, with the pose weights wᵢ = ∂ΔG/∂ŷᵢ"
-    axes.text(60, 24, sums, va="center", fontsize=12)
+    arrow(axes, (10, 110), (44, 110), BLUE)
+    arrow(axes, (44, 55), (10, 55), ORANGE, "--")
+    for y, words in (
+        (110, "forward: the same network"),
+        (88, "scores each pose"),
+        (55, "backward: ∂ΔG/∂θ = Σ wᵢ · ∂ŷᵢ/∂θ"),
+        (33, "with pose weights wᵢ = ∂ΔG/∂ŷᵢ"),
+    ):
+        axes.text(54, y, words, va="center", fontsize=12)
 
 
 def box(
@@ -234,7 +234,8 @@ def number_of_poses(figure: Figure) -> None:
 
 def not_monotone(figure: Figure) -> None:
     """Draw the Boltzmann mean of two poses: if one rises, it rises and then falls."""
-    value_axes, weight_axes = figure.subplots(1, 2)
+    figure.set_size_inches(5.1, 5.6)
+    value_axes, weight_axes = figure.subplots(2, 1)
     rising = torch.linspace(0, 6, 61, dtype=torch.float64)
     for label, combination, colour, line in (
         ("boltzmann", registry.create("boltzmann"), GREEN, "-"),
@@ -267,12 +268,13 @@ def sharp_scales(figure: Figure) -> None:
     axes.set(xscale="log", yscale="log", ylim=(1e-8, 3))
     axes.set_xlabel("pred_scale (mol/kcal)")
     axes.set_ylabel("pose weight")
-    axes.legend(loc="lower left")
+    figure.legend(loc="outside upper center", ncols=2)
 
 
 def error_bars(figure: Figure) -> None:
     """Draw first-order errors and random draws, of ten compounds and by the error of a pose."""
-    compound_axes, error_axes = figure.subplots(1, 2)
+    figure.set_size_inches(5.1, 5.6)
+    compound_axes, error_axes = figure.subplots(2, 1)
     combination = minimum(1.0, normalize=True)
     model = MultiPoseModel(torch.nn.Identity(), combination)
     random = torch.Generator().manual_seed(0)
