@@ -1,8 +1,8 @@
 """Every private interface of torch that mtenn-core uses, and what replaces it if it is missing.
 
 Private means that torch does not promise to keep it: its name, or the name of a module on the way
-to it, has a leading underscore. No other module touches one. ``tests/test_torch_internals.py``
-checks this, and hides each interface in turn.
+to it, has a leading underscore, or torch's documentation lacks it. No other module touches one.
+``tests/test_torch_internals.py`` checks this for the underscores, and hides each interface in turn.
 
 A comment gives the use of each interface. "Without it" says what happens in a torch that lacks it:
 
@@ -133,6 +133,10 @@ def _add_each(sums: Sequence[Tensor], tensors: Sequence[Tensor], *, alpha: float
 add_in_place = _find("_foreach_add_", _add_each)
 
 # --- Attributes of tensors, nodes and modules ---
+
+# Makes a weak reference to the memory of a tensor; expired() is True once it is freed. Without it:
+# an error, because memory that is freed and used again would count once.
+weak_reference = _find("multiprocessing.reductions.StorageWeakRef", _Needed("model.estimate"))
 
 # Returns how often a tensor was changed in place, or raises a RuntimeError for a tensor that was
 # made in inference_mode. Without it: an error, because a change would go unnoticed.

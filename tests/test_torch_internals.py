@@ -371,6 +371,7 @@ ERRORS = {
     "Tensor._version": ("version_of", "changes in place .*Use gradients='graph', or torch 2"),
     "Tensor._backward_hooks": ("hooks_of", "'stored'.*Use gradients='recomputed' or 'graph', or"),
     "Node._sequence_nr": ("sequence_number", "'recomputed'.*Use gradients='stored' or 'graph', or"),
+    "multiprocessing.reductions.StorageWeakRef": ("weak_reference", "model.estimate .*Use torch 2"),
     "Node._input_metadata": ("input_metadata", "check A1 .*Use torch 2"),
     "Module._parameters": ("parameters_of", "mtenn-core .*Use torch 2"),
     "Module._buffers": ("buffers_of", "mtenn-core .*Use torch 2"),

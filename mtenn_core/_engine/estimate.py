@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.multiprocessing.reductions import StorageWeakRef
 
 from mtenn_core._engine.autograd_nodes import computes_anyway, operations
 from mtenn_core._engine.call import Call, checked_call, total_sizes
@@ -33,6 +32,7 @@ from mtenn_core._engine.shared_part import replaced, with_outputs
 from mtenn_core._engine.skipping import with_weight
 from mtenn_core._engine.stored import NOT_IN_A_BATCH
 from mtenn_core._process.html_table import html_table
+from mtenn_core._torch_internals import weak_reference
 
 # Bytes of one node. They include the allocator's overhead and the Python hooks for saved tensors.
 # Measured with torch 2.13 on graphs of 6 to 300 nodes.
@@ -277,14 +277,14 @@ class _Sizes:
     def __init__(self, without: Container[int]) -> None:
         self.total = 0
         self._without = without
-        self._seen: dict[int, StorageWeakRef] = {}
+        self._seen: dict[int, Any] = {}
 
     def add(self, tensor: Tensor) -> int:
         storage, address = tensor.untyped_storage(), _address(tensor)
         known = self._seen.get(address)
         # Count shared memory once. After memory is freed, another tensor may use its address.
         if address not in self._without and (known is None or known.expired()):
-            self._seen[address] = StorageWeakRef(storage)
+            self._seen[address] = weak_reference(storage)
             self.total += storage.nbytes()
         return 0
 
