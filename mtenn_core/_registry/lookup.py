@@ -226,8 +226,8 @@ class Registry:
 
         Raises
         ------
-        errors of :meth:`get`, and any error that the constructor raises. A constructor that exits
-            raises a PluginSpecError
+        errors of :meth:`get`, and any error of the constructor
+        PluginSpecError : the constructor exits
         """
         record = self.info(name)
         return self._make(record, self._load(record), args, kwargs, validate=validate)

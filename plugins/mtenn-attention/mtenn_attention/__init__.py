@@ -296,8 +296,8 @@ class ConfidenceWeightedCombination(SoftmaxCombination):
         """Return the derivative of the weighted mean with respect to each affinity and confidence.
 
         With p = softmax(c/τ) and h = Σ p_i y_i: ∂h/∂y_i = p_i and ∂h/∂c_i = p_i (y_i - h)/τ. The
-        first sum to 1 and the second to 0. The README has the derivation. ∂h/∂c_i is 0 where c_i is
-        infinite, and NaN where it is NaN.
+        first sum to 1 and the second to 0. ∂h/∂c_i is 0 where c_i is infinite, and NaN where it is
+        NaN. The README of the plugin has the derivation.
 
         Parameters
         ----------

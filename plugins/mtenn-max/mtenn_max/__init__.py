@@ -100,7 +100,8 @@ class MaxCombination(Combination):
     def pose_weights(self, predictions: Tensor) -> Tensor:
         """Return the derivative, ∂h/∂y_i = exp(n t y_i) / Σ_j exp(n t y_j) = softmax(n t y)_i.
 
-        The weights sum to 1, and ``normalize`` does not change them. The README has the derivation.
+        The weights sum to 1, and ``normalize`` does not change them. The README of the plugin has
+        the derivation.
 
         Parameters
         ----------
