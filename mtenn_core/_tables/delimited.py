@@ -11,6 +11,7 @@ import csv
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import IO, TYPE_CHECKING, Any
 
 from mtenn_core._tables.rows import (
@@ -79,7 +80,9 @@ class DelimitedTable:
         columns : the names of the further columns
         values : their numbers, shape (n_rows, n_columns)
         """
-        writer = csv.writer(file, delimiter=self.delimiter, lineterminator="\n")
+        # csv quotes a field with a carriage return only if the end of a line has one.
+        lines_to_file = SimpleNamespace(write=lambda line: file.write(line[:-2] + "\n"))
+        writer = csv.writer(lines_to_file, delimiter=self.delimiter, lineterminator="\r\n")
         with self._lines() as lines:
             _, header = next(lines)
             writer.writerow([*header, *columns])

@@ -230,6 +230,20 @@ def test_weights_stand_in_the_row_of_their_pose_and_sum_to_1(folder):
     assert sums == pytest.approx(dict.fromkeys(SCORES, 1.0), **CLOSE)
 
 
+@pytest.mark.parametrize("suffix", [".csv", ".tsv"])
+@pytest.mark.parametrize("mark", ["\r", "\n", "\r\n", '"', ",", "\t"], ids=repr)
+def test_a_field_of_several_lines_is_one_field_next_to_the_weights(folder, mark, suffix):
+    rows = [["compound", "score", f"a{mark}b"], [f"c{mark}", "0.5", f"{mark}d"]]
+    tables = [folder / f"{name}{suffix}" for name in ("rows", "weighted")]
+    delimiter = "\t" if suffix == ".tsv" else ","
+    with tables[0].open("w", newline="") as file:
+        csv.writer(file, delimiter=delimiter, quoting=csv.QUOTE_ALL).writerows(rows)
+    results(str(tables[0]), "the-mean", "--weights", str(tables[1]))
+    with tables[1].open(newline="") as file:
+        found = list(csv.reader(file, delimiter=delimiter))
+    assert found == [[*rows[0], "weight"], [*rows[1], "1.0"]]
+
+
 def test_batches_give_the_same_results(folder, monkeypatch):
     at_once = results(*BOLTZMANN, "--error-column", "sd")
     monkeypatch.setattr("mtenn_core._tables.combining.LARGEST_BATCH", 2)
