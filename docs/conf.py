@@ -100,12 +100,12 @@ intersphinx_mapping = {
 def describe(app: Any, what: str, name: str, value: Any, options: Any, lines: list[str]) -> None:
     """Hand numpydoc what follows ``name :`` as the description, not as a type.
 
-    Types are in the annotations, and a description begins where numpydoc expects one. Of a result
-    that has no name, the lines are joined: each would be a result of its own.
+    Types are in the annotations, and a description begins where numpydoc expects one. Join the
+    lines of a result without a name, because numpydoc would show each line as a result.
     """
     text = re.sub(
         r"(?<=^Returns\n-------\n)(\S.*\n?)+",
-        lambda results: re.sub(r"\n(?=\S)(?!\w+ : )", " ", results[0]),
+        lambda results: re.sub(r"\n(?=\S)(?![\w*][\w*, ]* : )", " ", results[0]),
         "\n".join(lines),
         flags=re.MULTILINE,
     )
@@ -158,7 +158,7 @@ class Together(SphinxTransform):
             text = formula.next_node(nodes.Text, descend=False, siblings=True)
             mark = text and re.match(r"[.,;:?)]+", text)
             if mark and text is formula.parent[formula.parent.index(formula) + 1]:
-                text.parent.replace(text, nodes.Text(text[mark.end() :]))
+                text.parent[text.parent.index(formula) + 1] = nodes.Text(text[mark.end() :])
                 together = nodes.inline(classes=["together"])
                 formula.replace_self(together)
                 together += [formula, nodes.Text(mark[0])]

@@ -1,8 +1,9 @@
 """Every private interface of torch that mtenn-core uses, and what replaces it if it is missing.
 
 Private means that torch does not promise to keep it: its name, or the name of a module on the way
-to it, has a leading underscore, or torch's documentation lacks it. No other module touches one.
-``tests/test_torch_internals.py`` checks this for the underscores, and hides each interface in turn.
+to it, has a leading underscore. No other module touches one. ``tests/test_torch_internals.py``
+checks this, and hides each interface in turn. ``StorageWeakRef`` is here because torch does not
+document it.
 
 A comment gives the use of each interface. "Without it" says what happens in a torch that lacks it:
 

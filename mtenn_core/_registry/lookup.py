@@ -41,8 +41,8 @@ if TYPE_CHECKING:
 _P = ParamSpec("_P")
 
 
-# Without this, type checkers accept only registry.get("boltzmann")(), without arguments: those of
-# Combination. The signature that readers see stays simple.
+# Without this, type checkers see the constructor of Combination, which has no arguments, and accept
+# only registry.get("boltzmann")(). The signature that readers see stays simple.
 def _of_any_arguments(
     get: Callable[Concatenate[Registry, _P], type[Combination]],
 ) -> Callable[Concatenate[Registry, _P], type[_OfAnyArguments]]:

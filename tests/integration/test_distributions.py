@@ -96,8 +96,9 @@ def test_a_source_distribution_has_its_licence_and_tests(sdist):
     assert {"LICENSE", "pyproject.toml", "PKG-INFO"} <= files
     assert any(name.startswith("tests/test_") for name in files)
     needs_the_repository = {"tests/test_packaging.py", "tests/test_public_interface.py"}
-    assert not needs_the_repository & set(files)
-    assert not any(name.startswith("plugins/") or "__pycache__" in name for name in files)
+    assert not needs_the_repository & files
+    assert not any(name.startswith(("plugins/", "tests/integration")) for name in files)
+    assert not any("__pycache__" in name for name in files)
 
 
 def test_the_source_distribution_of_the_core_has_what_its_readme_links_to(dist):

@@ -80,8 +80,8 @@ class BoltzmannCombination(Combination):
         """Return the derivative of the Boltzmann mean with respect to each prediction.
 
         With p = softmax(-y/kT) and m = Σ p_i y_i: ∂m/∂y_i = p_i (1 + (m - y_i)/kT). The weights sum
-        to 1. A pose that is more than kT above the mean has a negative weight. The README has the
-        derivation.
+        to 1. A pose that is more than kT above the mean has a negative weight. The README of
+        the plugin has the derivation.
 
         Parameters
         ----------

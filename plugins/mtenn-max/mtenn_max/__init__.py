@@ -195,7 +195,7 @@ def log_mean_exp(exponents: Tensor) -> Tensor:
     """
     below_one = exponents.expm1().mean()
     # Where the result is not used, the mean may round to -1. There, the derivative of log1p is
-    # infinite, and NaN times the zero that torch.where sends back.
+    # infinite, and infinity times the zero that torch.where sends back is NaN.
     far = below_one < -0.5
     near_one = below_one.masked_fill(far, 0).log1p()
     return torch.where(far, exponents.exp().mean().log(), near_one)
