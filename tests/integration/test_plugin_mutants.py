@@ -55,6 +55,14 @@ EQUIVALENT = {
     "a tolerance of a few roundings may be twice as large": [
         "QuantileCombination._ranks: 1e-15 -> 2e-15",
     ],
+    "a difference is NaN if one of its operands is": [
+        "MaxCombination._exponents: wide.nan_to_num(nan=math.nan) -> wide.nan_to_num()",
+        "MaxCombination._exponents: extreme.detach().nan_to_num(nan=math.nan)"
+        " -> extreme.detach().nan_to_num()",
+        "BoltzmannCombination._populations: wide.nan_to_num(nan=math.nan) -> wide.nan_to_num()",
+        "BoltzmannCombination._populations: lowest.detach().nan_to_num(nan=math.nan)"
+        " -> lowest.detach().nan_to_num()",
+    ],
     "promote_types takes its arguments in any order": [
         "MaxCombination._exponents: torch.promote_types(predictions.dtype, torch.float32)"
         " -> torch.promote_types(torch.float32, predictions.dtype)",
