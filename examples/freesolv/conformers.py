@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import signal
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, distribution
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 from rdkit import Chem
-from rdkit.Chem.rdDistGeom import EmbedMultipleConfs, ETKDGv3
+from rdkit.Chem.rdDistGeom import EmbedMolecule, EmbedMultipleConfs, ETKDGv3
 from rdkit.Chem.rdMolDescriptors import CalcNumRotatableBonds
 from torch import Tensor
 
@@ -103,6 +104,9 @@ def embed(smiles: str, n_conformers: int, *, threads: int) -> Chem.Mol:
     parameters.randomSeed = SEED
     parameters.numThreads = threads  # the conformers do not depend on it
     EmbedMultipleConfs(mol, n_conformers, parameters)
+    # After Ctrl-C, RDKit returns no conformers and raises nothing. Then one conformer is possible.
+    if not mol.GetNumConformers() and EmbedMolecule(Chem.Mol(mol), parameters) >= 0:
+        signal.raise_signal(signal.SIGINT)
     return mol
 
 

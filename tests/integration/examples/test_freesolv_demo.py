@@ -2,7 +2,10 @@
 
 import importlib
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -49,6 +52,26 @@ def test_conformers_of_a_flexible_molecule_differ(example):
     # A seed of 0 would give RDKit's first conformer again and again.
     first, second = example.conformers.graphs(example.conformers.embed("CCCCCCCO", 2, threads=1))
     assert not torch.allclose(first.edge_length.mean(), second.edge_length.mean(), rtol=1e-3)
+
+
+class Interrupted(Exception):
+    pass
+
+
+def test_ctrl_c_ends_the_embedding(example):
+    def interrupt(*_):
+        raise Interrupted
+
+    before = signal.signal(signal.SIGINT, interrupt)
+    # One conformer takes 0.5 s, so this is in the middle of the embedding.
+    timer = threading.Timer(0.3, os.kill, (os.getpid(), signal.SIGINT))
+    timer.start()
+    try:
+        with pytest.raises(Interrupted):
+            example.conformers.embed("C" * 60, 200, threads=1)
+    finally:
+        timer.join()
+        signal.signal(signal.SIGINT, before)
 
 
 def test_edges_put_together_block_by_block_are_those_of_a_dense_radius_graph(example, conformers):

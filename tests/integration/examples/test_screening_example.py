@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -291,6 +292,16 @@ def test_a_closed_pipe_is_no_traceback(library, tmp_path):
     assert len(read_rows(tmp_path / "scores" / "0.csv")) == len(NAMES)
 
 
+def ctrl_c(process):
+    """Press Ctrl-C, again where RDKit has lost it: during the last conformer of a molecule."""
+    for _ in range(20):
+        process.send_signal(signal.SIGINT)
+        with suppress(subprocess.TimeoutExpired):
+            return process.communicate(timeout=15)[1]
+    process.kill()
+    pytest.fail("Ctrl-C does not end the process")
+
+
 @pytest.mark.slow("a process imports torch")
 @pytest.mark.skipif(sys.platform == "win32", reason="no SIGINT for a child")
 def test_ctrl_c_ends_a_process_without_a_traceback(tmp_path):
@@ -298,11 +309,18 @@ def test_ctrl_c_ends_a_process_without_a_traceback(tmp_path):
     library.write_text("".join(f"CCCCCCCCCC decane {i}\n" for i in range(100_000)))
     part = tmp_path / "scores" / "0.csv"
     command = [sys.executable, *arguments_of(library, tmp_path / "scores"), "--batch-poses", "10"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, encoding="utf-8") as process:
+    with subprocess.Popen(
+        command,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        # A process that was started in the background ignores it.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    ) as process:
         while process.poll() is None and not (part.exists() and part.stat().st_size > 100):
             time.sleep(0.05)
-        process.send_signal(signal.SIGINT)
-        _, errors = process.communicate(timeout=300)
+        errors = ctrl_c(process)
     assert process.returncode == 130
-    assert errors == "interrupted; the same command goes on from here\n"
+    # RDKit writes a line of its own, if it was making conformers.
+    assert errors.endswith("interrupted; the same command goes on from here\n")
+    assert "Traceback" not in errors
     assert read_rows(part)[-1]["problem"] == ""
