@@ -104,7 +104,8 @@ def embed(smiles: str, n_conformers: int, *, threads: int) -> Chem.Mol:
     parameters.randomSeed = SEED
     parameters.numThreads = threads  # the conformers do not depend on it
     EmbedMultipleConfs(mol, n_conformers, parameters)
-    # After Ctrl-C, RDKit returns no conformers and raises nothing. Then one conformer is possible.
+    # After Ctrl-C, RDKit raises nothing and returns no conformers, as for a molecule that it cannot
+    # embed. If it can embed this one, it was Ctrl-C.
     if not mol.GetNumConformers() and EmbedMolecule(Chem.Mol(mol), parameters) >= 0:
         signal.raise_signal(signal.SIGINT)
     return mol

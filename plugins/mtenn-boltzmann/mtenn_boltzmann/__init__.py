@@ -114,8 +114,8 @@ class BoltzmannCombination(Combination):
         above = wide.nan_to_num(nan=math.nan) - lowest.detach().nan_to_num(nan=math.nan)
         # If y or y/kT were infinite, p y would be 0 * inf, which is NaN.
         above = above.clamp(max=FAR * kT)
-        # An infinite lowest y is the exception. There, the derivative of nan_to_num is 0. That of
-        # amin is not, and is shared equally among ties.
+        # An infinite lowest y is the exception. There, nan_to_num has the derivative 0, but
+        # amin shares the derivative 1 equally among ties.
         lowest = torch.where(lowest.isinf(), lowest, lowest.detach())
         # torch.softmax loses three digits in float32 for 10 million poses.
         factors = (-above / kT).exp()

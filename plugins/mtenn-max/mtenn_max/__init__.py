@@ -92,8 +92,8 @@ class MaxCombination(Combination):
         else:
             log = log_mean_exp(exponents)
         # h does not depend on the shift by the extreme, so autograd need not differentiate it. An
-        # infinite extreme is the exception. There, the derivative of nan_to_num is 0. That of amax
-        # is not, and is shared equally among ties.
+        # infinite extreme is the exception. There, nan_to_num has the derivative 0, but amax shares
+        # the derivative 1 equally among ties.
         value = torch.where(extreme.isinf(), extreme, extreme.detach() + log / scale)
         return value.to(predictions.dtype)
 
